@@ -1,0 +1,1 @@
+"""Quantised attention with kernels of its own."""

@@ -1,0 +1,197 @@
+"""`Problem`: one attention call as plain, hashable data. All validation of a call happens here and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+from .errors import Unsupported
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_HEAD_DIM = 256
+LAYOUTS = ("HND", "NHD")
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+class Problem(NamedTuple):
+    """What is asked, without the tensors: everything a plan may depend on.
+
+    Lengths are in tokens. `mask` is the kind of the dense mask: "none", "bool" (True keeps) or "additive" (a float bias
+    in natural-log units). `varlen` problems are packed along the tokens; their lengths are the totals.
+    """
+
+    batch: int
+    heads_q: int
+    heads_kv: int
+    len_q: int
+    len_kv: int
+    head_dim: int
+    dtype: str
+    device: str  # "cuda", "cpu", …
+    device_index: int  # −1 where the device has none
+    layout: str = "HND"
+    causal: bool = False
+    mask: str = "none"
+    sm_scale: float = 1.0
+    return_lse: bool = False
+    varlen: bool = False
+
+    @property
+    def empty(self) -> bool:
+        """True where there is nothing to compute: the output is empty, or (no keys) zero."""
+        return not (self.batch and self.heads_q and self.len_q and self.len_kv)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        tensor_layout: str = "HND",
+        is_causal: bool = False,
+        attn_mask: torch.Tensor | None = None,
+        sm_scale: float | None = None,
+        return_lse: bool = False,
+    ) -> Problem:
+        """Check one call and describe it.
+
+        Raises:
+            Unsupported: an argument that no variant accepts; it names the argument, what was given, what is accepted.
+        """
+        if tensor_layout not in LAYOUTS:
+            raise Unsupported("tensor_layout", f"got {tensor_layout!r}, accepted are 'HND' [B, H, N, D] and 'NHD' [B, N, H, D]")
+        _check_rank(4, tensor_layout, q=q, k=k, v=v)
+        _check_alike(q, k, v)
+        heads, tokens = (1, 2) if tensor_layout == "HND" else (2, 1)
+        (batch, head_dim), heads_q, heads_kv = (q.shape[0], q.shape[3]), q.shape[heads], k.shape[heads]
+        len_q, len_kv = q.shape[tokens], k.shape[tokens]
+        if k.shape[0] != batch:
+            raise Unsupported("k", f"its batch is {k.shape[0]}, q's is {batch}; they must be equal")
+        _check_kv(k, v)
+        _check_heads(heads_q, heads_kv)
+        _check_head_dim(head_dim, k.shape[3])
+        mask = "none"
+        if attn_mask is not None:
+            mask = _check_mask(attn_mask, (batch, heads_q, len_q, len_kv), q)
+        device = q.device
+        return cls(
+            batch, heads_q, heads_kv, len_q, len_kv, head_dim, _dtype_name(q), device.type,
+            -1 if device.index is None else device.index, tensor_layout, bool(is_causal), mask,
+            _scale(sm_scale, head_dim), bool(return_lse),
+        )  # fmt: skip
+
+    @classmethod
+    def from_packed(
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        *,
+        is_causal: bool = False,
+        sm_scale: float | None = None,
+    ) -> Problem:
+        """Check one call with sequences packed along the tokens, [total, H, D], and describe it.
+
+        `len_q` and `len_kv` of the result are the longest sequence's lengths.
+
+        Raises:
+            Unsupported: as `from_tensors`.
+        """
+        _check_rank(3, "packed [total, H, D]", q=q, k=k, v=v)
+        _check_alike(q, k, v)
+        _check_kv(k, v)
+        _check_heads(q.shape[1], k.shape[1])
+        _check_head_dim(q.shape[2], k.shape[2])
+        for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            if cu.dim() != 1 or cu.numel() < 1 or cu.dtype.is_floating_point or cu.dtype.itemsize < 4:
+                raise Unsupported(name, f"got {cu.dtype} of shape {tuple(cu.shape)}, accepted is int32 or int64 of shape [batch + 1]")
+            if cu.device != q.device:
+                raise Unsupported(name, f"is on {cu.device}, q is on {q.device}; they must be on one device")
+        if cu_seqlens_q.numel() != cu_seqlens_k.numel():
+            raise Unsupported(
+                "cu_seqlens_k", f"holds {cu_seqlens_k.numel()} offsets, cu_seqlens_q holds {cu_seqlens_q.numel()}; they must be equal"
+            )
+        for name, given in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+            if given < 0:
+                raise Unsupported(name, f"got {given}, accepted are lengths ≥ 0")
+        device = q.device
+        return cls(
+            cu_seqlens_q.numel() - 1, q.shape[1], k.shape[1], int(max_seqlen_q), int(max_seqlen_k), q.shape[2], _dtype_name(q),
+            device.type, -1 if device.index is None else device.index, "NHD", bool(is_causal), "none",
+            _scale(sm_scale, q.shape[2]), False, True,
+        )  # fmt: skip
+
+
+def _dtype_name(t: torch.Tensor) -> str:
+    return str(t.dtype)[6:]  # "torch.float16" → "float16"
+
+
+def _check_rank(rank: int, layout: str, **tensors: torch.Tensor) -> None:
+    for name, t in tensors.items():
+        if not hasattr(t, "dim"):
+            raise Unsupported(name, f"got {type(t).__name__}, accepted is a torch.Tensor")
+        if t.dim() != rank:
+            raise Unsupported(name, f"got {t.dim()} dimensions {tuple(t.shape)}, accepted are {rank} ({layout})")
+        if t.numel() and t.stride(-1) != 1:
+            raise Unsupported(name, f"its last stride is {t.stride(-1)}, accepted is 1 (head_dim contiguous); call .contiguous()")
+
+
+def _check_alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    if _dtype_name(q) not in DTYPES:
+        raise Unsupported("q", f"its dtype is {q.dtype}, accepted are {', '.join(DTYPES)}")
+    for name, t in (("k", k), ("v", v)):
+        if t.dtype != q.dtype:
+            raise Unsupported(name, f"its dtype is {t.dtype}, q's is {q.dtype}; they must be equal")
+        if t.device != q.device:
+            raise Unsupported(name, f"is on {t.device}, q is on {q.device}; they must be on one device")
+
+
+def _check_kv(k: torch.Tensor, v: torch.Tensor) -> None:
+    if k.shape != v.shape:
+        raise Unsupported("v", f"its shape is {tuple(v.shape)}, k's is {tuple(k.shape)}; they must be equal")
+
+
+def _check_heads(heads_q: int, heads_kv: int) -> None:
+    if heads_q and (heads_kv == 0 or heads_q % heads_kv):
+        raise Unsupported("k", f"q has {heads_q} heads and k has {heads_kv}; q's must be a multiple of k's (grouped-query attention)")
+
+
+def _check_head_dim(head_dim: int, head_dim_k: int) -> None:
+    if head_dim_k != head_dim:
+        raise Unsupported("k", f"its head_dim is {head_dim_k}, q's is {head_dim}; they must be equal")
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise Unsupported("q", f"its head_dim is {head_dim}, accepted are 1 to {MAX_HEAD_DIM}")
+
+
+def _check_mask(mask: torch.Tensor, scores: tuple[int, int, int, int], q: torch.Tensor) -> str:
+    shape = tuple(mask.shape)
+    padded = (1,) * (4 - len(shape)) + shape
+    if len(shape) > 4 or any(m not in (1, s) for m, s in zip(padded, scores)):
+        raise Unsupported("attn_mask", f"its shape is {shape}, accepted is one that broadcasts to [B, H, Nq, Nk] = {list(scores)}")
+    if mask.device != q.device:
+        raise Unsupported("attn_mask", f"is on {mask.device}, q is on {q.device}; they must be on one device")
+    if _is_bool(mask):
+        return "bool"
+    if _dtype_name(mask) not in DTYPES:
+        raise Unsupported("attn_mask", f"its dtype is {mask.dtype}, accepted are bool (True keeps) and {', '.join(DTYPES)} (added)")
+    return "additive"
+
+
+def _is_bool(mask: torch.Tensor) -> bool:
+    return _dtype_name(mask) == "bool"
+
+
+def _scale(sm_scale: float | None, head_dim: int) -> float:
+    if sm_scale is None:
+        return head_dim**-0.5
+    scale = float(sm_scale)
+    if not math.isfinite(scale):
+        raise Unsupported("sm_scale", f"got {scale}, accepted is a finite number")
+    return scale

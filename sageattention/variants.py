@@ -1,0 +1,115 @@
+"""The one table: every variant, its numerics, its tiles and where it runs.
+
+The planner, the reference, the kernels' launch code, the build script and the tests all read it; no tile, scale layout or
+symbol is written down anywhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+HEAD_DIMS = (64, 128, 256)  # the compiled head dimensions; a real one is zero-padded to the next of these inside the kernels
+INT8_MAX = 127
+LOG2E = 1.4426950408889634
+
+# No score leaves ±2^24 (base-2 units). Above that, fp32 cannot even tell neighbouring scores apart in an exponent, and
+# fma(s, scale, −max) may exceed zero by more than the head room that P has.
+SCORE_LIMIT = float(2**24)
+# An additive mask stays finite: finfo.min · log2(e) would be −inf, which means "masked out" instead of "very unlikely".
+MASK_LIMIT = 1e38
+
+
+def pad_head_dim(head_dim: int) -> int:
+    """The compiled head dimension that holds `head_dim` (1 to 256)."""
+    return next(d for d in HEAD_DIMS if head_dim <= d)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a variant rounds: everything that its emulation needs to give the kernel's numbers.
+
+    Scores are S = (q8 · k8) · q_scale · k_scale, with one q_scale per row. P is 2^(S − m) · p_max and V is scaled per channel so
+    that its largest magnitude becomes v_max.
+    """
+
+    pv: str  # the type of P and V: "fp16", "fp8" (e4m3), "int8" (P unsigned)
+    rotate: bool  # Q and K multiplied by one signed Hadamard matrix
+    k_scale: str  # keys that share a scale: "token" (one), "fragment" (those one thread holds of an MMA tile), "tile"
+    p_max: float  # P of the row maximum
+    v_max: float
+    v_mean: bool = False  # V's per-channel mean is taken out and added back
+    p_tile_max: bool = False  # P is taken against the tile's own row maximum, not the running one
+    accumulate: str = "fp32"  # the MMA accumulator of P·V: "fp32", "fp16", "int32" (exact), "fp8" (Hopper's ~14 bits)
+    promote: int = 0  # keys after which the accumulator is added to fp32 registers; 0: it already is fp32
+    kv_tile: int = 64  # keys per step of the online softmax
+
+
+# fp16 P and V with fp32 accumulators: the products need no head room, so both operands use fp16's range; p_max = 2^10 keeps
+# weights down to 6e-8 of the row maximum out of the subnormals.
+FP16_FP32 = Scheme("fp16", True, "token", p_max=2.0**10, v_max=2.0**14)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Launch shape of an attention kernel: queries and keys per block, warps, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute attention, as offered to the user.
+
+    `archs` are the compute capabilities (as 10·major + minor) that have a fast path; empty means any device the backend
+    reaches. `tiles` maps (arch, compiled head_dim) to a launch shape; arch 0 is the default for the ones not named.
+    """
+
+    name: str
+    backend: str  # "sdpa", "reference", "triton", "cuda"
+    summary: str
+    scheme: Scheme | None = None
+    min_arch: int = 0
+    archs: tuple[int, ...] = ()
+    accum: dict[str, Scheme] = field(default_factory=dict)  # pv_accum_dtype → scheme, where the caller may choose
+    tiles: dict[tuple[int, int], Tile] = field(default_factory=dict)
+
+    def tile(self, arch: int, head_dim: int) -> Tile:
+        """The launch shape for `arch` and a compiled `head_dim`."""
+        return self.tiles.get((arch, head_dim)) or self.tiles[0, head_dim]
+
+
+SDPA = Variant("sdpa", "sdpa", "PyTorch's own scaled_dot_product_attention, unquantised")
+
+REFERENCE = Variant(
+    "reference", "reference", "the INT8 / FP16 numerics in plain PyTorch: any device, slow, for tests and demonstrations", FP16_FP32
+)
+
+TRITON_FP16 = Variant(
+    "sageattn_qk_int8_pv_fp16_triton",
+    "triton",
+    "INT8 QKᵀ, FP16 PV with FP32 accumulation, in Triton: any card that Triton supports",
+    FP16_FP32,
+    min_arch=75,
+    tiles={
+        (0, 64): Tile(128, 64, 4, 3),
+        (0, 128): Tile(128, 64, 8, 3),
+        (0, 256): Tile(64, 64, 8, 2),
+        (75, 64): Tile(64, 64, 4, 2),
+        (75, 128): Tile(64, 64, 4, 2),
+        (75, 256): Tile(64, 32, 8, 2),
+    },
+)
+
+CUDA_FP16 = Variant(
+    "sageattn_qk_int8_pv_fp16_cuda", "cuda", "INT8 QKᵀ, FP16 PV: overflow-safe, the most accurate CUDA variant", FP16_FP32, min_arch=75
+)
+CUDA_FP8 = Variant("sageattn_qk_int8_pv_fp8_cuda", "cuda", "INT8 QKᵀ, FP8 PV for Ada and Blackwell", min_arch=89)
+CUDA_FP8_SM90 = Variant("sageattn_qk_int8_pv_fp8_cuda_sm90", "cuda", "INT8 QKᵀ, FP8 PV for Hopper", min_arch=90, archs=(90,))
+CUDA_INT8 = Variant("sageattn_qk_int8_pv_int8_cuda", "cuda", "both products in INT8, for cards without FP8", min_arch=75)
+
+VARIANTS: dict[str, Variant] = {
+    v.name: v for v in (SDPA, REFERENCE, TRITON_FP16, CUDA_FP16, CUDA_FP8, CUDA_FP8_SM90, CUDA_INT8)
+}
