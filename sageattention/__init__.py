@@ -1,1 +1,39 @@
-"""Quantised attention with kernels of its own."""
+"""Quantised attention with kernels of its own. Importing touches neither torch nor CUDA, and never raises."""
+
+from .api import (
+    Availability,
+    Explanation,
+    attend,
+    available_variants,
+    explain,
+    quantize_kv,
+    sageattn,
+    sageattn_qk_int8_pv_fp8_cuda,
+    sageattn_qk_int8_pv_fp8_cuda_sm90,
+    sageattn_qk_int8_pv_fp16_cuda,
+    sageattn_qk_int8_pv_fp16_triton,
+    sageattn_qk_int8_pv_int8_cuda,
+    sageattn_varlen,
+)
+from .errors import CudaError, KernelMissing, Unsupported
+
+__version__ = "3.0.0"
+
+__all__ = [
+    "Availability",
+    "CudaError",
+    "Explanation",
+    "KernelMissing",
+    "Unsupported",
+    "attend",
+    "available_variants",
+    "explain",
+    "quantize_kv",
+    "sageattn",
+    "sageattn_qk_int8_pv_fp8_cuda",
+    "sageattn_qk_int8_pv_fp8_cuda_sm90",
+    "sageattn_qk_int8_pv_fp16_cuda",
+    "sageattn_qk_int8_pv_fp16_triton",
+    "sageattn_qk_int8_pv_int8_cuda",
+    "sageattn_varlen",
+]

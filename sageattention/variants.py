@@ -17,6 +17,15 @@ LOG2E = 1.4426950408889634
 SCORE_LIMIT = float(2**24)
 # An additive mask stays finite: finfo.min · log2(e) would be −inf, which means "masked out" instead of "very unlikely".
 MASK_LIMIT = 1e38
+# Anything this small is quantised as zero, so that 127 / amax stays finite.
+AMAX_MIN = 2.0**-100
+# K is shifted by the mean of about this many evenly strided tokens; any constant shift leaves the softmax as it is.
+ANCHOR_TOKENS = 1024
+
+
+def anchor_stride(len_kv: int) -> int:
+    """Tokens 0, s, 2·s, … of K are averaged into its anchor; this is s."""
+    return max(1, -(-len_kv // ANCHOR_TOKENS))
 
 
 def pad_head_dim(head_dim: int) -> int:
@@ -40,8 +49,13 @@ class Scheme:
     v_mean: bool = False  # V's per-channel mean is taken out and added back
     p_tile_max: bool = False  # P is taken against the tile's own row maximum, not the running one
     accumulate: str = "fp32"  # the MMA accumulator of P·V: "fp32", "fp16", "int32" (exact), "fp8" (Hopper's ~14 bits)
-    promote: int = 0  # keys after which the accumulator is added to fp32 registers; 0: it already is fp32
+    promote: int = 0  # keys after which the accumulator is added to fp32 registers; 0: after every KV tile
     kv_tile: int = 64  # keys per step of the online softmax
+
+    @property
+    def v_bytes(self) -> int:
+        """Bytes of one element of quantised V."""
+        return 2 if self.pv == "fp16" else 1
 
 
 # fp16 P and V with fp32 accumulators: the products need no head room, so both operands use fp16's range; p_max = 2^10 keeps

@@ -1,0 +1,293 @@
+"""The public functions. Names and positional order are upstream's, because ComfyUI, KJNodes and diffusers call them.
+
+Shapes, the same for every function here: `tensor_layout="HND"` is [B, H, N, D], `"NHD"` is [B, N, H, D]; q has Hq heads and
+Nq tokens, k and v have Hkv heads (Hq a multiple of Hkv) and Nk tokens; head_dim D is 1 to 256. All three are fp16, bf16 or fp32,
+of one dtype, on one device, their last stride 1 and the others any. The output has q's shape, dtype and layout.
+`attn_mask` is bool (True keeps) or additive (fp16, bf16, fp32; natural-log units), broadcastable to [B, Hq, Nq, Nk].
+`is_causal` keeps keys up to the query's own index, as torch's SDPA does. `sm_scale` defaults to D^−0.5.
+With `return_lse` the result is (out, lse [B, Hq, Nq] fp32, natural log).
+Finite inputs give finite outputs; a fully masked row gives 0 and an lse of −inf.
+
+Errors: `Unsupported` (a ValueError; nothing has run, another attention may be tried), `KernelMissing`, `CudaError`.
+Source of the method: SageAttention (arXiv:2410.02367) and SageAttention2 (arXiv:2411.10958).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .errors import KernelMissing
+from .variants import CUDA_FP8, CUDA_FP8_SM90, CUDA_FP16, CUDA_INT8, TRITON_FP16, VARIANTS
+
+if TYPE_CHECKING:
+    import torch
+
+    from .triton_ops import QuantizedKV
+
+    Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+def sageattn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tensor_layout: str = "HND",
+    is_causal: bool = False,
+    sm_scale: float | None = None,
+    return_lse: bool = False,
+    *,
+    attn_mask: torch.Tensor | None = None,
+    smooth_k: bool = True,
+    variant: str = "auto",
+) -> Output:
+    """Attention by the variant that suits the call and the machine best (`explain` tells which and why).
+
+    Args:
+        variant: "auto", or a name from `available_variants()`. `SAGEATTENTION_VARIANT` replaces "auto" where it is set.
+        smooth_k: accepted for compatibility; K is always shifted, which leaves the exact result as it is.
+    """
+    return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, _default_variant(variant))
+
+
+def sageattn_qk_int8_pv_fp16_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tensor_layout: str = "HND",
+    quantization_backend: str = "triton",
+    is_causal: bool = False,
+    attn_mask: torch.Tensor | None = None,
+    sm_scale: float | None = None,
+    smooth_k: bool = True,
+    return_lse: bool = False,
+) -> Output:
+    """INT8 QKᵀ and FP16 PV with FP32 accumulation, in Triton. `quantization_backend` and `smooth_k` change nothing."""
+    return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, TRITON_FP16.name)
+
+
+def sageattn_qk_int8_pv_fp16_cuda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tensor_layout: str = "HND",
+    is_causal: bool = False,
+    qk_quant_gran: str = "per_thread",
+    sm_scale: float | None = None,
+    pv_accum_dtype: str = "fp32",
+    smooth_k: bool = True,
+    smooth_v: bool = False,
+    return_lse: bool = False,
+    *,
+    attn_mask: torch.Tensor | None = None,
+) -> Output:
+    """INT8 QKᵀ and FP16 PV. `pv_accum_dtype`: "fp32", "fp16+fp32" or "fp16"; all three are overflow-safe.
+
+    `qk_quant_gran`, `smooth_k` and `smooth_v` are accepted; the finest granularity is always used.
+    """
+    return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, CUDA_FP16.name, pv_accum_dtype)
+
+
+def sageattn_qk_int8_pv_fp8_cuda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tensor_layout: str = "HND",
+    is_causal: bool = False,
+    qk_quant_gran: str = "per_thread",
+    sm_scale: float | None = None,
+    pv_accum_dtype: str = "fp32+fp16",
+    smooth_k: bool = True,
+    smooth_v: bool = False,
+    return_lse: bool = False,
+    *,
+    attn_mask: torch.Tensor | None = None,
+) -> Output:
+    """INT8 QKᵀ and FP8 (e4m3) PV, for Ada and Blackwell."""
+    return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, CUDA_FP8.name, pv_accum_dtype)
+
+
+def sageattn_qk_int8_pv_fp8_cuda_sm90(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tensor_layout: str = "HND",
+    is_causal: bool = False,
+    qk_quant_gran: str = "per_thread",
+    sm_scale: float | None = None,
+    pv_accum_dtype: str = "fp32+fp32",
+    smooth_k: bool = True,
+    smooth_v: bool = False,
+    return_lse: bool = False,
+    *,
+    attn_mask: torch.Tensor | None = None,
+) -> Output:
+    """INT8 QKᵀ and FP8 (e4m3) PV by wgmma, for Hopper."""
+    return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, CUDA_FP8_SM90.name, pv_accum_dtype)
+
+
+def sageattn_qk_int8_pv_int8_cuda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tensor_layout: str = "HND",
+    is_causal: bool = False,
+    qk_quant_gran: str = "per_thread",
+    sm_scale: float | None = None,
+    pv_accum_dtype: str = "int32+fp32",
+    smooth_k: bool = True,
+    smooth_v: bool = False,
+    return_lse: bool = False,
+    *,
+    attn_mask: torch.Tensor | None = None,
+) -> Output:
+    """Both products in INT8, for cards without FP8."""
+    return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, CUDA_INT8.name, pv_accum_dtype)
+
+
+def sageattn_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    is_causal: bool = False,
+    sm_scale: float | None = None,
+    smooth_k: bool = True,
+) -> torch.Tensor:
+    """Attention over sequences of different lengths, packed along the tokens.
+
+    Args:
+        q: [total_q, Hq, D]; k, v: [total_k, Hkv, D].
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 [batch + 1], the cumulative lengths, starting with 0.
+        max_seqlen_q, max_seqlen_k: the longest sequence's length.
+
+    Returns:
+        [total_q, Hq, D]. A sequence without keys gives zeros.
+    """
+    from . import ops
+
+    return ops.run_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, sm_scale=sm_scale)
+
+
+def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", *, variant: str = "auto") -> QuantizedKV:
+    """Quantise K and V once; the result owns no float tensor, so the caller may free k and v before `attend`.
+
+    Raises:
+        Unsupported: also where the variant that runs keeps no quantised form ("sdpa", "reference").
+    """
+    from . import ops
+
+    return ops.quantize_kv(k, v, tensor_layout, _default_variant(variant))
+
+
+def attend(
+    q: torch.Tensor,
+    kv: QuantizedKV,
+    is_causal: bool = False,
+    sm_scale: float | None = None,
+    return_lse: bool = False,
+    *,
+    attn_mask: torch.Tensor | None = None,
+) -> Output:
+    """Attention of q (in the layout, dtype and on the device of the k and v that were quantised) against a `QuantizedKV`."""
+    from . import ops
+
+    out, lse = ops.attend(q, kv, is_causal=is_causal, sm_scale=sm_scale, return_lse=return_lse, attn_mask=attn_mask)
+    return (out, lse) if return_lse else out
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a variant runs on a device; `status` is "ready", "unsupported" (not on this device) or "missing" (no kernel)."""
+
+    name: str
+    summary: str
+    status: str
+    reason: str = ""
+
+
+def available_variants(device: torch.device | str | None = None) -> list[Availability]:
+    """Every variant, and whether it can run on `device` (default: the current CUDA device, else the CPU) – or why not."""
+    import torch
+
+    from . import capability
+    from .plan import refusal
+
+    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    index = device.index if device.index is not None else torch.cuda.current_device() if device.type == "cuda" else -1
+    machine = capability.of_device(device.type, index)
+    found = []
+    for variant in VARIANTS.values():
+        error = refusal(variant, machine, capability.forced_arch() or 0)
+        status = "ready" if error is None else "missing" if isinstance(error, KernelMissing) else "unsupported"
+        found.append(Availability(variant.name, variant.summary, status, error.reason if error else ""))
+    return found
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which variant a call gets and why; `rejected` lists the candidates before it, each with its reason."""
+
+    variant: str
+    reason: str
+    rejected: tuple[tuple[str, str], ...]
+    device: str
+
+    def __str__(self) -> str:
+        lines = [f"{self.variant} on {self.device}: {self.reason}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.rejected]
+        return "\n".join(lines)
+
+
+def explain(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tensor_layout: str = "HND",
+    is_causal: bool = False,
+    sm_scale: float | None = None,
+    return_lse: bool = False,
+    *,
+    attn_mask: torch.Tensor | None = None,
+    smooth_k: bool = True,
+    variant: str = "auto",
+) -> Explanation:
+    """What `sageattn` would do with this call; nothing runs. Same arguments, same errors."""
+    from . import ops
+
+    call = ops.prepare(
+        q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse,
+        variant=_default_variant(variant),
+    )  # fmt: skip
+    return Explanation(call.plan.variant.name, call.plan.reason, call.plan.rejected, ops.machine(call.problem).name)
+
+
+def _default_variant(variant: str) -> str:
+    import os
+
+    return os.environ.get("SAGEATTENTION_VARIANT") or variant if variant == "auto" else variant
+
+
+def _call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tensor_layout: str,
+    is_causal: bool,
+    sm_scale: float | None,
+    return_lse: bool,
+    attn_mask: torch.Tensor | None,
+    variant: str,
+    accum: str = "",
+) -> Output:
+    from . import ops
+
+    call = ops.prepare(
+        q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse,
+        variant=variant, accum=accum,
+    )  # fmt: skip
+    out, lse = ops.run(call)
+    return (out, lse) if return_lse else out

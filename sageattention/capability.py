@@ -1,0 +1,57 @@
+"""What the machine has, as plain data: the second input of `plan()`. Looked up once per device, never at import."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import NamedTuple
+
+from .errors import Unsupported
+
+
+class Capability(NamedTuple):
+    """A device as the planner sees it. `arch` is 10·major + minor of its compute capability, 0 where it has none."""
+
+    device: str  # "cuda" or "cpu" (or any other torch device type)
+    arch: int = 0
+    multiprocessors: int = 0
+    triton: str = "none"  # "native", "interpret" (TRITON_INTERPRET=1) or "none"
+    name: str = ""
+
+
+def forced_arch() -> int | None:
+    """The kernel family that `SAGEATTENTION_ARCH` (such as "80" or "sm_80") asks for, for tests and benchmarks.
+
+    Raises:
+        Unsupported: the variable does not hold a compute capability.
+    """
+    text = os.environ.get("SAGEATTENTION_ARCH", "")
+    if not text:
+        return None
+    digits = text.lower().removeprefix("sm_").rstrip("af")
+    if not digits.isdecimal():
+        raise Unsupported("SAGEATTENTION_ARCH", f"got {text!r}, accepted is a compute capability such as '80' or 'sm_80'")
+    return int(digits)
+
+
+def triton_mode() -> str:
+    """How Triton would run here: "native", "interpret" or "none"."""
+    if importlib.util.find_spec("triton") is None:
+        return "none"
+    return "interpret" if os.environ.get("TRITON_INTERPRET") == "1" else "native"
+
+
+@functools.cache
+def of_device(device: str, index: int) -> Capability:
+    """The capability of a torch device. For CUDA this initialises CUDA; for any other device it does not."""
+    if device != "cuda":
+        return Capability(device, triton=triton_mode(), name=device)
+    import torch
+
+    if torch.version.hip:  # ROCm builds call their devices "cuda"; our kernels are for NVIDIA's
+        return Capability("rocm", name=torch.cuda.get_device_name(index))
+    properties = torch.cuda.get_device_properties(index)
+    return Capability(
+        "cuda", 10 * properties.major + properties.minor, properties.multi_processor_count, triton_mode(), properties.name
+    )

@@ -1,0 +1,135 @@
+"""Runs a plan: the one place where a problem, its plan and its tensors meet."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from . import capability, reference
+from .capability import Capability
+from .plan import Plan, plan
+from .problem import Problem
+
+if TYPE_CHECKING:
+    pass
+
+
+class Call(NamedTuple):
+    """One checked attention call: its tensors, what it is, and what will run it."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None  # broadcastable to [B, H, Nq, Nk], always 4-D
+    problem: Problem
+    plan: Plan
+
+
+Result = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def prepare(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    tensor_layout: str,
+    is_causal: bool,
+    attn_mask: torch.Tensor | None,
+    sm_scale: float | None,
+    return_lse: bool,
+    variant: str,
+    accum: str = "",
+) -> Call:
+    """Validate a call and plan it; nothing runs.
+
+    Raises:
+        Unsupported, KernelMissing: as `Problem.from_tensors` and `plan`.
+    """
+    problem = Problem.from_tensors(
+        q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse
+    )
+    if attn_mask is not None and attn_mask.dim() < 4:
+        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
+    return Call(q, k, v, attn_mask, problem, plan_for(problem, variant, accum))
+
+
+def plan_for(problem: Problem, variant: str, accum: str = "") -> Plan:
+    """`plan()` for the machine at hand, honouring `SAGEATTENTION_ARCH`."""
+    return plan(problem, machine(problem), variant, accum, capability.forced_arch() or 0)
+
+
+def machine(problem: Problem) -> Capability:
+    """The capability of the device a problem's tensors are on."""
+    return capability.of_device(problem.device, problem.device_index)
+
+
+def run(call: Call) -> Result:
+    """Compute a prepared call: (out in q's layout and dtype, lse [B, H, Nq] fp32 or None)."""
+    if call.problem.empty:
+        return _empty(call)
+    return _RUNNERS[call.plan.variant.backend](call)
+
+
+def _empty(call: Call) -> Result:
+    out = torch.zeros_like(call.q, memory_format=torch.contiguous_format)
+    if not call.problem.return_lse:
+        return out, None
+    p = call.problem
+    return out, torch.full((p.batch, p.heads_q, p.len_q), -torch.inf, dtype=torch.float32, device=call.q.device)
+
+
+def _run_sdpa(call: Call) -> Result:
+    q, k, v = _to_hnd(call)
+    p = call.problem
+    if p.return_lse:
+        return _run_sdpa_with_lse(call, q, k, v)
+    mask = call.mask
+    if mask is not None and p.mask == "additive":
+        mask = mask.to(q.dtype)
+    causal = p.causal
+    if causal and mask is not None:
+        mask, causal = _with_causal(mask, p), False
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=causal, scale=p.sm_scale, enable_gqa=p.heads_q != p.heads_kv
+    )
+    return _from_hnd(out, call), None
+
+
+def _with_causal(mask: torch.Tensor, p: Problem) -> torch.Tensor:
+    keep = torch.ones(p.len_q, p.len_kv, dtype=torch.bool, device=mask.device).tril()
+    return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, -torch.inf)
+
+
+def _run_sdpa_with_lse(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
+    """SDPA does not hand its log-sum-exp out: the oracle's formula, in fp64, for the rare caller that asks."""
+    p = call.problem
+    out, lse = reference.oracle(q, k, v, is_causal=p.causal, attn_mask=call.mask, sm_scale=p.sm_scale)
+    return _from_hnd(out.to(q.dtype), call), lse.float()
+
+
+def _run_reference(call: Call) -> Result:
+    q, k, v = _to_hnd(call)
+    p = call.problem
+    out, lse = reference.emulate(q, k, v, call.plan.scheme, is_causal=p.causal, attn_mask=call.mask, sm_scale=p.sm_scale)
+    return _from_hnd(out, call), lse if p.return_lse else None
+
+
+def _run_triton(call: Call) -> Result:
+    from . import triton_ops
+
+    return triton_ops.run(call)
+
+
+_RUNNERS = {"sdpa": _run_sdpa, "reference": _run_reference, "triton": _run_triton}
+
+
+def _to_hnd(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if call.problem.layout == "HND":
+        return call.q, call.k, call.v
+    return call.q.transpose(1, 2), call.k.transpose(1, 2), call.v.transpose(1, 2)
+
+
+def _from_hnd(out: torch.Tensor, call: Call) -> torch.Tensor:
+    return out if call.problem.layout == "HND" else out.transpose(1, 2).contiguous()

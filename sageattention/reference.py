@@ -1,0 +1,236 @@
+"""What attention is (`oracle`, fp64) and what a variant's rounding makes of it (`emulate`), in plain PyTorch.
+
+Both take [B, H, N, D] tensors on any device. The emulation follows its `Scheme` step by step: the rotation, the anchor, the
+INT8 rounding of Q and K with their scales, the online softmax over KV tiles, the types of P and V and of the
+accumulator, and the interval at which it is promoted. The kernels are tested against it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from . import hadamard
+from .variants import AMAX_MIN, INT8_MAX, LOG2E, MASK_LIMIT, SCORE_LIMIT, Scheme, anchor_stride, pad_head_dim
+
+LN2 = math.log(2.0)
+E4M3_MAX = 448.0
+FP8_ACCUMULATOR_BITS = 14  # significand bits that Hopper's FP8 wgmma keeps while it accumulates (measured)
+
+
+def oracle(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    is_causal: bool = False,
+    attn_mask: torch.Tensor | None = None,
+    sm_scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in fp64, one (batch, head) at a time.
+
+    Args:
+        q: [B, Hq, Nq, D]; k, v: [B, Hkv, Nk, D], Hq a multiple of Hkv.
+        attn_mask: bool (True keeps) or additive, broadcastable to [B, Hq, Nq, Nk].
+
+    Returns:
+        (out [B, Hq, Nq, D], lse [B, Hq, Nq] in natural log), both fp64. A fully masked row gives 0 and −inf.
+    """
+    batch, heads, len_q, head_dim = q.shape
+    scale = head_dim**-0.5 if sm_scale is None else sm_scale
+    group = heads // k.shape[1] if heads else 1
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float64, device=q.device)
+    for b in range(batch):
+        for h in range(heads):
+            scores = q[b, h].double() @ k[b, h // group].double().T * scale
+            scores = _apply_mask(scores, _mask_of(attn_mask, b, h), is_causal, factor=1.0, limit=math.inf)
+            lse[b, h] = torch.logsumexp(scores, -1)
+            weights = torch.exp(scores - lse[b, h].nan_to_num(neginf=0.0)[:, None])
+            out[b, h] = weights @ v[b, h // group].double()
+    return out, lse
+
+
+def emulate(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scheme: Scheme,
+    *,
+    is_causal: bool = False,
+    attn_mask: torch.Tensor | None = None,
+    sm_scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention as a variant with this `Scheme` computes it.
+
+    Returns:
+        (out [B, Hq, Nq, D] in q's dtype, lse [B, Hq, Nq] fp32 in natural log).
+    """
+    batch, heads, len_q, head_dim = q.shape
+    scale = head_dim**-0.5 if sm_scale is None else sm_scale
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    group = heads // k.shape[1] if heads else 1
+    for b in range(batch):
+        for h in range(heads):
+            if h % group == 0:
+                keys, values = quantise_k(k[b, h // group], scheme), quantise_v(v[b, h // group], scheme)
+            o, lse[b, h] = _attend_head(q[b, h], keys, values, scheme, _mask_of(attn_mask, b, h), is_causal, scale)
+            limit = torch.finfo(q.dtype).max
+            out[b, h] = o[:, :head_dim].clamp(-limit, limit).to(q.dtype)
+    return out, lse
+
+
+def rotate(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """[N, d] of any dtype to fp32 [N, D]: zero-padded to a compiled head dimension and multiplied by the scheme's rotation."""
+    head_dim = pad_head_dim(x.shape[-1])
+    x = torch.nn.functional.pad(x.float(), (0, head_dim - x.shape[-1]))
+    if scheme.rotate:
+        return x @ hadamard.matrix(head_dim).to(x.device)
+    return x * (0.5 * head_dim**-0.5)  # the rotation's gain, so that the score scale is one formula
+
+
+def quantise_k(k: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """K of one head, [N, d], to (k8 [N, D] as integers in fp32, scale [N, 1], rotated anchor [D])."""
+    rotated = rotate(k, scheme)
+    sample = k[:: anchor_stride(k.shape[0])].float()
+    anchor = rotate((sample / sample.shape[0]).sum(0, keepdim=True), scheme)
+    shifted = rotated - anchor
+    amax = shifted.abs().amax(-1, keepdim=True)
+    if scheme.k_scale != "token":
+        amax = _share(amax, scheme)
+    k8, scale = _int8(shifted, amax)
+    return k8, scale, anchor[0]
+
+
+def quantise_v(v: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """V of one head, [N, d], to (values [N, D] rounded to the scheme's type, in fp32; scale [D]; mean [D])."""
+    head_dim = pad_head_dim(v.shape[-1])
+    x = torch.nn.functional.pad(v.float(), (0, head_dim - v.shape[-1]))
+    mean = (x / x.shape[0]).sum(0) if scheme.v_mean else torch.zeros(head_dim, device=v.device)
+    if scheme.v_mean:
+        x = 0.5 * x - 0.5 * mean  # halves: the difference of two values near 3e38 is finite
+    amax = x.abs().amax(0)
+    x = x * torch.where(amax > AMAX_MIN, scheme.v_max / amax.clamp_min(AMAX_MIN), 0.0)
+    scale = amax * ((2.0 if scheme.v_mean else 1.0) / scheme.v_max)
+    if scheme.pv == "fp16":
+        x = x.half().float()
+    elif scheme.pv == "fp8":
+        x = _e4m3(x)
+    else:
+        x = x.round()
+    return x, scale, mean
+
+
+def _share(amax: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """The largest amax among the keys that share a scale; a last, partial tile is filled up with zeros."""
+    tokens, tile = amax.shape[0], scheme.kv_tile
+    padded = torch.nn.functional.pad(amax[:, 0], (0, -tokens % tile)).view(-1, tile // 8, 4, 2)
+    dims = (1, 3) if scheme.k_scale == "fragment" else (1, 2, 3)
+    return padded.amax(dims, keepdim=True).expand_as(padded).reshape(-1)[:tokens, None]
+
+
+def _int8(x: torch.Tensor, amax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    inverse = torch.where(amax > AMAX_MIN, INT8_MAX / amax.clamp_min(AMAX_MIN), 0.0)
+    return (x * inverse).round(), amax * (1 / INT8_MAX)
+
+
+def _e4m3(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+
+
+def _mask_of(mask: torch.Tensor | None, b: int, h: int) -> torch.Tensor | None:
+    """The [Nq or 1, Nk or 1] slice of a broadcastable mask that belongs to batch b, head h."""
+    if mask is None:
+        return None
+    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+    return mask[b if mask.shape[0] > 1 else 0, h if mask.shape[1] > 1 else 0]
+
+
+def _apply_mask(scores: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, factor: float, limit: float) -> torch.Tensor:
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -math.inf)
+    elif mask is not None:
+        bias = mask.to(scores.dtype)
+        finite = (bias * factor).clamp(-limit, limit)
+        scores = scores + torch.where(bias == -math.inf, bias, finite)
+    if is_causal:
+        scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -math.inf)
+    return scores
+
+
+def _attend_head(
+    q: torch.Tensor,
+    keys: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    values: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scheme: Scheme,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    sm_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    k8, k_scale, anchor = keys
+    v, v_scale, v_mean = values
+    tokens, head_dim = k8.shape
+    rotated = rotate(q, scheme) * math.copysign(1.0, sm_scale)
+    amax = rotated.abs().amax(-1, keepdim=True)
+    q8, q_scale = _int8(rotated, amax)
+    factor = abs(sm_scale) * hadamard.gain(head_dim)
+    largest = k_scale.amax().clamp_min(AMAX_MIN) if tokens else torch.ones((), device=q.device)
+    q_scale = torch.minimum(q_scale * (factor * LOG2E), SCORE_LIMIT / (INT8_MAX**2 * head_dim) / largest)
+
+    m = torch.full_like(q_scale, -math.inf)
+    l = torch.zeros_like(q_scale)
+    out = torch.zeros(q.shape[0], head_dim, device=q.device)
+    acc = torch.zeros_like(out)  # the MMA accumulator, where it is not `out` itself
+    rows = torch.arange(q.shape[0], device=q.device)[:, None]
+    for start in range(0, tokens, scheme.kv_tile):
+        stop = min(start + scheme.kv_tile, tokens)
+        s = (q8 @ k8[start:stop].T) * k_scale[start:stop].T * q_scale
+        s = _apply_mask(s, None if mask is None else mask[:, start:stop] if mask.shape[1] > 1 else mask, False, LOG2E, MASK_LIMIT)
+        if is_causal:
+            s = s.masked_fill(rows < torch.arange(start, stop, device=q.device), -math.inf)
+        tile_max = s.amax(-1, keepdim=True)
+        new = torch.maximum(m, tile_max)
+        alpha = torch.exp2(m - _finite(new))
+        against = tile_max if scheme.p_tile_max else new
+        p = _round_p(torch.exp2(s - _finite(against)) * scheme.p_max, scheme)
+        weight = torch.exp2(tile_max - _finite(new)) if scheme.p_tile_max else 1.0
+        l = l * alpha + p.sum(-1, keepdim=True) * weight
+        acc, out, m = _accumulate(acc * alpha, p, v[start:stop], scheme), out * alpha, new
+        if scheme.promote == 0 or stop % scheme.promote == 0 or stop == tokens:
+            out, acc = out + acc * weight, torch.zeros_like(acc)
+    out = torch.where(l > 0, out / l.clamp_min(1e-30) * v_scale + v_mean, 0.0)
+    shift = (rotated @ anchor)[:, None] * factor
+    lse = torch.where(l > 0, LN2 * (m + torch.log2(l.clamp_min(1e-30) / scheme.p_max)) + shift, -math.inf)
+    return out, lse[:, 0]
+
+
+def _finite(maximum: torch.Tensor) -> torch.Tensor:
+    """A row maximum to subtract: 0 where the row is masked so far, so that −inf − (−inf) never happens."""
+    return torch.where(maximum == -math.inf, 0.0, maximum)
+
+
+def _round_p(p: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    if scheme.pv == "fp16":
+        return p.half().float()
+    return _e4m3(p) if scheme.pv == "fp8" else p.round()
+
+
+def _accumulate(acc: torch.Tensor, p: torch.Tensor, v: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """acc + p @ v in the accumulator's type, one MMA depth at a time where that type rounds."""
+    if scheme.accumulate in ("fp32", "int32"):
+        return acc + p @ v
+    step, narrow = (32, _narrow_fp8) if scheme.accumulate == "fp8" else (16, _narrow_fp16)
+    for start in range(0, v.shape[0], step):
+        acc = narrow(acc + p[:, start : start + step] @ v[start : start + step])
+    return acc
+
+
+def _narrow_fp16(x: torch.Tensor) -> torch.Tensor:
+    return x.half().float()
+
+
+def _narrow_fp8(x: torch.Tensor) -> torch.Tensor:
+    """Cut off, not rounded, after `FP8_ACCUMULATOR_BITS` significand bits: what makes coherent sums shrink."""
+    keep = 24 - FP8_ACCUMULATOR_BITS
+    return (x.contiguous().view(torch.int32) >> keep << keep).view(torch.float32)
