@@ -7,7 +7,7 @@ import importlib.util
 import os
 from typing import NamedTuple
 
-from .errors import Unsupported
+from . import images
 
 
 class Capability(NamedTuple):
@@ -21,18 +21,12 @@ class Capability(NamedTuple):
 
 
 def forced_arch() -> int | None:
-    """The kernel family that `SAGEATTENTION_ARCH` (such as "80" or "sm_80") asks for, for tests and benchmarks.
+    """The kernel family that `SAGEATTENTION_ARCH` (such as "80", "sm_80" or "compute_80") asks for, for tests and benchmarks.
 
     Raises:
         Unsupported: the variable does not hold a compute capability.
     """
-    text = os.environ.get("SAGEATTENTION_ARCH", "")
-    if not text:
-        return None
-    digits = text.lower().removeprefix("sm_").rstrip("af")
-    if not digits.isdecimal():
-        raise Unsupported("SAGEATTENTION_ARCH", f"got {text!r}, accepted is a compute capability such as '80' or 'sm_80'")
-    return int(digits)
+    return images.forced()[0] or None
 
 
 def triton_mode() -> str:
@@ -52,6 +46,4 @@ def of_device(device: str, index: int) -> Capability:
     if torch.version.hip:  # ROCm builds call their devices "cuda"; our kernels are for NVIDIA's
         return Capability("rocm", name=torch.cuda.get_device_name(index))
     properties = torch.cuda.get_device_properties(index)
-    return Capability(
-        "cuda", 10 * properties.major + properties.minor, properties.multi_processor_count, triton_mode(), properties.name
-    )
+    return Capability("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count, triton_mode(), properties.name)

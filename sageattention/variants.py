@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .images import Image
+
 HEAD_DIMS = (64, 128, 256)  # the compiled head dimensions; a real one is zero-padded to the next of these inside the kernels
 INT8_MAX = 127
 LOG2E = 1.4426950408889634
@@ -124,6 +126,7 @@ CUDA_FP8 = Variant("sageattn_qk_int8_pv_fp8_cuda", "cuda", "INT8 QKᵀ, FP8 PV f
 CUDA_FP8_SM90 = Variant("sageattn_qk_int8_pv_fp8_cuda_sm90", "cuda", "INT8 QKᵀ, FP8 PV for Hopper", min_arch=90, archs=(90,))
 CUDA_INT8 = Variant("sageattn_qk_int8_pv_int8_cuda", "cuda", "both products in INT8, for cards without FP8", min_arch=75)
 
-VARIANTS: dict[str, Variant] = {
-    v.name: v for v in (SDPA, REFERENCE, TRITON_FP16, CUDA_FP16, CUDA_FP8, CUDA_FP8_SM90, CUDA_INT8)
-}
+VARIANTS: dict[str, Variant] = {v.name: v for v in (SDPA, REFERENCE, TRITON_FP16, CUDA_FP16, CUDA_FP8, CUDA_FP8_SM90, CUDA_INT8)}
+
+# What `csrc/build.py` compiles: every kernel image, for every architecture.
+IMAGES: tuple[Image, ...] = ()

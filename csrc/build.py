@@ -1,0 +1,317 @@
+"""Build the kernel images: the table in `sageattention/variants.py` and this folder's sources become `sageattention/kernels/`.
+
+    python csrc/build.py                     what has changed
+    python csrc/build.py --arch sm_80        one architecture; --only NAME: one image
+    python csrc/build.py --check             no compiler: is every committed image there, whole, and built from these sources?
+    python csrc/build.py --verify            compile everything again and compare byte for byte
+    python csrc/build.py --sample [N]        the same for one image of each architecture, another one for each N (today's number)
+
+Each image is one translation unit, generated here: the source named in the table, assertions that its parameter structs are
+laid out as their Python twins, and one extern "C" kernel per entry. Images are xz files; `manifest.json` tells for each what it
+was built from and what its kernels take. The same inputs give the same bytes anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import importlib
+import json
+import lzma
+import os
+import re
+import sys
+import time
+import types
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent
+sys.path.insert(0, str(CSRC))  # for worker processes, which import this file by its path
+
+import nvrtc  # noqa: E402
+
+PACKAGE = CSRC.parent / "sageattention"
+KERNELS = PACKAGE / "kernels"
+MANIFEST = "manifest.json"
+OPTIONS = ["--std=c++17"]
+# The window covers the largest image; a larger preset's 64 MiB would be allocated again at every load.
+XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 22}]
+_INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
+
+
+class BuildError(Exception):
+    """An image can't be built, or is not what the sources give."""
+
+
+def load_table() -> tuple:
+    """`IMAGES` of sageattention/variants.py, read without importing the package itself, which would want torch."""
+    name = "_sageattention_tables"
+    if name not in sys.modules:
+        package = types.ModuleType(name)
+        package.__path__ = [str(PACKAGE)]
+        sys.modules[name] = package
+    images = importlib.import_module(f"{name}.variants").IMAGES
+    paths = [i.path for i in images]
+    symbols = [(i.path, e.symbol) for i in images for e in i.entries]
+    for what, keys in (("image", paths), ("kernel", symbols)):
+        twice = sorted({str(k) for k in keys if keys.count(k) > 1})
+        if twice:
+            raise BuildError(f"variants.IMAGES names one {what} twice: {', '.join(twice)}")
+    return images
+
+
+def translation_unit(image) -> str:
+    """The text that is compiled for an image."""
+    structs = {entry.params.__name__: entry.params for entry in image.entries}
+    lines = [f'#include "{image.source}"', "namespace sage {"]
+    for name, struct in structs.items():
+        same = "has another layout than its Python twin"
+        lines.append(f'static_assert(sizeof({name}) == {ctypes.sizeof(struct)}, "{name} {same}");')
+        for field, *_ in struct._fields_:
+            place, at = getattr(struct, field), f"(({name}*)0)->{field}"
+            # NVRTC has no offsetof; __INTADDR__ is what its front end turns that into.
+            lines.append(
+                f'static_assert(__INTADDR__(&({at})) == {place.offset} && sizeof({at}) == {place.size}, "{name}::{field} {same}");'
+            )
+    lines += [
+        f'extern "C" __global__ void __launch_bounds__({e.threads}, {e.min_blocks})\n'
+        f"{e.symbol}(const __grid_constant__ {e.params.__name__} p) {{ {e.expression}(p); }}"
+        for e in image.entries
+    ]
+    return "\n".join([*lines, "}  // namespace sage", ""])
+
+
+def include_closure(source: str, csrc: Path = CSRC) -> dict[str, str]:
+    """Every file of `csrc` that `source` includes, itself first, with its text. Line ends are normalised."""
+    found: dict[str, str] = {}
+    queue = [csrc / source]
+    while queue:
+        path = queue.pop().resolve()
+        key = path.relative_to(csrc.resolve()).as_posix()
+        if key in found:
+            continue
+        found[key] = path.read_text(encoding="utf-8").replace("\r\n", "\n")
+        for name in _INCLUDE.findall(found[key]):
+            place = next((p for p in (path.parent / name, csrc / name) if p.is_file()), None)
+            if place is None:
+                raise BuildError(f'{key} includes "{name}", which is neither beside it nor in csrc/')
+            queue.append(place)
+    return found
+
+
+def source_hash(image, csrc: Path = CSRC) -> str:
+    """What the image depends on, as one sha256: compiler, options, generated text and all included files."""
+    digest = hashlib.sha256()
+    parts = [nvrtc.VERSION, image.arch, *OPTIONS, *image.options, translation_unit(image)]
+    for key, text in sorted(include_closure(image.source, csrc).items()):
+        parts += [key, text]
+    for part in parts:
+        digest.update(hashlib.sha256(part.encode()).digest())
+    return digest.hexdigest()
+
+
+def compile_image(job: tuple[str, str, str, list[str], str]) -> tuple[bytes, dict[str, nvrtc.Usage], str, float]:
+    """Worker: one translation unit to (image, usage by symbol, warnings, seconds). `job` is plain text, so any process can run it."""
+    text, name, arch, options, csrc = job
+    start = time.perf_counter()
+    image, usage, warnings = nvrtc.compile_text(text, name, arch, [*OPTIONS, *options, f"--include-path={csrc}"])
+    return image, usage, warnings, time.perf_counter() - start
+
+
+def compile_all(images: Iterable, jobs: int, csrc: Path = CSRC, say: Callable[[str], None] = print):
+    """Compile images in `jobs` processes; yields (image, bytes, usage) as they are done, and tells progress.
+
+    Raises:
+        BuildError: after all others are done, with every refused source's log.
+    """
+    images, failed = list(images), []
+    with ProcessPoolExecutor(max(1, min(jobs, len(images) or 1))) as pool:
+        pending = {
+            pool.submit(compile_image, (translation_unit(i), f"{i.name}.image.cu", i.arch, list(i.options), str(csrc))): i for i in images
+        }
+        for count, future in enumerate(as_completed(pending), 1):
+            image = pending[future]
+            head = f"[{count:3}/{len(images)}] {image.path:44}"
+            try:
+                binary, usage, warnings, seconds = future.result()
+            except nvrtc.CompileError as error:
+                failed.append(str(error))
+                say(f"{head} FAILED")
+                continue
+            registers = max((u.registers for u in usage.values()), default=0)
+            say(f"{head} {seconds:6.1f} s  {len(image.entries):2} kernels  {f'≤ {registers} registers' if registers else 'PTX'}")
+            if warnings:
+                say(warnings)
+            yield image, binary, usage
+    if failed:
+        raise BuildError("\n".join(failed))
+
+
+def spilling(image, usage: dict[str, nvrtc.Usage]) -> list[str]:
+    """Kernels that use local memory: a value in a main loop that leaves the registers costs more than any tile gains."""
+    return [
+        f"{image.path}: {symbol} keeps {u.stack} bytes per thread in local memory ({u.spills} bytes of spill code, {u.registers} registers)"
+        for symbol, u in usage.items()
+        if u.stack or u.spills
+    ]
+
+
+def pack(image: bytes) -> bytes:
+    """An image as it is stored."""
+    return lzma.compress(image, format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC64, filters=XZ_FILTERS)
+
+
+def record(image, binary: bytes, usage: dict[str, nvrtc.Usage], source: str) -> dict:
+    """The image's part of the manifest. Registers and spills are null where only the driver will know them (PTX)."""
+    kernels = {}
+    for entry in image.entries:
+        used = usage.get(entry.symbol)
+        if used is None and not image.is_ptx:
+            raise BuildError(f"{image.path}: the assembler's report does not name {entry.symbol}")
+        kernels[entry.symbol] = {
+            "registers": used and used.registers,
+            "spills": used and used.stack + used.spills,
+            "smem_static": used and used.smem,
+            "smem_dynamic": entry.smem,
+            "threads": entry.threads,
+            "min_blocks": entry.min_blocks,
+            "params": ctypes.sizeof(entry.params),
+        }
+    return {
+        "name": image.name, "arch": image.arch, "family": image.tiles_of, "compiler": nvrtc.VERSION, "source": source,
+        "sha256": hashlib.sha256(binary).hexdigest(), "bytes": len(binary), "kernels": kernels,
+    }  # fmt: skip
+
+
+def read_manifest(kernels: Path = KERNELS) -> dict:
+    """The manifest's images by path; empty where there is none yet."""
+    path = kernels / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8"))["images"] if path.is_file() else {}
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(data)
+    os.replace(part, path)
+
+
+def write_manifest(images: dict, kernels: Path = KERNELS) -> None:
+    text = json.dumps({"format": 1, "images": dict(sorted(images.items()))}, indent=1, sort_keys=True)
+    _replace(kernels / MANIFEST, text.encode() + b"\n")
+
+
+def stored(path: str, kernels: Path = KERNELS) -> bytes | None:
+    """An image's bytes as they are in the package, or None where the file is missing or damaged."""
+    file = kernels / path
+    try:
+        return lzma.decompress(file.read_bytes(), format=lzma.FORMAT_XZ) if file.is_file() else None
+    except (lzma.LZMAError, EOFError):
+        return None
+
+
+def stale(image, manifest: dict, kernels: Path = KERNELS, csrc: Path = CSRC) -> str:
+    """Why an image has to be built again; empty where it has not."""
+    known = manifest.get(image.path)
+    if known is None:
+        return "not in the manifest"
+    if known["source"] != source_hash(image, csrc):
+        return "its sources, its entries or the compiler have changed"
+    if {s: k["smem_dynamic"] for s, k in known["kernels"].items()} != {e.symbol: e.smem for e in image.entries}:
+        return "its shared memory has changed"
+    data = stored(image.path, kernels)
+    if data is None:
+        return "the file is missing or damaged"
+    return "" if hashlib.sha256(data).hexdigest() == known["sha256"] else "the file is not the one in the manifest"
+
+
+def build(table: tuple, chosen: list, jobs: int, kernels: Path = KERNELS, csrc: Path = CSRC, say: Callable[[str], None] = print) -> int:
+    """Build what is stale among `chosen`, drop what the table no longer names. Returns the number of images built.
+
+    Raises:
+        BuildError: a source does not compile, or a kernel spills; images that are fine are written all the same.
+    """
+    manifest, names = read_manifest(kernels), {i.path for i in table}
+    for path in [p for p in manifest if p not in names]:
+        del manifest[path]
+    wanted = [(i, why) for i in chosen if (why := stale(i, manifest, kernels, csrc))]
+    say(f"{len(chosen) - len(wanted)} images are up to date, {len(wanted)} to build")
+    bad: list[str] = []
+    try:
+        for image, binary, usage in compile_all((i for i, _ in wanted), jobs, csrc, say):
+            if spilled := spilling(image, usage):
+                bad += spilled
+                continue
+            _replace(kernels / image.path, pack(binary))
+            manifest[image.path] = record(image, binary, usage, source_hash(image, csrc))
+    finally:
+        write_manifest(manifest, kernels)
+    for path in sorted(kernels.glob("*/*.xz")):
+        if path.relative_to(kernels).as_posix() not in names:
+            say(f"removed {path.relative_to(kernels).as_posix()}: the table does not name it")
+            path.unlink()
+    if bad:
+        raise BuildError("local memory in kernels:\n" + "\n".join(bad))
+    return len(wanted)
+
+
+def check(chosen: list, kernels: Path = KERNELS, csrc: Path = CSRC) -> list[str]:
+    """What --check finds: one line for each image that is not built from the present sources."""
+    manifest = read_manifest(kernels)
+    return [f"{i.path}: {why}" for i in chosen if (why := stale(i, manifest, kernels, csrc))]
+
+
+def verify(chosen: list, jobs: int, kernels: Path = KERNELS, csrc: Path = CSRC, say: Callable[[str], None] = print) -> list[str]:
+    """Compile again; one line for each image whose committed bytes differ from what its sources give."""
+    differing = check(chosen, kernels, csrc)
+    for image, binary, _ in compile_all(chosen, jobs, csrc, say):
+        if binary != stored(image.path, kernels):
+            differing.append(f"{image.path}: compiling it again gives other bytes")
+    return differing
+
+
+def sample(table: tuple, number: int) -> list:
+    """One image of each architecture, another one for each `number`."""
+    by_arch: dict[str, list] = {}
+    for image in table:
+        by_arch.setdefault(image.arch, []).append(image)
+    return [images[number % len(images)] for images in by_arch.values()]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Build the kernel images of sageattention.")
+    parser.add_argument("--arch", action="append", help="only this architecture, e.g. sm_80 or compute_80; may be repeated")
+    parser.add_argument("--only", action="append", help="only images of this name; may be repeated")
+    parser.add_argument("-j", "--jobs", type=int, default=2, help="processes (2)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="no compiler: compare the committed images with the sources' hashes")
+    what.add_argument("--verify", action="store_true", help="compile again and compare byte for byte")
+    what.add_argument("--sample", type=int, nargs="?", const=int(time.time() // 86400), help="--verify for one image per architecture")
+    args = parser.parse_args(argv)
+    start = time.perf_counter()
+    try:
+        table = load_table()
+        chosen = [i for i in table if (not args.arch or i.arch in args.arch) and (not args.only or i.name in args.only)]
+        if args.sample is not None:
+            chosen = sample(tuple(chosen), args.sample)
+        if not chosen:
+            raise BuildError("no image of variants.IMAGES has that architecture and name")
+        if args.check or args.verify or args.sample is not None:
+            differing = check(chosen) if args.check else verify(chosen, args.jobs)
+            print("\n".join(differing) or f"{len(chosen)} images are what the sources give")
+            return 1 if differing else 0
+        built = build(table, chosen, args.jobs)
+    except (BuildError, nvrtc.CompileError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    size = sum(p.stat().st_size for p in KERNELS.glob("*/*.xz"))
+    print(f"built {built} images in {time.perf_counter() - start:.1f} s; {len(table)} in all, {size / 2**20:.2f} MiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
