@@ -1,0 +1,208 @@
+"""The shapes and input kinds that the kernels are judged on: one source for `check`, `bench`, the tests and the documents.
+
+Everything is seeded: one (kind, shape, dtype, device, seed) always gives the same tensors. The bounds are relative L2 errors
+against the fp64 oracle for bf16 inputs, output rounding (0.0017) included, one bound for each type of P and V. They are the best
+figures that other quantised attention kernels reach on these kinds; `docs/numerics.md` says where ours stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    Randn = Callable[..., torch.Tensor]
+    QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention shape; lengths are in tokens."""
+
+    name: str
+    batch: int
+    heads: int
+    len_q: int
+    len_kv: int
+    head_dim: int
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of both products, the customary 4·B·H·Nq·Nk·D."""
+        return 4 * self.batch * self.heads * self.len_q * self.len_kv * self.head_dim
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.batch}, {self.heads}, {self.len_q}, {self.len_kv}, {self.head_dim})"
+
+
+# What models ask for: images (Flux, Qwen-Image, SDXL, SD 1.5), their cross attention, WAN video at 480p, and two round shapes.
+SHAPES: dict[str, Shape] = {
+    s.name: s
+    for s in (
+        Shape("flux_512", 1, 24, 1536, 1536, 128),
+        Shape("flux_1024", 1, 24, 4608, 4608, 128),
+        Shape("qwen", 1, 24, 4347, 4347, 128),
+        Shape("sdxl_1024", 2, 10, 4096, 4096, 64),
+        Shape("sd15", 2, 8, 4096, 4096, 40),
+        Shape("sdxl_cross", 2, 10, 4096, 77, 64),
+        Shape("wan_cross", 1, 40, 32760, 512, 128),
+        Shape("wan_480p", 1, 40, 32760, 32760, 128),
+        Shape("hd64_16k", 4, 32, 16384, 16384, 64),
+        Shape("hd128_16k", 4, 32, 16384, 16384, 128),
+    )
+}
+
+ACCURACY = Shape("accuracy", 1, 8, 3001, 3001, 128)  # odd lengths: the last tile is never full
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of input.
+
+    Attributes:
+        build: (randn, shape) → q, k, v in fp32; `randn(*size)` draws from the seeded generator.
+        bounds: relative L2 error that a variant may have, by the type of its P and V ("fp16", "fp8", "int8").
+        gain: how far ⟨out, ref⟩ / ⟨ref, ref⟩ may be from 1, where that is what the kind is about.
+        len_kv: keys that the kind needs at full size; 0 leaves the shape's.
+    """
+
+    name: str
+    summary: str
+    build: Callable[[Randn, Shape], QKV]
+    bounds: dict[str, float]
+    gain: float | None = None
+    len_kv: int = 0
+
+    def sized(self, shape: Shape) -> Shape:
+        """`shape` with as many keys as this kind needs."""
+        return replace(shape, len_kv=self.len_kv) if self.len_kv else shape
+
+
+def _plain(randn: Randn, s: Shape) -> QKV:
+    kv = (s.batch, s.heads, s.len_kv, s.head_dim)
+    return randn(s.batch, s.heads, s.len_q, s.head_dim), randn(*kv), randn(*kv)
+
+
+def _channel_bias(randn: Randn, s: Shape) -> QKV:
+    q, k, v = _plain(randn, s)
+    per_channel = (s.batch, s.heads, 1, s.head_dim)
+    return q, k + 4 * randn(*per_channel), v + randn(*per_channel)
+
+
+def _heavy_tailed(randn: Randn, s: Shape) -> QKV:
+    q, k, v = _plain(randn, s)
+    channels = _chosen(randn(s.batch, s.heads, 1, s.head_dim), 4)
+    q, k = (t * (1 + 7 * channels) for t in (q, k))
+    q = q * (1 + 7 * _chosen(randn(s.batch, s.heads, s.len_q, 1).mT, 8).mT)
+    k = k * (1 + 7 * _chosen(randn(s.batch, s.heads, s.len_kv, 1).mT, 8).mT)
+    return q, k, v
+
+
+def _chosen(draw: torch.Tensor, count: int) -> torch.Tensor:
+    """1 at the `count` largest elements of each last-dimension row of `draw`, 0 elsewhere."""
+    count = min(count, draw.shape[-1])
+    return (draw >= draw.topk(count, dim=-1).values[..., -1:]).to(draw.dtype)
+
+
+def _large_v(randn: Randn, s: Shape) -> QKV:
+    q, k, v = _plain(randn, s)
+    return q, k, v * 3e5
+
+
+def _scaled(factor: float) -> Callable[[Randn, Shape], QKV]:
+    def build(randn: Randn, s: Shape) -> QKV:
+        q, k, v = _plain(randn, s)
+        return q * factor, k * factor, v
+
+    return build
+
+
+def _sink(randn: Randn, s: Shape) -> QKV:
+    q, k, v = _plain(randn, s)
+    direction = randn(s.batch, s.heads, 1, s.head_dim)
+    direction = direction / direction.norm(dim=-1, keepdim=True)
+    q = q + (s.head_dim**0.5 - (q * direction).sum(-1, keepdim=True)) * direction  # every q·direction is √D
+    k = k * 0.02
+    k[:, :, :1] = 8 * direction  # so this key's logit is 8 for every query, all others' about 0
+    return q, k, v + 1
+
+
+def _coherent_v(randn: Randn, s: Shape) -> QKV:
+    import torch
+
+    q, k, v = _plain(randn, s)
+    position = torch.linspace(0, 1, s.len_kv, device=v.device)[:, None]
+    period = 1 + torch.arange(s.head_dim, device=v.device) % 5
+    phase = randn(s.batch, s.heads, 1, s.head_dim)
+    return q, k, 1 + 0.5 * torch.sin(6.2832 * position * period + phase) + 0.05 * v
+
+
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("normal", "standard normal Q, K and V", _plain, {"fp16": 0.0110, "fp8": 0.0385, "int8": 0.0150}),
+        Kind("channel_bias", "K with a bias per channel, V with a mean", _channel_bias, {"fp16": 0.0020, "fp8": 0.0029, "int8": 0.0020}),
+        Kind(
+            "heavy_tailed",
+            "four channels of Q and K, and eight of their tokens, eight times larger",
+            _heavy_tailed,
+            {"fp16": 0.0211, "fp8": 0.0385, "int8": 0.0211},
+        ),
+        Kind("large_v", "V of the order 3e5, beyond fp16's range", _large_v, {"fp16": 0.0110, "fp8": 0.0385, "int8": 0.0150}),
+        Kind("peaked", "Q and K 16 times larger: one key takes all", _scaled(16.0), {"fp16": 0.200, "fp8": 0.200, "int8": 0.200}),
+        Kind("logits6", "logits with a standard deviation of 6 nats", _scaled(6**0.5), {"fp16": 0.030, "fp8": 0.040, "int8": 0.030}),
+        Kind(
+            "sink",
+            "one key 8 nats above a flat tail of 16 thousand",
+            _sink,
+            {"fp16": 0.0027, "fp8": 0.0060, "int8": 0.0027},
+            len_kv=16385,
+        ),
+        Kind(
+            "coherent_v",
+            "V of mean 1 that varies slowly along the tokens",
+            _coherent_v,
+            {"fp16": 0.0050, "fp8": 0.0050, "int8": 0.0050},
+            gain=0.005,
+            len_kv=32768,
+        ),
+    )
+}
+
+
+def make(
+    kind: str, shape: Shape, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q [B, H, Nq, D], k and v [B, H, Nk, D] of one kind, `shape` taken as it is, in `dtype` (default bf16).
+
+    Raises:
+        KeyError: no such kind.
+        ValueError: the kind's values do not fit `dtype`.
+    """
+    import torch
+
+    dtype = dtype or torch.bfloat16
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    q, k, v = (t.to(dtype) for t in KINDS[kind].build(randn, shape))
+    if not all(bool(t.isfinite().all()) for t in (q, k, v)):
+        raise ValueError(f"{kind!r} inputs do not fit into {dtype}")
+    return q, k, v
+
+
+def relative_l2(out: torch.Tensor, exact: torch.Tensor) -> float:
+    """‖out − exact‖ / ‖exact‖ over all elements, in fp64; NaN or Inf where `out` holds one."""
+    exact = exact.double()
+    return float((out.double() - exact).norm() / exact.norm())
+
+
+def gain(out: torch.Tensor, exact: torch.Tensor) -> float:
+    """⟨out, exact⟩ / ⟨exact, exact⟩: 1 where nothing shrinks, less where an accumulator loses coherent sums."""
+    exact = exact.double()
+    return float((out.double() * exact).sum() / exact.square().sum())
