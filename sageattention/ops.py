@@ -9,7 +9,10 @@ import torch
 from . import capability, reference
 from .capability import Capability
 from .plan import Plan, plan
+from .errors import Unsupported
 from .problem import Problem
+from .result import Result, result_like
+from .variants import TRITON_FP16
 
 if TYPE_CHECKING:
     pass
@@ -25,8 +28,6 @@ class Call(NamedTuple):
     problem: Problem
     plan: Plan
 
-
-Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def prepare(
@@ -50,9 +51,13 @@ def prepare(
     problem = Problem.from_tensors(
         q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse
     )
-    if attn_mask is not None and attn_mask.dim() < 4:
-        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
-    return Call(q, k, v, attn_mask, problem, plan_for(problem, variant, accum))
+    return Call(q, k, v, _four_dims(attn_mask), problem, plan_for(problem, variant, accum))
+
+
+def _four_dims(mask: torch.Tensor | None) -> torch.Tensor | None:
+    if mask is None or mask.dim() == 4:
+        return mask
+    return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
 
 
 def plan_for(problem: Problem, variant: str, accum: str = "") -> Plan:
@@ -68,16 +73,13 @@ def machine(problem: Problem) -> Capability:
 def run(call: Call) -> Result:
     """Compute a prepared call: (out in q's layout and dtype, lse [B, H, Nq] fp32 or None)."""
     if call.problem.empty:
-        return _empty(call)
+        return _empty(call.q, call.problem)
     return _RUNNERS[call.plan.variant.backend](call)
 
 
-def _empty(call: Call) -> Result:
-    out = torch.zeros_like(call.q, memory_format=torch.contiguous_format)
-    if not call.problem.return_lse:
-        return out, None
-    p = call.problem
-    return out, torch.full((p.batch, p.heads_q, p.len_q), -torch.inf, dtype=torch.float32, device=call.q.device)
+def _empty(q: torch.Tensor, problem: Problem) -> Result:
+    out, lse = result_like(q, problem)
+    return out.zero_(), None if lse is None else lse.fill_(-torch.inf)
 
 
 def _run_sdpa(call: Call) -> Result:
@@ -133,3 +135,56 @@ def _to_hnd(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def _from_hnd(out: torch.Tensor, call: Call) -> torch.Tensor:
     return out if call.problem.layout == "HND" else out.transpose(1, 2).contiguous()
+
+
+def run_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    is_causal: bool,
+    sm_scale: float | None,
+) -> torch.Tensor:
+    """`sageattn_varlen`: through the Triton variant, the one that reads packed sequences in place."""
+    problem = Problem.from_packed(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, sm_scale=sm_scale
+    )
+    chosen = plan_for(problem, TRITON_FP16.name)
+    if problem.empty:
+        return torch.zeros_like(q, memory_format=torch.contiguous_format)
+    from . import triton_ops
+
+    return triton_ops.run_packed(q, k, v, triton_ops.Packed(cu_seqlens_q, cu_seqlens_k), problem, chosen)
+
+
+def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str, variant: str) -> QuantizedKV:
+    """The first half of a call: K and V quantised, all heads at once."""
+    problem = Problem.from_tensors(k, k, v, tensor_layout=tensor_layout)
+    chosen = plan_for(problem, variant)
+    if chosen.variant.backend != "triton":
+        raise Unsupported("variant", f"{chosen.variant.name} ({chosen.reason}) keeps no quantised K and V; name one that does")
+    from . import triton_ops
+
+    return triton_ops.quantize(k, v, problem, chosen, 0, problem.batch * problem.heads_kv)
+
+
+def attend(
+    q: torch.Tensor,
+    kv: QuantizedKV,
+    *,
+    is_causal: bool,
+    sm_scale: float | None,
+    return_lse: bool,
+    attn_mask: torch.Tensor | None,
+) -> Result:
+    """The second half: q against a `QuantizedKV`."""
+    from . import triton_ops
+
+    problem = kv.problem.with_query(q, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse)
+    if problem.empty:
+        return _empty(q, problem)
+    return triton_ops.attend_all(q, kv, problem, _four_dims(attn_mask))

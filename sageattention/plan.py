@@ -37,6 +37,7 @@ class Plan:
     variant: Variant
     reason: str
     rejected: tuple[tuple[str, str], ...] = ()
+    arch: int = 0  # the kernel family: the device's compute capability, or a forced one
     head_dim: int = 0  # compiled, padded head dimension
     tile: Tile | None = None
     scheme: Scheme | None = None
@@ -109,13 +110,13 @@ def _fit(problem: Problem, capability: Capability, variant: Variant, accum: str,
             raise Unsupported("pv_accum_dtype", f"got {accum!r}, {variant.name} accepts {', '.join(map(repr, variant.accum))}")
         scheme = variant.accum[accum]
     if scheme is None:
-        return Plan(variant, reason)
+        return Plan(variant, reason, arch=arch)
     head_dim = pad_head_dim(problem.head_dim)
     if not variant.tiles:
-        return Plan(variant, reason, head_dim=head_dim, scheme=scheme)
+        return Plan(variant, reason, (), arch, head_dim, scheme=scheme)
     tile = variant.tile(arch, head_dim)
     return Plan(
-        variant, reason, (), head_dim, tile, replace(scheme, kv_tile=tile.block_n), _heads_per_group(problem, scheme, head_dim, tile)
+        variant, reason, (), arch, head_dim, tile, replace(scheme, kv_tile=tile.block_n), _heads_per_group(problem, scheme, head_dim, tile)
     )
 
 

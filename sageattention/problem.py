@@ -83,6 +83,35 @@ class Problem(NamedTuple):
             _scale(sm_scale, head_dim), bool(return_lse),
         )  # fmt: skip
 
+    def with_query(
+        self,
+        q: torch.Tensor,
+        *,
+        is_causal: bool = False,
+        attn_mask: torch.Tensor | None = None,
+        sm_scale: float | None = None,
+        return_lse: bool = False,
+    ) -> Problem:
+        """This problem's k and v, which were checked and may be gone, with another q: check it and describe the call.
+
+        Raises:
+            Unsupported: as `from_tensors`.
+        """
+        _check_rank(4, self.layout, q=q)
+        heads, tokens = (1, 2) if self.layout == "HND" else (2, 1)
+        given = (q.shape[0], q.shape[3], _dtype_name(q), q.device.type, -1 if q.device.index is None else q.device.index)
+        quantised = (self.batch, self.head_dim, self.dtype, self.device, self.device_index)
+        if given != quantised:
+            raise Unsupported("q", f"its (batch, head_dim, dtype, device, index) is {given}, the quantised k and v's is {quantised}")
+        _check_heads(q.shape[heads], self.heads_kv)
+        mask = "none"
+        if attn_mask is not None:
+            mask = _check_mask(attn_mask, (self.batch, q.shape[heads], q.shape[tokens], self.len_kv), q)
+        return self._replace(
+            heads_q=q.shape[heads], len_q=q.shape[tokens], causal=bool(is_causal), mask=mask,
+            sm_scale=_scale(sm_scale, self.head_dim), return_lse=bool(return_lse),
+        )  # fmt: skip
+
     @classmethod
     def from_packed(
         cls,

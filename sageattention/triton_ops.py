@@ -1,0 +1,149 @@
+"""Host side of the Triton variant: workspace, groups of heads, launches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import hadamard
+from .plan import Plan
+from .problem import Problem
+from .result import Result, result_like
+from .triton_attend import attend as _attend_kernel
+from .triton_quant import SPLITS, quantise, statistics
+
+if TYPE_CHECKING:
+    from .ops import Call
+
+STATISTICS_BLOCK = 64  # tokens a step
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Offsets of packed sequences, int32 or int64 [B + 1] each."""
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+
+
+@dataclass(frozen=True)
+class QuantizedKV:
+    """K and V of a group of heads, quantised as `triton_quant` describes. Owns no float tensor of the caller's.
+
+    `head0` is the group's first head among batch · heads_kv. `problem` is the call that K and V were checked as.
+    """
+
+    problem: Problem
+    plan: Plan
+    head0: int
+    slots: int
+    k8: torch.Tensor
+    k_scale: torch.Tensor
+    k_scale_max: torch.Tensor
+    anchor: torch.Tensor
+    v16: torch.Tensor
+    v_scale: torch.Tensor
+
+
+def run(call: Call) -> Result:
+    """Quantise and attend, one group of heads after the other, so that the workspace stays within its limit."""
+    p = call.problem
+    out, lse = result_like(call.q, p)
+    heads, step = p.batch * p.heads_kv, call.plan.heads_per_group
+    for head0 in range(0, heads, step):
+        kv = quantize(call.k, call.v, p, call.plan, head0, min(step, heads - head0))
+        attend(call.q, kv, p, out, lse, call.mask)
+    return out, lse
+
+
+def attend_all(q: torch.Tensor, kv: QuantizedKV, problem: Problem, mask: torch.Tensor | None) -> Result:
+    """Attend every head of `q` to K and V that were quantised in one group."""
+    out, lse = result_like(q, problem)
+    attend(q, kv, problem, out, lse, mask)
+    return out, lse
+
+
+def run_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, problem: Problem, plan: Plan) -> torch.Tensor:
+    """As `run`, for packed sequences: q [total_q, Hq, D], k and v [total_k, Hkv, D]."""
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    heads = problem.batch * problem.heads_kv
+    q, k, v, result = q[None], k[None], v[None], out[None]
+    kv = quantize(k, v, problem, plan, 0, heads, packed)
+    attend(q, kv, problem, result, None, None, packed)
+    return out
+
+
+def quantize(
+    k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: Plan, head0: int, heads: int, packed: Packed | None = None
+) -> QuantizedKV:
+    """Quantise `heads` heads of K and V from `head0` on (counted over batch · heads_kv)."""
+    tile, d = plan.tile, plan.head_dim
+    rows = problem.heads_kv if packed else heads
+    slots = k.shape[1] + problem.batch * tile.block_n if packed else -(-problem.len_kv // tile.block_n) * tile.block_n
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=k.device)
+
+    kv = QuantizedKV(
+        problem, plan, head0, slots, empty(rows, slots, d, dtype=torch.int8), empty(rows, slots), empty(heads), empty(heads, d),
+        empty(rows, slots, d, dtype=torch.float16), empty(heads, d),
+    )  # fmt: skip
+    anchors, maxima = empty(heads, SPLITS, d), empty(heads, SPLITS, d)
+    cu_seqlens = packed.cu_seqlens_k if packed else kv.k_scale_max
+    strides = (*_strides(k, problem), *_strides(v, problem))
+    shape = {"HEAD_DIM": problem.head_dim, "D": d, "BLOCK_N": tile.block_n, "SPLITS": SPLITS, "VARLEN": packed is not None}
+    with _device_of(k):
+        statistics[SPLITS, heads](
+            k, v, anchors, maxima, kv.k_scale_max, cu_seqlens, *strides, head0, problem.heads_kv, problem.len_kv, slots,
+            BLOCK=STATISTICS_BLOCK, **shape,
+        )  # fmt: skip
+        quantise[-(-problem.len_kv // tile.block_n), heads](
+            k, v, anchors, maxima, kv.k8, kv.k_scale, kv.k_scale_max, kv.anchor, kv.v16, kv.v_scale, cu_seqlens, *strides,
+            head0, problem.heads_kv, problem.len_kv, slots, V_MAX=plan.scheme.v_max, **shape,
+        )  # fmt: skip
+    return kv
+
+
+def attend(
+    q: torch.Tensor,
+    kv: QuantizedKV,
+    problem: Problem,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    packed: Packed | None = None,
+) -> None:
+    """Attend the query heads that belong to a quantised group; writes their part of `out` and `lse`."""
+    plan, tile = kv.plan, kv.plan.tile
+    heads = kv.k_scale_max.shape[0] * (problem.heads_q // problem.heads_kv)
+    unused = kv.k_scale_max
+    kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
+    if mask is not None:
+        mask = mask.expand(problem.batch, problem.heads_q, problem.len_q, problem.len_kv)
+        mask = mask.view(torch.uint8) if kind == 1 else mask
+    with _device_of(q):
+        _attend_kernel[-(-problem.len_q // tile.block_m), heads](
+            q, out, unused if lse is None else lse, unused if mask is None else mask,
+            kv.k8, kv.k_scale, kv.k_scale_max, kv.anchor, kv.v16, kv.v_scale,
+            packed.cu_seqlens_q if packed else unused, packed.cu_seqlens_k if packed else unused,
+            *_strides(q, problem), *_strides(out, problem), *((0, 0, 0, 0) if mask is None else mask.stride()),
+            kv.head0, problem.heads_q, problem.heads_kv, problem.len_q, problem.len_kv, kv.slots,
+            abs(problem.sm_scale) * hadamard.gain(plan.head_dim), math.copysign(1.0, problem.sm_scale), torch.finfo(out.dtype).max,
+            LOG2_P_MAX=math.log2(plan.scheme.p_max), HEAD_DIM=problem.head_dim, D=plan.head_dim,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, MASK=kind, CAUSAL=problem.causal, LSE=lse is not None,
+            VARLEN=packed is not None, INT8_DOT=plan.arch != 75, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def _strides(t: torch.Tensor, problem: Problem) -> tuple[int, int, int]:
+    """(batch, token, head) strides of a 4-D tensor in the problem's layout."""
+    b, x, y, _ = t.stride()
+    return (b, x, y) if problem.layout == "NHD" else (b, y, x)
+
+
+def _device_of(t: torch.Tensor) -> torch.cuda.device | torch.device:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(t.device) if t.is_cuda else torch.device(t.device)

@@ -1,0 +1,125 @@
+"""Quantising K and V: two launches, each reading its input once.
+
+`statistics` reads V once and a strided sample of K; `quantise` writes K as INT8 (rotated, shifted by the anchor, one scale per token)
+and V as fp16 (one scale per channel). Workspace layout, with H = heads in the group and T = padded tokens per head:
+  k8 [H, T, D] int8 · k_scale [H, T] fp32 · k_scale_max [H] fp32 · anchor [H, D] fp32 (rotated) · v16 [H, T, D] fp16 · v_scale [H, D] fp32
+  partial_anchor, partial_amax [H, SPLITS, D] fp32
+Packed sequences (VARLEN) lie one after another in T, each rounded up by one tile, so that no tile holds two of them; then the
+statistics are per (sequence, head).
+"""
+
+import triton
+import triton.language as tl
+
+from . import variants
+from .triton_blocks import AMAX_MIN, rotate, round_rows
+
+SPLITS = 16
+ANCHOR_TOKENS = tl.constexpr(variants.ANCHOR_TOKENS)
+
+
+@triton.jit
+def _locate(group, head0, heads, cu_seqlens, tokens, slots, BLOCK_N: tl.constexpr, VARLEN: tl.constexpr):
+    """For one program: (batch, kv head, first token in the input, number of tokens, first slot in the workspace)."""
+    index = (head0 + group).to(tl.int64)
+    batch, head = index // heads, index % heads
+    if VARLEN:
+        first = tl.load(cu_seqlens + batch).to(tl.int64)
+        count = (tl.load(cu_seqlens + batch + 1) - first).to(tl.int32)
+        slot = head * slots + first + batch * BLOCK_N
+        return batch * 0, head, first, count, slot
+    else:
+        return batch, head, batch * 0, tokens, group.to(tl.int64) * slots
+
+
+@triton.jit
+def statistics(
+    k,  # [B, Nk, Hkv, HEAD_DIM] by strides
+    v,  # the same
+    partial_anchor,  # [H, SPLITS, D] fp32
+    partial_amax,  # [H, SPLITS, D] fp32
+    k_scale_max,  # [H] fp32, set to 0 here for `quantise` to raise
+    cu_seqlens,  # [B + 1], VARLEN only
+    k_stride_b, k_stride_n, k_stride_h,
+    v_stride_b, v_stride_n, v_stride_h,
+    head0, heads, tokens, slots,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    split, group = tl.program_id(0), tl.program_id(1)
+    batch, head, first, count, _ = _locate(group, head0, heads, cu_seqlens, tokens, slots, BLOCK_N, VARLEN)
+    rows, channels = tl.arange(0, BLOCK), tl.arange(0, D)
+    inside = channels < HEAD_DIM
+
+    v += batch * v_stride_b + head * v_stride_h
+    share = tl.cdiv(count, SPLITS)
+    end = tl.minimum((split + 1) * share, count)
+    amax = tl.zeros([D], tl.float32)
+    for start in range(split * share, end, BLOCK):
+        token = start + rows
+        ptrs = v + (first + token)[:, None] * v_stride_n + channels[None, :]
+        x = tl.load(ptrs, mask=(token < end)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        amax = tl.maximum(amax, tl.max(tl.abs(x), 0))
+
+    k += batch * k_stride_b + head * k_stride_h
+    stride = tl.maximum(tl.cdiv(count, ANCHOR_TOKENS), 1)
+    samples = tl.cdiv(count, stride)
+    share = tl.cdiv(samples, SPLITS)
+    end = tl.minimum((split + 1) * share, samples)
+    total = tl.zeros([D], tl.float32)
+    weight = 1.0 / tl.maximum(samples, 1).to(tl.float32)
+    for start in range(split * share, end, BLOCK):
+        sample = start + rows
+        ptrs = k + (first + sample * stride)[:, None] * k_stride_n + channels[None, :]
+        x = tl.load(ptrs, mask=(sample < end)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(x * weight, 0)
+
+    at = (group.to(tl.int64) * SPLITS + split) * D + channels
+    tl.store(partial_amax + at, amax)
+    tl.store(partial_anchor + at, total)
+    if split == 0:
+        tl.store(k_scale_max + group, 0.0)
+
+
+@triton.jit
+def quantise(
+    k,  # [B, Nk, Hkv, HEAD_DIM] by strides
+    v,  # the same
+    partial_anchor,  # [H, SPLITS, D] fp32
+    partial_amax,  # [H, SPLITS, D] fp32
+    k8, k_scale, k_scale_max, anchor, v16, v_scale,  # see the module's text
+    cu_seqlens,  # [B + 1], VARLEN only
+    k_stride_b, k_stride_n, k_stride_h,
+    v_stride_b, v_stride_n, v_stride_h,
+    head0, heads, tokens, slots,
+    V_MAX: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    tile, group = tl.program_id(0), tl.program_id(1)
+    batch, head, first, count, slot = _locate(group, head0, heads, cu_seqlens, tokens, slots, BLOCK_N, VARLEN)
+    if tile * BLOCK_N >= count:
+        return
+    channels, splits = tl.arange(0, D), tl.arange(0, SPLITS)
+    token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = token < count
+    inside = valid[:, None] & (channels < HEAD_DIM)[None, :]
+    partial = (group.to(tl.int64) * SPLITS + splits)[:, None] * D + channels[None, :]
+    out = (slot + token)[:, None] * D + channels[None, :]
+
+    mean = tl.sum(tl.load(partial_anchor + partial), 0)
+    # An MMA wants 16 rows: rotate 16 copies and average them, which is exact.
+    shift = tl.sum(rotate(tl.broadcast_to(mean[None, :], (16, D)), 16, D), 0) * (1.0 / 16)
+    ptrs = k + batch * k_stride_b + head * k_stride_h + (first + token)[:, None] * k_stride_n + channels[None, :]
+    x = rotate(tl.load(ptrs, mask=inside, other=0.0), BLOCK_N, D) - shift[None, :]
+    x = tl.where(valid[:, None], x, 0.0)
+    x8, scale = round_rows(x, tl.max(tl.abs(x), 1))
+    tl.store(k8 + out, x8)
+    tl.store(k_scale + slot + token, scale)
+    tl.atomic_max(k_scale_max + group, tl.max(scale, 0))
+
+    amax = tl.max(tl.load(partial_amax + partial), 0)
+    inverse = tl.where(amax > AMAX_MIN, V_MAX / tl.maximum(amax, AMAX_MIN), 0.0)
+    ptrs = v + batch * v_stride_b + head * v_stride_h + (first + token)[:, None] * v_stride_n + channels[None, :]
+    y = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(v16 + out, (y * inverse[None, :]).to(tl.float16))
+    if tile == 0:
+        tl.store(anchor + group.to(tl.int64) * D + channels, shift)
+        tl.store(v_scale + group.to(tl.int64) * D + channels, amax * (1.0 / V_MAX))

@@ -1,0 +1,77 @@
+"""Compile the Triton variant's kernels for an architecture without a GPU; prints one JSON line per kernel.
+
+usage: python triton_compile.py ARCH [ARCH …]     (run without TRITON_INTERPRET)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sageattention.triton_attend import attend
+from sageattention.triton_quant import SPLITS, quantise, statistics
+from sageattention.variants import HEAD_DIMS, TRITON_FP16, Tile
+
+SCALARS = {"factor": "fp32", "sign": "fp32", "out_limit": "fp32"}
+POINTERS = {
+    "q": "*bf16", "k": "*bf16", "v": "*bf16", "out": "*bf16", "lse": "*fp32", "mask": "*fp32", "k8": "*i8", "k_scale": "*fp32",
+    "k_scale_max": "*fp32", "anchor": "*fp32", "v16": "*fp16", "v_scale": "*fp32", "partial_anchor": "*fp32",
+    "partial_amax": "*fp32", "cu_seqlens": "*i32", "cu_seqlens_q": "*i32", "cu_seqlens_k": "*i32",
+}  # fmt: skip
+# What Triton specialises on at run time for a contiguous [B, H, N, D] call: multiples of 16.
+ALIGNED = (*POINTERS, "slots", *(f"{t}_stride_{x}" for t in ("q", "k", "v", "out") for x in "bnh"))
+
+
+def compile_kernel(kernel, arch: int, constants: dict, options: dict) -> dict:
+    """Compile one kernel for sm_`arch`; returns its shared memory and whether it holds INT8 MMA."""
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = POINTERS.get(name) or SCALARS.get(name) or ("i64" if "stride" in name else "i32")
+        if name in ALIGNED:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = built.asm["ptx"]
+    return {
+        "kernel": kernel.fn.__name__, "arch": arch, "head_dim": constants["D"], "shared": built.metadata.shared,
+        "warps": built.metadata.num_warps, "int8_mma": ".s8.s8" in ptx, "cubin": built.asm["cubin"],
+    }  # fmt: skip
+
+
+def attend_constants(head_dim: int, tile: Tile, arch: int, *, mask: int = 0, causal: bool = False, lse: bool = False) -> dict:
+    return {
+        "LOG2_P_MAX": math.log2(TRITON_FP16.scheme.p_max), "HEAD_DIM": head_dim, "D": head_dim, "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n, "MASK": mask, "CAUSAL": causal, "LSE": lse, "VARLEN": False, "INT8_DOT": arch != 75,
+    }  # fmt: skip
+
+
+def compile_all(arch: int) -> list[dict]:
+    """Every kernel of the variant for one architecture, in each compiled head dimension."""
+    built = []
+    for d in HEAD_DIMS:
+        tile = TRITON_FP16.tile(arch, d)
+        shape = {"HEAD_DIM": d, "D": d, "BLOCK_N": tile.block_n, "SPLITS": SPLITS, "VARLEN": False}
+        built.append(compile_kernel(statistics, arch, {"BLOCK": 64, **shape}, {}))
+        built.append(compile_kernel(quantise, arch, {"V_MAX": TRITON_FP16.scheme.v_max, **shape}, {}))
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        built.append(compile_kernel(attend, arch, attend_constants(d, tile, arch), options))
+        built.append(compile_kernel(attend, arch, attend_constants(d, tile, arch, mask=2, causal=True, lse=True), options))
+    return built
+
+
+if __name__ == "__main__":
+    for arch in map(int, sys.argv[1:]):
+        for row in compile_all(arch):
+            row.pop("cubin")
+            print(json.dumps(row), flush=True)
