@@ -1,0 +1,122 @@
+"""The stub driver and a demo image table for the tests of build, loader and launchers: no GPU, no CUDA."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent / "csrc"
+sys.path.insert(0, str(CSRC))
+
+import build  # noqa: E402
+import nvrtc  # noqa: E402
+
+from sageattention.images import Entry, Image  # noqa: E402
+
+
+class DemoParams(ctypes.Structure):
+    """As csrc_demo/params.cuh has it."""
+
+    _fields_ = (
+        ("x", ctypes.c_uint64),
+        ("y", ctypes.c_uint64),
+        ("stride", ctypes.c_int64),
+        ("n", ctypes.c_int32),
+        ("factor", ctypes.c_float),
+    )
+
+
+ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_75", "compute_80", "compute_89")
+ENTRIES = (
+    Entry("demo_double", "scale<2>", DemoParams, threads=256, smem=1024),
+    Entry("demo_triple", "scale<3>", DemoParams, threads=128, min_blocks=2, smem=98304),
+)
+TABLE = tuple(Image("demo", arch, "demo.cuh", ENTRIES) for arch in ARCHS)
+
+
+def by_path(path: str) -> Image:
+    return next(i for i in TABLE if i.path == path)
+
+
+class Launch(ctypes.Structure):
+    """What the stub records of a launch."""
+
+    _fields_ = (
+        ("function", ctypes.c_uint64), ("context", ctypes.c_uint64), ("stream", ctypes.c_uint64), ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3), ("smem", ctypes.c_uint), ("overlap", ctypes.c_int), ("params", ctypes.c_ubyte * 256),
+    )  # fmt: skip
+
+
+class Stub:
+    """The stub driver library's settings and record."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+        self.library = ctypes.CDLL(self.path)
+        self.library.stub_set_current.argtypes = (ctypes.c_void_p,)
+
+    def get(self, name: str) -> int:
+        kind = ctypes.c_uint64 if name == "load_context" else ctypes.c_int
+        return kind.in_dll(self.library, f"stub_{name}").value
+
+    def set(self, **values: int) -> None:
+        for name, value in values.items():
+            ctypes.c_int.in_dll(self.library, f"stub_{name}").value = value
+
+    def capability(self, index: int, arch: int) -> None:
+        (ctypes.c_int * 2).in_dll(self.library, "stub_major")[index] = arch // 10
+        (ctypes.c_int * 2).in_dll(self.library, "stub_minor")[index] = arch % 10
+
+    def image(self) -> bytes:
+        return bytes((ctypes.c_char * 16).in_dll(self.library, "stub_image"))
+
+    def enter(self, context: int) -> None:
+        """Make a context current on this thread, as a runtime would have."""
+        self.library.stub_set_current(context)
+
+    def current(self) -> int:
+        """The context that is current on this thread."""
+        context = ctypes.c_void_p()
+        self.library.cuCtxGetCurrent(ctypes.byref(context))
+        return context.value or 0
+
+    def launches(self) -> list[Launch]:
+        return list((Launch * 64).in_dll(self.library, "stub_launches"))[: self.get("launched")]
+
+    def reset(self) -> None:
+        self.set(version=12080, init=0, load=0, launch=0, fail_at=-1, shared=232448, static=0, params=ctypes.sizeof(DemoParams))
+        self.set(launched=0, loaded=0, allowed=0, pushed=0, popped=0, relaxed=0)
+        for index in (0, 1):
+            self.capability(index, 90)
+        self.enter(0)
+
+
+def build_stub(folder: Path) -> Stub:
+    """Compile the stub driver; skips the test, visibly, where there is no C compiler."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None or sys.platform == "win32":
+        pytest.skip("no C compiler: the stub driver can't be built")
+    path = folder / "libstubcuda.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(path), str(HERE / "stub_driver.c")], check=True)
+    return Stub(path)
+
+
+def install_images(kernels: Path, table: tuple[Image, ...] = TABLE) -> None:
+    """Write a kernels folder as the build does, with made-up image bytes."""
+    records = {}
+    for image in table:
+        binary = fake_binary(image)
+        usage = {} if image.is_ptx else {e.symbol: nvrtc.Usage(32, 0, 0, 256) for e in image.entries}
+        records[image.path] = build.record(image, binary, usage, "0" * 64)
+        build._replace(kernels / image.path, build.pack(binary))
+    build.write_manifest(records, kernels)
+
+
+def fake_binary(image: Image) -> bytes:
+    return f"{image.arch}:{image.name}".encode().ljust(64, b".") + bytes(range(256)) * 16
