@@ -19,6 +19,7 @@ import hashlib
 import importlib
 import json
 import lzma
+import multiprocessing
 import os
 import re
 import sys
@@ -128,7 +129,10 @@ def compile_all(images: Iterable, jobs: int, csrc: Path = CSRC, say: Callable[[s
         BuildError: after all others are done, with every refused source's log.
     """
     images, failed = list(images), []
-    with ProcessPoolExecutor(max(1, min(jobs, len(images) or 1))) as pool:
+    if not images:
+        return
+    # Fresh processes: a fork of one that has torch's threads may hang.
+    with ProcessPoolExecutor(max(1, min(jobs, len(images))), multiprocessing.get_context("spawn")) as pool:
         pending = {
             pool.submit(compile_image, (translation_unit(i), f"{i.name}.image.cu", i.arch, list(i.options), str(csrc))): i for i in images
         }
