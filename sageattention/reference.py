@@ -12,11 +12,26 @@ import math
 import torch
 
 from . import hadamard
-from .variants import AMAX_MIN, INT8_MAX, LOG2E, MASK_LIMIT, SCORE_LIMIT, Scheme, anchor_stride, pad_head_dim
+from .variants import (
+    AMAX_MIN,
+    FRAGMENT_KEYS,
+    INT8_MAX,
+    K_SCALE_SHIFT,
+    LOG2E,
+    MASK_LIMIT,
+    SCORE_LIMIT,
+    Scheme,
+    anchor_stride,
+    pad_head_dim,
+)
 
 LN2 = math.log(2.0)
 E4M3_MAX = 448.0
-FP8_ACCUMULATOR_BITS = 14  # significand bits that Hopper's FP8 wgmma keeps while it accumulates (measured)
+FINITE_MAX = 1e38  # where an intermediate number is cut off instead of overflowing
+# An FP8 MMA cuts each product off below the accumulator's leading bits. Cutting the sum off after every second key, at this many
+# significand bits, gives the shrinkage that was measured on Hopper: 1.1e-5 a key of a coherent sum (.98, .815, .70 at 2k, 16k, 32k).
+FP8_ACCUMULATOR_BITS = 14
+FP8_ACCUMULATOR_KEYS = 2
 
 
 def oracle(
@@ -91,7 +106,7 @@ def rotate(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
 
 def quantise_k(k: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """K of one head, [N, d], to (k8 [N, D] as integers in fp32, scale [N, 1], rotated anchor [D])."""
+    """K of one head, [N, d], to (k8 [N, D] as integers in fp32, scale [N, 1] times `K_SCALE_SHIFT`, rotated anchor [D])."""
     rotated = rotate(k, scheme)
     sample = k[:: anchor_stride(k.shape[0])].float()
     anchor = rotate((sample / sample.shape[0]).sum(0, keepdim=True), scheme)
@@ -100,7 +115,7 @@ def quantise_k(k: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Ten
     if scheme.k_scale != "token":
         amax = _share(amax, scheme)
     k8, scale = _int8(shifted, amax)
-    return k8, scale, anchor[0]
+    return k8, scale * K_SCALE_SHIFT, anchor[0]
 
 
 def quantise_v(v: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -123,10 +138,11 @@ def quantise_v(v: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Ten
 
 
 def _share(amax: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """The largest amax among the keys that share a scale; a last, partial tile is filled up with zeros."""
-    tokens, tile = amax.shape[0], scheme.kv_tile
-    padded = torch.nn.functional.pad(amax[:, 0], (0, -tokens % tile)).view(-1, tile // 8, 4, 2)
-    dims = (1, 3) if scheme.k_scale == "fragment" else (1, 2, 3)
+    """The largest amax among the keys that share a scale; a last, partial group is filled up with zeros."""
+    fragment = scheme.k_scale == "fragment"
+    tokens, keys = amax.shape[0], FRAGMENT_KEYS if fragment else scheme.kv_tile
+    padded = torch.nn.functional.pad(amax[:, 0], (0, -tokens % keys)).view(-1, keys // 8, 4, 2)
+    dims = (1, 3) if fragment else (1, 2, 3)
     return padded.amax(dims, keepdim=True).expand_as(padded).reshape(-1)[:tokens, None]
 
 
@@ -171,17 +187,16 @@ def _attend_head(
     k8, k_scale, anchor = keys
     v, v_scale, v_mean = values
     tokens, head_dim = k8.shape
+    factor = min(abs(sm_scale) * hadamard.gain(head_dim), FINITE_MAX)  # finite, so that 0 · factor is 0
     rotated = rotate(q, scheme) * math.copysign(1.0, sm_scale)
-    amax = rotated.abs().amax(-1, keepdim=True)
-    q8, q_scale = _int8(rotated, amax)
-    factor = abs(sm_scale) * hadamard.gain(head_dim)
-    largest = k_scale.amax().clamp_min(AMAX_MIN) if tokens else torch.ones((), device=q.device)
-    q_scale = torch.minimum(q_scale * (factor * LOG2E), SCORE_LIMIT / (INT8_MAX**2 * head_dim) / largest)
+    q8, unit = _int8(rotated, rotated.abs().amax(-1, keepdim=True))
+    largest = k_scale.amax().clamp_min(AMAX_MIN)
+    q_scale = torch.minimum(unit * factor * (LOG2E / K_SCALE_SHIFT), SCORE_LIMIT / (INT8_MAX**2 * head_dim) / largest)
 
     m = torch.full_like(q_scale, -math.inf)
     l = torch.zeros_like(q_scale)
     out = torch.zeros(q.shape[0], head_dim, device=q.device)
-    acc = torch.zeros_like(out)  # the MMA accumulator, where it is not `out` itself
+    acc = torch.zeros_like(out)  # the MMA accumulator; `out` is what it is promoted to
     rows = torch.arange(q.shape[0], device=q.device)[:, None]
     for start in range(0, tokens, scheme.kv_tile):
         stop = min(start + scheme.kv_tile, tokens)
@@ -192,17 +207,27 @@ def _attend_head(
         tile_max = s.amax(-1, keepdim=True)
         new = torch.maximum(m, tile_max)
         alpha = torch.exp2(m - _finite(new))
-        against = tile_max if scheme.p_tile_max else new
-        p = _round_p(torch.exp2(s - _finite(against)) * scheme.p_max, scheme)
+        exact = torch.exp2(s - _finite(tile_max if scheme.p_tile_max else new)) * scheme.p_max
+        p = _round_p(exact, scheme)
         weight = torch.exp2(tile_max - _finite(new)) if scheme.p_tile_max else 1.0
-        l = l * alpha + p.sum(-1, keepdim=True) * weight
-        acc, out, m = _accumulate(acc * alpha, p, v[start:stop], scheme), out * alpha, new
+        l = l * alpha + (exact if scheme.exact_sum else p).sum(-1, keepdim=True) * weight
+        acc, out, m = _accumulate(acc, alpha, p, v[start:stop], scheme), out * alpha, new
         if scheme.promote == 0 or stop % scheme.promote == 0 or stop == tokens:
             out, acc = out + acc * weight, torch.zeros_like(acc)
-    out = torch.where(l > 0, out / l.clamp_min(1e-30) * v_scale + v_mean, 0.0)
-    shift = (rotated @ anchor)[:, None] * factor
+    # Halves: a scaled value plus the mean may each be twice what the result is.
+    half = out / l.clamp_min(1e-30) * (0.5 * v_scale) + 0.5 * v_mean
+    out = torch.where(l > 0, half * 2, 0.0)
+    shift = _anchor_score(rotated, unit, anchor, factor)
     lse = torch.where(l > 0, LN2 * (m + torch.log2(l.clamp_min(1e-30) / scheme.p_max)) + shift, -math.inf)
     return out, lse[:, 0]
+
+
+def _anchor_score(rotated: torch.Tensor, unit: torch.Tensor, anchor: torch.Tensor, factor: float) -> torch.Tensor:
+    """sm_scale · (q · anchor), [Nq, 1], by which the shift of K moved every score. Operands are normalised before the product."""
+    largest = anchor.abs().amax().clamp_min(AMAX_MIN)
+    normal = torch.where(unit > AMAX_MIN, rotated / unit.clamp_min(AMAX_MIN), 0.0) @ (anchor / largest)[:, None]
+    score = (normal * (unit * factor).clamp_max(FINITE_MAX)).clamp(-FINITE_MAX, FINITE_MAX)
+    return (score * largest).clamp(-FINITE_MAX, FINITE_MAX)
 
 
 def _finite(maximum: torch.Tensor) -> torch.Tensor:
@@ -216,11 +241,15 @@ def _round_p(p: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return _e4m3(p) if scheme.pv == "fp8" else p.round()
 
 
-def _accumulate(acc: torch.Tensor, p: torch.Tensor, v: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """acc + p @ v in the accumulator's type, one MMA depth at a time where that type rounds."""
+def _accumulate(acc: torch.Tensor, alpha: torch.Tensor, p: torch.Tensor, v: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """acc · alpha + p @ v in the accumulator's type, one MMA depth at a time where that type rounds."""
     if scheme.accumulate in ("fp32", "int32"):
-        return acc + p @ v
-    step, narrow = (32, _narrow_fp8) if scheme.accumulate == "fp8" else (16, _narrow_fp16)
+        return acc * alpha + p @ v
+    if scheme.accumulate == "fp8":
+        step, narrow = FP8_ACCUMULATOR_KEYS, _narrow_fp8
+    else:
+        step, narrow = 32 if scheme.pv == "fp8" else 16, _narrow_fp16
+    acc = narrow(acc * alpha)
     for start in range(0, v.shape[0], step):
         acc = narrow(acc + p[:, start : start + step] @ v[start : start + step])
     return acc
