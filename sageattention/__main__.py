@@ -1,0 +1,53 @@
+"""`python -m sageattention doctor | check | bench`. `doctor` runs without torch; the others say that they need it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+
+from .errors import Unsupported
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; each command's module has `main(args) -> exit code`."""
+    top = argparse.ArgumentParser(prog="python -m sageattention", description="Quantised attention: what runs here, is it right, is it fast?")
+    commands = top.add_subparsers(dest="command", required=True)
+    doctor = commands.add_parser("doctor", help="what this machine has, which variants run on it and why the others don't")
+    check = commands.add_parser("check", help="every ready variant against fp64; exit code 1 where one is off")
+    bench = commands.add_parser("bench", help="the ready variants' speed and memory beside torch's SDPA backends")
+    check.add_argument("--quick", action="store_true", help="only the input kinds: no masks, head dimensions, GQA")
+    check.add_argument("--device", help="a torch device such as cuda:1 or cpu; default: cuda where there is one")
+    check.add_argument("--variants", type=_names, help="comma-separated names; default: every ready one")
+    bench.add_argument("--shapes", type=_names, help="comma-separated names, or BxHxNqxNkxD; default: every named shape")
+    bench.add_argument("--variants", type=_names, help="comma-separated names (name:accumulator too); default: auto and every ready one")
+    bench.add_argument("--peaked", action="store_true", help="logits with a standard deviation of 6 nats instead of 1")
+    bench.add_argument("--quick", action="store_true", help="fewer repeats, and without --shapes only flux_512 and flux_1024")
+    bench.add_argument("--device", help="a torch device such as cuda:1; default: cuda where there is one")
+    for command in (doctor, check, bench):
+        command.add_argument("--json", action="store_true", help="machine-readable output")
+    return top
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; 2 where it can't be done as asked (an unknown name, or no torch)."""
+    args = parser().parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a Windows console of a legacy code page has no '·' or 'ᵀ'
+    if args.command != "doctor" and importlib.util.find_spec("torch") is None:
+        print(f"{args.command} needs torch, which {sys.executable} does not have; `doctor` tells what else is missing.", file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(f".cli.{args.command}", __package__).main(args)
+    except Unsupported as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

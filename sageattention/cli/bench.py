@@ -1,0 +1,330 @@
+"""`bench`: the ready variants beside torch's SDPA backends, in one run, from q, k, v to the output.
+
+Every time is the median over repeats in which the candidates take turns, so that clocks and temperature favour nobody. "event"
+is the time between two CUDA events around eager calls, launch gaps included; "graph" is the same calls replayed from a CUDA
+graph, without them. TFLOPS are 4·B·H·Nq·Nk·D over the graph time (the event time where there is none); "× cuDNN" compares with torch's
+cuDNN backend in the same run. "extra" is the peak of allocated memory beyond q, k, v and the output. The error is the relative L2
+against fp64 on a sample of rows: a fast wrong answer shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+from .. import inputs
+from ..errors import KernelMissing, Unsupported
+from ..inputs import SHAPES, Shape
+from .candidates import SDPA_BACKENDS, Candidate, ready, sdpa_backend, variant
+from .text import table
+
+if TYPE_CHECKING:
+    import torch
+
+BASELINE = "sdpa_cudnn"
+TINY = Shape("tiny", 1, 2, 128, 128, 64)  # the GPU is done with it before the host is: what is left is the host's time
+QUICK_SHAPES = ("flux_512", "flux_1024")
+MIB = 1 << 20
+
+
+@dataclass
+class Row:
+    """One candidate on one shape; times in ms, memory in MiB. `skipped` says why there are none."""
+
+    shape: str
+    candidate: str
+    runs: str = ""  # what "auto" chose
+    event_ms: float | None = None
+    graph_ms: float | None = None
+    tflops: float | None = None
+    event_ratio: float | None = None  # cuDNN's time over this one's
+    graph_ratio: float | None = None
+    extra_mib: float | None = None
+    error: float | None = None
+    skipped: str = ""
+    graph_refused: str = ""
+    events: list[float] = field(default_factory=list)
+    graphs: list[float] = field(default_factory=list)
+
+
+def parse_shape(text: str) -> Shape:
+    """A named shape, or one written as BxHxNqxNkxD.
+
+    Raises:
+        Unsupported: neither.
+    """
+    if text in SHAPES:
+        return SHAPES[text]
+    if re.fullmatch(r"\d+(x\d+){4}", text):
+        return Shape(text, *map(int, text.split("x")))
+    raise Unsupported("--shapes", f"got {text!r}, accepted are BxHxNqxNkxD and {', '.join(SHAPES)}")
+
+
+def time_shape(shape: Shape, candidates: list[Candidate], device: torch.device, *, kind: str, repeats: int, budget_ms: float) -> list[Row]:
+    """Time every candidate on one shape.
+
+    Args:
+        kind: the input kind, of `inputs.KINDS`.
+        repeats: turns that each candidate takes.
+        budget_ms: how long one turn of one candidate may last, which sets the calls in it (at least one).
+    """
+    import torch
+
+    q, k, v = inputs.make(kind, shape, device=device)
+    sample, exact = _exact_sample(q, k, v)
+    rows, timers = [], []
+    for candidate in candidates:
+        row = Row(shape.name, candidate.name)
+        rows.append(row)
+        try:
+            with candidate.context():
+                out = candidate.call(q, k, v)
+            torch.cuda.synchronize(device)
+        except (Unsupported, KernelMissing) as refused:
+            row.skipped = str(refused)
+            continue
+        except torch.cuda.OutOfMemoryError as error:
+            row.skipped = str(error).splitlines()[0]
+            continue
+        except RuntimeError as error:  # how SDPA refuses a backend
+            if candidate.name not in SDPA_BACKENDS:
+                raise
+            row.skipped = str(error).splitlines()[0]
+            continue
+        row.error = inputs.relative_l2(sample(out), exact)
+        del out
+        if candidate.name == "auto":
+            from .. import api
+
+            row.runs = api.explain(q, k, v).variant
+        row.extra_mib = _extra_memory(candidate, q, k, v)
+        timers.append(_Timer(row, candidate, (q, k, v), budget_ms))
+    for _ in range(repeats):
+        for timer in timers:
+            timer.turn()
+    _summarise(rows, shape)
+    return rows
+
+
+class _Timer:
+    """One candidate's turns on one shape, eager and as a CUDA graph."""
+
+    def __init__(self, row: Row, candidate: Candidate, qkv: tuple[torch.Tensor, ...], budget_ms: float):
+        import torch
+
+        self.row, self.candidate, self.qkv = row, candidate, qkv
+        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.calls = 1
+        once = min(self._events() for _ in range(3))  # also the warm-up
+        self.calls = max(1, min(50, math.floor(budget_ms / max(once, 1e-3))))
+        self.graph = self._capture()
+
+    def turn(self) -> None:
+        self.row.events.append(self._events())
+        if self.graph is not None:
+            self.row.graphs.append(self._measure(self.graph.replay) / self.calls)
+
+    def _events(self) -> float:
+        with self.candidate.context():
+            return self._measure(self._eager) / self.calls
+
+    def _eager(self) -> None:
+        for _ in range(self.calls):
+            self.candidate.call(*self.qkv)
+
+    def _measure(self, work) -> float:
+        import torch
+
+        torch.cuda.synchronize()
+        self.begin.record()
+        work()
+        self.end.record()
+        self.end.synchronize()
+        return self.begin.elapsed_time(self.end)
+
+    def _capture(self) -> torch.cuda.CUDAGraph | None:
+        import torch
+
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), self.candidate.context():
+            self.candidate.call(*self.qkv)
+        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.graph(graph, stream=stream), self.candidate.context():
+                self._eager()
+        except RuntimeError as error:  # a candidate that can't be captured still has its event time
+            self.row.graph_refused = str(error).splitlines()[0]
+            torch.cuda.synchronize()
+            return None
+        graph.replay()
+        torch.cuda.synchronize()
+        return graph
+
+
+def _summarise(rows: list[Row], shape: Shape) -> None:
+    for row in rows:
+        row.event_ms = statistics.median(row.events) if row.events else None
+        row.graph_ms = statistics.median(row.graphs) if row.graphs else None
+        best = row.graph_ms or row.event_ms
+        row.tflops = shape.flops / best / 1e9 if best else None
+    base = next((row for row in rows if row.candidate == BASELINE), None)
+    for row in rows:
+        if base and base.event_ms and row.event_ms:
+            row.event_ratio = base.event_ms / row.event_ms
+        if base and base.graph_ms and row.graph_ms:
+            row.graph_ratio = base.graph_ms / row.graph_ms
+
+
+def _exact_sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+    """(out → the sampled rows, their exact value): 64 rows of the first and the last head."""
+    import torch
+
+    from ..reference import oracle
+
+    heads = torch.tensor(sorted({0, q.shape[1] - 1}), device=q.device)
+    rows = torch.linspace(0, q.shape[2] - 1, min(64, q.shape[2]), device=q.device).long()
+
+    def sample(t: torch.Tensor) -> torch.Tensor:
+        return t[:1].index_select(1, heads).index_select(2, rows)
+
+    return sample, oracle(sample(q), k[:1].index_select(1, heads), v[:1].index_select(1, heads))[0]
+
+
+def _extra_memory(candidate: Candidate, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
+    """Peak of allocated memory during a call beyond its output, in MiB."""
+    import torch
+
+    torch.cuda.synchronize(q.device)
+    torch.cuda.reset_peak_memory_stats(q.device)
+    before = torch.cuda.memory_allocated(q.device)
+    with candidate.context():
+        out = candidate.call(q, k, v)
+    torch.cuda.synchronize(q.device)
+    return (torch.cuda.max_memory_allocated(q.device) - before - out.numel() * out.element_size()) / MIB
+
+
+def host_time(candidate: Candidate, device: torch.device, batches: int = 25) -> float | None:
+    """Median host time of one call on a tiny shape, in µs; None where the candidate can't do it."""
+    import torch
+
+    calls = 20
+    q, k, v = inputs.make("normal", TINY, device=device)
+    times = []
+    try:
+        with candidate.context():
+            for _ in range(batches):
+                torch.cuda.synchronize(device)
+                start = time.perf_counter()
+                for _ in range(calls):
+                    candidate.call(q, k, v)
+                times.append((time.perf_counter() - start) / calls)
+    except (RuntimeError, Unsupported):  # its reason is told where the shapes are timed
+        return None
+    return 1e6 * statistics.median(times)
+
+
+def main(args: argparse.Namespace) -> int:
+    """The command; exit code 0, also where there is no GPU (it says so and times one small shape on the CPU)."""
+    import torch
+
+    shapes = [parse_shape(text) for text in args.shapes or (QUICK_SHAPES if args.quick else SHAPES)]
+    named = [variant(name) for name in args.variants or ()]
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type != "cuda":
+        return _on_cpu(named, as_json=args.json)
+    torch.cuda.set_device(device)
+    found, refused = (named, []) if named else ready(device)
+    ours = found if named else [variant("auto"), *(c for c in found if c.name not in ("sdpa", "reference"))]
+    candidates = [*map(sdpa_backend, SDPA_BACKENDS), *ours]
+    kind = "logits6" if args.peaked else "normal"
+    report = {"machine": _machine(device), "kind": kind, "not_run": dict(refused), "host_us": {}, "rows": []}
+    for candidate in candidates:
+        report["host_us"][candidate.name] = host_time(candidate, device)
+    if not args.json:
+        _print_head(report)
+    for shape in shapes:
+        rows = time_shape(shape, candidates, device, kind=kind, repeats=5 if args.quick else 15, budget_ms=10 if args.quick else 20)
+        report["rows"] += [asdict(row) for row in rows]
+        torch.cuda.empty_cache()
+        print(f"{shape} done", file=sys.stderr) if args.json else _print_shape(shape, rows)
+    if args.json:
+        print(json.dumps(report, indent=2))
+    return 0
+
+
+def _on_cpu(named: list[Candidate], *, as_json: bool) -> int:
+    """No GPU: say so, and show that the variants of this machine run."""
+    import torch
+
+    shape = Shape("cpu", 1, 2, 128, 256, 64)
+    candidates = named or ready(torch.device("cpu"))[0]
+    q, k, v = inputs.make("normal", shape)
+    times, skipped = {}, {}
+    for candidate in candidates:
+        try:
+            candidate.call(q, k, v)
+            start = time.perf_counter()
+            candidate.call(q, k, v)
+            times[candidate.name] = 1e3 * (time.perf_counter() - start)
+        except (Unsupported, KernelMissing) as refused:
+            skipped[candidate.name] = str(refused)
+    message = "torch sees no CUDA GPU: there is nothing to measure that a user would feel. One call on the CPU, for the record:"
+    if as_json:
+        print(json.dumps({"machine": {"gpu": None}, "message": message, "shape": str(shape), "cpu_ms": times, "skipped": skipped}, indent=2))
+        return 0
+    print(message)
+    print(table(("variant", "ms"), [(name, f"{ms:.1f}") for name, ms in times.items()], numeric=(1,)))
+    for name, reason in skipped.items():
+        print(f"skipped: {name} – {reason}")
+    return 0
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    import torch
+
+    from .. import __version__
+    from .doctor import driver_version
+
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "arch": f"sm_{properties.major}{properties.minor}",
+        "driver": driver_version(),
+        "torch": torch.__version__,
+        "sageattention": __version__,
+    }
+
+
+def _print_head(report: dict) -> None:
+    print("; ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    print(f"inputs: {report['kind']}, bf16; times in ms, medians; ratios above 1 are faster than torch's cuDNN backend")
+    for name, reason in report["not_run"].items():
+        print(f"not run: {name} – {reason}")
+    host = [(name, "–" if us is None else f"{us:.0f}") for name, us in report["host_us"].items()]
+    print("\n" + table(("host time of a call", "µs"), host, numeric=(1,)))
+
+
+def _print_shape(shape: Shape, rows: list[Row]) -> None:
+    print(f"\n{shape}")
+    head = ("candidate", "event", "graph", "TFLOPS", "× cuDNN", "× graph", "extra MiB", "error", "")
+    cells = []
+    for row in rows:
+        figures = (
+            _f(row.event_ms, 3), _f(row.graph_ms, 3), _f(row.tflops, 0), _f(row.event_ratio, 2), _f(row.graph_ratio, 2),
+            _f(row.extra_mib, 0), _f(row.error, 4),
+        )  # fmt: skip
+        note = row.skipped or (f"no graph: {row.graph_refused}" if row.graph_refused else f"runs {row.runs}" if row.runs else "")
+        cells.append((row.candidate, *figures, note))
+    print(table(head, cells, numeric=range(1, 8)), flush=True)
+
+
+def _f(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

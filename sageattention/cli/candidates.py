@@ -1,0 +1,85 @@
+"""The attentions that `check` and `bench` run: every variant, each of its accumulators, and torch's SDPA backends by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .. import api
+from ..errors import Unsupported
+from ..variants import VARIANTS, Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+SDPA_BACKENDS = {"sdpa_cudnn": "CUDNN_ATTENTION", "sdpa_flash": "FLASH_ATTENTION", "sdpa_efficient": "EFFICIENT_ATTENTION"}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One attention: `call(q, k, v, **keywords of sageattn)` on [B, H, N, D] tensors, inside `context()`."""
+
+    name: str
+    call: Callable[..., torch.Tensor]
+    scheme: Scheme | None  # None: unquantised
+    context: Callable[[], AbstractContextManager] = nullcontext
+
+
+def variant(name: str) -> Candidate:
+    """The candidate of "auto", a variant's name, or "name:accumulator" such as "sageattn_qk_int8_pv_fp16_cuda:fp16+fp32".
+
+    Raises:
+        Unsupported: no such variant or accumulator.
+    """
+    name, _, accum = name.partition(":")
+    if name != "auto" and name not in VARIANTS:
+        raise Unsupported("variant", f"got {name!r}, accepted are 'auto', {', '.join(map(repr, VARIANTS))}")
+    if not accum:
+        return Candidate(name, _by_name(name), None if name == "auto" else VARIANTS[name].scheme)
+    accepted = VARIANTS[name].accum if name != "auto" else {}
+    if accum not in accepted:
+        raise Unsupported("pv_accum_dtype", f"got {accum!r}, {name} accepts {', '.join(map(repr, accepted)) or 'none'}")
+    return Candidate(f"{name}:{accum}", _by_accumulator(name, accum), accepted[accum])
+
+
+def ready(device: torch.device, *, accumulators: bool = False) -> tuple[list[Candidate], list[tuple[str, str]]]:
+    """The variants that run on `device`, and (name, reason) of those that don't.
+
+    Args:
+        accumulators: give a variant with several accumulators as one candidate each.
+    """
+    found, refused = [], []
+    for availability in api.available_variants(device):
+        if availability.status != "ready":
+            refused.append((availability.name, f"{availability.status}: {availability.reason}"))
+            continue
+        accums = VARIANTS[availability.name].accum if accumulators else ()
+        found += [variant(f"{availability.name}:{accum}") for accum in accums] or [variant(availability.name)]
+    return found, refused
+
+
+def sdpa_backend(name: str) -> Candidate:
+    """One backend of torch's SDPA, chosen by its context; called where it can't do a shape, it raises torch's RuntimeError."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backend = SDPBackend[SDPA_BACKENDS[name]]
+    return Candidate(name, torch.nn.functional.scaled_dot_product_attention, None, lambda: sdpa_kernel(backend))
+
+
+def _by_name(name: str) -> Callable[..., Any]:
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: Any) -> Any:
+        return api.sageattn(q, k, v, variant=name, **keywords)
+
+    return call
+
+
+def _by_accumulator(name: str, accum: str) -> Callable[..., Any]:
+    function = getattr(api, name)
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: Any) -> Any:
+        return function(q, k, v, pv_accum_dtype=accum, **keywords)
+
+    return call

@@ -1,0 +1,181 @@
+"""`check`: is every variant that this machine can run right? Each against the fp64 oracle, on every input kind and call form."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from .. import inputs
+from ..errors import KernelMissing, Unsupported
+from ..inputs import KINDS, Kind, Shape
+from .candidates import Candidate, ready, variant
+from .text import table
+
+if TYPE_CHECKING:
+    import torch
+
+SMALL = Shape("small", 1, 2, 70, 333, 64)  # the call forms and head dimensions; odd lengths
+# On a CPU a few rows of two heads tell as much about the numerics, in seconds; key counts stay, for the sums are along them.
+CPU = replace(inputs.ACCURACY, heads=2, len_q=48)
+HEAD_DIMS = (40, 64, 80, 128, 160, 256)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One comparison. `status`: "ok", "off", "unsupported" (the call is refused, with a reason) or "failed" (an exception)."""
+
+    variant: str
+    case: str
+    status: str
+    error: float | None = None  # relative L2 against the oracle
+    bound: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: its tensors, keywords of `sageattn`, and the kind whose bounds hold for it."""
+
+    name: str
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    kind: Kind
+    keywords: dict[str, Any]
+    exact: torch.Tensor
+    exact_lse: torch.Tensor
+
+    @property
+    def lse(self) -> bool:
+        """Whether the LSE is asked for too; the large cases leave it out, for it is a second call."""
+        return self.exact_lse.numel() * self.k.shape[2] <= 1 << 16
+
+
+def cases(device: torch.device, *, quick: bool = False, seed: int = 0) -> Iterator[Case]:
+    """Every input kind at its own size, then (unless `quick`) head dimensions, masks, GQA, layout, scale and LSE on small ones."""
+    shape = CPU if device.type == "cpu" else inputs.ACCURACY
+    for kind in KINDS.values():
+        # Above 3,001 keys the rows only add time: the kinds that need more keys get fewer rows.
+        sized = kind.sized(shape)
+        sized = replace(sized, len_q=min(sized.len_q, 512)) if kind.len_kv else sized
+        yield _case(kind.name, kind, inputs.make(kind.name, sized, device=device, seed=seed), {})
+    if quick:
+        return
+    normal = KINDS["normal"]
+    for head_dim in HEAD_DIMS:
+        yield _case(f"head_dim {head_dim}", normal, inputs.make("normal", replace(SMALL, head_dim=head_dim), device=device), {})
+    yield from _forms(device, normal)
+
+
+def _forms(device: torch.device, normal: Kind) -> Iterator[Case]:
+    import torch
+
+    q, k, v = inputs.make("normal", SMALL, device=device)
+    rows, keys = SMALL.len_q, SMALL.len_kv
+    generator = torch.Generator(device).manual_seed(1)
+    keep = torch.rand(SMALL.batch, 1, rows, keys, generator=generator, device=device) < 0.7
+    bias = torch.randn(1, SMALL.heads, rows, keys, generator=generator, device=device)
+    masked_row = keep.clone()
+    masked_row[..., 3, :] = False  # nothing to attend to: zeros
+    smallest = torch.zeros(rows, keys, device=device)
+    smallest[5] = torch.finfo(torch.float32).min  # a finite bias on a whole row: the plain average
+    yield _case("causal", normal, (q, k, v), {"is_causal": True})
+    yield _case("bool mask", normal, (q, k, v), {"attn_mask": keep})
+    yield _case("fully masked row", normal, (q, k, v), {"attn_mask": masked_row})
+    yield _case("additive mask", normal, (q, k, v), {"attn_mask": bias})
+    yield _case("mask of finfo.min", normal, (q, k, v), {"attn_mask": smallest})
+    yield _case("scale", normal, (q, k, v), {"sm_scale": 0.05})
+    yield _case("GQA", normal, (q, k[:, :1], v[:, :1]), {})
+    yield _case("NHD strides", normal, tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)), {})
+    yield _case("one key", normal, (q, k[:, :, :1], v[:, :, :1]), {})
+    yield _case("fp16", normal, tuple(t.half() for t in (q, k, v)), {})
+    yield _case("fp32", normal, tuple(t.float() for t in (q, k, v)), {})
+
+
+def _case(name: str, kind: Kind, qkv: tuple[torch.Tensor, ...], keywords: dict[str, Any]) -> Case:
+    from ..reference import oracle
+
+    q, k, v = qkv
+    exact, lse = oracle(q, k, v, **keywords)
+    return Case(name, q, k, v, kind, keywords, exact, lse)
+
+
+def judge(candidate: Candidate, case: Case) -> Result:
+    """Run one case with one candidate and hold the result against the oracle."""
+    bound = case.kind.bounds[candidate.scheme.pv if candidate.scheme else "fp16"]
+    try:
+        out = candidate.call(case.q, case.k, case.v, **case.keywords)
+        lse = candidate.call(case.q, case.k, case.v, return_lse=True, **case.keywords)[1] if case.lse else None
+    except Unsupported as refused:
+        return Result(candidate.name, case.name, "unsupported", bound=bound, detail=str(refused))
+    except Exception as error:  # whatever a kernel or its compiler throws is this check's finding, and makes it fail
+        return Result(candidate.name, case.name, "failed", bound=bound, detail=f"{type(error).__name__}: {error}")
+    if not bool(out.isfinite().all()):
+        return Result(candidate.name, case.name, "off", None, bound, f"{int((~out.isfinite()).sum())} values are not finite")
+    error = inputs.relative_l2(out, case.exact)
+    detail = _deviations(out, lse, case)
+    if error > bound:
+        detail.insert(0, "error above its bound")
+    return Result(candidate.name, case.name, "off" if detail else "ok", error, bound, "; ".join(detail))
+
+
+def _deviations(out: torch.Tensor, lse: torch.Tensor | None, case: Case) -> list[str]:
+    """What is wrong beyond the relative error: coherent sums, empty rows, the log-sum-exp."""
+    found = []
+    if case.kind.gain is not None:
+        gain = inputs.gain(out, case.exact)
+        if abs(gain - 1) > case.kind.gain:
+            found.append(f"gain {gain:.4f}, must be within {case.kind.gain} of 1")
+    empty = case.exact_lse == float("-inf")
+    if bool(out[empty].any()):
+        found.append("a fully masked row is not zero")
+    if lse is None:
+        return found
+    if bool((lse[empty] != float("-inf")).any()):
+        found.append("a fully masked row's LSE is not −inf")
+    ordinary = case.exact_lse.abs() < 1e30  # above it, a finite mask value is cut off so that it stays finite
+    # Rounding moves a logit by about 0.4 % of its magnitude; the LSE follows its row's largest ones.
+    off = (lse.double() - case.exact_lse)[ordinary].abs() / case.exact_lse[ordinary].abs().clamp_min(1)
+    if off.numel() and not float(off.max()) <= 0.02:
+        found.append(f"LSE off by {float(off.max()):.3g} (relative, or nats under 1)")
+    return found
+
+
+def run(device: torch.device, names: list[str] | None = None, *, quick: bool = False) -> tuple[list[Result], list[tuple[str, str]]]:
+    """Judge the ready variants (or those named) on every case: the results, and (name, reason) of the variants left out."""
+    if names:
+        chosen, refused = [variant(name) for name in names], []
+    else:
+        chosen, refused = ready(device, accumulators=True)
+    results = [judge(candidate, case) for case in cases(device, quick=quick) for candidate in chosen]
+    results.sort(key=lambda r: [c.name for c in chosen].index(r.variant))
+    missing = [r for r in results if r.status == "failed" and r.detail.startswith(KernelMissing.__name__)]
+    return [r for r in results if r not in missing or names], refused
+
+
+def main(args: argparse.Namespace) -> int:
+    """The command; exit code 1 where a variant is off or fails, 0 otherwise."""
+    import torch
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    results, refused = run(device, args.variants, quick=args.quick)
+    bad = [r for r in results if r.status in ("off", "failed")]
+    if args.json:
+        print(json.dumps({"device": str(device), "ok": not bad, "results": [asdict(r) for r in results], "not_run": dict(refused)}, indent=2))
+        return 1 if bad else 0
+    print(f"Relative L2 error against fp64, bf16 inputs, on {device}.")
+    rows = [(r.variant, r.case, r.status, _number(r.error), _number(r.bound), r.detail) for r in results]
+    print(table(("variant", "case", "status", "error", "bound", ""), rows, numeric=(3, 4)))
+    for name, reason in refused:
+        print(f"not run: {name} – {reason}")
+    judged = sum(r.status in ("ok", "off", "failed") for r in results)
+    print(f"{judged - len(bad)} of {judged} are right." if not bad else f"{len(bad)} of {judged} are off.", file=sys.stdout)
+    return 1 if bad else 0
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
