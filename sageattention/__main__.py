@@ -12,7 +12,9 @@ from .errors import Unsupported
 
 def parser() -> argparse.ArgumentParser:
     """The command line; each command's module has `main(args) -> exit code`."""
-    top = argparse.ArgumentParser(prog="python -m sageattention", description="Quantised attention: what runs here, is it right, is it fast?")
+    top = argparse.ArgumentParser(
+        prog="python -m sageattention", description="Quantised attention: what runs here, is it right, is it fast?"
+    )
     commands = top.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser("doctor", help="what this machine has, which variants run on it and why the others don't")
     check = commands.add_parser("check", help="every ready variant against fp64; exit code 1 where one is off")

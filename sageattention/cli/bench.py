@@ -278,7 +278,9 @@ def _on_cpu(named: list[Candidate], *, as_json: bool) -> int:
             skipped[candidate.name] = str(refused)
     message = "torch sees no CUDA GPU: there is nothing to measure that a user would feel. One call on the CPU, for the record:"
     if as_json:
-        print(json.dumps({"machine": {"gpu": None}, "message": message, "shape": str(shape), "cpu_ms": times, "skipped": skipped}, indent=2))
+        print(
+            json.dumps({"machine": {"gpu": None}, "message": message, "shape": str(shape), "cpu_ms": times, "skipped": skipped}, indent=2)
+        )
         return 0
     print(message)
     print(table(("variant", "ms"), [(name, f"{ms:.1f}") for name, ms in times.items()], numeric=(1,)))
