@@ -237,7 +237,7 @@ def test_a_table_that_names_a_file_or_a_kernel_twice_is_refused(monkeypatch):
     with pytest.raises(build.BuildError, match=r"one image twice: sm_75/demo\.cubin\.xz"):
         build.load_table()
     variants.IMAGES = (dataclasses.replace(TABLE[0], entries=(ENTRIES[0], ENTRIES[0])),)
-    with pytest.raises(build.BuildError, match="one kernel twice.*demo_double"):
+    with pytest.raises(build.BuildError, match=r"one kernel twice.*demo_double"):
         build.load_table()
 
 
