@@ -47,7 +47,7 @@ def sageattn(
         variant: "auto", or a name from `available_variants()`. `SAGEATTENTION_VARIANT` replaces "auto" where it is set.
         smooth_k: accepted for compatibility; K is always shifted, which leaves the exact result as it is.
     """
-    return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, _default_variant(variant))
+    return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, variant)
 
 
 def sageattn_qk_int8_pv_fp16_triton(
@@ -169,6 +169,10 @@ def sageattn_varlen(
     """
     from . import ops
 
+    if ops.compiling():
+        from . import operators
+
+        return operators.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, sm_scale)
     return ops.run_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, sm_scale=sm_scale)
 
 
@@ -180,7 +184,7 @@ def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", *,
     """
     from . import ops
 
-    return ops.quantize_kv(k, v, tensor_layout, _default_variant(variant))
+    return ops.quantize_kv(k, v, tensor_layout, variant)
 
 
 def attend(
@@ -260,15 +264,9 @@ def explain(
 
     call = ops.prepare(
         q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse,
-        variant=_default_variant(variant),
+        variant=variant,
     )  # fmt: skip
     return Explanation(call.plan.variant.name, call.plan.reason, call.plan.rejected, ops.machine(call.problem).name)
-
-
-def _default_variant(variant: str) -> str:
-    import os
-
-    return os.environ.get("SAGEATTENTION_VARIANT") or variant if variant == "auto" else variant
 
 
 def _call(
@@ -285,6 +283,11 @@ def _call(
 ) -> Output:
     from . import ops
 
+    if ops.compiling():
+        from . import operators
+
+        call_operator = operators.attention_lse if return_lse else operators.attention
+        return call_operator(q, k, v, attn_mask, tensor_layout, is_causal, sm_scale, variant, accum)
     call = ops.prepare(
         q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse,
         variant=variant, accum=accum,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -60,8 +61,15 @@ def _four_dims(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
 
 
+def compiling() -> bool:
+    """Whether torch.compile is tracing the call: then it has to be one registered operator."""
+    return torch.compiler.is_compiling()
+
+
 def plan_for(problem: Problem, variant: str, accum: str = "") -> Plan:
-    """`plan()` for the machine at hand, honouring `SAGEATTENTION_ARCH`."""
+    """`plan()` for the machine at hand, honouring `SAGEATTENTION_ARCH` and, for "auto", `SAGEATTENTION_VARIANT`."""
+    if variant == "auto":
+        variant = os.environ.get("SAGEATTENTION_VARIANT") or variant
     return plan(problem, machine(problem), variant, accum, capability.forced_arch() or 0)
 
 

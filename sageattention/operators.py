@@ -1,0 +1,105 @@
+"""The calls as registered torch operators, for torch.compile alone: one opaque node each, no graph break.
+
+In eager mode the functions of `ops` are called as they are, because an operator costs 6 µs a call. The namespace is the
+package's own import name, so that a copy bundled under a private name lives beside an installed one; where that name is taken
+(the package was loaded twice under it) a number is appended.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import torch
+
+from . import ops
+
+# Inputs keep the strides the caller gave them (the last must stay 1).
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_CALL = "Tensor q, Tensor k, Tensor v, Tensor? mask, str layout, bool causal, float? sm_scale, str variant, str accum"
+_VARLEN = (
+    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "bool causal, float? sm_scale"
+)
+
+
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, layout: str, causal: bool,
+    sm_scale: float | None, variant: str, accum: str,
+) -> torch.Tensor:  # fmt: skip
+    return _run(q, k, v, mask, layout, causal, sm_scale, False, variant, accum)[0]
+
+
+def _attention_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, layout: str, causal: bool,
+    sm_scale: float | None, variant: str, accum: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    return _run(q, k, v, mask, layout, causal, sm_scale, True, variant, accum)
+
+
+def _run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, layout: str, causal: bool,
+    sm_scale: float | None, return_lse: bool, variant: str, accum: str,
+) -> ops.Result:  # fmt: skip
+    call = ops.prepare(
+        q, k, v, tensor_layout=layout, is_causal=causal, attn_mask=mask, sm_scale=sm_scale, return_lse=return_lse,
+        variant=variant, accum=accum,
+    )  # fmt: skip
+    out, lse = ops.run(call)
+    return out.contiguous(), lse  # as the fake says; SDPA's strides vary with its backend
+
+
+def _fake_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, layout: str, causal: bool,
+    sm_scale: float | None, variant: str, accum: str,
+) -> torch.Tensor:  # fmt: skip
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _fake_attention_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, layout: str, causal: bool,
+    sm_scale: float | None, variant: str, accum: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    heads, tokens = (1, 2) if layout == "HND" else (2, 1)
+    lse = q.new_empty((q.shape[0], q.shape[heads], q.shape[tokens]), dtype=torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+def _varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, causal: bool, sm_scale: float | None,
+) -> torch.Tensor:  # fmt: skip
+    out = ops.run_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=causal, sm_scale=sm_scale)
+    return out.contiguous()
+
+
+def _fake_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, causal: bool, sm_scale: float | None,
+) -> torch.Tensor:  # fmt: skip
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _free_namespace() -> str:
+    base = re.sub(r"\W", "_", __package__ or "sageattention")
+    for number in itertools.count(1):
+        name = base if number == 1 else f"{base}_{number}"
+        if not hasattr(getattr(torch.ops, name), "attention"):
+            return name
+    raise AssertionError("itertools.count ends")
+
+
+NAMESPACE = _free_namespace()
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # kept: the operators go with it
+for _name, _schema, _impl, _fake in (
+    ("attention", f"({_CALL}) -> Tensor", _attention, _fake_attention),
+    ("attention_lse", f"({_CALL}) -> (Tensor, Tensor)", _attention_lse, _fake_attention_lse),
+    ("varlen", f"({_VARLEN}) -> Tensor", _varlen, _fake_varlen),
+):
+    _library.define(_name + _schema, tags=_TAGS)
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+
+attention = getattr(torch.ops, NAMESPACE).attention.default
+attention_lse = getattr(torch.ops, NAMESPACE).attention_lse.default
+varlen = getattr(torch.ops, NAMESPACE).varlen.default

@@ -1,0 +1,136 @@
+"""Under torch.compile a call is one registered operator: no graph break, the eager call's bits, and room for a second copy."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import sageattention  # noqa: E402
+from sageattention import Unsupported, operators, ops  # noqa: E402
+
+PACKAGE = Path(sageattention.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def tensors(layout="HND", heads_kv=2, head_dim=40):
+    generator = torch.Generator().manual_seed(5)
+
+    def one(heads, tokens):
+        shape = (2, heads, tokens, head_dim) if layout == "HND" else (2, tokens, heads, head_dim)
+        return torch.randn(shape, generator=generator)
+
+    return one(4, 65), one(heads_kv, 70), one(heads_kv, 70)
+
+
+def nodes(function, *args):
+    """The graphs that torch.compile makes of a call, as lists of call targets; and its result."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function"])
+        return graph.forward
+
+    return torch.compile(function, fullgraph=True, backend=backend)(*args), graphs
+
+
+CALLS = {
+    "auto": dict(),
+    "reference": dict(variant="reference"),
+    "lse": dict(variant="reference", return_lse=True),
+    "causal": dict(variant="reference", is_causal=True, sm_scale=0.3),
+    "bool mask": dict(variant="reference", attn_mask=torch.ones(65, 70).tril().bool()),
+    "NHD": dict(variant="reference", tensor_layout="NHD", return_lse=True),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_compiled_call_is_one_operator_with_the_eager_bits(name):
+    arguments = CALLS[name]
+    q, k, v = tensors(arguments.get("tensor_layout", "HND"))
+    call = lambda q, k, v: sageattention.sageattn(q, k, v, **arguments)  # noqa: E731
+    compiled, graphs = nodes(call, q, k, v)
+    expected = call(q, k, v)
+    operator = "attention_lse" if arguments.get("return_lse") else "attention"
+    assert [t for t in graphs[0] if "getitem" not in t] == [f"{operators.NAMESPACE}.{operator}.default"]
+    for got, want in zip(*((r if isinstance(r, tuple) else (r,)) for r in (compiled, expected))):
+        assert torch.equal(got, want) and got.stride() == want.stride() and got.dtype == want.dtype
+
+
+def test_the_legacy_names_compile_to_the_same_operator():
+    q, k, v = tensors()
+
+    def call(q, k, v):
+        return sageattention.sageattn_qk_int8_pv_fp16_cuda(q, k, v, pv_accum_dtype="fp32")
+
+    with pytest.raises(Exception, match="sageattn_qk_int8_pv_fp16_cuda needs a tensor on an NVIDIA GPU") as caught:
+        nodes(call, q, k, v)
+    assert isinstance(caught.value, Unsupported) or isinstance(caught.value.__cause__, Unsupported)
+
+
+def test_eager_calls_do_not_pass_through_the_operator(monkeypatch):
+    monkeypatch.setattr(operators, "attention", None)
+    q, k, v = tensors()
+    assert sageattention.sageattn(q, k, v, variant="reference").shape == q.shape
+
+
+@pytest.mark.parametrize("operator", ["attention", "attention_lse"])
+def test_the_operators_keep_torchs_rules(operator):
+    """Schema, fake implementation and dynamic shapes, as torch checks them."""
+    q, k, v = tensors()
+    mask = torch.randn(1, 1, 65, 70)
+    arguments = (q, k.transpose(1, 2).contiguous().transpose(1, 2), v, mask, "HND", False, None, "reference", "")
+    torch.library.opcheck(getattr(operators, operator), arguments)
+
+
+def test_a_non_contiguous_result_is_handed_over_as_the_fake_says(monkeypatch):
+    q, k, v = tensors()
+    want = ops.run(
+        ops.prepare(q, k, v, tensor_layout="HND", is_causal=False, attn_mask=None, sm_scale=None, return_lse=False, variant="sdpa")
+    )
+    monkeypatch.setattr(ops, "run", lambda call: (want[0].transpose(1, 2).contiguous().transpose(1, 2), None))
+    got = operators.attention(q, k, v, None, "HND", False, None, "sdpa", "")
+    assert got.is_contiguous() and torch.equal(got, want[0])
+
+
+def load_copy(name):
+    """The package once more, under another name, as a node pack that bundles it does."""
+    spec = importlib.util.spec_from_file_location(name, PACKAGE / "__init__.py", submodule_search_locations=[str(PACKAGE)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def forget_copy(name):
+    for key in [key for key in sys.modules if key == name or key.startswith(name + ".")]:
+        del sys.modules[key]
+
+
+def test_copies_of_the_package_live_side_by_side():
+    q, k, v = tensors()
+    want = sageattention.sageattn(q, k, v, variant="reference")
+    seen, alive = [], []
+    for _ in range(2):  # the second time under a name that is taken
+        copy = load_copy("_a_pack_bundled")
+        try:
+            got, graphs = nodes(lambda q, k, v: copy.sageattn(q, k, v, variant="reference"), q, k, v)  # noqa: B023
+            assert torch.equal(got, want)
+            seen.append(graphs[0][0])
+            alive.append(sys.modules["_a_pack_bundled.operators"])
+        finally:
+            forget_copy("_a_pack_bundled")
+        torch._dynamo.reset()
+    assert seen == ["_a_pack_bundled.attention.default", "_a_pack_bundled_2.attention.default"]
+    _, graphs = nodes(lambda q, k, v: sageattention.sageattn(q, k, v, variant="reference"), q, k, v)
+    assert graphs[0][0] == "sageattention.attention.default"
