@@ -37,7 +37,7 @@ import nvrtc  # noqa: E402
 PACKAGE = CSRC.parent / "sageattention"
 KERNELS = PACKAGE / "kernels"
 MANIFEST = "manifest.json"
-OPTIONS = ["--std=c++17"]
+OPTIONS = ["--std=c++17", "--device-as-default-execution-space"]  # the latter for lambdas and constexpr functions
 # The window covers the largest image; a larger preset's 64 MiB would be allocated again at every load.
 XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 22}]
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
