@@ -14,6 +14,7 @@ import torch
 from . import hadamard
 from .variants import (
     AMAX_MIN,
+    FINITE_MAX,
     FRAGMENT_KEYS,
     INT8_MAX,
     K_SCALE_SHIFT,
@@ -27,7 +28,6 @@ from .variants import (
 
 LN2 = math.log(2.0)
 E4M3_MAX = 448.0
-FINITE_MAX = 1e38  # where an intermediate number is cut off instead of overflowing
 # An FP8 MMA cuts each product off below the accumulator's leading bits. Cutting the sum off after every second key, at this many
 # significand bits, gives the shrinkage that was measured on Hopper: 1.1e-5 a key of a coherent sum (.98, .815, .70 at 2k, 16k, 32k).
 FP8_ACCUMULATOR_BITS = 14

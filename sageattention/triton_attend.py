@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from . import variants
-from .triton_blocks import AMAX_MIN, INT8_MAX, LOG2E, mask_scores, rotate, round_rows
+from .triton_blocks import AMAX_MIN, INT8_MAX, K_SCALE_SHIFT, LOG2E, anchor_score, mask_scores, rotate, round_rows
 
 SCORE_LIMIT = tl.constexpr(variants.SCORE_LIMIT)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -64,7 +64,7 @@ def attend(
     out_stride_b, out_stride_n, out_stride_h,
     mask_stride_b, mask_stride_h, mask_stride_m, mask_stride_n,
     head0, heads_q, heads_kv, len_q, len_kv, slots,
-    factor,  # |sm_scale| · 4·D
+    factor,  # |sm_scale| · 4·D, finite
     sign,  # of sm_scale
     out_limit,  # largest finite value of the output's dtype
     LOG2_P_MAX: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -96,11 +96,11 @@ def attend(
     inside = (row < len_q)[:, None] & (channels < HEAD_DIM)[None, :]
     x = tl.load(q + base + head * q_stride_h + row.to(tl.int64)[:, None] * q_stride_n + channels[None, :], mask=inside, other=0.0)
     x = rotate(x, BLOCK_M, D) * sign
+    q8, unit = round_rows(x, tl.max(tl.abs(x), 1))
     if LSE:
-        shift = tl.sum(x * tl.load(anchor + group.to(tl.int64) * D + channels)[None, :], 1) * factor
-    q8, q_scale = round_rows(x, tl.max(tl.abs(x), 1))
+        shift = anchor_score(x, unit, tl.load(anchor + group.to(tl.int64) * D + channels), factor)
     largest = tl.maximum(tl.load(k_scale_max + group), AMAX_MIN)
-    q_scale = tl.minimum(q_scale * (factor * LOG2E), (SCORE_LIMIT / (INT8_MAX * INT8_MAX * D)) / largest)
+    q_scale = tl.minimum(unit * factor * (LOG2E / K_SCALE_SHIFT), (SCORE_LIMIT / (INT8_MAX * INT8_MAX * D)) / largest)
 
     k8_ptrs = k8 + slot * D + channels[:, None] + keys[None, :] * D
     v16_ptrs = v16 + slot * D + keys[:, None] * D + channels[None, :]

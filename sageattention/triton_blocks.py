@@ -9,7 +9,9 @@ SIGN_MULTIPLIER = tl.constexpr(hadamard.SIGN_MULTIPLIER)
 INT8_MAX = tl.constexpr(float(variants.INT8_MAX))
 AMAX_MIN = tl.constexpr(variants.AMAX_MIN)
 LOG2E = tl.constexpr(variants.LOG2E)
+K_SCALE_SHIFT = tl.constexpr(variants.K_SCALE_SHIFT)
 MASK_LIMIT = tl.constexpr(variants.MASK_LIMIT)
+FINITE_MAX = tl.constexpr(variants.FINITE_MAX)
 ROUND = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding and taking it away rounds |x| < 2²² to the nearest integer, ties to even
 
 
@@ -78,3 +80,16 @@ def mask_scores(s, mask_ptrs, in_range, ADDITIVE: tl.constexpr):
     else:
         keep = tl.load(mask_ptrs, mask=in_range, other=0)
         return tl.where(keep != 0, s, float("-inf"))
+
+
+@triton.jit
+def anchor_score(x, unit, anchor, factor):
+    """sm_scale · (q · anchor), [M], by which the anchor moved every score. Operands are normalised before the product.
+
+    x [M, D] is the rotated, signed q and unit [M] its amax / 127; anchor [D] is rotated.
+    """
+    largest = tl.maximum(tl.max(tl.abs(anchor), 0), AMAX_MIN)
+    normal = x * tl.where(unit > AMAX_MIN, 1.0 / tl.maximum(unit, AMAX_MIN), 0.0)[:, None]
+    score = tl.sum(normal * (anchor / largest)[None, :], 1) * tl.minimum(unit * factor, FINITE_MAX)
+    score = tl.minimum(tl.maximum(score, -FINITE_MAX), FINITE_MAX) * largest
+    return tl.minimum(tl.maximum(score, -FINITE_MAX), FINITE_MAX)

@@ -13,7 +13,8 @@ from .plan import Plan
 from .problem import Problem
 from .result import Result, result_like
 from .triton_attend import attend as _attend_kernel
-from .triton_quant import SPLITS, quantise, statistics
+from .triton_quant import ROWS, SPLITS, quantise, statistics
+from .variants import FINITE_MAX
 
 if TYPE_CHECKING:
     from .ops import Call
@@ -100,9 +101,9 @@ def quantize(
             k, v, anchors, maxima, kv.k_scale_max, cu_seqlens, *strides, head0, problem.heads_kv, problem.len_kv, slots,
             BLOCK=STATISTICS_BLOCK, **shape,
         )  # fmt: skip
-        quantise[-(-problem.len_kv // tile.block_n), heads](
+        quantise[2 * (-(-problem.len_kv // tile.block_n) * tile.block_n // ROWS), heads](
             k, v, anchors, maxima, kv.k8, kv.k_scale, kv.k_scale_max, kv.anchor, kv.v16, kv.v_scale, cu_seqlens, *strides,
-            head0, problem.heads_kv, problem.len_kv, slots, V_MAX=plan.scheme.v_max, **shape,
+            head0, problem.heads_kv, problem.len_kv, slots, V_MAX=plan.scheme.v_max, ROWS=ROWS, **shape,
         )  # fmt: skip
     return kv
 
@@ -131,7 +132,7 @@ def attend(
             packed.cu_seqlens_q if packed else unused, packed.cu_seqlens_k if packed else unused,
             *_strides(q, problem), *_strides(out, problem), *((0, 0, 0, 0) if mask is None else mask.stride()),
             kv.head0, problem.heads_q, problem.heads_kv, problem.len_q, problem.len_kv, kv.slots,
-            abs(problem.sm_scale) * hadamard.gain(plan.head_dim), math.copysign(1.0, problem.sm_scale), torch.finfo(out.dtype).max,
+            min(abs(problem.sm_scale) * hadamard.gain(plan.head_dim), FINITE_MAX), math.copysign(1.0, problem.sm_scale), torch.finfo(out.dtype).max,
             LOG2_P_MAX=math.log2(plan.scheme.p_max), HEAD_DIM=problem.head_dim, D=plan.head_dim,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, MASK=kind, CAUSAL=problem.causal, LSE=lse is not None,
             VARLEN=packed is not None, INT8_DOT=plan.arch != 75, num_warps=tile.warps, num_stages=tile.stages,

@@ -1,9 +1,9 @@
-"""Quantising K and V: two launches, each reading its input once.
+"""Quantising K and V in two launches.
 
-`statistics` reads V once and a strided sample of K; `quantise` writes K as INT8 (rotated, shifted by the anchor, one scale per token)
+`statistics` reads V and a strided sample of K; `quantise` reads both and writes K as INT8 (rotated, shifted by the anchor, one scale per token)
 and V as fp16 (one scale per channel). Workspace layout, with H = heads in the group and T = padded tokens per head:
-  k8 [H, T, D] int8 · k_scale [H, T] fp32 · k_scale_max [H] fp32 · anchor [H, D] fp32 (rotated) · v16 [H, T, D] fp16 · v_scale [H, D] fp32
-  partial_anchor, partial_amax [H, SPLITS, D] fp32
+  k8 [H, T, D] int8 · k_scale [H, T] fp32 (times K_SCALE_SHIFT) · k_scale_max [H] fp32 · anchor [H, D] fp32 (rotated) · v16 [H, T, D] fp16 · v_scale [H, D] fp32
+  partial_anchor (rotated), partial_amax [H, SPLITS, D] fp32
 Packed sequences (VARLEN) lie one after another in T, each rounded up by one tile, so that no tile holds two of them; then the
 statistics are per (sequence, head).
 """
@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 
 from . import variants
-from .triton_blocks import AMAX_MIN, rotate, round_rows
+from .triton_blocks import AMAX_MIN, K_SCALE_SHIFT, rotate, round_rows
 
-SPLITS = 16
+SPLITS = 32  # programs per head in `statistics`
+ROWS = 64  # tokens per program in `quantise`; divides every tile's block_n
 ANCHOR_TOKENS = tl.constexpr(variants.ANCHOR_TOKENS)
 
 
@@ -73,6 +74,8 @@ def statistics(
         x = tl.load(ptrs, mask=(sample < end)[:, None] & inside[None, :], other=0.0).to(tl.float32)
         total += tl.sum(x * weight, 0)
 
+    # An MMA wants 16 rows: rotate 16 copies and average them, which is exact. The rotation is linear, so it may come before the sum.
+    total = tl.sum(rotate(tl.broadcast_to(total[None, :], (16, D)), 16, D), 0) * (1.0 / 16)
     at = (group.to(tl.int64) * SPLITS + split) * D + channels
     tl.store(partial_amax + at, amax)
     tl.store(partial_anchor + at, total)
@@ -91,35 +94,37 @@ def quantise(
     k_stride_b, k_stride_n, k_stride_h,
     v_stride_b, v_stride_n, v_stride_h,
     head0, heads, tokens, slots,
-    V_MAX: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, VARLEN: tl.constexpr,
+    V_MAX: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+    VARLEN: tl.constexpr,
 ):  # fmt: skip
-    tile, group = tl.program_id(0), tl.program_id(1)
+    block, group = tl.program_id(0) // 2, tl.program_id(1)
     batch, head, first, count, slot = _locate(group, head0, heads, cu_seqlens, tokens, slots, BLOCK_N, VARLEN)
-    if tile * BLOCK_N >= count:
+    if block * ROWS >= tl.cdiv(count, BLOCK_N) * BLOCK_N:
         return
     channels, splits = tl.arange(0, D), tl.arange(0, SPLITS)
-    token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = block * ROWS + tl.arange(0, ROWS)
     valid = token < count
     inside = valid[:, None] & (channels < HEAD_DIM)[None, :]
     partial = (group.to(tl.int64) * SPLITS + splits)[:, None] * D + channels[None, :]
     out = (slot + token)[:, None] * D + channels[None, :]
 
-    mean = tl.sum(tl.load(partial_anchor + partial), 0)
-    # An MMA wants 16 rows: rotate 16 copies and average them, which is exact.
-    shift = tl.sum(rotate(tl.broadcast_to(mean[None, :], (16, D)), 16, D), 0) * (1.0 / 16)
-    ptrs = k + batch * k_stride_b + head * k_stride_h + (first + token)[:, None] * k_stride_n + channels[None, :]
-    x = rotate(tl.load(ptrs, mask=inside, other=0.0), BLOCK_N, D) - shift[None, :]
-    x = tl.where(valid[:, None], x, 0.0)
-    x8, scale = round_rows(x, tl.max(tl.abs(x), 1))
-    tl.store(k8 + out, x8)
-    tl.store(k_scale + slot + token, scale)
-    tl.atomic_max(k_scale_max + group, tl.max(scale, 0))
-
-    amax = tl.max(tl.load(partial_amax + partial), 0)
-    inverse = tl.where(amax > AMAX_MIN, V_MAX / tl.maximum(amax, AMAX_MIN), 0.0)
-    ptrs = v + batch * v_stride_b + head * v_stride_h + (first + token)[:, None] * v_stride_n + channels[None, :]
-    y = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
-    tl.store(v16 + out, (y * inverse[None, :]).to(tl.float16))
-    if tile == 0:
-        tl.store(anchor + group.to(tl.int64) * D + channels, shift)
-        tl.store(v_scale + group.to(tl.int64) * D + channels, amax * (1.0 / V_MAX))
+    if tl.program_id(0) % 2 == 0:
+        ptrs = k + batch * k_stride_b + head * k_stride_h + (first + token)[:, None] * k_stride_n + channels[None, :]
+        x = rotate(tl.load(ptrs, mask=inside, other=0.0), ROWS, D)
+        shift = tl.sum(tl.load(partial_anchor + partial), 0)
+        x = tl.where(valid[:, None], x - shift[None, :], 0.0)
+        x8, scale = round_rows(x, tl.max(tl.abs(x), 1))
+        scale *= K_SCALE_SHIFT
+        tl.store(k8 + out, x8)
+        tl.store(k_scale + slot + token, scale)
+        tl.atomic_max(k_scale_max + group, tl.max(scale, 0))
+        if block == 0:
+            tl.store(anchor + group.to(tl.int64) * D + channels, shift)
+    else:
+        ptrs = v + batch * v_stride_b + head * v_stride_h + (first + token)[:, None] * v_stride_n + channels[None, :]
+        y = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+        amax = tl.max(tl.load(partial_amax + partial), 0)
+        inverse = tl.where(amax > AMAX_MIN, V_MAX / tl.maximum(amax, AMAX_MIN), 0.0)
+        tl.store(v16 + out, (y * inverse[None, :]).to(tl.float16))
+        if block == 0:
+            tl.store(v_scale + group.to(tl.int64) * D + channels, amax * (1.0 / V_MAX))

@@ -14,11 +14,12 @@ HEAD_DIMS = (64, 128, 256)  # the compiled head dimensions; a real one is zero-p
 INT8_MAX = 127
 LOG2E = 1.4426950408889634
 
-# No score leaves ±2^24 (base-2 units). Above that, fp32 cannot even tell neighbouring scores apart in an exponent, and
-# fma(s, scale, −max) may exceed zero by more than the head room that P has.
-SCORE_LIMIT = float(2**24)
+# No score leaves ±2^21 (base-2 units): fma(s, scale, −max) then exceeds zero by so little that P stays within twice its maximum.
+SCORE_LIMIT = float(2**21)
+# Where an intermediate number is cut off instead of overflowing.
+FINITE_MAX = 1e38
 # An additive mask stays finite: finfo.min · log2(e) would be −inf, which means "masked out" instead of "very unlikely".
-MASK_LIMIT = 1e38
+MASK_LIMIT = FINITE_MAX
 # Anything this small is quantised as zero, so that 127 / amax stays finite.
 AMAX_MIN = 2.0**-100
 # Stored K scales are smaller and row scales larger by this: (q8 · k8) · k_scale is then finite for any K (|q8 · k8| < 2^22).
@@ -27,7 +28,7 @@ K_SCALE_SHIFT = 2.0**-16
 # eight, t = lane mod 4. 16 keys of 64 would do the same with half the scales and .0108 instead of .0104 on normal inputs.
 FRAGMENT_KEYS = 32
 # K is shifted by the mean of about this many evenly strided tokens; any constant shift leaves the softmax as it is.
-ANCHOR_TOKENS = 1024
+ANCHOR_TOKENS = 512
 
 
 def anchor_stride(len_kv: int) -> int:
@@ -69,6 +70,7 @@ class Scheme:
 # fp16 P and V with fp32 accumulators: the products need no head room, so both operands use fp16's range; p_max = 2^10 keeps
 # weights down to 6e-8 of the row maximum out of the subnormals.
 FP16_FP32 = Scheme("fp16", True, "token", p_max=2.0**10, v_max=2.0**14)
+FP16_FP32_TRITON = replace(FP16_FP32, exact_sum=True)
 # The same for MMA kernels, where a scale per token would cost a multiplication per score; a scale per fragment is one factor a thread.
 FP16_FP32_MMA = replace(FP16_FP32, k_scale="fragment")
 # fp16 accumulators: keys in the accumulator · p_max · v_max · 2 < 65504. The factor 2 is for a P that the fma rounds above p_max.
@@ -125,15 +127,17 @@ TRITON_FP16 = Variant(
     "sageattn_qk_int8_pv_fp16_triton",
     "triton",
     "INT8 QKᵀ, FP16 PV with FP32 accumulation, in Triton: any card that Triton supports",
-    FP16_FP32,
+    FP16_FP32_TRITON,
     min_arch=75,
     tiles={
         (0, 64): Tile(128, 64, 4, 3),
-        (0, 128): Tile(128, 64, 8, 3),
-        (0, 256): Tile(64, 64, 8, 2),
+        (0, 128): Tile(128, 64, 8, 2),
+        (0, 256): Tile(64, 64, 8, 1),
         (75, 64): Tile(64, 64, 4, 2),
         (75, 128): Tile(64, 64, 4, 2),
-        (75, 256): Tile(32, 32, 4, 2),
+        (75, 256): Tile(32, 64, 4, 1),
+        (90, 128): Tile(64, 128, 4, 2),
+        (90, 256): Tile(64, 64, 4, 2),
     },
 )
 

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sageattention.triton_attend import attend
-from sageattention.triton_quant import SPLITS, quantise, statistics
+from sageattention.triton_quant import ROWS, SPLITS, quantise, statistics
 from sageattention.variants import HEAD_DIMS, TRITON_FP16, Tile
 
 SCALARS = {"factor": "fp32", "sign": "fp32", "out_limit": "fp32"}
@@ -63,7 +63,7 @@ def compile_all(arch: int) -> list[dict]:
         tile = TRITON_FP16.tile(arch, d)
         shape = {"HEAD_DIM": d, "D": d, "BLOCK_N": tile.block_n, "SPLITS": SPLITS, "VARLEN": False}
         built.append(compile_kernel(statistics, arch, {"BLOCK": 64, **shape}, {}))
-        built.append(compile_kernel(quantise, arch, {"V_MAX": TRITON_FP16.scheme.v_max, **shape}, {}))
+        built.append(compile_kernel(quantise, arch, {"V_MAX": TRITON_FP16.scheme.v_max, "ROWS": ROWS, **shape}, {}))
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         built.append(compile_kernel(attend, arch, attend_constants(d, tile, arch), options))
         built.append(compile_kernel(attend, arch, attend_constants(d, tile, arch, mask=2, causal=True, lse=True), options))
