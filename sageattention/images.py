@@ -6,6 +6,7 @@ spells them: "sm_86" for machine code (a cubin), "compute_80" for PTX, which the
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -52,7 +53,7 @@ class Image:
     def is_ptx(self) -> bool:
         return self.arch.startswith("compute_")
 
-    @property
+    @functools.cached_property
     def capability(self) -> int:
         """The architecture it is compiled for, as a number."""
         return int(re.sub(r"\D", "", self.arch))
@@ -62,7 +63,7 @@ class Image:
         """The architecture whose row of the variant's tiles it was compiled with."""
         return self.family or self.capability
 
-    @property
+    @functools.cached_property
     def path(self) -> str:
         """Its file below `kernels/`, with forward slashes."""
         suffix = f".f{self.family}" if self.family and self.family != self.capability else ""
