@@ -64,19 +64,30 @@ def load_table() -> tuple:
     return images
 
 
+def _layout(struct: type[ctypes.Structure], done: set[str]) -> list[str]:
+    """Assertions that a C++ struct, and the structs within it, have the layout of their Python twins."""
+    name, lines = struct.__name__, []
+    if name in done:
+        return lines
+    done.add(name)
+    same = "has another layout than its Python twin"
+    lines.append(f'static_assert(sizeof({name}) == {ctypes.sizeof(struct)}, "{name} {same}");')
+    for field, kind, *_ in struct._fields_:
+        place, at = getattr(struct, field), f"(({name}*)0)->{field}"
+        # NVRTC has no offsetof; __INTADDR__ is what its front end turns that into.
+        lines.append(f'static_assert(__INTADDR__(&({at})) == {place.offset} && sizeof({at}) == {place.size}, "{name}::{field} {same}");')
+        element = getattr(kind, "_type_", kind) if issubclass(kind, ctypes.Array) else kind
+        if issubclass(element, ctypes.Structure):
+            lines += _layout(element, done)
+    return lines
+
+
 def translation_unit(image) -> str:
     """The text that is compiled for an image."""
-    structs = {entry.params.__name__: entry.params for entry in image.entries}
+    done: set[str] = set()
     lines = [f'#include "{image.source}"', "namespace sage {"]
-    for name, struct in structs.items():
-        same = "has another layout than its Python twin"
-        lines.append(f'static_assert(sizeof({name}) == {ctypes.sizeof(struct)}, "{name} {same}");')
-        for field, *_ in struct._fields_:
-            place, at = getattr(struct, field), f"(({name}*)0)->{field}"
-            # NVRTC has no offsetof; __INTADDR__ is what its front end turns that into.
-            lines.append(
-                f'static_assert(__INTADDR__(&({at})) == {place.offset} && sizeof({at}) == {place.size}, "{name}::{field} {same}");'
-            )
+    for entry in image.entries:
+        lines += _layout(entry.params, done)
     lines += [
         f'extern "C" __global__ void __launch_bounds__({e.threads}, {e.min_blocks})\n'
         f"{e.symbol}(const __grid_constant__ {e.params.__name__} p) {{ {e.expression}(p); }}"

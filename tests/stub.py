@@ -1,4 +1,7 @@
-"""The stub driver and a demo image table for the tests of build, loader and launchers: no GPU, no CUDA."""
+"""The stub driver and a demo image table for the tests of build, loader and launchers: no GPU, no CUDA.
+
+`demo/kernels` holds the demo images as built from `demo/csrc`, for the tests on a GPU; `python tests/stub.py` builds them again.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc"
-sys.path.insert(0, str(CSRC))
+DEMO_CSRC, DEMO_KERNELS = HERE / "demo/csrc", HERE / "demo/kernels"
+sys.path[:0] = [str(CSRC), str(HERE.parent)]
 
 import build  # noqa: E402
 import nvrtc  # noqa: E402
@@ -20,13 +24,18 @@ import nvrtc  # noqa: E402
 from sageattention.images import Entry, Image  # noqa: E402
 
 
+class Pair(ctypes.Structure):
+    """As demo/csrc/sub/params.cuh has it."""
+
+    _fields_ = (("data", ctypes.c_uint64), ("stride", ctypes.c_int64))
+
+
 class DemoParams(ctypes.Structure):
-    """As csrc_demo/params.cuh has it."""
+    """As demo/csrc/sub/params.cuh has it."""
 
     _fields_ = (
-        ("x", ctypes.c_uint64),
+        ("x", Pair),
         ("y", ctypes.c_uint64),
-        ("stride", ctypes.c_int64),
         ("n", ctypes.c_int32),
         ("factor", ctypes.c_float),
     )
@@ -120,3 +129,7 @@ def install_images(kernels: Path, table: tuple[Image, ...] = TABLE) -> None:
 
 def fake_binary(image: Image) -> bytes:
     return f"{image.arch}:{image.name}".encode().ljust(64, b".") + bytes(range(256)) * 16
+
+
+if __name__ == "__main__":
+    build.build(TABLE, list(TABLE), 2, DEMO_KERNELS, DEMO_CSRC)

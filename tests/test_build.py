@@ -5,52 +5,17 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import lzma
+import shutil
 import subprocess
 import sys
 import time
 import types
 
 import pytest
-from stub import CSRC, ENTRIES, TABLE, DemoParams, build, by_path, nvrtc
+from stub import CSRC, DEMO_CSRC, DEMO_KERNELS, ENTRIES, TABLE, DemoParams, build, by_path, nvrtc
 
 from sageattention.images import Entry, Image
 
-PARAMS = """\
-namespace sage {
-struct DemoParams {
-  const float* x;  // [n]
-  float* y;        // [n]
-  long long stride;
-  int n;
-  float factor;
-};
-}  // namespace sage
-"""
-DEMO = """\
-#include "sub/params.cuh"
-#include "sub/size.cuh"
-namespace sage {
-template <int kTimes>
-__device__ __forceinline__ void scale(const DemoParams& p) {
-  extern __shared__ float staged[];
-  const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i < p.n) {
-    staged[threadIdx.x] = p.x[i * p.stride];
-    p.y[i] = staged[threadIdx.x] * p.factor * kTimes * kSize;
-  }
-}
-// 100 values that live through a loop do not fit 32 registers.
-template <int kTimes>
-__device__ __forceinline__ void spill(const DemoParams& p) {
-  float held[100];
-#pragma unroll
-  for (int i = 0; i < 100; ++i) held[i] = p.x[i * threadIdx.x];
-  for (int n = 0; n < p.n; ++n)
-#pragma unroll
-    for (int i = 0; i < 100; ++i) p.y[i + n] += held[i] * held[99 - i] * kTimes;
-}
-}  // namespace sage
-"""
 FEW = tuple(i for i in TABLE if i.arch in ("sm_75", "sm_90a", "compute_80"))
 
 
@@ -64,15 +29,7 @@ def compiler():
 
 @pytest.fixture
 def csrc(tmp_path):
-    return write_sources(tmp_path / "csrc")
-
-
-def write_sources(folder):
-    (folder / "sub").mkdir(parents=True)
-    (folder / "demo.cuh").write_text(DEMO)
-    (folder / "sub/params.cuh").write_text(PARAMS)
-    (folder / "sub/size.cuh").write_text("namespace sage { constexpr int kSize = 1; }\n")
-    return folder
+    return shutil.copytree(DEMO_CSRC, tmp_path / "csrc")
 
 
 def make(table, kernels, csrc, jobs=1):
@@ -85,8 +42,9 @@ def contents(folder):
 
 def test_every_target_compiles_and_a_second_build_elsewhere_gives_the_same_bytes(tmp_path, csrc):
     assert make(TABLE, tmp_path / "a", csrc, jobs=2) == len(TABLE)
-    other = write_sources(tmp_path / "deeply/nested/place")
-    (other / "demo.cuh").write_bytes(DEMO.replace("\n", "\r\n").encode())  # a checkout with Windows line ends
+    other = shutil.copytree(csrc, tmp_path / "deeply/nested/place")
+    text = (csrc / "demo.cuh").read_text(encoding="utf-8")
+    (other / "demo.cuh").write_bytes(text.replace("\n", "\r\n").encode())  # a checkout with Windows line ends
     make(TABLE, tmp_path / "b", other)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert set(contents(tmp_path / "a")) == {i.path for i in TABLE} | {build.MANIFEST}
@@ -156,23 +114,19 @@ def test_a_kernel_that_spills_fails_the_build_and_is_not_written(tmp_path, csrc)
     assert not (tmp_path / "k/sm_80").exists()
 
 
-class Swapped(ctypes.Structure):
-    _fields_ = (DemoParams._fields_[0], DemoParams._fields_[1], DemoParams._fields_[2], ("factor", ctypes.c_float), ("n", ctypes.c_int32))
+FIELDS = dict(DemoParams._fields_)
+TWINS = {
+    "DemoParams::n has another layout": {k: FIELDS[k] for k in ("x", "y", "factor", "n")},
+    "DemoParams::y has another layout": FIELDS | {"y": ctypes.c_uint32},
+    "DemoParams has another layout": FIELDS | {"more": ctypes.c_int64},
+    "Pair::stride has another layout": FIELDS
+    | {"x": type("Pair", (ctypes.Structure,), {"_fields_": (("stride", ctypes.c_int64), ("data", ctypes.c_uint64))})},
+}
 
 
-class Narrow(ctypes.Structure):
-    _fields_ = (*DemoParams._fields_[:2], ("stride", ctypes.c_int32), ("_pad", ctypes.c_int32), *DemoParams._fields_[3:])
-
-
-class Longer(ctypes.Structure):
-    _fields_ = (*DemoParams._fields_, ("more", ctypes.c_int64))
-
-
-@pytest.mark.parametrize(
-    ("twin", "said"), [(Swapped, "factor has another layout"), (Narrow, "stride has another"), (Longer, "DemoParams has")]
-)
-def test_a_struct_laid_out_differently_on_the_two_sides_does_not_compile(tmp_path, csrc, twin, said):
-    wrong = type("DemoParams", (ctypes.Structure,), {"_fields_": twin._fields_})
+@pytest.mark.parametrize("said", TWINS)
+def test_a_struct_laid_out_differently_on_the_two_sides_does_not_compile(tmp_path, csrc, said):
+    wrong = type("DemoParams", (ctypes.Structure,), {"_fields_": tuple(TWINS[said].items())})
     image = Image("wrong", "sm_80", "demo.cuh", (Entry("demo_wrong", "scale<1>", wrong, 256),))
     with pytest.raises(build.BuildError, match=said):
         make((image,), tmp_path / "k", csrc)
@@ -215,6 +169,10 @@ ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loa
 ptxas info    : Used 200 registers, used 1 barriers, 376 bytes cmem[0]
 """
     assert nvrtc.usage(log) == {"k2": nvrtc.Usage(32, 1424, 3296, 640), "k": nvrtc.Usage(200, 0, 0, 0)}
+
+
+def test_the_demo_images_of_the_gpu_tests_are_up_to_date():
+    assert build.verify(list(TABLE), 1, DEMO_KERNELS, DEMO_CSRC) == []
 
 
 # --- the package's own images ---

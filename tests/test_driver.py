@@ -77,7 +77,7 @@ def either(request, cuda, monkeypatch):
 
 
 def packed(n: int) -> bytes:
-    return bytes(DemoParams(x=0x7F00_0000_0000 + n, y=2**63 + n, stride=-n, n=n, factor=0.5))
+    return bytes(DemoParams((0x7F00_0000_0000 + n, -n), 2**63 + n, n, 0.5))
 
 
 def kernel(path: str = "sm_90a/demo.cubin.xz", symbol: str = "demo_double", device: int = 0):

@@ -1,0 +1,1 @@
+namespace sage { constexpr int kSize = 1; }
