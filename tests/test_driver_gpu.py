@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import statistics
 import threading
 import time
@@ -89,7 +90,7 @@ def test_a_failing_launch_is_told_and_leaves_the_card_usable(gpu):
 def test_launches_that_overlap_see_the_results_before_them(gpu):
     x, kernel = torch.randn(1 << 22, device="cuda"), load(gpu)
     chain = [x, *(torch.empty_like(x) for _ in range(8))]
-    plan = tuple(launches(kernel, a, b, factor=1.0, overlap=True)[0] for a, b in zip(chain, chain[1:]))
+    plan = tuple(launches(kernel, a, b, factor=1.0, overlap=True)[0] for a, b in itertools.pairwise(chain))
     for _ in range(20):
         for t in chain[1:]:
             t.fill_(torch.nan)
