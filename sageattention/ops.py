@@ -9,14 +9,14 @@ import torch
 
 from . import capability, reference
 from .capability import Capability
-from .plan import Plan, plan
 from .errors import Unsupported
+from .plan import Plan, plan
 from .problem import Problem
 from .result import Result, result_like
 from .variants import TRITON_FP16
 
 if TYPE_CHECKING:
-    pass
+    from .triton_ops import QuantizedKV
 
 
 class Call(NamedTuple):
@@ -28,7 +28,6 @@ class Call(NamedTuple):
     mask: torch.Tensor | None  # broadcastable to [B, H, Nq, Nk], always 4-D
     problem: Problem
     plan: Plan
-
 
 
 def prepare(
@@ -97,7 +96,7 @@ def _run_sdpa(call: Call) -> Result:
         return _run_sdpa_with_lse(call, q, k, v)
     mask = call.mask
     if mask is not None and p.mask == "additive":
-        mask = mask.to(q.dtype)
+        mask = _narrow_mask(mask, q.dtype)
     causal = p.causal
     if causal and mask is not None:
         mask, causal = _with_causal(mask, p), False
@@ -105,6 +104,12 @@ def _run_sdpa(call: Call) -> Result:
         q, k, v, mask, is_causal=causal, scale=p.sm_scale, enable_gqa=p.heads_q != p.heads_kv
     )
     return _from_hnd(out, call), None
+
+
+def _narrow_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An additive mask in q's dtype, as SDPA wants it. fp32's finfo.min would become −inf: finite stays finite."""
+    limit = torch.finfo(dtype).max
+    return torch.where(mask == -torch.inf, mask, mask.clamp(-limit, limit)).to(dtype)
 
 
 def _with_causal(mask: torch.Tensor, p: Problem) -> torch.Tensor:
@@ -158,9 +163,7 @@ def run_varlen(
     sm_scale: float | None,
 ) -> torch.Tensor:
     """`sageattn_varlen`: through the Triton variant, the one that reads packed sequences in place."""
-    problem = Problem.from_packed(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, sm_scale=sm_scale
-    )
+    problem = Problem.from_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, sm_scale=sm_scale)
     chosen = plan_for(problem, TRITON_FP16.name)
     if problem.empty:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)

@@ -1,9 +1,9 @@
 """Quantising K and V in two launches.
 
-`statistics` reads V and a strided sample of K; `quantise` reads both and writes K as INT8 (rotated, shifted by the anchor, one scale per token)
-and V as fp16 (one scale per channel). Workspace layout, with H = heads in the group and T = padded tokens per head:
-  k8 [H, T, D] int8 · k_scale [H, T] fp32 (times K_SCALE_SHIFT) · k_scale_max [H] fp32 · anchor [H, D] fp32 (rotated) · v16 [H, T, D] fp16 · v_scale [H, D] fp32
-  partial_anchor (rotated), partial_amax [H, SPLITS, D] fp32
+`statistics` reads V and a strided sample of K; `quantise` reads both and writes K as INT8 (rotated, shifted by the anchor, one
+scale per token) and V as fp16 (one scale per channel). Workspace, with H = heads in the group, T = padded tokens per head:
+  k8 [H, T, D] int8, k_scale [H, T] fp32 (times K_SCALE_SHIFT), k_scale_max [H] fp32, anchor [H, D] fp32 (rotated),
+  v16 [H, T, D] fp16, v_scale [H, D] fp32; partial_anchor (rotated) and partial_amax [H, SPLITS, D] fp32
 Packed sequences (VARLEN) lie one after another in T, each rounded up by one tile, so that no tile holds two of them; then the
 statistics are per (sequence, head).
 """

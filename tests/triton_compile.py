@@ -70,8 +70,12 @@ def compile_all(arch: int) -> list[dict]:
     return built
 
 
-if __name__ == "__main__":
-    for arch in map(int, sys.argv[1:]):
+def main(archs: list[int]) -> None:
+    for arch in archs:
         for row in compile_all(arch):
             row.pop("cubin")
             print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main([int(arch) for arch in sys.argv[1:]])

@@ -1,0 +1,77 @@
+"""The Triton variant: interpreted on a CPU, compiled for every architecture without a GPU, and (marker gpu) for real."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matrix
+import pytest
+import torch
+
+from sageattention.variants import TRITON_FP16
+
+HERE = Path(__file__).parent
+NAME = TRITON_FP16.name
+# Shared memory one block may have, bytes (CUDA C++ Programming Guide, compute capabilities table).
+SHARED_LIMIT = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376}
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+
+def child(code: str, interpret: bool, timeout: int = 600) -> str:
+    """Run a test's body in a process of its own: whether Triton interprets is settled when it is imported."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if interpret:
+        env["TRITON_INTERPRET"] = "1"
+    env["OMP_NUM_THREADS"] = "1"  # small tensors: a second thread costs more in waiting than it computes
+    env["PYTHONPATH"] = os.pathsep.join((str(HERE), str(HERE.parent)))
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, env=env, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("part", ["cases", "packed", "halves", "groups", "finite"])
+def test_interpreted(part: str) -> None:
+    assert "passed" in child(f"import triton_interpreted as t; t.{part}(); print('passed')", interpret=True)
+
+
+@pytest.mark.parametrize("arch", [75, 80, 89, 90, 120])
+def test_compiles_without_a_gpu(arch: int) -> None:
+    rows = [json.loads(line) for line in child(f"import triton_compile as t; t.main([{arch}])", False).splitlines()]
+    assert {row["kernel"] for row in rows} == {"statistics", "quantise", "attend"}
+    assert {row["head_dim"] for row in rows if row["kernel"] == "attend"} == {64, 128, 256}
+    for row in rows:
+        assert row["shared"] <= SHARED_LIMIT[arch], row
+        if row["kernel"] == "attend":  # Triton has no INT8 dot for Turing; everywhere else it must be there
+            assert row["int8_mma"] == (arch != 75), row
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", matrix.full(), ids=str)
+def test_matrix_on_gpu(case: matrix.Case) -> None:
+    matrix.check(case, NAME, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("part", ["packed", "halves", "groups", "finite"])
+def test_parts_on_gpu(part: str) -> None:
+    import triton_interpreted
+
+    getattr(triton_interpreted, part)(device="cuda")
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements() -> None:
+    from sageattention import sageattn_qk_int8_pv_fp16_triton
+
+    # 2³¹ elements lie between the first and the last head: an offset in 32 bits would wrap
+    storage = torch.empty(2**31 + 2**22, dtype=torch.bfloat16, device="cuda")
+    q, k, v = (torch.randn(1, 2, 2048, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    far = [storage.as_strided((1, 2, 2048, 64), (2**31, 2**31, 64, 1), offset) for offset in (0, 2**18, 2**19)]
+    for t, near in zip(far, (q, k, v)):
+        t.copy_(near)
+    assert torch.equal(sageattn_qk_int8_pv_fp16_triton(*far), sageattn_qk_int8_pv_fp16_triton(q, k, v))
