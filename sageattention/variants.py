@@ -14,7 +14,8 @@ HEAD_DIMS = (64, 128, 256)  # the compiled head dimensions; a real one is zero-p
 INT8_MAX = 127
 LOG2E = 1.4426950408889634
 
-# No score leaves ±2^21 (base-2 units): fma(s, scale, −max) then exceeds zero by so little that P stays within twice its maximum.
+# No score leaves ±2^21 (base-2 units), where softmax has long been one-hot. The kernels fold the integer preset 12582912 into
+# fma(s, scale, −max); its rounding, .75 of the scale, then lifts P above p_max by less than a factor of two.
 SCORE_LIMIT = float(2**21)
 # Where an intermediate number is cut off instead of overflowing.
 FINITE_MAX = 1e38
@@ -73,9 +74,9 @@ FP16_FP32 = Scheme("fp16", True, "token", p_max=2.0**10, v_max=2.0**14)
 FP16_FP32_TRITON = replace(FP16_FP32, exact_sum=True)
 # The same for MMA kernels, where a scale per token would cost a multiplication per score; a scale per fragment is one factor a thread.
 FP16_FP32_MMA = replace(FP16_FP32, k_scale="fragment")
-# fp16 accumulators: keys in the accumulator · p_max · v_max · 2 < 65504. The factor 2 is for a P that the fma rounds above p_max.
+# fp16 accumulators, promoted every KV tile: keys in the accumulator · p_max · v_max · 2 < 65504. The factor 2 is for a P that the fma
+# rounds above p_max. The same for "fp16": promoting less often gains nothing.
 FP16_FP16_FP32 = Scheme("fp16", True, "fragment", p_max=16.0, v_max=8.0, accumulate="fp16")
-FP16_FP16 = Scheme("fp16", True, "fragment", p_max=8.0, v_max=4.0, accumulate="fp16", promote=512)
 # e4m3 P and V over their whole range. P of the tile's own maximum is exact, which takes 6 % off the error; V's mean, taken out, is exact
 # too. An FP8 MMA keeps about 14 bits whatever its accumulator is called (Ada, Hopper), so "fp32" is promoted every tile as well.
 FP8_FP32 = Scheme("fp8", True, "fragment", p_max=448.0, v_max=448.0, v_mean=True, p_tile_max=True, accumulate="fp8")
@@ -147,7 +148,7 @@ CUDA_FP16 = Variant(
     "INT8 QKᵀ, FP16 PV: overflow-safe, the most accurate CUDA variant",
     FP16_FP32_MMA,
     min_arch=75,
-    accum={"fp32": FP16_FP32_MMA, "fp16+fp32": FP16_FP16_FP32, "fp16": FP16_FP16},
+    accum={"fp32": FP16_FP32_MMA, "fp16+fp32": FP16_FP16_FP32, "fp16": FP16_FP16_FP32},
 )
 CUDA_FP8 = Variant(
     "sageattn_qk_int8_pv_fp8_cuda",
