@@ -1,0 +1,37 @@
+"""The nodes for ComfyUI's current API (core 0.3.48 and newer)."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from . import patch
+
+
+class PatchSageAttention(io.ComfyNode):
+    """MODEL in, patched MODEL out."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id=patch.NODE_ID,
+            display_name=patch.DISPLAY_NAME,
+            category=patch.CATEGORY,
+            description=patch.DESCRIPTION,
+            inputs=[
+                io.Model.Input("model", tooltip=patch.MODEL_TOOLTIP),
+                io.Combo.Input("variant", options=patch.CHOICES, default=patch.AUTO, tooltip=patch.VARIANT_TOOLTIP),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, variant: str) -> bool:
+        """Accept any variant: a workflow saved elsewhere still loads, and `patch.usable` finds a replacement, aloud."""
+        return True
+
+    @classmethod
+    def execute(cls, model, variant: str) -> io.NodeOutput:
+        return io.NodeOutput(patch.apply(model, variant))
+
+
+NODES = [PatchSageAttention]
