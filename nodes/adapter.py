@@ -43,11 +43,8 @@ class SageOverride:
 
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One attention call, as the module's head describes it."""
-        try:
-            out = self._attend(*args, **kwargs)
-        except (Unsupported, KernelMissing) as error:
-            self.record.count_fallback(str(error), layer_name(kwargs.get("transformer_options")))
-            out = None
+        attempt = _attempt_uncompiled if torch.compiler.is_compiling() else _attempt
+        out = attempt(self, args, kwargs)
         if out is not None:
             return out
         if self.previous is not None:
@@ -96,6 +93,20 @@ class SageOverride:
         return out if skip_output_reshape else out.flatten(2)
 
 
+def _attempt(override: SageOverride, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Our attention's result, or None where the call goes on to the attention behind us."""
+    try:
+        return override._attend(*args, **kwargs)
+    except (Unsupported, KernelMissing) as error:
+        override.record.count_fallback(str(error), layer_name(kwargs.get("transformer_options")))
+        return None
+
+
+# In a model under torch.compile our part stays out of the graph: counts are Python's, and a traced count would be a guard that
+# fails, and recompiles, at every call. Attention that is left to the model is compiled with it.
+_attempt_uncompiled = torch.compiler.disable(_attempt)
+
+
 def layer_name(transformer_options: dict[str, Any] | None) -> str:
     """Where in the model a call comes from, as far as its options tell: "input block 4.0", "double block 7", "block 3", ""."""
     options = transformer_options or {}
@@ -111,30 +122,40 @@ def _split_heads(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, enable_gqa: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[B, L, heads·D] to [B, L, heads, D]; k and v have fewer heads where `enable_gqa` says so."""
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.dim() != 3:
-            raise Unsupported(name, f"got {t.dim()} dimensions {tuple(t.shape)}, accepted are 3, [B, L, heads·D]")
-    inner = q.shape[2]
-    if heads < 1 or inner % heads:
+    _check_rank(3, "[B, L, heads·D]", q, k, v)
+    batch, len_q, inner = q.shape
+    if heads < 1 or inner < 1 or inner % heads:
         raise Unsupported("heads", f"got {heads}, accepted is a divisor of q's last dimension, {inner}")
     dim = inner // heads
-    for name, t in (("k", k), ("v", v)):
-        if t.shape[2] != inner and not (enable_gqa and dim and t.shape[2] % dim == 0):
-            raise Unsupported(name, f"its last dimension is {t.shape[2]}, q's is {inner}; with enable_gqa a multiple of {dim} will do")
-    q, k, v = (t.unflatten(2, (t.shape[2] // dim if dim else heads, dim)) for t in (q, k, v))
-    return q, k, v
+    q = q.view(batch, len_q, heads, dim)
+    return q, _split_kv("k", k, heads, dim, enable_gqa), _split_kv("v", v, heads, dim, enable_gqa)
+
+
+def _split_kv(name: str, t: torch.Tensor, heads: int, dim: int, enable_gqa: bool) -> torch.Tensor:
+    batch, length, inner = t.shape
+    if inner == heads * dim:
+        return t.view(batch, length, heads, dim)
+    if not enable_gqa or inner % dim:
+        accepted = f"a multiple of {dim}" if enable_gqa else f"q's, {heads * dim} (fewer heads only with enable_gqa)"
+        raise Unsupported(name, f"its last dimension is {inner}, accepted is {accepted}")
+    return t.view(batch, length, inner // dim, dim)
 
 
 def _check_heads(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, enable_gqa: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[B, heads, L, D], as it is."""
+    _check_rank(4, "[B, heads, L, D]", q, k, v)
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.dim() != 4:
-            raise Unsupported(name, f"got {t.dim()} dimensions {tuple(t.shape)}, accepted are 4, [B, heads, L, D]")
         if t.shape[1] != heads and (name == "q" or not enable_gqa):
             raise Unsupported(name, f"it has {t.shape[1]} heads, the call says {heads}; only k and v may differ, with enable_gqa")
     return q, k, v
+
+
+def _check_rank(rank: int, shape: str, *tensors: torch.Tensor) -> None:
+    for name, t in zip("qkv", tensors):
+        if t.dim() != rank:
+            raise Unsupported(name, f"got {t.dim()} dimensions {tuple(t.shape)}, accepted are {rank}, {shape}")
 
 
 def _four_dimensional(mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,0 +1,316 @@
+"""The adapter honours ComfyUI's whole attention call, in both generations of the core, and never ends a run."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import threading
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from comfy_standin import KEY, Container, Model, NewCore, OldCore, sdpa  # noqa: E402
+from pack import load_pack  # noqa: E402
+
+PACK = load_pack()
+adapter, record = PACK.nodes.adapter, PACK.nodes.record
+
+BATCH, HEADS, LEN_Q, LEN_K, DIM = 2, 4, 24, 17, 40
+BOUND = 0.02  # of reference's relative L2 error on normal inputs; 0.006 is typical
+CORES = [OldCore, NewCore]
+
+
+def tensors(heads_kv: int = HEADS, hnd: bool = False, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(BATCH, heads, length, DIM) for heads, length in ((HEADS, LEN_Q), (heads_kv, LEN_K), (heads_kv, LEN_K))]
+    made = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    return made if hnd else [t.transpose(1, 2).flatten(2) for t in made]
+
+
+def call(override, core, *args, **kwargs) -> torch.Tensor:
+    return core.attention(*args, transformer_options={KEY: override}, **kwargs)
+
+
+def assert_quantised(out: torch.Tensor, exact: torch.Tensor) -> None:
+    """Right within the bound, and not to the last bit: so our attention, not PyTorch's, has run."""
+    assert out.shape == exact.shape and out.dtype == exact.dtype
+    error = float((out.float() - exact.float()).norm() / exact.float().norm())
+    assert 1e-5 < error < BOUND
+
+
+def reasons(override) -> list[str]:
+    return list(override.record.fallbacks)
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("by_keyword", [False, True])
+@pytest.mark.parametrize(("hnd_in", "hnd_out"), list(itertools.product([False, True], repeat=2)))
+def test_layouts_and_heads(core, by_keyword, hnd_in, hnd_out):
+    q, k, v = tensors(hnd=hnd_in)
+    override, core = adapter.SageOverride("reference"), core()
+    heads = {"heads": HEADS} if by_keyword else {}
+    flags = {"skip_reshape": hnd_in, "skip_output_reshape": hnd_out}
+    out = call(override, core, q, k, v, *([] if by_keyword else [HEADS]), **heads, **flags)
+    assert_quantised(out, sdpa(q, k, v, HEADS, **flags))
+    assert not core.own_calls
+    assert override.record.as_dict() == {"ran": {"reference": 1}, "kept": {}, "fallbacks": {}}
+
+
+def test_everything_by_position():
+    q, k, v = tensors(hnd=True)
+    mask = torch.ones(LEN_Q, LEN_K, dtype=torch.bool).tril(4)
+    args = (q, k, v, HEADS, mask, torch.float32, True, True)
+    assert_quantised(call(adapter.SageOverride("reference"), OldCore(), *args), sdpa(*args))
+
+
+MASK_SHAPES = [(LEN_Q, LEN_K), (1, LEN_K), (BATCH, LEN_Q, LEN_K), (1, LEN_Q, LEN_K), (BATCH, 1, LEN_K), (1, 1, LEN_Q, LEN_K),
+               (BATCH, 1, 1, LEN_K), (BATCH, HEADS, LEN_Q, LEN_K)]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bool", "float32"])
+@pytest.mark.parametrize("hnd", [False, True])
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+def test_masks(shape, hnd, kind):
+    q, k, v = tensors(hnd=hnd)
+    mask = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    if kind == "bool":
+        mask = mask > -0.5
+        mask[..., 0] = True  # no query without a key: SDPA would give NaN there
+    override = adapter.SageOverride("reference")
+    out = call(override, NewCore(), q, k, v, HEADS, mask, skip_reshape=hnd)
+    assert_quantised(out, sdpa(q, k, v, HEADS, mask, skip_reshape=hnd))
+    unmasked = sdpa(q, k, v, HEADS, skip_reshape=hnd)
+    assert float((out - unmasked).norm() / unmasked.norm()) > 0.1
+
+
+def test_mask_of_a_batch_is_not_taken_for_one_of_heads():
+    q, k, v = (t.repeat(2, 1, 1) for t in tensors())  # batch = heads = 4, where a wrong broadcast would go unnoticed
+    mask = torch.rand(4, LEN_Q, LEN_K, generator=torch.Generator().manual_seed(3)) > 0.5
+    mask[..., 0] = True
+    assert_quantised(call(adapter.SageOverride("reference"), OldCore(), q, k, v, HEADS, mask), sdpa(q, k, v, HEADS, mask))
+
+
+@pytest.mark.parametrize("hnd", [False, True])
+def test_scale(hnd):
+    q, k, v = tensors(hnd=hnd)
+    out = call(adapter.SageOverride("reference"), NewCore(), q, k, v, HEADS, skip_reshape=hnd, scale=0.5)
+    assert_quantised(out, sdpa(q, k, v, HEADS, skip_reshape=hnd, scale=0.5))
+    plain = sdpa(q, k, v, HEADS, skip_reshape=hnd)
+    assert float((out - plain).norm() / plain.norm()) > 0.1
+
+
+@pytest.mark.parametrize("heads_kv", [1, 2])
+@pytest.mark.parametrize("hnd", [False, True])
+def test_grouped_queries(hnd, heads_kv):
+    q, k, v = tensors(heads_kv, hnd)
+    override = adapter.SageOverride("reference")
+    out = call(override, NewCore(), q, k, v, HEADS, skip_reshape=hnd, enable_gqa=True)
+    assert_quantised(out, sdpa(q, k, v, HEADS, skip_reshape=hnd, enable_gqa=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtypes(dtype):
+    q, k, v = tensors(dtype=dtype)
+    exact = sdpa(q.float(), k.float(), v.float(), HEADS).to(dtype)
+    assert_quantised(call(adapter.SageOverride("reference"), OldCore(), q, k, v, HEADS), exact)
+
+
+def test_unknown_keywords_and_attn_precision_change_nothing():
+    q, k, v = tensors()
+    override = adapter.SageOverride("reference")
+    plain = call(override, NewCore(), q, k, v, HEADS)
+    more = {"attn_precision": torch.float32, "preferred_attention": object(), "smooth": 3, "invented_later": "x"}
+    assert torch.equal(call(override, NewCore(), q, k, v, HEADS, **more), plain)
+    assert override.record.ran == {"reference": 2}
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_low_precision_attention_false_is_not_quantised(core):
+    q, k, v = tensors()
+    override, core = adapter.SageOverride("reference"), core()
+    out = call(override, core, q, k, v, HEADS, low_precision_attention=False)
+    assert torch.equal(out, sdpa(q, k, v, HEADS))
+    assert core.own_calls[0][1]["low_precision_attention"] is False
+    assert sum(override.record.kept.values()) == 1 and not override.record.fallbacks and not override.record.ran
+    call(override, core, q, k, v, HEADS, low_precision_attention=True)
+    assert override.record.ran == {"reference": 1}
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_auto_leaves_cpu_tensors_to_the_model_and_that_is_no_fallback(core):
+    q, k, v = tensors()
+    override, core = adapter.SageOverride("auto"), core()
+    assert torch.equal(call(override, core, q, k, v, HEADS), sdpa(q, k, v, HEADS))
+    assert len(core.own_calls) == 1
+    assert sum(override.record.kept.values()) == 1 and not override.record.fallbacks
+
+
+def test_the_model_s_own_attention_gets_the_call_unchanged():
+    q, k, v = tensors()
+    core, mask = OldCore(), torch.ones(LEN_Q, LEN_K, dtype=torch.bool)
+    override = adapter.SageOverride("sageattn_qk_int8_pv_fp8_cuda")
+    core.attention(q, k, v, HEADS, mask, transformer_options={KEY: override}, invented_later="x", _other=1)
+    (args, kwargs), = core.own_calls
+    assert all(a is b for a, b in zip(args, (q, k, v, HEADS, mask)))
+    assert set(kwargs) == {"transformer_options", "invented_later", "_other", "_inside_attn_wrapper"}
+
+
+def test_fallback_runs_the_override_that_was_there_before():
+    q, k, v = tensors()
+    seen = []
+
+    def previous(func, *args, **kwargs):
+        seen.append((func, kwargs))
+        return func(*args, **kwargs)
+
+    core = OldCore()
+    override = adapter.SageOverride("sageattn_qk_int8_pv_fp8_cuda", previous)
+    assert torch.equal(call(override, core, q, k, v, HEADS, shift=1), sdpa(q, k, v, HEADS))
+    assert seen[0][0] == core.own and seen[0][1]["shift"] == 1
+    call(adapter.SageOverride("auto", previous), core, q, k, v, HEADS)
+    assert len(seen) == 2
+    call(adapter.SageOverride("reference", previous), core, q, k, v, HEADS)
+    assert len(seen) == 2  # what we can do, we do
+
+
+REFUSED = {
+    "a CPU tensor to a CUDA variant": ("sageattn_qk_int8_pv_fp8_cuda", {}, "NVIDIA GPU"),
+    "an unknown variant": ("sageattn_of_tomorrow", {}, "sageattn_of_tomorrow"),
+    "head_dim above 256": ("reference", {"q": (1, 8, 600), "k": (1, 8, 600), "v": (1, 8, 600), "heads": 2}, "300"),
+    "heads that do not divide": ("reference", {"heads": 7}, "heads"),
+    "batches that differ": ("reference", {"k": (1, LEN_K, HEADS * DIM), "v": (1, LEN_K, HEADS * DIM)}, "batch"),
+    "a mask of other lengths": ("reference", {"mask": torch.zeros(3, 5)}, "attn_mask"),
+    "an integer mask": ("reference", {"mask": torch.zeros(LEN_Q, LEN_K, dtype=torch.int32)}, "attn_mask"),
+    "fewer heads without enable_gqa": ("reference", {"k": (2, LEN_K, 80), "v": (2, LEN_K, 80)}, "enable_gqa"),
+    "rank 4 without skip_reshape": ("reference", {"q": (2, 4, LEN_Q, DIM)}, "q: got 4 dimensions"),
+    "rank 3 with skip_reshape": ("reference", {"skip_reshape": True}, "q: got 3 dimensions"),
+    "v unlike k": ("reference", {"v": (2, LEN_K + 1, HEADS * DIM)}, "v"),
+    "a scale that is not finite": ("reference", {"scale": float("nan")}, "sm_scale"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_we_refuse_the_model_does_and_the_log_says_why_once(case, caplog):
+    variant, changes, said = REFUSED[case]
+    given = dict(zip("qkv", tensors()), heads=HEADS)
+    given.update({name: torch.randn(x) if isinstance(x, tuple) else x for name, x in changes.items()})
+    q, k, v = (given.pop(name) for name in "qkv")
+    override, calls = adapter.SageOverride(variant), []
+
+    def func(*args, **kwargs):  # what a core makes of such a call is its own affair
+        calls.append(args)
+        return q
+
+    options = {KEY: override, "block_type": "double", "block_index": 3}
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            assert override(func, q, k, v, transformer_options=options, **given) is q
+    assert len(calls) == 3
+    assert len(reasons(override)) == 1 and said in reasons(override)[0]
+    assert list(override.record.fallbacks.values()) == [3]
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "double block 3" in caplog.text and said in caplog.text
+
+
+def test_a_missing_kernel_falls_back_also_where_it_is_only_noticed_at_the_launch(monkeypatch):
+    q, k, v = tensors()
+
+    def run(call):
+        raise PACK.sageattention.KernelMissing(call.plan.variant.name, "its cubin can't be loaded")
+
+    monkeypatch.setattr(adapter.ops, "run", run)
+    override, core = adapter.SageOverride("reference"), OldCore()
+    assert torch.equal(call(override, core, q, k, v, HEADS), sdpa(q, k, v, HEADS))
+    assert reasons(override) == ["reference: its cubin can't be loaded"] and not override.record.ran
+
+
+@pytest.mark.parametrize("error", ["CudaError", "OutOfMemoryError"])
+def test_a_device_s_failure_is_not_swallowed(error, monkeypatch):
+    q, k, v = tensors()
+    kind = getattr(PACK.sageattention, error, None) or torch.OutOfMemoryError
+
+    def run(call):
+        raise kind("the device failed")
+
+    monkeypatch.setattr(adapter.ops, "run", run)
+    core = OldCore()
+    with pytest.raises(kind, match="the device failed"):
+        call(adapter.SageOverride("reference"), core, q, k, v, HEADS)
+    assert not core.own_calls
+
+
+def test_containers():
+    q, k, v = tensors(hnd=True)
+    for variant, ran in (("reference", {"reference": 1}), ("auto", {}), ("sageattn_qk_int8_pv_fp8_cuda", {})):
+        override, held = adapter.SageOverride(variant), [Container(t) for t in (q, k, v)]
+        out = call(override, NewCore(), *held, HEADS, skip_reshape=True)
+        exact = sdpa(q, k, v, HEADS, skip_reshape=True)
+        assert override.record.ran == ran
+        assert_quantised(out, exact) if ran else torch.testing.assert_close(out, exact, rtol=0, atol=0)
+        assert all(c.tensor is None for c in held)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (None, ""),
+        ({}, ""),
+        ({"block": ("input", 4), "block_index": 0}, "input block 4.0"),
+        ({"block": ("middle", 0)}, "middle block 0"),
+        ({"block_index": 7}, "block 7"),
+        ({"block_type": "single", "block_index": 7}, "single block 7"),
+    ],
+)
+def test_layer_name(options, name):
+    assert adapter.layer_name(options) == name
+
+
+def test_reasons_do_not_grow_without_bound(caplog):
+    kept = record.Record()
+    for i in range(3 * record.MAX_REASONS):
+        kept.count_fallback(f"reason {i}", "")
+    assert len(kept.fallbacks) == record.MAX_REASONS + 1
+    assert sum(kept.fallbacks.values()) == 3 * record.MAX_REASONS
+    assert len(caplog.records) == record.MAX_REASONS + 1
+    kept.reset()
+    assert kept.as_dict() == {"ran": {}, "kept": {}, "fallbacks": {}}
+
+
+def test_counts_of_many_threads_add_up():
+    counted = record.Record()
+    threads = [threading.Thread(target=lambda: [counted.count_run("reference") for _ in range(2000)]) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counted.ran == {"reference": 16000}
+
+
+def test_a_clone_shares_the_override():
+    override = adapter.SageOverride("reference")
+    assert copy.deepcopy({"transformer_options": {KEY: override}})["transformer_options"][KEY] is override
+    assert Model(override).clone().options[KEY] is override
+
+
+def test_compiled_model_counts_and_does_not_recompile():
+    override = adapter.SageOverride("reference")
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    def layer(q, k, v):
+        return override(sdpa, q + 1, k, v, HEADS, transformer_options={KEY: override}) * 2
+
+    q, k, v = tensors()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=backend)
+    first = compiled(q, k, v)
+    after_first = len(graphs)
+    for _ in range(3):
+        assert torch.equal(compiled(q, k, v), first)
+    assert len(graphs) == after_first and override.record.ran == {"reference": 4}
+    assert_quantised(first, sdpa(q + 1, k, v, HEADS) * 2)
