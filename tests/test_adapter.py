@@ -152,7 +152,7 @@ def test_the_model_s_own_attention_gets_the_call_unchanged():
     core, mask = OldCore(), torch.ones(LEN_Q, LEN_K, dtype=torch.bool)
     override = adapter.SageOverride("sageattn_qk_int8_pv_fp8_cuda")
     core.attention(q, k, v, HEADS, mask, transformer_options={KEY: override}, invented_later="x", _other=1)
-    (args, kwargs), = core.own_calls
+    ((args, kwargs),) = core.own_calls
     assert all(a is b for a, b in zip(args, (q, k, v, HEADS, mask)))
     assert set(kwargs) == {"transformer_options", "invented_later", "_other", "_inside_attn_wrapper"}
 
