@@ -1,0 +1,139 @@
+"""The pack in a real ComfyUI: tiny models sample through the node, a server runs workflows with it, and the start flag works.
+
+Needs COMFYUI_PATH, a ComfyUI checkout whose requirements are installed in the running Python. The checkout stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from comfy_models import STEPS, WORKLOADS  # noqa: E402
+from comfy_server import Server, serving  # noqa: E402
+from pack import ROOT  # noqa: E402
+
+COMFYUI = os.environ.get("COMFYUI_PATH", "")
+pytestmark = [
+    pytest.mark.comfyui,
+    pytest.mark.skipif(not COMFYUI, reason="COMFYUI_PATH is not set: no real ComfyUI to test with"),
+]
+
+# Of a latent after two steps, relative to the latent by PyTorch's attention. Measured for the fp16-PV numerics: 0.004 at most.
+BOUND = 0.02
+
+
+@pytest.fixture(scope="module")
+def sampled() -> dict[tuple[str, str], dict[str, Any]]:
+    """(model, variant) → result, for every model and every variant that is ready on this machine, sampled in one process."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "comfy_models.py"), COMFYUI], capture_output=True, text=True, timeout=500,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {(r["model"], r["variant"]): r for r in results}
+
+
+@pytest.mark.parametrize("model", WORKLOADS)
+def test_models_sample_through_the_node(model, sampled):
+    results = [r for (name, _), r in sampled.items() if name == model]
+    assert any(r["variant"] == "reference" for r in results)
+    for result in results:
+        assert result["ran"] == {result["variant"]: WORKLOADS[model].calls}, result
+        assert result["fallbacks"] == {} and result["kept"] == {}, result
+        assert result["finite"] and 1e-6 < result["relative_l2"] < BOUND, result
+
+
+def workflow(variant: str | None) -> dict[str, Any]:
+    """TinyWan, the node (unless `variant` is None), a sampler, the report: as the front end would post it."""
+    model = ["wan", 0] if variant is None else ["patch", 0]
+    prompt = {
+        "wan": {"class_type": "TinyWan", "inputs": {}},
+        "patch": {"class_type": "PatchSageAttention", "inputs": {"model": ["wan", 0], "variant": variant}},
+        "sampler": {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": model, "seed": 1, "steps": STEPS, "cfg": WORKLOADS["wan"].cfg, "sampler_name": "euler", "scheduler": "simple",
+                "positive": ["wan", 1], "negative": ["wan", 2], "latent_image": ["wan", 3], "denoise": 1.0,
+            },
+        },
+        "report": {"class_type": "Report", "inputs": {"model": model, "samples": ["sampler", 0]}},
+    }  # fmt: skip
+    return {name: node for name, node in prompt.items() if variant is not None or name != "patch"}
+
+
+def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """Relative L2 distance of two reported latents."""
+    return math.dist(one["latent"], other["latent"]) / math.hypot(*other["latent"])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Server:
+    with serving(Path(COMFYUI), tmp_path_factory.mktemp("base") / "comfyui") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def unpatched(server) -> dict[str, Any]:
+    return server.run(workflow(None))
+
+
+def test_the_server_offers_the_node(server):
+    info = server.get("/object_info/PatchSageAttention")["PatchSageAttention"]
+    assert info["output"] == ["MODEL"] and info["python_module"] == "custom_nodes.sage-pack"
+    kind, extra = info["input"]["required"]["variant"]
+    choices = extra["options"] if kind == "COMBO" else kind
+    assert choices[:2] == ["auto", "disabled"] and "reference" in choices and extra["default"] == "auto"
+
+
+def test_the_prompt_queue_runs_a_patched_model(server, unpatched):
+    result = server.run(workflow("reference"))
+    assert result["counts"] == {"ran": {"reference": WORKLOADS["wan"].calls}, "kept": {}, "fallbacks": {}}
+    assert 1e-6 < distance(result, unpatched) < BOUND
+
+
+def test_patching_left_the_cached_model_unpatched(server, unpatched):
+    server.run(workflow("reference"))
+    again = workflow(None)
+    again["sampler"]["inputs"]["seed"] = 2  # a new seed, or ComfyUI would answer from its cache
+    server.run(again)
+    again["sampler"]["inputs"]["seed"] = 1
+    result = server.run(again)
+    assert result["counts"] is None and distance(result, unpatched) == 0
+
+
+def test_disabled_samples_like_the_unpatched_model(server, unpatched):
+    result = server.run(workflow("disabled"))
+    assert result["counts"] is None and distance(result, unpatched) == 0
+
+
+@pytest.mark.parametrize("variant", ["sageattn_of_tomorrow", "sageattn_qk_int8_pv_fp8_cuda"])
+def test_a_saved_variant_that_is_unknown_or_not_for_this_machine_runs_and_says_so(variant, server, unpatched):
+    result = server.run(workflow(variant))
+    assert result["counts"]["ran"] == {} and result["counts"]["fallbacks"] == {}
+    assert sum(result["counts"]["kept"].values()) == WORKLOADS["wan"].calls
+    assert distance(result, unpatched) < 1e-4  # PyTorch's attention either way
+    assert server.log.count(f"variant '{variant}'") == 1 and "'auto' is used instead" in server.log
+
+
+def test_the_pack_logged_no_error(server, unpatched):
+    assert "Cannot import" not in server.log and "Error while calling comfy_entrypoint" not in server.log
+    assert "PRESTARTUP FAILED" not in server.log
+
+
+def test_the_start_flag_runs_through_the_bundled_package(tmp_path, unpatched):
+    with serving(Path(COMFYUI), tmp_path / "comfyui", "--use-sage-attention", SAGEATTENTION_VARIANT="reference") as server:
+        result = server.run(workflow(None))
+        assert result["own"] == "attention_sage" and "Using sage attention" in server.log
+        assert Path(result["sageattention"]) == server.pack / "sageattention" / "__init__.py"
+        assert 1e-6 < distance(result, unpatched) < BOUND
+        assert "Error running sage attention" not in server.log
