@@ -19,6 +19,11 @@ import torch
 from ..sageattention import KernelMissing, Unsupported, ops
 from .record import Record
 
+Attention = Callable[..., torch.Tensor]
+
+# The backends that can quantise K and V ahead of the rest.
+TWO_HALVES = ("triton",)
+
 
 class SageOverride:
     """An attention override for one patched model.
@@ -30,28 +35,43 @@ class SageOverride:
         variant: a name from `sageattention.variants.VARIANTS`, or "auto".
         previous: the override that this one replaced, or None.
         record: what ran so far.
+        proven: the kernels that ran at least once, see `_kernel`.
     """
 
-    def __init__(self, variant: str, previous: Callable[..., torch.Tensor] | None = None):
+    def __init__(self, variant: str, previous: Attention | None = None):
         self.variant = variant
         self.previous = previous
         self.record = Record()
+        self.proven: set[tuple[Any, ...]] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SageOverride:
         """Itself: a clone of a patched model deep-copies its options, and the counts should stay in one place."""
         return self
 
-    def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, func: Attention, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One attention call, as the module's head describes it."""
-        attempt = _attempt_uncompiled if torch.compiler.is_compiling() else _attempt
-        out = attempt(self, args, kwargs)
+        out = _attempt_uncompiled(self, args, kwargs) if torch.compiler.is_compiling() else _attempt(self, args, kwargs)
         if out is not None:
             return out
         if self.previous is not None:
             return self.previous(func, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _attend(
+    def container_function(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The same where the core hands q, k and v over in containers, to be let go of early, and no `func` with them."""
+        out = _attempt_uncompiled(self, args, kwargs, True) if torch.compiler.is_compiling() else _attempt(self, args, kwargs, True)
+        if out is not None:
+            return out
+        # What the model called; with `_inside_attn_wrapper` among the keywords it does not come back to us.
+        from comfy.ldm.modules.attention import optimized_attention as own
+
+        if self.previous is None:
+            return own(*args, **kwargs)
+        if hasattr(self.previous, "container_function"):
+            return self.previous.container_function(*args, **kwargs)
+        return self.previous(own.__wrapped__, *(container.take() for container in args[:3]), *args[3:], **kwargs)
+
+    def prepare(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -66,45 +86,79 @@ class SageOverride:
         enable_gqa: bool = False,
         low_precision_attention: bool = True,
         **others: Any,
-    ) -> torch.Tensor | None:
-        """Our attention's result, or None where the call is left to the model's own attention on purpose.
+    ) -> ops.Call | None:
+        """The call as our package takes it, or None where it is left to the model's own attention on purpose; nothing runs.
+
+        Its layout is the output's: "HND" with `skip_output_reshape`, else "NHD".
 
         Raises:
-            Unsupported, KernelMissing: our variant can't do this call; nothing was written.
+            Unsupported, KernelMissing: our variant can't do this call.
         """
         if low_precision_attention is False:
             self.record.count_kept("the model asks for full precision in some layers")
             return None
         split = _check_heads if skip_reshape else _split_heads
         q, k, v = split(q, k, v, heads, enable_gqa)
-        # The layout follows the output that is wanted, since views of the inputs cost nothing and a copy of the output does.
-        layout = "HND" if skip_output_reshape else "NHD"
+        # Views of the inputs cost nothing, where a copy of the output would: so the inputs follow the layout that is wanted.
         if skip_reshape != skip_output_reshape:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         call = ops.prepare(
-            q, k, v, tensor_layout=layout, is_causal=False, attn_mask=_four_dimensional(mask), sm_scale=scale, return_lse=False,
-            variant=self.variant,
+            q, k, v, tensor_layout="HND" if skip_output_reshape else "NHD", is_causal=False, attn_mask=_four_dimensional(mask),
+            sm_scale=scale, return_lse=False, variant=self.variant,
         )  # fmt: skip
         if call.plan.variant.backend == "sdpa":
             self.record.count_kept(_why_sdpa(call.plan))
             return None
-        out, _ = ops.run(call)
-        self.record.count_run(call.plan.variant.name)
-        return out if skip_output_reshape else out.flatten(2)
+        return call
 
 
-def _attempt(override: SageOverride, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """Our attention's result, or None where the call goes on to the attention behind us."""
+def _attempt(override: SageOverride, args: tuple[Any, ...], kwargs: dict[str, Any], contained: bool = False) -> torch.Tensor | None:
+    """Our attention's result in the shape that the model wants, or None where the call goes on to the attention behind us."""
     try:
-        return override._attend(*args, **kwargs)
+        if contained:
+            call = override.prepare(*(container.peek() for container in args[:3]), *args[3:], **kwargs)
+        else:
+            call = override.prepare(*args, **kwargs)
+        if call is None:
+            return None
+        variant, layout, kernel = call.plan.variant.name, call.problem.layout, _kernel(call)
+        if contained and kernel in override.proven:
+            held, call = [call], None
+            out = _run_releasing(held, args[1], args[2])
+        else:
+            out, _ = ops.run(call)
+            override.proven.add(kernel)
     except (Unsupported, KernelMissing) as error:
         override.record.count_fallback(str(error), layer_name(kwargs.get("transformer_options")))
         return None
+    override.record.count_run(variant)
+    return out if layout == "HND" else out.flatten(2)
 
 
 # In a model under torch.compile our part stays out of the graph: counts are Python's, and a traced count would be a guard that
 # fails, and recompiles, at every call. Attention that is left to the model is compiled with it.
 _attempt_uncompiled = torch.compiler.disable(_attempt)
+
+
+def _kernel(call: ops.Call) -> tuple[Any, ...]:
+    """What a variant's kernels are compiled for: one that ran once will not turn out to be missing the next time."""
+    return call.plan.variant.name, call.plan.head_dim, call.problem.head_dim, call.problem.dtype, call.problem.mask
+
+
+def _run_releasing(held: list[ops.Call], *containers: Any) -> torch.Tensor:
+    """`ops.run` in two halves: K and V, in `containers`, are freed once they are quantised, before the output is allocated.
+
+    `held` is emptied, so that nobody keeps the call alive. Where there is no quantised form it is run as a whole.
+    """
+    call = held.pop()
+    if call.plan.variant.backend not in TWO_HALVES or call.problem.empty:
+        return ops.run(call)[0]
+    q, mask, problem = call.q, call.mask, call.problem
+    kv = ops.quantize_kv(call.k, call.v, problem.layout, call.plan.variant.name)
+    del call
+    for container in containers:
+        container.take()
+    return ops.attend(q, kv, is_causal=False, sm_scale=problem.sm_scale, return_lse=False, attn_mask=mask)[0]
 
 
 def layer_name(transformer_options: dict[str, Any] | None) -> str:

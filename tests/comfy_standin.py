@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -70,6 +71,17 @@ class NewCore(OldCore):
 
     def own(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return super().own(*(a.take() if isinstance(a, Container) else a for a in args), **kwargs)
+
+    def importable(self) -> dict[str, ModuleType]:
+        """Modules for `sys.modules`, in which an override without `func` finds `optimized_attention`."""
+        modules = {name: ModuleType(name) for name in ("comfy", "comfy.ldm", "comfy.ldm.modules", "comfy.ldm.modules.attention")}
+
+        def optimized_attention(*args: Any, **kwargs: Any) -> torch.Tensor:
+            return self.attention(*args, **kwargs)
+
+        optimized_attention.__wrapped__ = self.own
+        modules["comfy.ldm.modules.attention"].optimized_attention = optimized_attention
+        return modules
 
 
 def sdpa(

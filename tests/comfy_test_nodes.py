@@ -8,7 +8,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 
 sys.path.append(str(Path(__file__).parent))
-import comfy_models  # noqa: E402
+import comfy_models
 
 WAN = comfy_models.WORKLOADS["wan"]
 

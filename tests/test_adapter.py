@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import sys
 import threading
+import weakref
 
 import pytest
 
@@ -241,15 +243,67 @@ def test_a_device_s_failure_is_not_swallowed(error, monkeypatch):
     assert not core.own_calls
 
 
-def test_containers():
-    q, k, v = tensors(hnd=True)
-    for variant, ran in (("reference", {"reference": 1}), ("auto", {}), ("sageattn_qk_int8_pv_fp8_cuda", {})):
-        override, held = adapter.SageOverride(variant), [Container(t) for t in (q, k, v)]
-        out = call(override, NewCore(), *held, HEADS, skip_reshape=True)
-        exact = sdpa(q, k, v, HEADS, skip_reshape=True)
-        assert override.record.ran == ran
-        assert_quantised(out, exact) if ran else torch.testing.assert_close(out, exact, rtol=0, atol=0)
-        assert all(c.tensor is None for c in held)
+def contained(*given: torch.Tensor) -> list[Container]:
+    return [Container(t) for t in given]
+
+
+@pytest.mark.parametrize("hnd", [False, True])
+def test_containers(hnd):
+    q, k, v = tensors(hnd=hnd)
+    override, core = adapter.SageOverride("reference"), NewCore()
+    for _ in range(2):
+        out = call(override, core, *contained(q, k, v), HEADS, skip_reshape=hnd)
+        assert_quantised(out, sdpa(q, k, v, HEADS, skip_reshape=hnd))
+    assert override.record.as_dict() == {"ran": {"reference": 2}, "kept": {}, "fallbacks": {}} and not core.own_calls
+
+
+@pytest.mark.parametrize("variant", ["auto", "sageattn_qk_int8_pv_fp8_cuda"])
+@pytest.mark.parametrize("previous", ["none", "plain", "containers"])
+def test_containers_that_are_not_ours_go_on_untaken(previous, variant, monkeypatch):
+    q, k, v = tensors()
+    core, seen = NewCore(), []
+    for name, module in core.importable().items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+    def before(func, *args, **kwargs):
+        seen.append(type(args[0]))
+        return func(*args, **kwargs)
+
+    def before_with_containers(*args, **kwargs):
+        seen.append(type(args[0]))
+        return core.own(*args, **kwargs)
+
+    if previous == "containers":
+        before.container_function = before_with_containers
+    override = adapter.SageOverride(variant, None if previous == "none" else before)
+    held = contained(q, k, v)
+    assert torch.equal(call(override, core, *held, HEADS, invented_later=1), sdpa(q, k, v, HEADS))
+    assert seen == {"none": [], "plain": [torch.Tensor], "containers": [Container]}[previous]
+    assert all(c.tensor is None for c in held) and core.own_calls[0][1]["invented_later"] == 1
+    assert not override.record.ran and sum((override.record.kept + override.record.fallbacks).values()) == 1
+
+
+def test_containers_free_k_and_v_before_the_output_is_made(monkeypatch):
+    override, core, alive = adapter.SageOverride("reference"), NewCore(), []
+
+    def quantize_kv(k, v, layout, variant):
+        return k.clone(), v.clone()
+
+    def attend(q, kv, *, is_causal, sm_scale, return_lse, attn_mask):
+        alive.append([ref() is not None for ref in references])
+        return sdpa(*(t.flatten(2) for t in (q, *kv)), HEADS, scale=sm_scale).unflatten(2, (HEADS, DIM)), None
+
+    monkeypatch.setattr(adapter, "TWO_HALVES", ("reference",))
+    monkeypatch.setattr(adapter.ops, "quantize_kv", quantize_kv)
+    monkeypatch.setattr(adapter.ops, "attend", attend)
+    for _ in range(2):
+        given = contained(*tensors())
+        references = [weakref.ref(c.tensor) for c in given]
+        out = call(override, core, *given, HEADS)
+    # The first call proves that the kernel is there: until then K and V are needed, should the model have to do it.
+    assert alive == [[True, False, False]]
+    torch.testing.assert_close(out, sdpa(*tensors(), HEADS))
+    assert override.record.ran == {"reference": 2}
 
 
 @pytest.mark.parametrize(

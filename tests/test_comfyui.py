@@ -34,10 +34,10 @@ BOUND = 0.02
 @pytest.fixture(scope="module")
 def sampled() -> dict[tuple[str, str], dict[str, Any]]:
     """(model, variant) → result, for every model and every variant that is ready on this machine, sampled in one process."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "comfy_models.py"), COMFYUI], capture_output=True, text=True, timeout=500,
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-    )  # fmt: skip
+    # Tensors are tiny, so that threads would only wait for each other; and an interpreted kernel would take minutes.
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    command = [sys.executable, str(ROOT / "tests" / "comfy_models.py"), COMFYUI]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {(r["model"], r["variant"]): r for r in results}
@@ -125,8 +125,8 @@ def test_a_saved_variant_that_is_unknown_or_not_for_this_machine_runs_and_says_s
     assert server.log.count(f"variant '{variant}'") == 1 and "'auto' is used instead" in server.log
 
 
-def test_the_pack_logged_no_error(server, unpatched):
-    assert "Cannot import" not in server.log and "Error while calling comfy_entrypoint" not in server.log
+def test_the_pack_loaded_without_a_complaint(server, unpatched):
+    assert f"Cannot import {server.pack}" not in server.log and "Error while calling comfy_entrypoint" not in server.log
     assert "PRESTARTUP FAILED" not in server.log
 
 
