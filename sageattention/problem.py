@@ -61,6 +61,31 @@ class Problem(NamedTuple):
         Raises:
             Unsupported: an argument that no variant accepts; it names the argument, what was given, what is accepted.
         """
+        key = _facts(q, k, v, attn_mask, tensor_layout, is_causal, sm_scale, return_lse)
+        try:
+            known = _checked.get(key)
+        except TypeError:  # symbolic sizes have no hash
+            known = key = None
+        if known is None:
+            known = cls._from_tensors(q, k, v, tensor_layout, is_causal, attn_mask, sm_scale, return_lse)
+            if key is not None:
+                if len(_checked) >= 4096:
+                    _checked.clear()
+                _checked[key] = known
+        return known
+
+    @classmethod
+    def _from_tensors(
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        tensor_layout: str,
+        is_causal: bool,
+        attn_mask: torch.Tensor | None,
+        sm_scale: float | None,
+        return_lse: bool,
+    ) -> Problem:
         if tensor_layout not in LAYOUTS:
             raise Unsupported("tensor_layout", f"got {tensor_layout!r}, accepted are 'HND' [B, H, N, D] and 'NHD' [B, N, H, D]")
         _check_rank(4, tensor_layout, q=q, k=k, v=v)
@@ -156,6 +181,33 @@ class Problem(NamedTuple):
             device.type, -1 if device.index is None else device.index, "NHD", bool(is_causal), "none",
             _scale(sm_scale, q.shape[2]), False, True,
         )  # fmt: skip
+
+
+# Calls that were found valid, by everything that the checks look at: a model repeats a handful of them thousands of times, and
+# checking one anew costs 12 µs.
+_checked: dict[tuple | None, Problem] = {}
+
+
+def _facts(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    layout: str,
+    causal: bool,
+    sm_scale: float | None,
+    return_lse: bool,
+) -> tuple | None:
+    """What the checks of `from_tensors` depend on, or None for arguments of unusual types, which have to be looked at."""
+    if not (type(sm_scale) in (float, int, type(None)) and type(causal) is type(return_lse) is bool and type(layout) is str):
+        return None
+    try:
+        return (
+            q.shape, q.dtype, q.device, q.stride(-1), k.shape, k.dtype, k.device, k.stride(-1), v.shape, v.dtype, v.device, v.stride(-1),
+            None if mask is None else (mask.shape, mask.dtype, mask.device), layout, causal, sm_scale, return_lse,
+        )  # fmt: skip
+    except (AttributeError, IndexError, TypeError):  # not tensors, or without dimensions: the checks say so
+        return None
 
 
 def _dtype_name(t: torch.Tensor) -> str:
