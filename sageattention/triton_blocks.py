@@ -1,5 +1,7 @@
 """Pieces the Triton kernels share: the rotation, the INT8 rounding, masks. Each works on a tile in registers."""
 
+import os
+
 import triton
 import triton.language as tl
 
@@ -12,6 +14,7 @@ LOG2E = tl.constexpr(variants.LOG2E)
 K_SCALE_SHIFT = tl.constexpr(variants.K_SCALE_SHIFT)
 MASK_LIMIT = tl.constexpr(variants.MASK_LIMIT)
 FINITE_MAX = tl.constexpr(variants.FINITE_MAX)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # whose bf16 products are wrong, so it multiplies in fp32
 ROUND = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding and taking it away rounds |x| < 2²² to the nearest integer, ties to even
 
 
@@ -42,18 +45,17 @@ def rotate(x, M: tl.constexpr, D: tl.constexpr):
     """[M, D] in fp16, bf16 or fp32, times `hadamard.matrix(D)`: [M, D] fp32.
 
     A Hadamard matrix of D is one of 64 in each chunk of channels, then butterflies between the chunks. The 64 × 64 part is an MMA:
-    fp16 and bf16 are exact in TF32, and the matrix is ±1; fp32 is split into two terms (22 bits).
+    its entries are powers of two, so 16-bit inputs are exact; fp32 is split into two TF32 terms (22 bits).
     """
     channel, row = tl.arange(0, D), tl.arange(0, 64)
-    negative = ((channel.to(tl.int64) * SIGN_MULTIPLIER) >> 31) & 1
-    matrix = 1.0 - 2.0 * _parity(row[:, None] & row[None, :]).to(tl.float32)
-    y = x.to(tl.float32) * ((1.0 - 2.0 * negative.to(tl.float32)) * (0.5 / D))[None, :]
-    y = y.reshape(M * D // 64, 64)
-    if x.dtype == tl.float32:
+    sign = 1.0 - 2.0 * (((channel.to(tl.int64) * SIGN_MULTIPLIER) >> 31) & 1).to(tl.float32)
+    matrix = (1.0 - 2.0 * _parity(row[:, None] & row[None, :]).to(tl.float32)) * (0.5 / D)
+    if x.dtype == tl.float32 or INTERPRETED:
+        y = (x.to(tl.float32) * sign[None, :]).reshape(M * D // 64, 64)
         top = _top_bits(y)
         y = tl.dot(top, matrix, acc=tl.dot(y - top, matrix, input_precision="tf32"), input_precision="tf32")
     else:
-        y = tl.dot(y, matrix, input_precision="tf32")
+        y = tl.dot((x * sign.to(x.dtype)[None, :]).reshape(M * D // 64, 64), matrix.to(x.dtype))
     y = y.reshape(M, D)
     if D >= 128:
         y = _across(y, M, D // 64, 1)

@@ -92,17 +92,17 @@ def quantize(
         problem, plan, head0, slots, empty(rows, slots, d, dtype=torch.int8), empty(rows, slots), empty(heads), empty(heads, d),
         empty(rows, slots, d, dtype=torch.float16), empty(heads, d),
     )  # fmt: skip
-    anchors, maxima = empty(heads, SPLITS, d), empty(heads, SPLITS, d)
+    maxima = empty(heads, SPLITS, d)
     cu_seqlens = packed.cu_seqlens_k if packed else kv.k_scale_max
     strides = (*_strides(k, problem), *_strides(v, problem))
     shape = {"HEAD_DIM": problem.head_dim, "D": d, "BLOCK_N": tile.block_n, "SPLITS": SPLITS, "VARLEN": packed is not None}
     with _device_of(k):
-        statistics[SPLITS, heads](
-            k, v, anchors, maxima, kv.k_scale_max, cu_seqlens, *strides, head0, problem.heads_kv, problem.len_kv, slots,
+        statistics[SPLITS + 1, heads](
+            k, v, kv.anchor, maxima, kv.k_scale_max, cu_seqlens, *strides, head0, problem.heads_kv, problem.len_kv, slots,
             BLOCK=STATISTICS_BLOCK, **shape,
         )  # fmt: skip
         quantise[2 * (-(-problem.len_kv // tile.block_n) * tile.block_n // ROWS), heads](
-            k, v, anchors, maxima, kv.k8, kv.k_scale, kv.k_scale_max, kv.anchor, kv.v16, kv.v_scale, cu_seqlens, *strides,
+            k, v, kv.anchor, maxima, kv.k8, kv.k_scale, kv.k_scale_max, kv.v16, kv.v_scale, cu_seqlens, *strides,
             head0, problem.heads_kv, problem.len_kv, slots, V_MAX=plan.scheme.v_max, ROWS=ROWS, **shape,
         )  # fmt: skip
     return kv

@@ -3,7 +3,7 @@
 `statistics` reads V and a strided sample of K; `quantise` reads both and writes K as INT8 (rotated, shifted by the anchor, one
 scale per token) and V as fp16 (one scale per channel). Workspace, with H = heads in the group, T = padded tokens per head:
   k8 [H, T, D] int8, k_scale [H, T] fp32 (times K_SCALE_SHIFT), k_scale_max [H] fp32, anchor [H, D] fp32 (rotated),
-  v16 [H, T, D] fp16, v_scale [H, D] fp32; partial_anchor (rotated) and partial_amax [H, SPLITS, D] fp32
+  v16 [H, T, D] fp16, v_scale [H, D] fp32; partial_amax [H, SPLITS, D] fp32
 Packed sequences (VARLEN) lie one after another in T, each rounded up by one tile, so that no tile holds two of them; then the
 statistics are per (sequence, head).
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 from . import variants
 from .triton_blocks import AMAX_MIN, K_SCALE_SHIFT, rotate, round_rows
 
-SPLITS = 32  # programs per head in `statistics`
+SPLITS = 16  # programs per head that share V in `statistics`; one more has the sample of K
 ROWS = 64  # tokens per program in `quantise`; divides every tile's block_n
 ANCHOR_TOKENS = tl.constexpr(variants.ANCHOR_TOKENS)
 
@@ -37,7 +37,7 @@ def _locate(group, head0, heads, cu_seqlens, tokens, slots, BLOCK_N: tl.constexp
 def statistics(
     k,  # [B, Nk, Hkv, HEAD_DIM] by strides
     v,  # the same
-    partial_anchor,  # [H, SPLITS, D] fp32
+    anchor,  # [H, D] fp32
     partial_amax,  # [H, SPLITS, D] fp32
     k_scale_max,  # [H] fp32, set to 0 here for `quantise` to raise
     cu_seqlens,  # [B + 1], VARLEN only
@@ -50,46 +50,41 @@ def statistics(
     batch, head, first, count, _ = _locate(group, head0, heads, cu_seqlens, tokens, slots, BLOCK_N, VARLEN)
     rows, channels = tl.arange(0, BLOCK), tl.arange(0, D)
     inside = channels < HEAD_DIM
-
-    v += batch * v_stride_b + head * v_stride_h
-    share = tl.cdiv(count, SPLITS)
-    end = tl.minimum((split + 1) * share, count)
-    amax = tl.zeros([D], tl.float32)
-    for start in range(split * share, end, BLOCK):
-        token = start + rows
-        ptrs = v + (first + token)[:, None] * v_stride_n + channels[None, :]
-        x = tl.load(ptrs, mask=(token < end)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        amax = tl.maximum(amax, tl.max(tl.abs(x), 0))
-
-    k += batch * k_stride_b + head * k_stride_h
-    stride = tl.maximum(tl.cdiv(count, ANCHOR_TOKENS), 1)
-    samples = tl.cdiv(count, stride)
-    share = tl.cdiv(samples, SPLITS)
-    end = tl.minimum((split + 1) * share, samples)
-    total = tl.zeros([D], tl.float32)
-    weight = 1.0 / tl.maximum(samples, 1).to(tl.float32)
-    for start in range(split * share, end, BLOCK):
-        sample = start + rows
-        ptrs = k + (first + sample * stride)[:, None] * k_stride_n + channels[None, :]
-        x = tl.load(ptrs, mask=(sample < end)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        total += tl.sum(x * weight, 0)
-
-    # An MMA wants 16 rows: rotate 16 copies and average them, which is exact. The rotation is linear, so it may come before the sum.
-    total = tl.sum(rotate(tl.broadcast_to(total[None, :], (16, D)), 16, D), 0) * (1.0 / 16)
-    at = (group.to(tl.int64) * SPLITS + split) * D + channels
-    tl.store(partial_amax + at, amax)
-    tl.store(partial_anchor + at, total)
-    if split == 0:
+    at = group.to(tl.int64) * D + channels
+    if split == SPLITS:
+        k += batch * k_stride_b + head * k_stride_h
+        stride = tl.maximum(tl.cdiv(count, ANCHOR_TOKENS), 1)
+        samples = tl.cdiv(count, stride)
+        weight = 1.0 / tl.maximum(samples, 1).to(tl.float32)
+        mean = tl.zeros([D], tl.float32)
+        for start in range(0, samples, BLOCK):
+            sample = start + rows
+            ptrs = k + (first + sample * stride)[:, None] * k_stride_n + channels[None, :]
+            x = tl.load(ptrs, mask=(sample < samples)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            mean += tl.sum(x * weight, 0)
+        # An MMA wants 16 rows: rotate 16 copies and average them, which is exact.
+        tl.store(anchor + at, tl.sum(rotate(tl.broadcast_to(mean[None, :], (16, D)), 16, D), 0) * (1.0 / 16))
         tl.store(k_scale_max + group, 0.0)
+    else:
+        v += batch * v_stride_b + head * v_stride_h
+        share = tl.cdiv(count, SPLITS)
+        end = tl.minimum((split + 1) * share, count)
+        amax = tl.zeros([D], tl.float32)
+        for start in range(split * share, end, BLOCK):
+            token = start + rows
+            ptrs = v + (first + token)[:, None] * v_stride_n + channels[None, :]
+            x = tl.load(ptrs, mask=(token < end)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            amax = tl.maximum(amax, tl.max(tl.abs(x), 0))
+        tl.store(partial_amax + (group.to(tl.int64) * SPLITS + split) * D + channels, amax)
 
 
 @triton.jit
 def quantise(
     k,  # [B, Nk, Hkv, HEAD_DIM] by strides
     v,  # the same
-    partial_anchor,  # [H, SPLITS, D] fp32
+    anchor,  # [H, D] fp32
     partial_amax,  # [H, SPLITS, D] fp32
-    k8, k_scale, k_scale_max, anchor, v16, v_scale,  # see the module's text
+    k8, k_scale, k_scale_max, v16, v_scale,  # see the module's text
     cu_seqlens,  # [B + 1], VARLEN only
     k_stride_b, k_stride_n, k_stride_h,
     v_stride_b, v_stride_n, v_stride_h,
@@ -101,30 +96,28 @@ def quantise(
     batch, head, first, count, slot = _locate(group, head0, heads, cu_seqlens, tokens, slots, BLOCK_N, VARLEN)
     if block * ROWS >= tl.cdiv(count, BLOCK_N) * BLOCK_N:
         return
-    channels, splits = tl.arange(0, D), tl.arange(0, SPLITS)
+    channels = tl.arange(0, D)
     token = block * ROWS + tl.arange(0, ROWS)
     valid = token < count
     inside = valid[:, None] & (channels < HEAD_DIM)[None, :]
-    partial = (group.to(tl.int64) * SPLITS + splits)[:, None] * D + channels[None, :]
+    per_channel = group.to(tl.int64) * D + channels
     out = (slot + token)[:, None] * D + channels[None, :]
 
     if tl.program_id(0) % 2 == 0:
         ptrs = k + batch * k_stride_b + head * k_stride_h + (first + token)[:, None] * k_stride_n + channels[None, :]
         x = rotate(tl.load(ptrs, mask=inside, other=0.0), ROWS, D)
-        shift = tl.sum(tl.load(partial_anchor + partial), 0)
-        x = tl.where(valid[:, None], x - shift[None, :], 0.0)
+        x = tl.where(valid[:, None], x - tl.load(anchor + per_channel)[None, :], 0.0)
         x8, scale = round_rows(x, tl.max(tl.abs(x), 1))
         scale *= K_SCALE_SHIFT
         tl.store(k8 + out, x8)
         tl.store(k_scale + slot + token, scale)
         tl.atomic_max(k_scale_max + group, tl.max(scale, 0))
-        if block == 0:
-            tl.store(anchor + group.to(tl.int64) * D + channels, shift)
     else:
         ptrs = v + batch * v_stride_b + head * v_stride_h + (first + token)[:, None] * v_stride_n + channels[None, :]
         y = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+        partial = (group.to(tl.int64) * SPLITS + tl.arange(0, SPLITS))[:, None] * D + channels[None, :]
         amax = tl.max(tl.load(partial_amax + partial), 0)
         inverse = tl.where(amax > AMAX_MIN, V_MAX / tl.maximum(amax, AMAX_MIN), 0.0)
         tl.store(v16 + out, (y * inverse[None, :]).to(tl.float16))
         if block == 0:
-            tl.store(v_scale + group.to(tl.int64) * D + channels, amax * (1.0 / V_MAX))
+            tl.store(v_scale + per_channel, amax * (1.0 / V_MAX))

@@ -43,7 +43,7 @@ def test_interpreted(part: str) -> None:
 def test_compiles_without_a_gpu(arch: int) -> None:
     rows = [json.loads(line) for line in child(f"import triton_compile as t; t.main([{arch}])", False).splitlines()]
     assert {row["kernel"] for row in rows} == {"statistics", "quantise", "attend"}
-    assert {row["head_dim"] for row in rows if row["kernel"] == "attend"} == {64, 128, 256}
+    assert {row["head_dim"] for row in rows if row["kernel"] == "attend"} == ({64, 128, 256} if arch >= 80 else {64})
     for row in rows:
         assert row["shared"] <= SHARED_LIMIT[arch], row
         if row["kernel"] == "attend":  # Triton has no INT8 dot for Turing; everywhere else it must be there

@@ -23,11 +23,16 @@ from sageattention.variants import HEAD_DIMS, TRITON_FP16, Tile
 SCALARS = {"factor": "fp32", "sign": "fp32", "out_limit": "fp32"}
 POINTERS = {
     "q": "*bf16", "k": "*bf16", "v": "*bf16", "out": "*bf16", "lse": "*fp32", "mask": "*fp32", "k8": "*i8", "k_scale": "*fp32",
-    "k_scale_max": "*fp32", "anchor": "*fp32", "v16": "*fp16", "v_scale": "*fp32", "partial_anchor": "*fp32",
-    "partial_amax": "*fp32", "cu_seqlens": "*i32", "cu_seqlens_q": "*i32", "cu_seqlens_k": "*i32",
+    "k_scale_max": "*fp32", "anchor": "*fp32", "v16": "*fp16", "v_scale": "*fp32", "partial_amax": "*fp32", "cu_seqlens": "*i32", "cu_seqlens_q": "*i32", "cu_seqlens_k": "*i32",
 }  # fmt: skip
 # What Triton specialises on at run time for a contiguous [B, H, N, D] call: multiples of 16.
 ALIGNED = (*POINTERS, "slots", *(f"{t}_stride_{x}" for t in ("q", "k", "v", "out") for x in "bnh"))
+
+
+def _pointer(name: str, arch: int) -> str | None:
+    """Turing has no bf16 MMA, and no model that runs on it uses bf16: compile what its users run."""
+    kind = POINTERS.get(name)
+    return "*fp16" if kind == "*bf16" and arch < 80 else kind
 
 
 def compile_kernel(kernel, arch: int, constants: dict, options: dict) -> dict:
@@ -37,7 +42,7 @@ def compile_kernel(kernel, arch: int, constants: dict, options: dict) -> dict:
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = POINTERS.get(name) or SCALARS.get(name) or ("i64" if "stride" in name else "i32")
+        signature[name] = _pointer(name, arch) or SCALARS.get(name) or ("i64" if "stride" in name else "i32")
         if name in ALIGNED:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
@@ -57,16 +62,20 @@ def attend_constants(head_dim: int, tile: Tile, arch: int, *, mask: int = 0, cau
 
 
 def compile_all(arch: int) -> list[dict]:
-    """Every kernel of the variant for one architecture, in each compiled head dimension."""
+    """The variant's kernels for one architecture, in each compiled head dimension.
+
+    On Turing only in the smallest: without MMA to use, Triton unrolls every product, and the compiler takes minutes.
+    """
     built = []
-    for d in HEAD_DIMS:
+    for d in HEAD_DIMS if arch >= 80 else HEAD_DIMS[:1]:
         tile = TRITON_FP16.tile(arch, d)
         shape = {"HEAD_DIM": d, "D": d, "BLOCK_N": tile.block_n, "SPLITS": SPLITS, "VARLEN": False}
         built.append(compile_kernel(statistics, arch, {"BLOCK": 64, **shape}, {}))
         built.append(compile_kernel(quantise, arch, {"V_MAX": TRITON_FP16.scheme.v_max, "ROWS": ROWS, **shape}, {}))
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         built.append(compile_kernel(attend, arch, attend_constants(d, tile, arch), options))
-        built.append(compile_kernel(attend, arch, attend_constants(d, tile, arch, mask=2, causal=True, lse=True), options))
+        if d == 128:
+            built.append(compile_kernel(attend, arch, attend_constants(d, tile, arch, mask=2, causal=True, lse=True), options))
     return built
 
 
