@@ -23,7 +23,8 @@ from sageattention.variants import HEAD_DIMS, TRITON_FP16, Tile
 SCALARS = {"factor": "fp32", "sign": "fp32", "out_limit": "fp32"}
 POINTERS = {
     "q": "*bf16", "k": "*bf16", "v": "*bf16", "out": "*bf16", "lse": "*fp32", "mask": "*fp32", "k8": "*i8", "k_scale": "*fp32",
-    "k_scale_max": "*fp32", "anchor": "*fp32", "v16": "*fp16", "v_scale": "*fp32", "partial_amax": "*fp32", "cu_seqlens": "*i32", "cu_seqlens_q": "*i32", "cu_seqlens_k": "*i32",
+    "k_scale_max": "*fp32", "anchor": "*fp32", "v16": "*fp16", "v_scale": "*fp32", "partial_amax": "*fp32",
+    "cu_seqlens": "*i32", "cu_seqlens_q": "*i32", "cu_seqlens_k": "*i32",
 }  # fmt: skip
 # What Triton specialises on at run time for a contiguous [B, H, N, D] call: multiples of 16.
 ALIGNED = (*POINTERS, "slots", *(f"{t}_stride_{x}" for t in ("q", "k", "v", "out") for x in "bnh"))
