@@ -97,6 +97,8 @@ class SageOverride:
         if low_precision_attention is False:
             self.record.count_kept("the model asks for full precision in some layers")
             return None
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            raise Unsupported("q", "a gradient is asked for, and quantised attention has none; training needs the model's own")
         split = _check_heads if skip_reshape else _split_heads
         q, k, v = split(q, k, v, heads, enable_gqa)
         # Views of the inputs cost nothing, where a copy of the output would: so the inputs follow the layout that is wanted.

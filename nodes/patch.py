@@ -46,10 +46,10 @@ def usable(variant: str, device: torch.device) -> str:
     if variant == AUTO:
         return variant
     if variant not in CHOICES:
-        LOG.warning("variant %r is not known to this version, 'auto' is used instead; known are %s", variant, ", ".join(CHOICES))
+        LOG.warning("%s: variant %r is not known to this version, 'auto' is used instead; known are %s", NODE_ID, variant, CHOICES)
         return AUTO
     found = next(a for a in available_variants(device) if a.name == variant)
     if found.status == "ready":
         return variant
-    LOG.warning("variant %r can't run here, 'auto' is used instead: %s", variant, found.reason)
+    LOG.warning("%s: variant %r can't run here, 'auto' is used instead: %s", NODE_ID, variant, found.reason)
     return AUTO

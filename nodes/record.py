@@ -6,7 +6,7 @@ import logging
 import threading
 from collections import Counter
 
-LOG = logging.getLogger("PatchSageAttention")
+LOG = logging.getLogger("PatchSageAttention")  # ComfyUI shows messages without this name, so each says it itself
 
 # A reason may name a shape, and a long session sees many shapes: those after this many count together.
 MAX_REASONS = 64
@@ -36,12 +36,12 @@ class Record:
     def count_kept(self, reason: str) -> None:
         """Count a call that is the model's own attention's by choice; the first one of a reason is logged."""
         if self._first(self.kept, reason):
-            LOG.info("left to the model's own attention: %s", reason)
+            LOG.info("PatchSageAttention: left to the model's own attention: %s", reason)
 
     def count_fallback(self, reason: str, where: str) -> None:
         """Count a call that the variant refused; the first one of a reason is logged, with the layer it came from."""
         if self._first(self.fallbacks, reason):
-            LOG.warning("fell back to the model's own attention%s: %s (said once)", where and f" in {where}", reason)
+            LOG.warning("PatchSageAttention: fell back to the model's own attention%s: %s (said once)", where and f" in {where}", reason)
 
     def _first(self, counter: Counter[str], reason: str) -> bool:
         with self._lock:

@@ -243,6 +243,16 @@ def test_a_device_s_failure_is_not_swallowed(error, monkeypatch):
     assert not core.own_calls
 
 
+def test_training_keeps_its_gradient():
+    q, k, v = tensors()
+    override = adapter.SageOverride("reference")
+    out = call(override, OldCore(), q.requires_grad_(), k, v, HEADS)
+    assert out.requires_grad and "gradient" in reasons(override)[0]
+    with torch.no_grad():
+        call(override, OldCore(), q, k, v, HEADS)
+    assert override.record.ran == {"reference": 1}
+
+
 def contained(*given: torch.Tensor) -> list[Container]:
     return [Container(t) for t in given]
 
