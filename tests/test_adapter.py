@@ -378,3 +378,44 @@ def test_compiled_model_counts_and_does_not_recompile():
         assert torch.equal(compiled(q, k, v), first)
     assert len(graphs) == after_first and override.record.ran == {"reference": 4}
     assert_quantised(first, sdpa(q + 1, k, v, HEADS) * 2)
+
+
+def ready_on_gpu() -> list[str]:
+    found = PACK.sageattention.available_variants("cuda") if torch.cuda.is_available() else []
+    return [a.name for a in found if a.status == "ready" and a.name != "sdpa"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("hnd_in", "hnd_out"), list(itertools.product([False, True], repeat=2)))
+def test_every_variant_of_this_gpu(hnd_in, hnd_out):
+    flags = {"skip_reshape": hnd_in, "skip_output_reshape": hnd_out}
+    q, k, v = (t.cuda() for t in tensors(hnd=hnd_in, dtype=torch.float16))
+    mask = (torch.rand(BATCH, LEN_Q, LEN_K, generator=torch.Generator().manual_seed(4)) > 0.3).cuda()
+    mask[..., 0] = True
+    exact = sdpa(q.float(), k.float(), v.float(), HEADS, mask, **flags).half()
+    assert len(ready_on_gpu()) > 1
+    for variant in ready_on_gpu():
+        override = adapter.SageOverride(variant)
+        for _ in range(2):  # the second call lets go of K and V early
+            out = call(override, NewCore(), *contained(q, k, v), HEADS, mask, **flags)
+            assert out.shape == exact.shape and out.dtype == exact.dtype
+            assert float((out.float() - exact.float()).norm() / exact.float().norm()) < 0.06
+        assert override.record.as_dict() == {"ran": {variant: 2}, "kept": {}, "fallbacks": {}}
+
+
+@pytest.mark.gpu
+def test_containers_lower_the_peak_of_memory():
+    override, core = adapter.SageOverride("sageattn_qk_int8_pv_fp16_triton"), NewCore()
+    shape = (1, 24, 8192, 128)
+
+    def peak(hold: bool) -> int:
+        given = [torch.randn(shape, device="cuda", dtype=torch.float16) for _ in range(3)]
+        torch.cuda.reset_peak_memory_stats()
+        handed = given if hold else contained(*given)
+        given = given if hold else None
+        call(override, core, *handed, 24, skip_reshape=True, skip_output_reshape=True)
+        return torch.cuda.max_memory_allocated()
+
+    peak(True)
+    one_tensor = 24 * 8192 * 128 * 2  # bytes
+    assert peak(True) - peak(False) > 0.9 * one_tensor
