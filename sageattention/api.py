@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .errors import KernelMissing
+from .errors import KernelMissing, Unsupported
 from .variants import CUDA_FP8, CUDA_FP8_SM90, CUDA_FP16, CUDA_INT8, TRITON_FP16, VARIANTS
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def sageattn_qk_int8_pv_fp16_triton(
     return_lse: bool = False,
 ) -> Output:
     """INT8 QKᵀ and FP16 PV with FP32 accumulation, in Triton. `quantization_backend` and `smooth_k` change nothing."""
+    _check_choice("quantization_backend", quantization_backend, ("triton", "cuda"))
     return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, TRITON_FP16.name)
 
 
@@ -85,6 +86,7 @@ def sageattn_qk_int8_pv_fp16_cuda(
 
     `qk_quant_gran`, `smooth_k` and `smooth_v` are accepted; the finest granularity is always used.
     """
+    _check_choice("qk_quant_gran", qk_quant_gran, ("per_warp", "per_thread"))
     return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, CUDA_FP16.name, pv_accum_dtype)
 
 
@@ -104,6 +106,7 @@ def sageattn_qk_int8_pv_fp8_cuda(
     attn_mask: torch.Tensor | None = None,
 ) -> Output:
     """INT8 QKᵀ and FP8 (e4m3) PV, for Ada and Blackwell."""
+    _check_choice("qk_quant_gran", qk_quant_gran, ("per_warp", "per_thread"))
     return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, CUDA_FP8.name, pv_accum_dtype)
 
 
@@ -123,6 +126,7 @@ def sageattn_qk_int8_pv_fp8_cuda_sm90(
     attn_mask: torch.Tensor | None = None,
 ) -> Output:
     """INT8 QKᵀ and FP8 (e4m3) PV by wgmma, for Hopper."""
+    _check_choice("qk_quant_gran", qk_quant_gran, ("per_warp", "per_thread"))
     return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, CUDA_FP8_SM90.name, pv_accum_dtype)
 
 
@@ -142,6 +146,7 @@ def sageattn_qk_int8_pv_int8_cuda(
     attn_mask: torch.Tensor | None = None,
 ) -> Output:
     """Both products in INT8, for cards without FP8."""
+    _check_choice("qk_quant_gran", qk_quant_gran, ("per_warp", "per_thread"))
     return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, CUDA_INT8.name, pv_accum_dtype)
 
 
@@ -267,6 +272,12 @@ def explain(
         variant=variant,
     )  # fmt: skip
     return Explanation(call.plan.variant.name, call.plan.reason, call.plan.rejected, ops.machine(call.problem).name)
+
+
+def _check_choice(name: str, given: str, accepted: tuple[str, ...]) -> None:
+    """A parameter that changes nothing here still has to hold one of upstream's values: a misspelling must not pass."""
+    if given not in accepted:
+        raise Unsupported(name, f"got {given!r}, accepted are {', '.join(map(repr, accepted))}")
 
 
 def _call(

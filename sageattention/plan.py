@@ -66,6 +66,8 @@ def plan(problem: Problem, capability: Capability, variant: str = "auto", accum:
         return _fit(problem, capability, VARIANTS[variant], accum, arch, "asked for by name")
     if capability.device != "cuda":
         return Plan(SDPA, f"on {capability.device} tensors quantising gains nothing")
+    if problem.needs_grad:
+        return Plan(SDPA, "a gradient is asked for, and quantised attention has no backward pass")
     if min(problem.len_q, problem.len_kv) < MIN_AUTO_TOKENS:
         return Plan(SDPA, f"under {MIN_AUTO_TOKENS} tokens quantising costs more than it saves")
     rejected = []
@@ -101,16 +103,18 @@ def refusal(variant: Variant, capability: Capability, arch: int = 0) -> Unsuppor
 
 
 def _fit(problem: Problem, capability: Capability, variant: Variant, accum: str, arch: int, reason: str) -> Plan:
-    error = refusal(variant, capability, arch)
-    if error is not None:
-        raise error
     scheme = variant.scheme
     if accum:
         if accum not in variant.accum:
             raise Unsupported("pv_accum_dtype", f"got {accum!r}, {variant.name} accepts {', '.join(map(repr, variant.accum))}")
         scheme = variant.accum[accum]
+    error = refusal(variant, capability, arch)
+    if error is not None:
+        raise error
     if scheme is None:
         return Plan(variant, reason, arch=arch)
+    if problem.needs_grad:
+        raise Unsupported("q", f"a gradient is asked for; {variant.name} has no backward pass (under torch.no_grad() it runs)")
     head_dim = pad_head_dim(problem.head_dim)
     if not variant.tiles:
         return Plan(variant, reason, (), arch, head_dim, scheme=scheme)

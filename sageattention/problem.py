@@ -37,6 +37,7 @@ class Problem(NamedTuple):
     sm_scale: float = 1.0
     return_lse: bool = False
     varlen: bool = False
+    needs_grad: bool = False  # autograd records this call
 
     @property
     def empty(self) -> bool:
@@ -105,7 +106,7 @@ class Problem(NamedTuple):
         return cls(
             batch, heads_q, heads_kv, len_q, len_kv, head_dim, _dtype_name(q), device.type,
             -1 if device.index is None else device.index, tensor_layout, bool(is_causal), mask,
-            _scale(sm_scale, head_dim), bool(return_lse),
+            _scale(sm_scale, head_dim), bool(return_lse), needs_grad=_needs_grad(q, k, v),
         )  # fmt: skip
 
     def with_query(
@@ -129,6 +130,8 @@ class Problem(NamedTuple):
         if given != quantised:
             raise Unsupported("q", f"its (batch, head_dim, dtype, device, index) is {given}, the quantised k and v's is {quantised}")
         _check_heads(q.shape[heads], self.heads_kv)
+        if _needs_grad(q):
+            raise Unsupported("q", "a gradient is asked for; attention to quantised k and v has no backward pass")
         mask = "none"
         if attn_mask is not None:
             mask = _check_mask(attn_mask, (self.batch, q.shape[heads], q.shape[tokens], self.len_kv), q)
@@ -179,7 +182,7 @@ class Problem(NamedTuple):
         return cls(
             cu_seqlens_q.numel() - 1, q.shape[1], k.shape[1], int(max_seqlen_q), int(max_seqlen_k), q.shape[2], _dtype_name(q),
             device.type, -1 if device.index is None else device.index, "NHD", bool(is_causal), "none",
-            _scale(sm_scale, q.shape[2]), False, True,
+            _scale(sm_scale, q.shape[2]), False, True, _needs_grad(q, k, v),
         )  # fmt: skip
 
 
@@ -212,6 +215,14 @@ def _facts(
 
 def _dtype_name(t: torch.Tensor) -> str:
     return str(t.dtype)[6:]  # "torch.float16" → "float16"
+
+
+def _needs_grad(*tensors: torch.Tensor) -> bool:
+    if not any(t.requires_grad for t in tensors):
+        return False
+    import torch
+
+    return torch.is_grad_enabled()
 
 
 def _check_rank(rank: int, layout: str, **tensors: torch.Tensor) -> None:
@@ -252,6 +263,8 @@ def _check_head_dim(head_dim: int, head_dim_k: int) -> None:
 
 
 def _check_mask(mask: torch.Tensor, scores: tuple[int, int, int, int], q: torch.Tensor) -> str:
+    if not hasattr(mask, "dim"):
+        raise Unsupported("attn_mask", f"got {type(mask).__name__}, accepted is a torch.Tensor, bool (True keeps) or float (added)")
     shape = tuple(mask.shape)
     padded = (1,) * (4 - len(shape)) + shape
     if len(shape) > 4 or any(m not in (1, s) for m, s in zip(padded, scores)):
@@ -272,7 +285,10 @@ def _is_bool(mask: torch.Tensor) -> bool:
 def _scale(sm_scale: float | None, head_dim: int) -> float:
     if sm_scale is None:
         return head_dim**-0.5
-    scale = float(sm_scale)
+    try:
+        scale = float(sm_scale)
+    except (TypeError, ValueError):
+        raise Unsupported("sm_scale", f"got {sm_scale!r}, accepted is a finite number") from None
     if not math.isfinite(scale):
         raise Unsupported("sm_scale", f"got {scale}, accepted is a finite number")
     return scale

@@ -1,0 +1,376 @@
+"""The public functions on CPU tensors: signatures, results, refusals, and an import that touches nothing."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import sageattention  # noqa: E402
+from sageattention import CudaError, KernelMissing, Unsupported, capability, inputs, sageattn  # noqa: E402
+from sageattention.capability import Capability  # noqa: E402
+from sageattention.reference import oracle  # noqa: E402
+from sageattention.variants import VARIANTS  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+CUDA_FUNCTIONS = {name: getattr(sageattention, name) for name, variant in VARIANTS.items() if variant.backend == "cuda"}
+QUANTISED = "reference"
+
+
+def qkv(len_q=33, len_kv=70, heads=2, heads_kv=None, head_dim=64, dtype=torch.bfloat16, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shapes = (heads, len_q), (heads_kv or heads, len_kv), (heads_kv or heads, len_kv)
+    return tuple(torch.randn(2, h, n, head_dim, generator=g).to(dtype) for h, n in shapes)
+
+
+def check(out, lse, exact, exact_lse, bound=0.02):
+    assert inputs.relative_l2(out, exact) < bound
+    if lse is not None:
+        seen = exact_lse != -torch.inf
+        assert torch.equal(lse == -torch.inf, ~seen)
+        assert (lse - exact_lse)[seen].abs().max() < 0.03
+
+
+# --- signatures
+
+
+def test_comfyui_finds_attn_mask():
+    assert "attn_mask" in inspect.signature(sageattn).parameters
+
+
+GRANULAR = ("tensor_layout", "is_causal", "qk_quant_gran", "sm_scale", "pv_accum_dtype", "smooth_k", "smooth_v", "return_lse")
+POSITIONAL = {
+    "sageattn": ("tensor_layout", "is_causal", "sm_scale", "return_lse"),
+    "sageattn_qk_int8_pv_fp16_triton": (
+        "tensor_layout", "quantization_backend", "is_causal", "attn_mask", "sm_scale", "smooth_k", "return_lse",
+    ),
+    **dict.fromkeys(CUDA_FUNCTIONS, GRANULAR),
+    "sageattn_varlen": (
+        "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "is_causal", "sm_scale", "smooth_k",
+    ),
+    "explain": ("tensor_layout", "is_causal", "sm_scale", "return_lse"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POSITIONAL)
+def test_positional_order_is_upstream_s(name):
+    parameters = inspect.signature(getattr(sageattention, name)).parameters.values()
+    assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == ["q", "k", "v", *POSITIONAL[name]]
+    assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
+
+
+@pytest.mark.parametrize("name", [n for n in POSITIONAL if n != "sageattn_varlen"])
+def test_every_function_takes_a_mask(name):
+    assert "attn_mask" in inspect.signature(getattr(sageattention, name)).parameters
+
+
+@pytest.mark.parametrize("name", POSITIONAL)
+def test_unknown_keyword(name):
+    offsets = {n: None for n in POSITIONAL[name][:4]} if name == "sageattn_varlen" else {}
+    with pytest.raises(TypeError, match="sm_scales"):
+        getattr(sageattention, name)(*qkv(), sm_scales=1.0, **offsets)
+
+
+def test_everything_public_is_exported():
+    assert all(hasattr(sageattention, name) for name in sageattention.__all__)
+    assert {*POSITIONAL, "quantize_kv", "attend", "available_variants"} <= set(sageattention.__all__)
+    assert torch.torch_version.TorchVersion(sageattention.__version__) >= (2, 1, 1)  # what diffusers asks for
+
+
+def test_errors():
+    assert issubclass(Unsupported, ValueError)
+    assert issubclass(KernelMissing, RuntimeError) and issubclass(CudaError, RuntimeError)
+    assert not issubclass(KernelMissing, CudaError) and not issubclass(CudaError, KernelMissing)
+
+
+# --- results
+
+
+@pytest.mark.parametrize("variant", ["auto", "sdpa", QUANTISED])
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+@pytest.mark.parametrize("heads_kv", [4, 2, 1])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_layouts_groups_and_lse(variant, layout, heads_kv, return_lse):
+    q, k, v = qkv(heads=4, heads_kv=heads_kv)
+    exact, exact_lse = oracle(q, k, v)
+    given = (q, k, v) if layout == "HND" else tuple(t.transpose(1, 2).contiguous() for t in (q, k, v))
+    result = sageattn(*given, layout, return_lse=return_lse, variant=variant)
+    out, lse = result if return_lse else (result, None)
+    assert out.shape == given[0].shape and out.dtype == q.dtype and out.is_contiguous()
+    assert lse is None or (lse.shape == (2, 4, 33) and lse.dtype == torch.float32)
+    check(out if layout == "HND" else out.transpose(1, 2), lse, exact, exact_lse)
+
+
+@pytest.mark.parametrize("variant", ["sdpa", QUANTISED])
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("shape", [(70,), (33, 1), (33, 70), (2, 33, 70), (1, 1, 70), (2, 1, 1, 70), (1, 2, 33, 70), (2, 2, 33, 70)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_masks(variant, return_lse, shape, dtype, is_causal):
+    q, k, v = qkv()
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    mask = noise > -0.5 if dtype == torch.bool else 2 * noise.to(dtype)
+    exact, exact_lse = oracle(q, k, v, attn_mask=mask, is_causal=is_causal)
+    result = sageattn(q, k, v, is_causal=is_causal, attn_mask=mask, return_lse=return_lse, variant=variant)
+    out, lse = result if return_lse else (result, None)
+    check(out, lse, exact, exact_lse)
+
+
+@pytest.mark.parametrize("variant", ["sdpa", QUANTISED])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32])
+def test_a_fully_masked_row_is_zero_and_a_row_of_finfo_min_is_not(variant, dtype, mask_dtype):
+    q, k, v = qkv(dtype=dtype)
+    v = v + 1
+    mask = torch.ones(33, 70, dtype=torch.bool)
+    mask[5] = False
+    if mask_dtype != torch.bool:
+        mask = torch.zeros(33, 70).masked_fill(~mask, -torch.inf)
+        mask[7] = torch.finfo(torch.float32).min
+    out, lse = sageattn(q, k, v, attn_mask=mask, return_lse=True, variant=variant)
+    plain = sageattn(q, k, v, attn_mask=mask, variant=variant)
+    for o in (out, plain):
+        assert o.isfinite().all()
+        assert (o[:, :, 5] == 0).all() and (lse[:, :, 5] == -torch.inf).all()
+        if mask_dtype != torch.bool:
+            # As fp32 attention has it, the bias drowns the scores and leaves the average. SDPA in fp16 holds it at −65504, which does not.
+            survive = variant == "sdpa" and dtype == torch.float16 and o is plain
+            expected = oracle(q, k, v)[0][:, :, 7] if survive else v.double().mean(2)
+            assert inputs.relative_l2(o[:, :, 7], expected) < 0.02
+
+
+@pytest.mark.parametrize("variant", ["auto", QUANTISED])
+def test_strided_inputs(variant):
+    packed = torch.randn(2, 40, 3, 2, 80, generator=torch.Generator().manual_seed(0)).bfloat16()
+    q, k, v = (packed[:, :, i, :, :64].transpose(1, 2) for i in range(3))
+    assert not q.is_contiguous()
+    out = sageattn(q, k, v, variant=variant)
+    assert torch.equal(out, sageattn(q.contiguous(), k.contiguous(), v.contiguous(), variant=variant))
+    keys = torch.randn(1, 1, 50, 64).bfloat16().expand(2, 2, 50, 64)
+    check(sageattn(q, keys, keys, variant=variant), None, oracle(q, keys, keys)[0], None)
+
+
+@pytest.mark.parametrize("variant", ["auto", QUANTISED])
+@pytest.mark.parametrize("sm_scale", [0.0, 0.3, -0.1, 1])
+def test_softmax_scale(variant, sm_scale):
+    q, k, v = qkv(dtype=torch.float32)
+    check(sageattn(q, k, v, sm_scale=sm_scale, variant=variant), None, oracle(q, k, v, sm_scale=sm_scale)[0], None, bound=0.12)
+
+
+@pytest.mark.parametrize("variant", ["auto", QUANTISED])
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+@pytest.mark.parametrize("len_q, len_kv, heads", [(0, 70, 2), (33, 0, 2), (0, 0, 2), (33, 70, 0)])
+def test_zero_lengths_give_what_sdpa_gives(variant, layout, len_q, len_kv, heads):
+    q, k, v = qkv(len_q, len_kv, heads)
+    if layout == "NHD":
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out, lse = sageattn(q, k, v, layout, return_lse=True, variant=variant)
+    assert out.shape == q.shape and out.dtype == q.dtype and (out == 0).all()
+    assert lse.shape == (2, heads, len_q) and (lse == -torch.inf).all()
+
+
+def test_compatibility_switches_change_nothing():
+    q, k, v = qkv()
+    assert torch.equal(sageattn(q, k, v, smooth_k=False, variant=QUANTISED), sageattn(q, k, v, smooth_k=True, variant=QUANTISED))
+
+
+def test_the_quantised_path_is_really_taken():
+    q, k, v = qkv()
+    exact = oracle(q, k, v)[0]
+    error = inputs.relative_l2(sageattn(q.float(), k.float(), v.float(), variant=QUANTISED), exact)
+    assert 0.003 < error < 0.011
+
+
+def test_gradients_flow_through_auto_and_are_refused_by_quantised_variants():
+    q, k, v = (t.requires_grad_() for t in qkv(dtype=torch.float32))
+    sageattn(q, k, v).sum().backward()
+    assert q.grad.isfinite().all() and v.grad.abs().sum() > 0
+    with pytest.raises(Unsupported, match="gradient"):
+        sageattn(q, k, v, variant=QUANTISED)
+    with torch.no_grad():
+        sageattn(q, k, v, variant=QUANTISED)
+
+
+# --- refusals, before anything runs
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    from sageattention import ops
+
+    monkeypatch.setattr(ops, "run", lambda call: pytest.fail(f"{call.plan.variant.name} ran"))
+
+
+FUNCTIONS = {name: getattr(sageattention, name) for name in POSITIONAL if name != "sageattn_varlen"}
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_bad_input_is_refused_by_every_function(function):
+    q, k, v = qkv()
+    for arguments, parameter in (
+        ((q[0], k, v), "q"),
+        ((q, k[:1], v[:1]), "k"),
+        ((q, k, v[:, :, :-1]), "v"),
+        ((q, k.half(), v), "k"),
+        ((q[..., ::2], k[..., ::2], v[..., ::2]), "q"),
+        ((q, k, v, "NDH"), "tensor_layout"),
+    ):
+        with pytest.raises(Unsupported) as caught:
+            function(*arguments)
+        assert caught.value.parameter == parameter
+    with pytest.raises(Unsupported, match="attn_mask"):
+        function(q, k, v, attn_mask=torch.zeros(33, 71))
+    with pytest.raises(Unsupported, match="sm_scale"):
+        function(q, k, v, sm_scale=float("nan"))
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize("function", CUDA_FUNCTIONS.values(), ids=CUDA_FUNCTIONS)
+def test_cuda_functions(function):
+    q, k, v = qkv()
+    with pytest.raises(Unsupported, match=f"^q: is on cpu; {function.__name__} needs"):
+        function(q, k, v)
+    with pytest.raises(Unsupported, match=r"qk_quant_gran.*'per_block'.*'per_warp', 'per_thread'"):
+        function(q, k, v, qk_quant_gran="per_block")
+    with pytest.raises(Unsupported, match="pv_accum_dtype: got 'fp8'"):
+        function(q, k, v, pv_accum_dtype="fp8")
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_unknown_choices():
+    with pytest.raises(Unsupported, match=r"^variant: got 'sage3'"):
+        sageattn(*qkv(), variant="sage3")
+    with pytest.raises(Unsupported, match="quantization_backend"):
+        sageattention.sageattn_qk_int8_pv_fp16_triton(*qkv(), quantization_backend="cutlass")
+
+
+@pytest.fixture
+def hopper_without_kernels(monkeypatch):
+    """CPU tensors that the planner takes for a GPU's, in an installation that holds no kernel."""
+    monkeypatch.setattr(capability, "of_device", lambda device, index: Capability("cuda", 90, 132, "none", "H200"))
+    from sageattention import plan
+
+    plan.plan.cache_clear()
+    yield
+    plan.plan.cache_clear()
+
+
+@pytest.mark.usefixtures("hopper_without_kernels", "nothing_runs")
+def test_a_missing_kernel_is_never_another_variant():
+    with pytest.raises(KernelMissing, match="Triton is not installed") as caught:
+        sageattention.sageattn_qk_int8_pv_fp16_triton(*qkv())
+    assert caught.value.variant == "sageattn_qk_int8_pv_fp16_triton"
+
+
+# --- explain, available_variants, the environment
+
+
+def test_explain():
+    q, k, v = qkv()
+    explanation = sageattention.explain(q, k, v)
+    assert (explanation.variant, explanation.device) == ("sdpa", "cpu") and "cpu" in str(explanation)
+    assert sageattention.explain(q, k, v, variant=QUANTISED).variant == QUANTISED
+    with pytest.raises(Unsupported, match="NVIDIA"):
+        sageattention.explain(q, k, v, variant=next(iter(CUDA_FUNCTIONS)))
+
+
+def test_available_variants_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    capability.of_device.cache_clear()
+    found = {a.name: a for a in sageattention.available_variants("cpu")}
+    capability.of_device.cache_clear()
+    assert list(found) == list(VARIANTS)
+    assert found["sdpa"].status == found["reference"].status == "ready"
+    for name in CUDA_FUNCTIONS:
+        assert found[name].status == "unsupported" and "NVIDIA" in found[name].reason
+    assert found["sageattn_qk_int8_pv_fp16_triton"].status in ("unsupported", "missing")
+    assert all(a.summary and (a.reason or a.status == "ready") for a in found.values())
+
+
+@pytest.mark.usefixtures("hopper_without_kernels")
+def test_available_variants_names_what_is_missing():
+    found = {a.name: a for a in sageattention.available_variants("cpu")}
+    assert found["sageattn_qk_int8_pv_fp16_triton"].status == "missing"
+    assert "install" in found["sageattn_qk_int8_pv_fp16_triton"].reason
+
+
+def test_variant_from_the_environment(monkeypatch):
+    q, k, v = qkv()
+    monkeypatch.setenv("SAGEATTENTION_VARIANT", QUANTISED)
+    assert sageattention.explain(q, k, v).variant == QUANTISED
+    assert torch.equal(sageattn(q, k, v), sageattn(q, k, v, variant=QUANTISED))
+    assert sageattention.explain(q, k, v, variant="sdpa").variant == "sdpa"  # a name in the call wins
+    monkeypatch.setenv("SAGEATTENTION_VARIANT", "")
+    assert sageattention.explain(q, k, v).variant == "sdpa"
+    monkeypatch.setenv("SAGEATTENTION_VARIANT", "fastest")
+    with pytest.raises(Unsupported, match="'fastest'"):
+        sageattn(q, k, v)
+
+
+def test_arch_from_the_environment(monkeypatch):
+    monkeypatch.setenv("SAGEATTENTION_ARCH", "turing")
+    with pytest.raises(Unsupported, match="SAGEATTENTION_ARCH"):
+        sageattn(*qkv())
+
+
+# --- importing
+
+
+def python(code: str, **environment: str) -> str:
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def test_import_without_torch():
+    code = """
+import sys
+sys.modules["torch"] = None
+sys.modules["triton"] = None
+import sageattention
+try:
+    sageattention.sageattn(None, None, None)
+except ImportError as error:
+    print("ImportError", "torch" in str(error))
+"""
+    assert python(code) == "ImportError True"
+
+
+def test_import_touches_neither_torch_nor_cuda():
+    code = """
+import sys
+import sageattention
+print([m for m in ("torch", "triton", "numpy") if m in sys.modules])
+import torch
+sageattention.available_variants("cpu")
+x = torch.ones(1, 1, 4, 64)
+sageattention.sageattn(x, x, x)
+print(torch.cuda.is_initialized())
+"""
+    assert python(code) == "[]\nFalse"
+
+
+def test_the_package_works_under_another_name(tmp_path):
+    """The node pack loads it beside a foreign `sageattention`."""
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "__init__.py").touch()
+    (tmp_path / "pack" / "ours").symlink_to(ROOT / "sageattention", target_is_directory=True)
+    (tmp_path / "sageattention.py").write_text("raise RuntimeError('the foreign package was imported')")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import torch
+from pack import ours
+x = torch.ones(1, 1, 4, 64)
+print(tuple(ours.sageattn(x, x, x, variant="reference").shape), "sageattention" in sys.modules)
+"""
+    assert python(code) == "(1, 1, 4, 64) False"

@@ -1,0 +1,221 @@
+"""The planner on machines that are not here: every architecture by a made-up `Capability`, no tensors, no CUDA."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sageattention import KernelMissing, Unsupported, capability
+from sageattention.capability import Capability
+from sageattention.plan import AUTO_ORDER, MIN_AUTO_TOKENS, WORKSPACE_LIMIT, plan, refusal
+from sageattention.problem import Problem
+from sageattention.variants import HEAD_DIMS, VARIANTS, pad_head_dim
+
+ARCHS = (75, 80, 86, 89, 90, 100, 103, 120, 121)
+TRITON = "sageattn_qk_int8_pv_fp16_triton"
+CUDA = [name for name, variant in VARIANTS.items() if variant.backend == "cuda"]
+CPU, MPS, ROCM = Capability("cpu", name="cpu"), Capability("mps", name="mps"), Capability("rocm", name="MI300")
+
+
+def gpu(arch, triton="native"):
+    return Capability("cuda", arch, 100, triton, f"sm_{arch}")
+
+
+def problem(**changes):
+    good = {"batch": 1, "heads_q": 8, "heads_kv": 8, "len_q": 4096, "len_kv": 4096, "head_dim": 128, "dtype": "bfloat16"}
+    return Problem(**{**good, "device": "cuda", "device_index": 0, **changes})
+
+
+# --- auto
+
+
+@pytest.mark.parametrize("arch", [61, *ARCHS, 130])
+@pytest.mark.parametrize("triton", ["native", "none"])
+def test_auto_always_finds_something(arch, triton):
+    chosen = plan(problem(), gpu(arch, triton))
+    assert refusal(chosen.variant, gpu(arch, triton)) is None
+    assert chosen.reason
+    family = max((a for a in AUTO_ORDER if a <= arch), default=75)
+    order = AUTO_ORDER[family]
+    assert [name for name, _ in chosen.rejected] == list(order[: order.index(chosen.variant.name)])  # best first, none skipped silently
+    assert all(reason for _, reason in chosen.rejected)
+
+
+def test_auto_ends_with_sdpa_for_every_family():
+    assert {arch: order[-1] for arch, order in AUTO_ORDER.items()} == dict.fromkeys(AUTO_ORDER, "sdpa")
+    assert all(name in VARIANTS for order in AUTO_ORDER.values() for name in order)
+
+
+def test_auto_without_triton_says_so():
+    chosen = plan(problem(), gpu(89, "none"))
+    assert TRITON in AUTO_ORDER[89] and "Triton is not installed" in dict(chosen.rejected)[TRITON]
+
+
+@pytest.mark.parametrize("machine", [CPU, MPS, ROCM], ids=lambda m: m.device)
+def test_auto_off_nvidia_is_sdpa(machine):
+    chosen = plan(problem(device=machine.device), machine)
+    assert chosen.variant.name == "sdpa" and machine.device in chosen.reason
+
+
+@pytest.mark.parametrize("lengths", [(MIN_AUTO_TOKENS - 1, 4096), (4096, 77)])
+def test_auto_leaves_short_calls_to_sdpa(lengths):
+    chosen = plan(problem(len_q=lengths[0], len_kv=lengths[1]), gpu(89))
+    assert chosen.variant.name == "sdpa" and "tokens" in chosen.reason
+
+
+def test_auto_leaves_training_to_sdpa():
+    chosen = plan(problem(needs_grad=True), gpu(89))
+    assert chosen.variant.name == "sdpa" and "gradient" in chosen.reason
+
+
+# --- by name
+
+
+@pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v.backend in ("triton", "cuda")])
+@pytest.mark.parametrize("machine", [CPU, MPS, ROCM], ids=lambda m: m.device)
+def test_gpu_variants_are_unsupported_elsewhere(name, machine):
+    with pytest.raises(Unsupported, match=f"^q: is on {machine.device}.*NVIDIA") as caught:
+        plan(problem(device=machine.device), machine._replace(triton="native"), name)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", CUDA)
+@pytest.mark.parametrize("arch", [61, 70, *ARCHS, 130])
+def test_each_cuda_variant_runs_as_itself_or_says_why_not(name, arch):
+    """Unsupported by the card, or the kernel is missing, or planned: never another variant in its place."""
+    variant = VARIANTS[name]
+    try:
+        chosen = plan(problem(), gpu(arch), name)
+    except Unsupported as error:
+        assert arch < variant.min_arch or (variant.archs and arch not in variant.archs)
+        assert error.parameter == "q" and f"sm_{arch}" in error.reason and name in error.reason
+    except KernelMissing as error:
+        assert error.variant == name and f"sm_{arch}" in error.reason
+    else:
+        assert arch >= variant.min_arch
+        assert chosen.variant is variant and chosen.tile and chosen.scheme in {variant.scheme, *variant.accum.values()}
+
+
+@pytest.mark.parametrize("name", CUDA)
+def test_a_future_arch_has_no_kernel_by_itself(name):
+    """sm_130 is not served by code for sm_120: cubins do not run on a newer major version."""
+    with pytest.raises((KernelMissing, Unsupported)):
+        plan(problem(), gpu(130), name)
+
+
+def test_hopper_only_variant():
+    for arch in (80, 89, 100, 120):
+        with pytest.raises(Unsupported, match="sm_90"):
+            plan(problem(), gpu(arch), "sageattn_qk_int8_pv_fp8_cuda_sm90")
+
+
+def test_triton_by_name():
+    for arch in ARCHS:
+        chosen = plan(problem(), gpu(arch), TRITON)
+        assert chosen.variant.name == TRITON and chosen.arch == arch and chosen.scheme.kv_tile == chosen.tile.block_n
+    with pytest.raises(Unsupported, match=r"sm_61.*sm_75 or newer"):
+        plan(problem(), gpu(61), TRITON)
+    with pytest.raises(KernelMissing, match="triton-windows"):
+        plan(problem(), gpu(90, "none"), TRITON)
+    assert plan(problem(device="cpu"), CPU._replace(triton="interpret"), TRITON).variant.name == TRITON
+
+
+@pytest.mark.parametrize("machine", [CPU, MPS, ROCM, gpu(61), gpu(90)], ids=lambda m: m.name)
+def test_reference_and_sdpa_run_anywhere(machine):
+    for name in ("reference", "sdpa"):
+        assert plan(problem(device=machine.device), machine, name).variant.name == name
+
+
+def test_no_quantised_variant_pretends_to_have_a_gradient():
+    with pytest.raises(Unsupported, match=r"reference.*no backward.*no_grad"):
+        plan(problem(needs_grad=True), CPU, "reference")
+    assert plan(problem(needs_grad=True), CPU, "sdpa").variant.name == "sdpa"
+
+
+def test_unknown_variant_lists_the_known():
+    with pytest.raises(Unsupported) as caught:
+        plan(problem(), gpu(90), "sageattn_fp4")
+    assert caught.value.parameter == "variant" and "'sageattn_fp4'" in caught.value.reason
+    assert all(name in caught.value.reason for name in (*VARIANTS, "auto"))
+
+
+@pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v.backend == "cuda"])
+def test_unknown_accumulator_lists_the_known(name):
+    """A wrong argument is wrong on every machine: it is named before the missing kernel is."""
+    for machine in (CPU, gpu(90)):
+        with pytest.raises(Unsupported) as caught:
+            plan(problem(), machine, name, "fp64")
+        assert caught.value.parameter == "pv_accum_dtype" and "'fp64'" in caught.value.reason
+        assert all(repr(accum) in caught.value.reason for accum in VARIANTS[name].accum)
+
+
+def test_accumulators_that_upstream_names_are_accepted():
+    assert set(VARIANTS["sageattn_qk_int8_pv_fp16_cuda"].accum) >= {"fp32", "fp16+fp32", "fp16"}
+    assert set(VARIANTS["sageattn_qk_int8_pv_fp8_cuda"].accum) >= {"fp32", "fp32+fp32", "fp32+fp16"}
+    assert "fp32+fp32" in VARIANTS["sageattn_qk_int8_pv_fp8_cuda_sm90"].accum
+    assert "int32+fp32" in VARIANTS["sageattn_qk_int8_pv_int8_cuda"].accum
+
+
+# --- forced architecture
+
+
+def test_forced_arch_replaces_the_device_s_own():
+    assert plan(problem(), gpu(90), TRITON, arch=75).tile == plan(problem(), gpu(75), TRITON).tile
+    assert plan(problem(), gpu(90), TRITON, arch=75).arch == 75
+    with pytest.raises(Unsupported, match="sm_80"):
+        plan(problem(), gpu(90), "sageattn_qk_int8_pv_fp8_cuda", arch=80)
+    assert plan(problem(), gpu(90), arch=89).variant.name == plan(problem(), gpu(89)).variant.name
+
+
+@pytest.mark.parametrize("text, arch", [("80", 80), ("sm_80", 80), ("sm_90a", 90), ("compute_75", 75), ("8.9", 89), ("", None)])
+def test_forced_arch_from_the_environment(monkeypatch, text, arch):
+    monkeypatch.setenv("SAGEATTENTION_ARCH", text)
+    assert capability.forced_arch() == arch
+
+
+@pytest.mark.parametrize("text", ["ada", "sm_", "-1", "eighty"])
+def test_forced_arch_that_is_none(monkeypatch, text):
+    monkeypatch.setenv("SAGEATTENTION_ARCH", text)
+    with pytest.raises(Unsupported, match="SAGEATTENTION_ARCH") as caught:
+        capability.forced_arch()
+    assert repr(text) in caught.value.reason
+
+
+# --- what a plan holds
+
+
+def test_plans_are_cached():
+    assert plan(problem(), gpu(89), TRITON) is plan(problem(), gpu(89), TRITON)
+
+
+@pytest.mark.parametrize("head_dim", [1, 40, 64, 65, 128, 129, 256])
+def test_padded_head_dim(head_dim):
+    padded = pad_head_dim(head_dim)
+    assert padded in HEAD_DIMS and head_dim <= padded and not any(head_dim <= d < padded for d in HEAD_DIMS)
+    assert plan(problem(head_dim=head_dim), gpu(89), TRITON).head_dim == padded
+
+
+@pytest.mark.parametrize("len_kv, heads", [(4096, 8), (32760, 40), (32760, 37), (200_000, 7), (3_000_000, 2)])
+def test_groups_cover_every_head_within_the_workspace(len_kv, heads):
+    chosen = plan(problem(heads_q=heads, heads_kv=heads, len_kv=len_kv), gpu(89), TRITON)
+    per_head = len_kv * (128 + 256)
+    assert 1 <= chosen.heads_per_group <= heads
+    assert chosen.heads_per_group == 1 or chosen.heads_per_group * per_head <= WORKSPACE_LIMIT
+    groups = -(-heads // chosen.heads_per_group)
+    assert groups * chosen.heads_per_group - heads < groups  # even groups, none of them empty
+
+
+@pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v.tiles])
+def test_every_arch_and_head_dim_has_a_tile(name):
+    for arch in ARCHS:
+        for head_dim in HEAD_DIMS:
+            tile = VARIANTS[name].tile(arch, head_dim)
+            assert tile.block_m % 16 == 0 and tile.block_n % 32 == 0 and tile.warps in (4, 8, 12)
+
+
+def test_importing_the_planner_needs_no_torch():
+    code = "import sys; sys.modules['torch'] = None; from sageattention import plan, variants, problem, capability, images"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
