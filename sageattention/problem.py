@@ -208,6 +208,7 @@ def _facts(
         return (
             q.shape, q.dtype, q.device, q.stride(-1), k.shape, k.dtype, k.device, k.stride(-1), v.shape, v.dtype, v.device, v.stride(-1),
             None if mask is None else (mask.shape, mask.dtype, mask.device), layout, causal, sm_scale, return_lse,
+            _needs_grad(q, k, v),
         )  # fmt: skip
     except (AttributeError, IndexError, TypeError):  # not tensors, or without dimensions: the checks say so
         return None
