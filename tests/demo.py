@@ -107,7 +107,11 @@ def miniature_model() -> Model:
     config = Config()
     model = Miniature(config, NewCore().attention, seed=3).to(device)
     title = f"miniature diffusion transformer, {config.steps} steps, {config.tokens} tokens, {config.heads} heads of {config.head_dim}"
-    return Model(title, device, config.calls, lambda override: sample(model, override, seed=3).cpu(), pack.nodes.adapter.SageOverride, pack)
+
+    def draw(override: Any) -> torch.Tensor:
+        return sample(model, override, seed=3, on_step=lambda step: print(f"  step {step} of {config.steps}", flush=True)).cpu()
+
+    return Model(title, device, config.calls, draw, pack.nodes.adapter.SageOverride, pack)
 
 
 def comfyui_model(path: str) -> Model:

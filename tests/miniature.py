@@ -93,7 +93,7 @@ class Miniature(nn.Module):
         return torch.tanh(self.out(self.norm(hidden))).mT.reshape_as(x)
 
 
-def sample(model: Miniature, override: Any = None, seed: int = 0) -> torch.Tensor:
+def sample(model: Miniature, override: Any = None, seed: int = 0, on_step: Callable[[int], None] | None = None) -> torch.Tensor:
     """One latent, [3, S, S] in −1 to 1, by Euler steps of a rectified flow; `override` takes ComfyUI's attention slot."""
     c = model.config
     options = {} if override is None else {"optimized_attention_override": override}
@@ -103,9 +103,11 @@ def sample(model: Miniature, override: Any = None, seed: int = 0) -> torch.Tenso
     context = torch.randn(1, c.context, c.width, generator=generator).to(device)
     times = torch.linspace(1, 0, c.steps + 1).tolist()
     with torch.inference_mode():
-        for now, then in itertools.pairwise(times):
+        for step, (now, then) in enumerate(itertools.pairwise(times), 1):
             clean = model(x, torch.full((1,), now, device=device), context, options)
             x = clean + (x - clean) * (then / now)
+            if on_step is not None:
+                on_step(step)
     return x[0]
 
 

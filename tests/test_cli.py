@@ -1,0 +1,169 @@
+"""The command line: what it says where torch, Triton or a GPU are missing, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sageattention import __main__ as cli
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK_CHECK = ["check", "--device", "cpu", "--quick", "--variants", "reference"]
+
+
+def bare(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a Python without site-packages: no torch, no Triton."""
+    command = [sys.executable, "-S", "-m", "sageattention", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=60)
+
+
+def test_importing_needs_nothing_and_touches_nothing():
+    code = "import sageattention, sys; print(sageattention.__version__, 'torch' in sys.modules, 'triton' in sys.modules)"
+    for flags in (["-S"], []):
+        done = subprocess.run([sys.executable, *flags, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split()[1:] == ["False", "False"]
+
+
+def test_doctor_without_torch_tells_what_is_missing_and_what_would_run():
+    done = bare("doctor")
+    assert done.returncode == 0, done.stderr
+    assert "torch is not installed in" in done.stdout
+    assert sys.executable in done.stdout
+    assert "would run" in done.stdout
+
+
+def test_doctor_without_torch_as_json():
+    found = json.loads(bare("doctor", "--json").stdout)
+    assert found["torch"] is None
+    states = {v["name"]: v["status"] for v in found["devices"][0]["variants"]}
+    assert states["reference"] == "needs torch"
+    assert states["sageattn_qk_int8_pv_fp16_triton"] == "missing"
+
+
+@pytest.mark.parametrize("command", ["check", "bench"])
+def test_the_others_say_that_they_need_torch(command):
+    done = bare(command)
+    assert done.returncode == 2
+    assert "needs torch" in done.stderr
+
+
+def test_doctor_here(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["torch"]["version"]
+    assert found["sageattention"]["path"] == str(ROOT / "sageattention")
+    assert {v["status"] for v in found["devices"][0]["variants"]} >= {"ready"}
+    assert cli.main(["doctor"]) == 0
+    assert "Variants on" in capsys.readouterr().out
+
+
+def test_doctor_names_another_installed_copy(monkeypatch, tmp_path, capsys):
+    (tmp_path / "sageattention").mkdir()
+    info = tmp_path / "sageattention-2.2.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sageattention\nVersion: 2.2.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "another sageattention 2.2.0" in out
+    assert str(tmp_path / "sageattention") in out
+
+
+def test_doctor_survives_a_torch_that_does_not_load(tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('DLL load failed while importing _C')\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from sageattention.__main__ import main; sys.exit(main(['doctor']))"
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, encoding="utf-8", timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "can't be imported (DLL load failed" in done.stdout
+
+
+def test_check_passes_and_is_parseable(capsys):
+    assert cli.main([*QUICK_CHECK, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"]
+    assert {r["variant"] for r in found["results"]} == {"reference"}
+    quantised = [r for r in found["results"] if r["case"] == "normal"]
+    assert quantised and all(r["error"] > 1e-3 for r in quantised)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (lambda out: out * 1.02, "above its bound"),
+        (lambda out: out * float("nan"), "not finite"),
+    ],
+    ids=["2 % too large", "NaN"],
+)
+def test_check_fails_when_a_variant_is_off(spoil, word, monkeypatch, capsys):
+    from sageattention import ops
+
+    honest = ops._RUNNERS["reference"]
+
+    def spoiled(call):
+        out, lse = honest(call)
+        return spoil(out), lse
+
+    monkeypatch.setitem(ops._RUNNERS, "reference", spoiled)
+    assert cli.main(QUICK_CHECK) == 1
+    assert word in capsys.readouterr().out
+
+
+def test_check_fails_when_a_variant_raises(monkeypatch, capsys):
+    from sageattention import ops
+
+    def broken(call):
+        raise RuntimeError("launch failed")
+
+    monkeypatch.setitem(ops._RUNNERS, "reference", broken)
+    assert cli.main(QUICK_CHECK) == 1
+    assert "RuntimeError: launch failed" in capsys.readouterr().out
+
+
+def test_bench_on_a_cpu_says_that_there_is_nothing_to_time(capsys):
+    assert cli.main(["bench", "--device", "cpu"]) == 0
+    assert "no CUDA GPU" in capsys.readouterr().out
+    assert cli.main(["bench", "--device", "cpu", "--variants", "reference", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cpu_ms"]["reference"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["bench", "--shapes", "flux_9000"], "flux_9000"),
+        (["bench", "--variants", "sageattn3"], "sageattn3"),
+        (["check", "--variants", "sageattn_qk_int8_pv_fp16_triton:fp8"], "pv_accum_dtype"),
+    ],
+)
+def test_an_unknown_name_is_an_error(arguments, named, capsys):
+    assert cli.main(arguments) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_shapes_are_named_or_written_out():
+    from sageattention.cli.bench import parse_shape
+
+    assert parse_shape("flux_1024").len_q == 4608
+    written = parse_shape("2x10x4096x77x64")
+    assert (written.batch, written.heads, written.len_q, written.len_kv, written.head_dim) == (2, 10, 4096, 77, 64)
+
+
+@pytest.mark.gpu
+def test_bench_on_a_gpu(capsys):
+    assert cli.main(["bench", "--quick", "--shapes", "flux_512,1x2x1000x77x40", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    by_name = {r["candidate"]: r for r in rows if r["shape"] == "flux_512"}
+    assert by_name["sdpa_cudnn"]["graph_ratio"] == 1
+    timed = [r for r in by_name.values() if not r["skipped"]]
+    assert len(timed) > 2
+    for row in timed:
+        assert row["event_ms"] > 0 and row["tflops"] > 1 and row["error"] < 0.05, row
+
+
+@pytest.mark.gpu
+def test_check_on_a_gpu(capsys):
+    assert cli.main(["check"]) == 0, capsys.readouterr().out
