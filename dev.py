@@ -132,7 +132,7 @@ def comfyui_python(path: str, here: bool) -> str:
 def demo(here: bool, arguments: list[str]) -> int:
     comfyui = os.environ.get("COMFYUI_PATH")
     python = comfyui_python(comfyui, here) if comfyui else _python(here)
-    return subprocess.call([python, str(ROOT / "tests" / "demo.py"), *arguments])
+    return subprocess.call([python, str(ROOT / "tests" / "showcase.py"), *arguments])
 
 
 def test(here: bool, arguments: list[str]) -> int:

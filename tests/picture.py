@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
     import torch
-    from demo import Run
+    from showcase import Run
 
 HEAD = ("attention", "what ran", "seconds", "error", "bound", "verdict")
 AMPLIFY = 100  # of the differences; a full bar of the colour scale is then 1 % of the picture's range

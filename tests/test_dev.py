@@ -124,7 +124,7 @@ def test_demo_samples_and_pictures(tmp_path):
     pytest.importorskip("PIL")
     # Not "1": Triton's interpreter, which test_triton.py exercises, would take most of the time
     env = {k: v for k, v in os.environ.items() if k != "COMFYUI_PATH"} | {"TRITON_INTERPRET": "0"}
-    command = [sys.executable, str(ROOT / "tests" / "demo.py"), "--out", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "tests" / "showcase.py"), "--out", str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "reference × 16" in done.stdout
@@ -145,8 +145,8 @@ def test_demo_samples_and_pictures(tmp_path):
 )
 def test_demo_verdicts(change, word):
     torch = pytest.importorskip("torch")
-    import demo
+    import showcase
 
     good = {"name": "reference", "latent": torch.zeros(3, 2, 2), "seconds": 0.1, "error": 0.005, "bound": 0.011}
-    run = demo.Run(**(good | {"expected_calls": 16, "ran": {"reference": 16}} | change))
+    run = showcase.Run(**(good | {"expected_calls": 16, "ran": {"reference": 16}} | change))
     assert word in run.verdict

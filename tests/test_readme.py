@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sageattention.capability import Capability
-from sageattention.cli.doctor import CARDS, _auto
+from sageattention.cli.doctor import CARDS, auto_choice
 from sageattention.inputs import SHAPES
 from sageattention.plan import MIN_AUTO_TOKENS
 from sageattention.variants import VARIANTS
@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_the_table_of_cards_is_what_auto_does(arch):
     row = next(line for line in README.splitlines() if f"| {arch // 10}.{arch % 10} |" in line)
     assert row.startswith(f"| {CARDS[arch]} |")
-    chosen = _auto(SHAPES["wan_480p"], Capability("cuda", arch, 100, "native", CARDS[arch]))["variant"]
+    chosen = auto_choice(SHAPES["wan_480p"], Capability("cuda", arch, 100, "native", CARDS[arch]))["variant"]
     assert f"| `{chosen}` |" in row
 
 

@@ -209,11 +209,12 @@ def _device(machine: Capability, has_torch: bool, problems: list[str]) -> dict[s
         error = refusal(variant, machine, forced)
         status = "missing" if isinstance(error, KernelMissing) else "unsupported" if error else "ready" if has_torch else "needs torch"
         rows.append({"name": variant.name, "status": status, "summary": variant.summary, "reason": error.reason if error else ""})
-    auto = {name: _auto(shape, machine, forced) for name, shape in SHAPES.items()}
+    auto = {name: auto_choice(shape, machine, forced) for name, shape in SHAPES.items()}
     return {"name": machine.name, "device": machine.device, "arch": machine.arch, "variants": rows, "auto": auto}
 
 
-def _auto(shape: Shape, machine: Capability, forced: int = 0) -> dict[str, str]:
+def auto_choice(shape: Shape, machine: Capability, forced: int = 0) -> dict[str, str]:
+    """What `auto` chooses for a bf16 call of `shape` on a machine: {"variant", "reason"}."""
     problem = Problem(
         shape.batch, shape.heads, shape.heads, shape.len_q, shape.len_kv, shape.head_dim, "bfloat16", machine.device, 0,
         sm_scale=shape.head_dim**-0.5,
@@ -227,7 +228,7 @@ def _cards() -> dict[str, dict[str, str]]:
     found = {}
     for arch, cards in CARDS.items():
         machine = Capability("cuda", arch, 0, capability.triton_mode(), cards)
-        found[f"sm_{arch}"] = {"cards": cards} | {name: _auto(SHAPES[name], machine)["variant"] for name in ("flux_1024", "wan_480p")}
+        found[f"sm_{arch}"] = {"cards": cards} | {name: auto_choice(SHAPES[name], machine)["variant"] for name in ("flux_1024", "wan_480p")}
     return found
 
 

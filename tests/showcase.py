@@ -128,9 +128,8 @@ def comfyui_model(path: str) -> Model:
     slot = pack.nodes.slot
 
     def sample(override: Any) -> torch.Tensor:
-        patched = model
+        patched = model.clone()
         if override is not None:
-            patched = patch(model, override.variant) if hasattr(override, "variant") else model.clone()
             patched.model_options["transformer_options"][slot.KEY] = override
         return comfy_models.sample("wan", patched)[0][0, :, 0]
 
