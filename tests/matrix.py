@@ -107,5 +107,6 @@ def check(case: Case, variant: str, accum: str = "", device: str = "cpu", output
     assert error <= EMULATION_BOUND[r["pv"]] + step, f"{error:.2e} off the emulation"
     masked = r["exact_lse"] == -torch.inf
     assert (r["lse"][masked] == -torch.inf).all() and (r["out"][masked] == 0).all()
-    torch.testing.assert_close(r["lse"][~masked].cpu(), r["emulated_lse"][~masked].cpu(), atol=2e-2, rtol=1e-4)
+    off = (r["lse"] - r["emulated_lse"])[~masked].abs()
+    assert off.mean() <= 2e-3 and off.max() <= 0.1, f"LSE off by {off.mean():.1e} on average, {off.max():.1e} at most"
     assert inputs.relative_l2(r["out"], r["exact"]) <= 0.08

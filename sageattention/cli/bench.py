@@ -240,7 +240,7 @@ def main(args: argparse.Namespace) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type != "cuda":
         return _on_cpu(named, as_json=args.json)
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(device.index or 0)
     found, refused = (named, []) if named else ready(device)
     ours = found if named else [variant("auto"), *(c for c in found if c.name not in ("sdpa", "reference"))]
     candidates = [*map(sdpa_backend, SDPA_BACKENDS), *ours]
