@@ -12,12 +12,15 @@ cores add.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..sageattention import KernelMissing, Unsupported, ops
 from .record import Record
+
+if TYPE_CHECKING:
+    from ..sageattention.plan import Plan
 
 Attention = Callable[..., torch.Tensor]
 
@@ -221,7 +224,7 @@ def _four_dimensional(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask[:, None] if mask.dim() == 3 else mask
 
 
-def _why_sdpa(plan: Any) -> str:
+def _why_sdpa(plan: Plan) -> str:
     if not plan.rejected:
         return plan.reason
     return "; ".join(f"{name}: {reason}" for name, reason in plan.rejected)
