@@ -1,0 +1,225 @@
+"""Build the release's wheels and their index: one command.
+
+    python wheels/build.py [--out DIR] [--python PATH ...] [--pure] [--add DIR] [--mirror URL]
+
+The universal wheel needs nothing but this file (and Python ≥ 3.11, or the package tomli). A launcher wheel needs setuptools,
+pybind11 and ziglang in the running Python and, for each version of Python, an installation with headers; zig's compiler links
+libc++ in and asks for an old glibc only, so that the module links to glibc and nothing else.
+
+All times are fixed and the universal wheel is stored uncompressed (its kernels already are), so the same sources give the same
+bytes with any zlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import glob
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = Path(__file__).resolve().parent
+PACKAGE = "sageattention"
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+GLIBC = "2.28"  # of every system with a Python 3.10 that is still maintained
+LIMIT = 16 << 20  # bytes for all wheels of a release: they live in the repository
+FIXED_TIME = (2020, 1, 1, 0, 0, 0)
+
+
+class BuildError(Exception):
+    """A wheel could not be built; the message says what is missing."""
+
+
+def project() -> dict:
+    """pyproject.toml's table [project]."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def write_wheel(folder: Path, metadata: str, tag: str, files: dict[str, bytes]) -> Path:
+    """Write NAME-VERSION-TAG.whl, reproducibly.
+
+    Args:
+        metadata: the METADATA file; name and version are taken from it.
+        tag: such as "py3-none-any".
+        files: path in the wheel → content, without the dist-info folder.
+    """
+    fields = dict(line.split(": ", 1) for line in metadata.splitlines() if ": " in line)
+    stem = f"{re.sub(r'[-_.]+', '_', fields['Name'])}-{fields['Version']}"
+    pure = str(tag.endswith("none-any")).lower()
+    wheel = f"Wheel-Version: 1.0\nGenerator: {PACKAGE}\nRoot-Is-Purelib: {pure}\nTag: {tag}\n"
+    info = f"{stem}.dist-info"
+    content = {**dict(sorted(files.items())), f"{info}/METADATA": metadata.encode(), f"{info}/WHEEL": wheel.encode()}
+    record = io.StringIO()
+    rows = csv.writer(record, lineterminator="\n")
+    for name, data in content.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+        rows.writerow((name, f"sha256={digest}", len(data)))
+    rows.writerow((f"{info}/RECORD", "", ""))
+    content[f"{info}/RECORD"] = record.getvalue().encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem}-{tag}.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in content.items():
+            entry = zipfile.ZipInfo(name, FIXED_TIME)
+            entry.external_attr = 0o644 << 16
+            entry.create_system = 3  # Unix, on Windows too
+            archive.writestr(entry, data)
+    return path
+
+
+def metadata() -> str:
+    """METADATA of the universal wheel, from pyproject.toml."""
+    table = project()
+    lines = [
+        "Metadata-Version: 2.4",
+        f"Name: {PACKAGE}",
+        f"Version: {table['version']}",
+        f"Summary: {table['description']}",
+        f"License-Expression: {table['license']}",
+        f"Keywords: {','.join(table['keywords'])}",
+        f"Requires-Python: {table['requires-python']}",
+    ]
+    lines += [f"Classifier: {name}" for name in table["classifiers"]]
+    return "\n".join(lines) + "\n"
+
+
+def package_files() -> dict[str, bytes]:
+    """What the universal wheel holds: the package's code, its kernels, the licence."""
+    found = [path for pattern in ("**/*.py", "kernels/manifest.json", "kernels/*/*.xz") for path in (ROOT / PACKAGE).glob(pattern)]
+    files = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in found}
+    licence = ROOT / "LICENSE"
+    if licence.is_file():
+        files[f"{PACKAGE}-{project()['version']}.dist-info/licenses/LICENSE"] = licence.read_bytes()
+    return files
+
+
+def build_universal(out: Path) -> Path:
+    """sageattention-X.Y.Z-py3-none-any.whl."""
+    return write_wheel(out, metadata(), "py3-none-any", package_files())
+
+
+def build_launcher(python: str, out: Path) -> Path:
+    """sageattention_launcher-X.Y.Z for one installation of CPython with headers, on Linux through zig's compiler.
+
+    Raises:
+        BuildError: a tool or the headers are missing, or the compiler failed.
+    """
+    missing = [name for name in ("setuptools", "pybind11", "ziglang") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BuildError(f"launcher wheels need {', '.join(missing)} in {sys.executable}: pip install {' '.join(missing)}")
+    tools = Path(importlib.util.find_spec("pybind11").origin).parent.parent  # pure Python, as is setuptools beside it
+    environment = {**os.environ, "PYTHONPATH": str(tools)}
+    if sys.platform.startswith("linux"):
+        zig = [sys.executable, "-m", "ziglang"]
+        target = ["-target", f"{os.uname().machine}-linux-gnu.{GLIBC}"]
+        c, cxx = shlex.join([*zig, "cc", *target]), shlex.join([*zig, "c++", *target])
+        environment |= {"CC": c, "CXX": cxx, "LDSHARED": f"{c} -shared", "LDCXXSHARED": f"{cxx} -shared"}
+    with tempfile.TemporaryDirectory() as fresh:
+        command = [python, str(ROOT / "csrc" / "build_launcher.py"), "--out", fresh]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        wheels = list(Path(fresh).glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            raise BuildError(f"{python}: no launcher\n{done.stdout}\n{done.stderr}".strip())
+        out.mkdir(parents=True, exist_ok=True)
+        target = out / wheels[0].name
+        target.write_bytes(wheels[0].read_bytes())
+    return target
+
+
+def find_pythons() -> list[str]:
+    """One CPython with headers per version of PYTHONS, as far as there are any: on PATH, or among pyenv's."""
+    found = {}
+    for version in PYTHONS:
+        pyenv = sorted(glob.glob(os.path.expanduser(f"~/.pyenv/versions/{version}.*/bin/python")))
+        for python in (*pyenv, f"python{version}"):
+            probe = "import os, sysconfig as s; print(s.get_python_version(), os.path.exists(s.get_path('include') + '/Python.h'))"
+            try:
+                done = subprocess.run([python, "-c", probe], capture_output=True, text=True, timeout=60)
+            except FileNotFoundError:
+                continue
+            if done.stdout.split() == [version, "True"]:
+                found[version] = python
+    return list(found.values())
+
+
+def describe(path: Path, mirrors: list[str]) -> dict:
+    """A wheel's entry in the index."""
+    distribution, version, *compressed = path.stem.split("-")
+    pythons, abis, platforms = (part.split(".") for part in compressed)
+    return {
+        "name": distribution.replace("_", "-"),
+        "version": version,
+        "file": path.name,
+        "tags": [f"{p}-{a}-{s}" for p in pythons for a in abis for s in platforms],
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "size": path.stat().st_size,
+        "urls": [f"{mirror.rstrip('/')}/{path.name}" for mirror in mirrors],
+    }
+
+
+def write_index(folder: Path, mirrors: list[str]) -> Path:
+    """index.json of the wheels in `folder`.
+
+    Raises:
+        BuildError: they are of several releases, or too large.
+    """
+    wheels = [describe(path, mirrors) for path in sorted(folder.glob("*.whl"))]
+    versions = {wheel["version"] for wheel in wheels}
+    if len(versions) > 1:
+        raise BuildError(f"{folder} holds wheels of several releases: {', '.join(sorted(versions))}")
+    total = sum(wheel["size"] for wheel in wheels)
+    if total > LIMIT:
+        raise BuildError(f"the wheels have {total} bytes, the limit is {LIMIT}")
+    path = folder / "index.json"
+    path.write_bytes((json.dumps({"format": 1, "wheels": wheels}, indent=1) + "\n").encode())
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Build the release's wheels and index.json.")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder; wheels that are in it are replaced (wheels/)")
+    parser.add_argument("--python", action="append", help="a CPython to build a launcher for (default: every one found)")
+    parser.add_argument("--pure", action="store_true", help="the universal wheel only")
+    parser.add_argument("--add", type=Path, help="a folder with launcher wheels built elsewhere, taken over as they are")
+    parser.add_argument("--mirror", action="append", default=[], help="https folder that will hold the wheels too")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = Path(folder)
+        try:
+            build_universal(fresh)
+            for python in [] if args.pure else args.python or find_pythons():
+                print(build_launcher(python, fresh).name, flush=True)
+            for wheel in sorted(args.add.glob("*.whl")) if args.add else ():
+                (fresh / wheel.name).write_bytes(wheel.read_bytes())
+            write_index(fresh, args.mirror)
+        except BuildError as error:
+            print(error, file=sys.stderr)
+            return 1
+        args.out.mkdir(parents=True, exist_ok=True)
+        for old in args.out.glob("*.whl"):
+            old.unlink()
+        for path in sorted(fresh.iterdir()):
+            (args.out / path.name).write_bytes(path.read_bytes())
+            print(f"{path.stat().st_size:>9} {args.out / path.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
