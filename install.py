@@ -458,8 +458,10 @@ class Hook:
         if wanted and self.put(index, wheel, old, prove_package):
             outcome, old, healthy, cause = "installed", find(PACKAGE), True, ""
         if old:
-            self.result["installed"] = {"version": old.version, "ours": old.ours, "path": str(old.folder / PACKAGE), "healthy": healthy,
-                                        "cause": cause, "fingerprint": old.fingerprint()}  # fmt: skip
+            path = old.folder / PACKAGE
+            self.result["installed"] = {"version": old.version, "ours": old.ours, "path": str(path), "healthy": healthy, "cause": cause,
+                                        "stamp": path.stat().st_mtime_ns if path.exists() else None,
+                                        "fingerprint": old.fingerprint()}  # fmt: skip
         return outcome, old.version if outcome == "kept-newer" else newest
 
     def about_foreign(self, old: Installed, cause: str) -> str:

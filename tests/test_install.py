@@ -300,7 +300,9 @@ def test_killed_at_any_write_leaves_the_old_or_the_new_one(python, tmp_path, old
 def test_two_at_once(python, pack):
     work = python.site / ".sageattention-install"
     work.mkdir()
-    holder = "import fcntl, sys, time\nf = open(sys.argv[1], 'a+b'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    holder = (
+        "import fcntl, sys, time\nf = open(sys.argv[1], 'a+b'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", holder, str(work / "lock")], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout.readline() == "held\n"
         told = python.install(pack)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import installing
@@ -105,17 +106,18 @@ def test_nobody_listens(python, mirrored, mirror):
     _refused(python, mirrored.pack, python.install(mirrored.pack), "refused")
 
 
-@pytest.mark.parametrize("host", ["http://127.0.0.2:9/", "https://example.invalid/", "file:///etc/passwd?"])
-def test_a_redirect_to_another_host(python, mirrored, mirror, host):
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [("http://127.0.0.2:9/", "only https"), ("https://example.invalid/", "another host"), ("file:///etc/passwd?", "not allowed")],
+)
+def test_a_redirect_to_another_host(python, mirrored, mirror, host, words):
     def answer(handler):
         handler.send_response(302)
         handler.send_header("Location", host + mirrored.path)
         handler.end_headers()
 
     mirror.answers[mirrored.path] = answer
-    start = time.monotonic()
-    _refused(python, mirrored.pack, python.install(mirrored.pack), "refused")
-    assert time.monotonic() - start < 10
+    _refused(python, mirrored.pack, python.install(mirrored.pack), words)
 
 
 def test_a_redirect_on_the_same_host(python, mirrored, mirror):
@@ -148,7 +150,9 @@ def test_a_stall_ends(python, mirrored, mirror, drip):
     assert time.monotonic() - start < 8
 
 
-@pytest.mark.parametrize("url", ["http://example.invalid/x.whl", "ftp://127.0.0.1/x.whl", "file:///tmp/x.whl", "http://127.0.0.1.example/x"])
+@pytest.mark.parametrize(
+    "url", ["http://example.invalid/x.whl", "ftp://127.0.0.1/x.whl", "file:///tmp/x.whl", "http://127.0.0.1.example/x"]
+)
 def test_only_https_but_on_loopback(python, mirrored, url):
     index = mirrored.pack / "wheels" / "index.json"
     data = json.loads(index.read_text())
@@ -225,7 +229,7 @@ def windows(monkeypatch):
     commands = []
 
     def run(command, timeout=0):
-        requirement = [open(path, encoding="utf-8").read() for flag, path in zip(command, command[1:]) if flag == "-r"]
+        requirement = [Path(command[command.index("-r") + 1]).read_text(encoding="utf-8")] if "-r" in command else []
         commands.append((command, *requirement))
         return subprocess.CompletedProcess(command, 0, "", "")
 
@@ -254,7 +258,9 @@ def test_windows_command_lines(windows, tmp_path, monkeypatch):
     pack = make_pack(tmp_path / "custom_nodes" / "pack", launcher=False)
     monkeypatch.setattr(install, "PACK", pack)
     monkeypatch.setattr(install, "find", lambda name: None)
-    hook = install.Hook(SimpleNamespace(print=True, dry_run=False, replace=False, with_triton=False, uninstall=False, index=None, timeout=5))
+    hook = install.Hook(
+        SimpleNamespace(print=True, dry_run=False, replace=False, with_triton=False, uninstall=False, index=None, timeout=5)
+    )
     assert hook.work() == 0
     exe = r'"C:\Ünser AI\ComfyUI_windows_portable\python_embeded\python.exe" -s -m pip'
     assert hook.lines[0].startswith(exe) and hook.lines[0].endswith("sageattention-3.0.0-py3-none-any.whl")
