@@ -123,7 +123,7 @@ th:nth-child(n+3):nth-child(-n+5), td:nth-child(n+3):nth-child(-n+5) {{ text-ali
 .ok td:last-child {{ color: #7fd69a; }} .bad td:last-child {{ color: #ff786e; }}
 code {{ color: #cfd5e6; }}
 </style></head><body><main>
-<h1>The same sample by every attention</h1>
+<h1>Quantised attention, compared</h1>
 <p>{title}. The error is the relative L2 distance of the finished sample from the one that the fp64 oracle gives.</p>
 <img alt="Samples and their differences from the oracle" src="data:image/png;base64,{image}">
 <h2>What ran</h2>
