@@ -2,7 +2,7 @@
 """Everything a developer runs, on a machine that has a clone and Python ≥ 3.10 and nothing else.
 
     python3 dev.py demo     sample a small diffusion model with every attention variant, and picture the difference
-    python3 dev.py test     the tests (further arguments go to pytest)
+    python3 dev.py test     the tests (further arguments go to pytest; `-n 0` for one process)
     python3 dev.py build    the CUDA kernels (further arguments go to csrc/build.py)
     python3 dev.py bench    the kernels' speed (further arguments go to `python -m sageattention bench`)
 
@@ -105,7 +105,7 @@ def _works(python: Path) -> bool:
     return subprocess.call([str(python), "-c", code], stderr=subprocess.DEVNULL) == 0
 
 
-def _has(python: Path, module: str) -> bool:
+def _has(python: Path | str, module: str) -> bool:
     return subprocess.call([str(python), "-c", f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"]) == 0
 
 
@@ -136,7 +136,12 @@ def demo(here: bool, arguments: list[str]) -> int:
 
 
 def test(here: bool, arguments: list[str]) -> int:
-    return subprocess.call([_python(here), "-m", "pytest", *arguments], cwd=ROOT)
+    python = _python(here)
+    chosen = any(a.startswith(("-n", "--numprocesses", "--pdb")) for a in arguments)
+    workers = min(os.cpu_count() or 1, 4)  # more only wait for memory: the interpreted kernels are what takes the time
+    if not chosen and workers > 1 and _has(python, "xdist"):
+        arguments = ["-n", str(workers), *arguments]
+    return subprocess.call([python, "-m", "pytest", *arguments], cwd=ROOT)
 
 
 def build(here: bool, arguments: list[str]) -> int:

@@ -85,9 +85,18 @@ def test_without_ensurepip_it_uses_uv(dev, monkeypatch):
 
 
 def test_here_installs_nothing_and_passes_arguments_on(dev, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["dev.py", "test", "--here", "-k", "inputs", "-x"])
+    monkeypatch.setattr(sys, "argv", ["dev.py", "test", "--here", "-n", "0", "-k", "inputs"])
     assert dev.main() == 0
-    assert dev.commands == [[sys.executable, "-m", "pytest", "-k", "inputs", "-x"]]
+    assert dev.commands == [[sys.executable, "-m", "pytest", "-n", "0", "-k", "inputs"]]
+
+
+def test_tests_share_the_cores_where_xdist_is_there(dev, monkeypatch):
+    monkeypatch.setattr(dev.os, "cpu_count", lambda: 2)
+    dev.test(True, ["-x"])
+    assert dev.commands[-1] == [sys.executable, "-m", "pytest", "-n", "2", "-x"]
+    dev.codes["-c"] = 1  # the probe for xdist finds nothing
+    dev.test(True, ["-x"])
+    assert dev.commands[-1] == [sys.executable, "-m", "pytest", "-x"]
 
 
 def test_the_exit_code_is_the_commands(dev, monkeypatch):

@@ -1,0 +1,146 @@
+"""`bench` without a GPU: its arithmetic and its refusals, on a stand-in for torch.cuda whose time is the calls' own."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from sageattention import Unsupported, inputs  # noqa: E402
+from sageattention.cli import bench  # noqa: E402
+from sageattention.cli.candidates import Candidate  # noqa: E402
+
+SHAPE = inputs.Shape("small", 1, 2, 64, 96, 64)
+
+
+class Gpu:
+    """Counts milliseconds; every attention call and every replay of a captured one adds its own."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.capturing: list[float] | None = None
+
+    def spend(self, ms: float) -> None:
+        if self.capturing is not None:
+            self.capturing.append(ms)
+        else:
+            self.now += ms
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    clock = Gpu()
+
+    class Event:
+        def __init__(self, enable_timing=False):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock.now
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    class CUDAGraph:
+        def replay(self):
+            clock.now += sum(self.captured) * 0.8  # without launch gaps
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    @contextlib.contextmanager
+    def graph(target, stream=None):
+        clock.capturing = target.captured = []
+        try:
+            yield
+        finally:
+            clock.capturing = None
+
+    fakes = {
+        "Event": Event,
+        "CUDAGraph": CUDAGraph,
+        "Stream": Stream,
+        "graph": graph,
+        "stream": lambda s: contextlib.nullcontext(),
+        "current_stream": Stream,
+        "synchronize": lambda device=None: None,
+        "reset_peak_memory_stats": lambda device=None: None,
+        "memory_allocated": lambda device=None: 10 * bench.MIB,
+        "max_memory_allocated": lambda device=None: 13 * bench.MIB,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return clock
+
+
+def attention(gpu: Gpu, name: str, ms: float, factor: float = 1.0) -> Candidate:
+    def call(q, k, v):
+        gpu.spend(ms)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v) * factor
+
+    return Candidate(name, call, None)
+
+
+def run(candidates: list[Candidate]) -> dict[str, bench.Row]:
+    rows = bench.time_shape(SHAPE, candidates, torch.device("cpu"), kind="normal", repeats=3, budget_ms=20)
+    return {row.candidate: row for row in rows}
+
+
+def test_times_ratios_memory_and_error(gpu):
+    rows = run([attention(gpu, "sdpa_cudnn", 2.0), attention(gpu, "fast", 1.0), attention(gpu, "wrong", 0.5, factor=0.9)])
+    fast = rows["fast"]
+    assert fast.event_ms == pytest.approx(1.0)
+    assert fast.graph_ms == pytest.approx(0.8)
+    assert fast.event_ratio == pytest.approx(2.0) and fast.graph_ratio == pytest.approx(2.0)
+    assert fast.tflops == pytest.approx(SHAPE.flops / 0.8e-3 / 1e12)
+    assert len(fast.events) == len(fast.graphs) == 3
+    output_mib = 2 * SHAPE.batch * SHAPE.heads * SHAPE.len_q * SHAPE.head_dim / bench.MIB
+    assert fast.extra_mib == pytest.approx(3 - output_mib)
+    assert fast.error < 0.005
+    assert rows["wrong"].error == pytest.approx(0.1, rel=0.05)
+
+
+def test_a_refusal_is_a_reason_and_stops_nothing(gpu):
+    def refuse(q, k, v):
+        raise Unsupported("q", "its head_dim is 512, accepted are 1 to 256")
+
+    def no_backend(q, k, v):
+        raise RuntimeError("No available kernel.\nAborting execution.")
+
+    rows = run([Candidate("sdpa_flash", no_backend, None), Candidate("ours", refuse, None), attention(gpu, "fine", 1.0)])
+    assert rows["sdpa_flash"].skipped == "No available kernel."
+    assert rows["ours"].skipped.startswith("q: its head_dim is 512")
+    assert rows["fine"].event_ms and rows["fine"].event_ratio is None
+
+
+def test_our_own_failure_is_not_taken_for_a_refusal(gpu):
+    def crash(q, k, v):
+        raise RuntimeError("launch failed")
+
+    with pytest.raises(RuntimeError, match="launch failed"):
+        run([Candidate("ours", crash, None)])
+
+
+def test_what_cannot_be_captured_still_has_its_event_time(gpu):
+    def call(q, k, v):
+        if gpu.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        gpu.spend(1.0)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    row = run([Candidate("eager", call, None)])["eager"]
+    assert row.event_ms == pytest.approx(1.0) and row.graph_ms is None
+    assert "capturing" in row.graph_refused
+
+
+def test_the_text_has_every_candidate(gpu, capsys):
+    bench._print_shape(SHAPE, list(run([attention(gpu, "sdpa_cudnn", 2.0), attention(gpu, "fast", 1.0)]).values()))
+    out = capsys.readouterr().out
+    assert "small (1, 2, 64, 96, 64)" in out
+    assert "fast" in out and "2.00" in out
