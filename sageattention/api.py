@@ -228,9 +228,13 @@ def available_variants(device: torch.device | str | None = None) -> list[Availab
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     index = device.index if device.index is not None else torch.cuda.current_device() if device.type == "cuda" else -1
     machine = capability.of_device(device.type, index)
+    try:
+        arch, forced = capability.forced_arch() or 0, None
+    except Unsupported as error:  # a malformed SAGEATTENTION_ARCH: nothing of ours runs, and the list says why
+        arch, forced = 0, error
     found = []
     for variant in VARIANTS.values():
-        error = refusal(variant, machine, capability.forced_arch() or 0)
+        error = refusal(variant, machine, arch) or (forced if variant.backend in ("triton", "cuda") else None)
         status = "ready" if error is None else "missing" if isinstance(error, KernelMissing) else "unsupported"
         found.append(Availability(variant.name, variant.summary, status, error.reason if error else ""))
     return found

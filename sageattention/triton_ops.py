@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import InterpreterError, TritonError
 
 from . import hadamard
+from .errors import CudaError, KernelMissing
 from .plan import Plan
 from .problem import Problem
 from .result import Result, result_like
@@ -20,6 +26,8 @@ if TYPE_CHECKING:
     from .ops import Call
 
 STATISTICS_BLOCK = 64  # tokens a step
+
+_broken: dict[tuple[int, int, str], str] = {}  # (device, head_dim, dtype) whose kernels can't be built here → why
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,7 @@ def quantize(
     cu_seqlens = packed.cu_seqlens_k if packed else kv.k_scale_max
     strides = (*_strides(k, problem), *_strides(v, problem))
     shape = {"HEAD_DIM": problem.head_dim, "D": d, "BLOCK_N": tile.block_n, "SPLITS": SPLITS, "VARLEN": packed is not None}
-    with _device_of(k):
+    with _launching(k, problem, plan):
         statistics[SPLITS + 1, heads](
             k, v, kv.anchor, maxima, kv.k_scale_max, cu_seqlens, *strides, head0, problem.heads_kv, problem.len_kv, slots,
             BLOCK=STATISTICS_BLOCK, **shape,
@@ -125,7 +133,7 @@ def attend(
     if mask is not None:
         mask = mask.expand(problem.batch, problem.heads_q, problem.len_q, problem.len_kv)
         mask = mask.view(torch.uint8) if kind == 1 else mask
-    with _device_of(q):
+    with _launching(q, problem, plan):
         _attend_kernel[-(-problem.len_q // tile.block_m), heads](
             q, out, unused if lse is None else lse, unused if mask is None else mask,
             kv.k8, kv.k_scale, kv.k_scale_max, kv.anchor, kv.v16, kv.v_scale,
@@ -146,6 +154,24 @@ def _strides(t: torch.Tensor, problem: Problem) -> tuple[int, int, int]:
     return (b, x, y) if problem.layout == "NHD" else (b, y, x)
 
 
-def _device_of(t: torch.Tensor) -> torch.cuda.device | torch.device:
-    """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(t.device) if t.is_cuda else torch.device(t.device)
+@contextlib.contextmanager
+def _launching(t: torch.Tensor, problem: Problem, plan: Plan) -> Iterator[None]:
+    """Around launches: on the tensor's device, and with a failure to build a kernel told from a failure to run it.
+
+    Triton compiles at the first launch, with a C compiler, ptxas and a driver that a user's machine may lack or that may be too
+    old. What could not be built once is not tried again: each try takes seconds.
+    """
+    key = (problem.device_index, problem.head_dim, problem.dtype)
+    if key in _broken:
+        raise KernelMissing(plan.variant.name, _broken[key])
+    try:
+        with torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext():
+            yield
+    except InterpreterError:
+        raise
+    except (TritonError, CompilationError, OSError, ImportError, subprocess.CalledProcessError, RuntimeError) as error:
+        if "[CUDA]" in str(error) or "CUDA error" in str(error):  # how Triton and torch say that the driver refused a call
+            raise CudaError(f"{plan.variant.name}: {error}") from error
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        _broken[key] = f"Triton can't build it here ({type(error).__name__}: {first}); choose another variant"
+        raise KernelMissing(plan.variant.name, _broken[key]) from error
