@@ -124,6 +124,25 @@ def test_check_fails_when_a_variant_raises(monkeypatch, capsys):
     assert "RuntimeError: launch failed" in capsys.readouterr().out
 
 
+def test_check_of_a_variant_asked_for_by_name_fails_where_it_cannot_run(capsys):
+    assert cli.main(["check", "--device", "cpu", "--quick", "--variants", "sageattn_qk_int8_pv_fp8_cuda"]) == 1
+    assert "needs a tensor on an NVIDIA GPU" in capsys.readouterr().out
+
+
+def test_check_tells_a_kernel_that_turns_out_to_be_missing(monkeypatch, capsys):
+    from sageattention import KernelMissing, ops
+    from sageattention.cli import check
+
+    def missing(call):
+        raise KernelMissing("reference", "reference.cubin can't be loaded")
+
+    monkeypatch.setitem(ops._RUNNERS, "reference", missing)
+    real = check.cases
+    monkeypatch.setattr(check, "cases", lambda device, quick: iter([next(real(device, quick=quick))]))
+    assert cli.main(["check", "--device", "cpu", "--quick"]) == 0
+    assert "reference.cubin can't be loaded" in capsys.readouterr().out
+
+
 def test_bench_on_a_cpu_says_that_there_is_nothing_to_time(capsys):
     assert cli.main(["bench", "--device", "cpu"]) == 0
     assert "no CUDA GPU" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,8 @@ def test_every_variant_is_described():
 
 def test_the_shortest_length_is_right():
     assert f"{MIN_AUTO_TOKENS:,} tokens" in README
+
+
+def test_links_to_files_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
