@@ -4,6 +4,7 @@
     python3 dev.py demo     sample a small diffusion model with every attention variant, and picture the difference
     python3 dev.py test     the tests (further arguments go to pytest; `-n 0` for one process)
     python3 dev.py build    the CUDA kernels (further arguments go to csrc/build.py)
+    python3 dev.py wheels   the release's wheels and their index (further arguments go to wheels/build.py)
     python3 dev.py bench    the kernels' speed (further arguments go to `python -m sageattention bench`)
 
 Each makes .venv beside this file on its first run, with the packages that requirements-dev.txt pins. `--here` uses the Python that
@@ -29,6 +30,7 @@ STAMP = VENV / "requirements.sha256"
 REQUIREMENTS = ROOT / "requirements-dev.txt"
 # Only where torch brings no Triton of its own (its builds without CUDA): to interpret the kernels, and to compile them for cards.
 TRITON = {"linux": "triton==3.6.0", "win32": "triton-windows==3.6.0.post26"}.get(sys.platform)
+WHEEL_TOOLS = ["setuptools==84.2.1", "pybind11==3.1.0", "ziglang==0.17.1"]  # the same tools give the same bytes
 OLDEST = (3, 10)
 
 
@@ -148,6 +150,13 @@ def build(here: bool, arguments: list[str]) -> int:
     return subprocess.call([_python(here), str(ROOT / "csrc" / "build.py"), *arguments], cwd=ROOT)
 
 
+def wheels(here: bool, arguments: list[str]) -> int:
+    python = _python(here)
+    if not here:
+        install("the wheels' tools", WHEEL_TOOLS)
+    return subprocess.call([python, str(ROOT / "wheels" / "build.py"), *arguments], cwd=ROOT)
+
+
 def bench(here: bool, arguments: list[str]) -> int:
     return subprocess.call([_python(here), "-m", "sageattention", "bench", *arguments], cwd=ROOT)
 
@@ -156,7 +165,7 @@ def _python(here: bool) -> str:
     return sys.executable if here else environment()
 
 
-COMMANDS = {"demo": demo, "test": test, "build": build, "bench": bench}
+COMMANDS = {"demo": demo, "test": test, "build": build, "wheels": wheels, "bench": bench}
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """Build the wheel of `sageattention-launcher`, the compiled launcher, for the running Python and system.
 
     python csrc/build_launcher.py [--out DIR]        needs setuptools, pybind11 and a C++17 compiler; no CUDA
+    python csrc/build_launcher.py --project DIR      only writes the project, for another builder such as cibuildwheel
 
 pybind11 has no stable ABI, so there is one wheel per Python and system. Its version is the package's: `sageattention` takes
 no other. On Linux the wheel gets the manylinux tag of the newest glibc symbol it uses; build it on an old system for an old tag.
@@ -92,6 +93,14 @@ def _setup(project: Path, *arguments: str) -> str:
     return done.stdout
 
 
+def write_project(folder: Path) -> None:
+    """A folder that any builder of wheels takes: the source, pyproject.toml and setup.py."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(CSRC / "launcher.cpp", folder)
+    (folder / "pyproject.toml").write_text(PYPROJECT.format(version=version()), encoding="utf-8")
+    (folder / "setup.py").write_text(SETUP.format(version=version()), encoding="utf-8")
+
+
 def build(out: Path) -> Path:
     """Build the wheel into `out` and return its path.
 
@@ -101,9 +110,7 @@ def build(out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         project, fresh = Path(folder), Path(folder) / "dist"
-        shutil.copy(CSRC / "launcher.cpp", project)
-        (project / "pyproject.toml").write_text(PYPROJECT.format(version=version()), encoding="utf-8")
-        (project / "setup.py").write_text(SETUP.format(version=version()), encoding="utf-8")
+        write_project(project)
         _setup(project, "build_ext")
         tag = []
         if sys.platform.startswith("linux"):
@@ -117,9 +124,13 @@ def build(out: Path) -> Path:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Build the wheel of sageattention-launcher.")
     parser.add_argument("--out", type=Path, default=CSRC.parent / "dist", help="folder for the wheel (dist)")
+    parser.add_argument("--project", type=Path, help="write the project into this folder, and build nothing")
     args = parser.parse_args(argv)
     try:
-        print(build(args.out))
+        if args.project:
+            write_project(args.project)
+        else:
+            print(build(args.out))
     except LauncherError as error:
         print(error, file=sys.stderr)
         return 1

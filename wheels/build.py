@@ -1,6 +1,7 @@
 """Build the release's wheels and their index: one command.
 
     python wheels/build.py [--out DIR] [--python PATH ...] [--pure] [--add DIR] [--mirror URL]
+    python wheels/build.py --check          are the wheels here those of this checkout, and is the index theirs?
 
 The universal wheel needs nothing but this file (and Python ≥ 3.11, or the package tomli). A launcher wheel needs setuptools,
 pybind11 and ziglang in the running Python and, for each version of Python, an installation with headers; zig's compiler links
@@ -192,6 +193,22 @@ def write_index(folder: Path, mirrors: list[str]) -> Path:
     return path
 
 
+def faults(folder: Path) -> list[str]:
+    """What is wrong with a folder of wheels: the index, or the universal wheel, is not of these files."""
+    listed = {wheel["file"]: wheel for wheel in json.loads((folder / "index.json").read_text(encoding="utf-8"))["wheels"]}
+    present = {path.name: path for path in folder.glob("*.whl")}
+    found = [f"{name} is listed, but not there" for name in listed.keys() - present.keys()]
+    found += [f"{name} is not listed" for name in present.keys() - listed.keys()]
+    for name in listed.keys() & present.keys():
+        if listed[name] != {**describe(present[name], []), "urls": listed[name]["urls"]}:
+            found.append(f"{name} is not the wheel that the index describes")
+    with tempfile.TemporaryDirectory() as fresh:
+        universal = build_universal(Path(fresh))
+        if universal.name not in present or present[universal.name].read_bytes() != universal.read_bytes():
+            found.append(f"{universal.name} is not of this checkout: build the wheels again")
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Build the release's wheels and index.json.")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder; wheels that are in it are replaced (wheels/)")
@@ -199,7 +216,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pure", action="store_true", help="the universal wheel only")
     parser.add_argument("--add", type=Path, help="a folder with launcher wheels built elsewhere, taken over as they are")
     parser.add_argument("--mirror", action="append", default=[], help="https folder that will hold the wheels too")
+    parser.add_argument("--check", action="store_true", help="build nothing; exit code 1 where the wheels are not this checkout's")
     args = parser.parse_args(argv)
+    if args.check:
+        found = faults(args.out)
+        print("\n".join(found) or "The wheels are this checkout's.")
+        return int(bool(found))
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder)
         try:
