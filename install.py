@@ -75,11 +75,7 @@ def python_command() -> list[str]:
 
 
 def installer(verb: str) -> list[str]:
-    """`pip install` (or another verb) of this interpreter, else uv's.
-
-    Raises:
-        Problem: there is neither.
-    """
+    """`pip install` (or another verb) of this interpreter, else uv's."""
     if importlib.util.find_spec("pip"):
         return [*python_command(), "-m", "pip", "--disable-pip-version-check", "--no-input", verb]
     for uv in ([*python_command(), "-m", "uv"] if importlib.util.find_spec("uv") else None, [shutil.which("uv")]):
@@ -90,7 +86,7 @@ def installer(verb: str) -> list[str]:
 
 def run(command: list[str], timeout: float = 900) -> subprocess.CompletedProcess:
     """A child with an empty working folder, so that Python finds there neither this pack nor anything else."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"} | {"PYTHONIOENCODING": "utf-8"}
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     with tempfile.TemporaryDirectory() as empty:
         return subprocess.run(command, cwd=empty, env=environment, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout)
 
@@ -112,23 +108,22 @@ def probe(code: str) -> tuple[list | None, str]:
 class Installed:
     """A distribution, or a bare package folder, that this Python finds first.
 
-    Attributes: version (None for a bare folder), folder (its site-packages), entries (what it owns there, or None where it can't be
-    told), ours, record (its RECORD's rows).
+    Attributes: folder (its site-packages), version (None for a bare folder), ours, record (its RECORD's rows), entries (what it owns
+    in its folder, or None where that can't be told).
     """
 
     def __init__(self, name: str, folder: Path, distribution: importlib.metadata.Distribution | None):
-        self.folder, self.version, self.ours, self.record, self.entries = folder, None, False, [], None
         module = name.replace("-", "_")
+        self.folder, self.version, self.ours, self.record = folder, None, False, []
+        self.entries = [module] if distribution is None and (folder / module).is_dir() else None
         if distribution is None:
-            self.entries = [module] if (folder / module).is_dir() else None
             return
-        self.version = distribution.version
-        self.ours = name == LAUNCHER or KEYWORD in (distribution.metadata["Keywords"] or "")
-        text = distribution.read_text("RECORD")
-        if text:
-            self.record = [row for row in csv.reader(io.StringIO(text)) if row]
+        self.version, keywords = field(distribution, "Version"), field(distribution, "Keywords")
+        self.ours = name == LAUNCHER or KEYWORD in (keywords or "")
+        self.record = [row for row in csv.reader(io.StringIO(distribution.read_text("RECORD") or "")) if row]
+        if self.record:
             tops = {Path(row[0]).parts[0] for row in self.record if not os.path.isabs(row[0])} - {"..", "__pycache__"}
-            self.entries = sorted(top for top in tops if top.startswith(module) or (folder / top).is_file())
+            self.entries = sorted(top for top in tops if top.lower().startswith(module) or (folder / top).is_file())
 
     def intact(self) -> bool:
         """Whether every file that was recorded is there with its size."""
@@ -139,10 +134,13 @@ class Installed:
         """Whether it came from this very wheel; true where the wheel is not at hand."""
         if wheel is None:
             return True
-        with zipfile.ZipFile(wheel) as archive:
-            record = next(name for name in archive.namelist() if name.endswith(".dist-info/RECORD"))
-            rows = csv.reader(io.StringIO(archive.read(record).decode("utf-8")))
-            return {tuple(row[:2]) for row in rows if row and row[1]} <= {tuple(row[:2]) for row in self.record}
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                record = next(name for name in archive.namelist() if name.endswith(".dist-info/RECORD"))
+                rows = csv.reader(io.StringIO(archive.read(record).decode("utf-8")))
+        except zipfile.BadZipFile:
+            return False  # and the check against the index will say more
+        return {tuple(row[:2]) for row in rows if row and row[1]} <= {tuple(row[:2]) for row in self.record}
 
     def fingerprint(self) -> list:
         """Changes when it, torch or this Python does."""
@@ -163,12 +161,17 @@ def find(name: str) -> Installed | None:
     return Installed(name, file.parent.parent if file.name.startswith("__init__.") else file.parent, None)
 
 
+def field(distribution: importlib.metadata.Distribution, name: str) -> str | None:
+    """A line of its metadata; None where that, or all of it, is missing."""
+    match = re.search(
+        rf"^{name}: *(\S.*?)\s*$", distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or "", re.MULTILINE
+    )
+    return match[1] if match else None
+
+
 def torch_version() -> str | None:
     """From its metadata: importing torch takes seconds, and on Windows locks its libraries."""
-    try:
-        return importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return next((field(distribution, "Version") for distribution in importlib.metadata.distributions(name="torch")), None)
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -177,11 +180,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 # ---------------------------------------------------------------------------------------------- index and wheels
 def origin(url: str) -> tuple[str, str]:
-    """Scheme and host with port; https, or http on this machine's loopback.
-
-    Raises:
-        Problem: it is another scheme.
-    """
+    """Scheme and host with port; refuses all but https, and http on this machine's loopback."""
     parts = urllib.parse.urlsplit(url)
     if not parts.hostname or (parts.scheme != "https" and not (parts.scheme == "http" and parts.hostname in LOOPBACK)):
         raise Problem(f"{url!r} is refused: only https is allowed.")
@@ -196,11 +195,7 @@ class SameHost(urllib.request.HTTPRedirectHandler):
 
 
 def download(url: str, limit: int, seconds: float) -> bytes:
-    """At most `limit` + 1 bytes, within `seconds` as a whole.
-
-    Raises:
-        Problem: it is refused, unreachable, too slow or cut off.
-    """
+    """What is there, as far as `limit` bytes and some, within `seconds` as a whole."""
     origin(url)
     deadline, data = time.monotonic() + seconds, b""
     try:
@@ -218,11 +213,7 @@ def download(url: str, limit: int, seconds: float) -> bytes:
 
 
 class Index:
-    """The wheels that there are; `where` is a folder, an index.json, or its URL.
-
-    Raises:
-        Problem: it can't be had, is no index, or names a file that could not be one of our wheels.
-    """
+    """The wheels that there are; `where` is a folder, an index.json, or its URL. Refused when it names what can't be our wheel."""
 
     def __init__(self, where: str, seconds: float):
         self.where, self.seconds, self.remote = where, seconds, bool(re.match(r"\w\w+:", where))
@@ -258,11 +249,7 @@ class Index:
         return path if path and path.is_file() else None
 
     def fetch(self, wheel: dict, folder: Path) -> Path:
-        """Bring the wheel into `folder`, checked.
-
-        Raises:
-            Problem: no source has it as the index describes it.
-        """
+        """Bring the wheel into `folder`, from the first place that has it as the index describes it."""
         beside, problems = self.local(wheel), []
         urls = [urllib.parse.urljoin(self.where, wheel["file"])] if self.remote else []
         for source in [*([beside] if beside else []), *urls, *wheel.get("urls", ())]:
@@ -282,11 +269,7 @@ class Index:
 # ---------------------------------------------------------------------------------------------- exchange
 @contextlib.contextmanager
 def exclusive(site: Path):
-    """The working folder in `site`, held by this process alone; what an interrupted one left is undone first.
-
-    Raises:
-        Problem: site-packages can't be written, or another install is running.
-    """
+    """The working folder in `site`, held by this process alone; what an interrupted one left is undone first."""
     work = site / WORK
     try:
         work.mkdir(exist_ok=True)
@@ -331,11 +314,7 @@ def undo(site: Path) -> None:
 
 
 def exchange(wheel: Path, old: Installed | None, site: Path, prove) -> None:
-    """Install `wheel` in place of `old`; `prove(site)` raises Problem where it does not work.
-
-    Raises:
-        Problem: it could not be done; `old` is there as before.
-    """
+    """Install `wheel` in place of `old`. When that, or `prove(site)`, raises Problem, `old` is there as before."""
     with exclusive(site) as work:
         command = installer("install")
         alone = ["--no-config"] if "--python" in command else ["--isolated"]  # a configured --user or --prefix would clash
@@ -365,10 +344,14 @@ def exchange(wheel: Path, old: Installed | None, site: Path, prove) -> None:
         (site / FALLBACK).unlink()
 
 
+def prove_import(module: str, code: str, site: Path) -> None:
+    found, cause = probe(code)
+    if found is None or not Path(found[0]).resolve().is_relative_to(site.resolve()):
+        raise Problem(f"The new {module} does not import: {cause or f'Python takes {found[0]} instead'}. It was taken out again.")
+
+
 def prove_package(site: Path) -> None:
-    found, cause = probe(PROBE)
-    if found is None or not Path(found[0]).is_relative_to(site):
-        raise Problem(f"The new sageattention does not import: {cause or f'Python takes {found[0]} instead'}. It was taken out again.")
+    prove_import(PACKAGE, PROBE, site)
     doctor = run([*python_command(), "-m", PACKAGE, "doctor", "--json"])
     try:
         json.loads(doctor.stdout)
@@ -379,9 +362,7 @@ def prove_package(site: Path) -> None:
 
 
 def prove_launcher(site: Path) -> None:
-    found, cause = probe(PROBE_LAUNCHER)
-    if found is None or not Path(found[0]).is_relative_to(site):
-        raise Problem(f"The compiled launcher does not import: {cause or found[0]}. It was taken out again.")
+    prove_import(LAUNCHER, PROBE_LAUNCHER, site)
 
 
 # ---------------------------------------------------------------------------------------------- the hook
@@ -409,7 +390,7 @@ class Hook:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.file, self.lines, self.done = args, result_file(), [], []
-        self.site = Path(sysconfig.get_path("purelib"))
+        self.site, self.only_say = Path(sysconfig.get_path("purelib")), args.print or args.dry_run
         self.result = {"format": 1, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "python": sys.executable,
                        "pack": self.pack_version(), "torch": torch_version(), "installed": None,
                        "launcher": {"version": None, "why": ""}}  # fmt: skip
@@ -480,7 +461,7 @@ class Hook:
         state = self.result["launcher"]
         try:
             if wheel is None:
-                if old and old.version != version and version == self.result["pack"] and not (self.args.print or self.args.dry_run):
+                if old and old.version != version and version == self.result["pack"] and not self.only_say:
                     self.remove([LAUNCHER])  # of another version it is only warned about
                 raise Problem(f"No compiled launcher for {supported_tags()[0]}: ctypes launches the kernels, some µs slower.")
             if not (old and old.version == version and old.intact() and old.is_build(index.local(wheel))):
@@ -503,7 +484,7 @@ class Hook:
             self.lines.append(f"No triton-windows is known for torch {self.result['torch']}; only the Triton variant needs one.")
             return
         found = find("triton-windows")
-        if found and numbers(found.version)[:2] == numbers(release["version"])[:2]:
+        if found and numbers(found.version or "")[:2] == numbers(release["version"])[:2]:
             return
         pin = f"triton-windows=={release['version']}"
         if not self.args.with_triton:
@@ -513,7 +494,7 @@ class Hook:
             file = Path(folder) / "requirement.txt"
             file.write_text(" ".join([pin, *(f"--hash=sha256:{digest}" for digest in release["sha256"])]) + "\n", encoding="utf-8")
             command = [*installer("install"), "--no-deps", "--require-hashes", "-r", str(file)]
-            if self.args.print or self.args.dry_run:
+            if self.only_say:
                 self.lines.append(subprocess.list2cmdline([*installer("install"), "--no-deps", pin]))
                 return
             child = run(command)
@@ -529,9 +510,9 @@ class Hook:
 
     def uninstall(self) -> str:
         ours = [name for name in (PACKAGE, LAUNCHER) if (found := find(name)) and found.ours]
-        if ours and not (self.args.dry_run or self.args.print):
+        if ours and not self.only_say:
             self.remove(ours)
-        verb = "Would remove" if self.args.dry_run or self.args.print else "Removed"
+        verb = "Would remove" if self.only_say else "Removed"
         self.lines.append(f"{verb}: {', '.join(ours)}." if ours else "Nothing of this pack is installed.")
         return "uninstalled"
 
@@ -539,7 +520,7 @@ class Hook:
         """Do it all. Returns the exit code: 0 unless something that was asked for by a flag failed."""
         asked = self.args.replace or self.args.with_triton or self.args.uninstall
         try:
-            for folder in {Path(p) for p in sys.path} if not (self.args.dry_run or self.args.print) else ():
+            for folder in {Path(p) for p in sys.path} if not self.only_say else ():
                 if (folder / WORK).is_dir():
                     with exclusive(folder):
                         self.lines.append("An interrupted install was taken back first.")
@@ -568,7 +549,7 @@ class Hook:
             fresh.write_text(json.dumps(self.result, indent=1), encoding="utf-8")
             os.replace(fresh, self.file)
         except OSError as error:
-            self.lines.append(f"The result could not be written: {error}.")
+            print(f"The result could not be written: {error}.", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -586,7 +567,7 @@ def main(argv: list[str] | None = None) -> int:
         stream.reconfigure(errors="backslashreplace")  # paths may hold what a console can't show
     hook = Hook(args)
     code = hook.work()
-    if hook.file and not (args.dry_run or args.print):
+    if hook.file and not hook.only_say:
         hook.save()
     if args.json:
         print(json.dumps(hook.result))

@@ -120,6 +120,30 @@ def test_a_broken_foreign_one_is_replaced_where_asked(python, pack, tmp_path):
     assert not (python.site / "sageattention" / "core.py").exists()
 
 
+@pytest.mark.parametrize("left", ["empty dist-info", "capitals"])
+def test_odd_metadata(python, pack, tmp_path, left):
+    python.put(foreign_wheel(tmp_path))
+    info = python.site / "sageattention-2.2.0+cu130torch2.9.dist-info"
+    if left == "empty dist-info":  # what an interrupted pip leaves
+        for file in info.iterdir():
+            file.unlink()
+        told = python.install(pack, "--replace")
+        assert (told["outcome"], told["code"]) == ("bundled-only", 1) and "remove it as it came" in told["message"]
+        return
+    (info / "RECORD").write_text((info / "RECORD").read_text().replace("sageattention-2.2.0", "SageAttention-2.2.0"))
+    info.rename(python.site / "SageAttention-2.2.0+cu130torch2.9.dist-info")
+    assert python.install(pack, "--replace")["outcome"] == "installed"
+    assert not list(python.site.glob("SageAttention*"))
+
+
+def test_a_damaged_wheel_in_the_pack(python, pack):
+    python.install(pack)
+    next((pack / "wheels").glob("sageattention-*.whl")).write_bytes(b"version https://git-lfs.example/spec/v1")
+    told = python.install(pack)
+    assert told["code"] == 0 and "not the wheel of the index" in told["message"]
+    assert python.version() == "3.0.0"
+
+
 def test_a_folder_without_metadata_is_foreign(python, pack, tmp_path):
     (python.site / "sageattention").mkdir()
     (python.site / "sageattention" / "__init__.py").write_text(installing.HEALTHY)
