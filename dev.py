@@ -30,7 +30,7 @@ STAMP = VENV / "requirements.sha256"
 REQUIREMENTS = ROOT / "requirements-dev.txt"
 # Only where torch brings no Triton of its own (its builds without CUDA): to interpret the kernels, and to compile them for cards.
 TRITON = {"linux": "triton==3.6.0", "win32": "triton-windows==3.6.0.post26"}.get(sys.platform)
-WHEEL_TOOLS = ["setuptools==84.2.1", "pybind11==3.1.0", "ziglang==0.17.1"]  # the same tools give the same bytes
+WHEEL_TOOLS = ["ziglang==0.17.1"]  # besides the pinned requirements; the same tools give the same bytes
 OLDEST = (3, 10)
 
 

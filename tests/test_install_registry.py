@@ -68,8 +68,8 @@ def tool(*modules: str) -> Path:
 
 
 def run(command: list, **options) -> subprocess.CompletedProcess:
-    # Without a project folder of its own, comfy-cli would look for settings in the user's home, and report its use.
-    environment = {**os.environ, "COMFY_NO_TRACKING": "1", "DO_NOT_TRACK": "1", **options.pop("env", {})}
+    # DO_NOT_TRACK: comfy-cli would report its use.
+    environment = {**os.environ, "DO_NOT_TRACK": "1", **options.pop("env", {})}
     for name in ("VIRTUAL_ENV", "CONDA_PREFIX"):
         environment.pop(name, None)
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500, env=environment, **options)
