@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..sageattention import available_variants
 from ..sageattention.variants import VARIANTS
-from . import slot
+from . import installed, slot
 from .record import LOG
 
 if TYPE_CHECKING:
@@ -24,6 +24,13 @@ DESCRIPTION = (
     "Runs the attention of this model on quantised kernels. Attention calls that the chosen variant can't do run on the "
     "model's own attention, and the log says why, once per reason."
 )
+
+
+def description() -> str:
+    """What the node does, and what the install hook had to say."""
+    return "\n\n".join(filter(None, (DESCRIPTION, installed.report())))
+
+
 MODEL_TOOLTIP = "The model to patch. It stays as it is; the output is a patched copy that shares its weights."
 VARIANT_TOOLTIP = "\n".join(
     [

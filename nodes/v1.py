@@ -13,7 +13,7 @@ class PatchSageAttention:
     NODE_ID = patch.NODE_ID
     DISPLAY_NAME = patch.DISPLAY_NAME
     CATEGORY = patch.CATEGORY
-    DESCRIPTION = patch.DESCRIPTION
+    DESCRIPTION = patch.description()
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "execute"
 

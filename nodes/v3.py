@@ -16,7 +16,7 @@ class PatchSageAttention(io.ComfyNode):
             node_id=patch.NODE_ID,
             display_name=patch.DISPLAY_NAME,
             category=patch.CATEGORY,
-            description=patch.DESCRIPTION,
+            description=patch.description(),
             inputs=[
                 io.Model.Input("model", tooltip=patch.MODEL_TOOLTIP),
                 io.Combo.Input("variant", options=patch.CHOICES, default=patch.AUTO, tooltip=patch.VARIANT_TOOLTIP),
