@@ -412,7 +412,7 @@ class Hook:
             self.lines.append(f"Would install {wheel['file']} into {old.folder if old else self.site}.")
             return False
         managed = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
-        if sys.prefix == sys.base_prefix and managed.exists():
+        if sys.prefix == sys.base_prefix and managed.exists() and not os.environ.get("PIP_BREAK_SYSTEM_PACKAGES"):
             raise Problem(f"{sys.executable} belongs to the system ({managed}): use a virtual environment.")
         with tempfile.TemporaryDirectory() as folder:
             exchange(index.fetch(wheel, Path(folder)), old, old.folder if old else self.site, prove)

@@ -302,6 +302,26 @@ def test_the_triton_table():
         assert all(len(bytes.fromhex(digest)) == 32 for digest in release["sha256"]) and len(release["sha256"]) >= 4
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_python_of_the_system_is_left_alone(pack, tmp_path, monkeypatch, allowed):
+    """PEP 668; the variable is the one by which a container says that it has no other Python."""
+    (tmp_path / "EXTERNALLY-MANAGED").touch()
+    site = tmp_path / "site"
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    monkeypatch.setattr(sysconfig, "get_path", {"stdlib": str(tmp_path), "purelib": str(site)}.get)
+    monkeypatch.setattr(install, "exchange", lambda wheel, old, folder, prove: site.mkdir())
+    monkeypatch.setenv("PIP_BREAK_SYSTEM_PACKAGES", "1" if allowed else "")
+    hook = install.Hook(SimpleNamespace(print=False, dry_run=False))
+    index = install.Index(str(pack / "wheels"), 5)
+    wheel = index.best("sageattention")
+    if allowed:
+        assert hook.put(index, wheel, None, None) and site.exists()
+    else:
+        with pytest.raises(install.Problem, match="belongs to the system"):
+            hook.put(index, wheel, None, None)
+        assert not site.exists()
+
+
 def test_an_open_library_undoes_the_exchange(python, pack, tmp_path, monkeypatch):
     """Windows refuses to move a folder whose DLL a running ComfyUI has loaded."""
     python.put(foreign_wheel(tmp_path))
