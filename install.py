@@ -42,8 +42,8 @@ WHEEL = re.compile(r"(sageattention|sageattention_launcher)-(\d+\.\d+\.\d+)-([\w
 MAX_WHEEL, MAX_INDEX = 64 << 20, 1 << 20  # bytes
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 WORK, FALLBACK = ".sageattention-install", "sageattention-install.pth"  # in site-packages, during an exchange only
-PROBE = "import json, sageattention as s; s.sageattn; print(json.dumps([s.__file__, getattr(s, '__version__', None)]))"
-PROBE_LAUNCHER = "import json, sageattention_launcher as s; print(json.dumps([s.__file__, s.__version__]))"
+PROBE = "import sageattention as s; s.sageattn; print('\\n@' + s.__file__)"
+PROBE_LAUNCHER = "import sageattention_launcher as s; s.__version__; print('\\n@' + s.__file__)"
 
 
 class Problem(Exception):
@@ -91,15 +91,16 @@ def run(command: list[str], timeout: float = 900) -> subprocess.CompletedProcess
         return subprocess.run(command, cwd=empty, env=environment, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout)
 
 
-def probe(code: str) -> tuple[list | None, str]:
-    """Import in a child. Returns what it printed (the module's file and version), or None and the cause."""
+def probe(code: str) -> tuple[str | None, str]:
+    """Import in a child. Returns the module's file, or None and the cause. The import may print, too."""
     try:
         child = run([*python_command(), "-c", code], timeout=180)
     except subprocess.TimeoutExpired:
         return None, "the import does not return"
-    if child.returncode == 0:
-        return json.loads(child.stdout.strip().splitlines()[-1]), ""
-    if child.returncode < 0 or not child.stderr.strip():
+    file = next((line[1:] for line in child.stdout.splitlines() if line.startswith("@")), None)
+    if child.returncode == 0 and file:
+        return file, ""
+    if child.returncode <= 0 or not child.stderr.strip():
         return None, f"the import ends Python with code {child.returncode}"
     return None, child.stderr.strip().splitlines()[-1]
 
@@ -346,15 +347,15 @@ def exchange(wheel: Path, old: Installed | None, site: Path, prove) -> None:
 
 def prove_import(module: str, code: str, site: Path) -> None:
     found, cause = probe(code)
-    if found is None or not Path(found[0]).resolve().is_relative_to(site.resolve()):
-        raise Problem(f"The new {module} does not import: {cause or f'Python takes {found[0]} instead'}. It was taken out again.")
+    if found is None or not Path(found).resolve().is_relative_to(site.resolve()):
+        raise Problem(f"The new {module} does not import: {cause or f'Python takes {found} instead'}. It was taken out again.")
 
 
 def prove_package(site: Path) -> None:
     prove_import(PACKAGE, PROBE, site)
     doctor = run([*python_command(), "-m", PACKAGE, "doctor", "--json"])
     try:
-        json.loads(doctor.stdout)
+        json.loads(doctor.stdout[doctor.stdout.find("{") :])
     except ValueError:
         doctor.returncode = doctor.returncode or 1
     if doctor.returncode:

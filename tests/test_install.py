@@ -96,6 +96,12 @@ def test_a_foreign_one_is_imported_once_as_long_as_nothing_changes(python, pack,
     assert counts[1:] == counts[1:2] * 2
 
 
+def test_a_talkative_one_is_healthy(python, pack, tmp_path):
+    talk = "import atexit\nprint('hello', end='')\natexit.register(print, 'bye')\n"
+    python.put(foreign_wheel(tmp_path, code=talk + installing.HEALTHY))
+    assert python.install(pack)["outcome"] == "kept-foreign"
+
+
 @pytest.mark.parametrize(
     ("code", "cause"),
     [(RAISING, "DLL load failed while importing _fused"), ("import os\nos._exit(3)\n", "code 3"), ("import nosuchmodule\n", "nosuchmodule"),
