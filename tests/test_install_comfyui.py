@@ -54,7 +54,9 @@ def put(base: Path, wheel: Path) -> None:
     shutil.unpack_archive(wheel, base / "site", "zip")
 
 
-def test_a_clone_alone_serves_the_flag(base):
+def test_a_clone_alone_serves_the_flag_and_does_not_set_it(base):
+    code, log = start(base)
+    assert code == 0 and "Using sage attention" not in log, log[-3000:]
     code, log = start(base, "--use-sage-attention")
     assert code == 0 and "Using sage attention" in log, log[-3000:]
 

@@ -52,6 +52,16 @@ def test_an_installed_package_wins(tmp_path):
     assert Path(done.stdout.strip()) == tmp_path / "site" / "sageattention" / "__init__.py"
 
 
+def test_the_flag_is_never_turned_on(tmp_path):
+    before = (
+        "import sys, types\nargs = types.SimpleNamespace(use_sage_attention=False)\n"
+        "sys.modules['comfy.cli_args'] = types.SimpleNamespace(args=args)\nargv = list(sys.argv)\n"
+    )
+    text = before + RUN.format(user=str(tmp_path), script=str(ROOT / "prestartup_script.py"))
+    done = subprocess.run([sys.executable, "-c", text + "assert (args.use_sage_attention, sys.argv) == (False, argv)"], capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_other_name_is_found(tmp_path):
     done = start(tmp_path, "import importlib.util as i\nprint([i.find_spec(n) for n in ('nodes', 'kernels', 'sageattention3', 'dev')])")
     assert done.stdout.strip() == "[None, None, None, None]", done.stderr
