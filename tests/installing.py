@@ -21,6 +21,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PLATFORM = "win_amd64" if os.name == "nt" else f"manylinux_2_17_{os.uname().machine}.manylinux2014_{os.uname().machine}"
 HEALTHY = "def sageattn(q, k, v):\n    return q\n"
 DOCTOR = "import json, sys\nassert sys.argv[1:] == ['doctor', '--json']\nprint(json.dumps({'ok': True}))\n"
 RAISING = "raise ImportError('DLL load failed while importing _fused: the specified procedure could not be found.')\n"
@@ -48,7 +49,7 @@ def launcher_wheel(folder: Path, version: str = "3.0.0", tag: str | None = None,
     """A stand-in for the compiled launcher, for this Python unless a tag says otherwise."""
     metadata = f"Metadata-Version: 2.4\nName: sageattention-launcher\nVersion: {version}\n"
     python = f"cp{sys.version_info[0]}{sys.version_info[1]}"
-    tag = tag or f"{python}-{python}-{'win_amd64' if os.name == 'nt' else 'manylinux_2_17_' + os.uname().machine}"
+    tag = tag or f"{python}-{python}-{PLATFORM}"
     text = f'__version__ = "{version}"\n{code}'
     return build.write_wheel(folder, metadata, tag, {"sageattention_launcher.py": text.encode()})
 

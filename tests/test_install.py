@@ -247,7 +247,7 @@ def test_other_pythons_with_pip(tmp_path, pack, version):
         pytest.skip(f"there is no Python {version} on this machine")
     other = Python(tmp_path / "env", base)
     tag = f"cp{version.replace('.', '')}"
-    launcher_wheel(pack / "wheels", tag=f"{tag}-{tag}-manylinux_2_17_{os.uname().machine}.manylinux2014_{os.uname().machine}")
+    launcher_wheel(pack / "wheels", tag=f"{tag}-{tag}-{installing.PLATFORM}")
     installing.build.write_index(pack / "wheels", [])
     done = other.install(pack)
     assert (done["outcome"], done["launcher"]) == ("installed", {"version": "3.0.0", "why": ""})
