@@ -335,12 +335,12 @@ def exchange(wheel: Path, old: Installed | None, site: Path, prove) -> None:
             for entry in new:
                 os.rename(work / "new" / entry, site / entry)
             prove(site)
-        except Problem:
-            undo(site)
-            raise
         except OSError as error:
             undo(site)
             raise Problem(f"{error.filename or site} can't be moved ({error.strerror}). Close ComfyUI and run this again.") from error
+        except BaseException:  # also Ctrl-C
+            undo(site)
+            raise
         journal.unlink()
         (site / FALLBACK).unlink()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -320,6 +322,23 @@ def test_a_python_of_the_system_is_left_alone(pack, tmp_path, monkeypatch, allow
         with pytest.raises(install.Problem, match="belongs to the system"):
             hook.put(index, wheel, None, None)
         assert not site.exists()
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, subprocess.TimeoutExpired("doctor", 900), install.Problem("wrong")])
+def test_whatever_ends_the_proof_the_old_one_comes_back(tmp_path, failure):
+    site = tmp_path / "site"
+    shutil.unpack_archive(our_wheel(tmp_path, "2.9.0"), site, "zip")
+    before = {path.relative_to(site) for path in site.rglob("*")}
+    (found,) = importlib.metadata.distributions(name="sageattention", path=[str(site)])
+
+    def prove(folder):
+        assert '__version__ = "3.0.0"' in (folder / "sageattention" / "__init__.py").read_text()
+        raise failure
+
+    with pytest.raises(failure if isinstance(failure, type) else type(failure)):
+        install.exchange(our_wheel(tmp_path), install.Installed("sageattention", site, found), site, prove)
+    assert before == {path.relative_to(site) for path in site.rglob("*")}
+    assert '__version__ = "2.9.0"' in (site / "sageattention" / "__init__.py").read_text()
 
 
 def test_an_open_library_undoes_the_exchange(python, pack, tmp_path, monkeypatch):
