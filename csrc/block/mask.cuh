@@ -1,0 +1,67 @@
+// Which keys a row sees, and the additive bias of a dense mask.
+#pragma once
+#include "../ptx/copy.cuh"
+#include "fragment.cuh"
+#include "load.cuh"
+
+namespace sage {
+
+enum class Mask { none, causal, dense };  // compile time; `dense` may be causal as well
+enum MaskKind : i32 { kMaskF16 = kFloat16, kMaskBf16 = kBfloat16, kMaskF32 = kFloat32, kMaskBool = 3 };
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kInf = __builtin_bit_cast(float, 0x7F800000);
+
+// Natural-log bias → base 2. A finite bias stays finite: only −inf masks out.
+__device__ __forceinline__ float bias_to_base2(float bias) {
+  return bias == -kInf ? -kInf : fminf(fmaxf(bias * kLog2e, -1e38f), 1e38f);
+}
+
+// A dense mask as it lies in memory, at one (batch, head): strides in elements, 0 where it broadcasts.
+struct MaskView {
+  const void* data;
+  i64 stride_q, stride_k;
+  i32 kind, len_q, len_kv;
+};
+
+// The bias of 16 queries × 64 keys, staged in shared memory by one warp: read coalesced from memory, converted once.
+struct BiasTile {
+  static constexpr int kRows = 16, kPitch = (kKvTile + 8) * 4;  // bytes a row; the 8 keep the reads free of bank conflicts
+  static constexpr int kBytes = kRows * kPitch;
+  u32 shared;
+
+  template <class Element, class Convert>
+  __device__ __forceinline__ void stage_as(const MaskView& mask, int row0, int key0, Convert convert) const {
+    const int lane = threadIdx.x % 32, rows = mask.stride_q ? kRows : 1;
+    const Element* data = static_cast<const Element*>(mask.data);
+#pragma unroll 4
+    for (int i = 0; i < rows; ++i) {
+      const Element* row = data + min(row0 + i, mask.len_q - 1) * mask.stride_q;
+#pragma unroll
+      for (int half = 0; half < kKvTile; half += 32) {
+        const int key = min(key0 + half + lane, mask.len_kv - 1);
+        store_shared_float(shared + i * kPitch + (half + lane) * 4, convert(row[key * mask.stride_k]));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void stage(const MaskView& mask, int row0, int key0) const {
+    __syncwarp();  // the last tile's bias has been read
+    if (mask.kind == kMaskBool)
+      stage_as<u8>(mask, row0, key0, [](u8 keep) { return keep ? 0.0f : -kInf; });
+    else if (mask.kind == kMaskF32)
+      stage_as<float>(mask, row0, key0, [](float x) { return bias_to_base2(x); });
+    else if (mask.kind == kMaskF16)
+      stage_as<u16>(mask, row0, key0, [](u16 x) { return bias_to_base2(f16_to_f32(x)); });
+    else
+      stage_as<u16>(mask, row0, key0, [](u16 x) { return bias_to_base2(__uint_as_float((u32)x << 16)); });
+    __syncwarp();  // every lane's part is there
+  }
+
+  // Of keys `column` and `column` + 1 for one row; a mask that is the same for all queries has one row.
+  __device__ __forceinline__ float2 get(const MaskView& mask, int row, int column) const {
+    return load_shared_float2(shared + (mask.stride_q ? row : 0) * kPitch + 4 * column);
+  }
+};
+
+}  // namespace sage

@@ -1,0 +1,94 @@
+// The pipeline of KV tiles: global memory → a ring of stages in shared memory, ahead of their use.
+//
+// Every warp walks over the same tiles, from tile `last` down to tile 0: acquire(n) → use the stage → release(). From Hopper on one thread has
+// whole tiles fetched and the warps need not keep step: a `full` barrier a stage says that its tile has landed, an `empty` one
+// that all warps are done with it. Before Hopper every thread copies its share and the block keeps step with __syncthreads().
+#pragma once
+#include "../ptx/copy.cuh"
+
+namespace sage {
+
+template <int kTileBytes, int kStages, int kWarps>
+struct TilePipe {
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kBytes = kStages * kTileBytes + (kBulkCopy ? 16 * kStages : 0);
+  static constexpr int kCopies = kTileBytes / 16 / kThreads;  // of 16 bytes, by every thread; the first few make one more
+
+  u32 shared;        // the ring, then {full, empty} barriers
+  const u8* source;  // tiles of kTileBytes; a kernel parameter, so that it occupies no register
+  int first;         // tile 0 of the walk is this one of them
+  int stage;         // of the acquired tile
+  u32 phase;         // of its barriers
+
+  __device__ __forceinline__ u32 tile() const { return shared + stage * kTileBytes; }
+  __device__ __forceinline__ u32 full(int s) const { return shared + kStages * kTileBytes + 16 * s; }
+  __device__ __forceinline__ u32 empty(int s) const { return full(s) + 8; }
+
+  __device__ __forceinline__ int before() const { return stage == 0 ? kStages - 1 : stage - 1; }
+
+  __device__ __forceinline__ void start(u32 ring, const u8* all_tiles, int tile0, int last) {
+    shared = ring, source = all_tiles, first = tile0, stage = 0, phase = 0;
+    if constexpr (kBulkCopy) {
+      if (threadIdx.x == 0)
+#pragma unroll
+        for (int s = 0; s < kStages; ++s) mbarrier_init(full(s), 1), mbarrier_init(empty(s), kWarps);
+      __syncthreads();  // the barriers are initialised
+    }
+#pragma unroll
+    for (int s = 0; s < kStages - 1; ++s) fetch(s, last - s);
+  }
+
+  // Waits for tile n. Called by all threads, which may then read tile().
+  __device__ __forceinline__ void acquire(int n) {
+    if constexpr (kBulkCopy) {
+      if constexpr (kStages == 1) {  // nothing is fetched ahead: once all warps are done with the tile before
+        mbarrier_wait(empty(0), phase ^ 1);
+        fetch(0, n);
+      }
+      mbarrier_wait(full(stage), phase);
+    } else if constexpr (kStages == 1) {
+      __syncthreads();  // every warp is done with the one stage
+      fetch(0, n);
+      copy_wait<0>();
+      __syncthreads();  // every thread's part of the tile has landed
+    } else {
+      copy_wait<kStages - 2>();
+      __syncthreads();  // the tile has landed for all, and every warp is done with the stage before it
+      fetch(before(), n - (kStages - 1));
+    }
+  }
+
+  // From Hopper on: while tile n is the current one, refills the stage of the tile before it, once all warps are done with that.
+  __device__ __forceinline__ void refill(int n) {
+    if constexpr (kBulkCopy && kStages > 1) {
+      if (n >= kStages - 1) mbarrier_wait(empty(before()), stage == 0 ? phase ^ 1 : phase);
+      fetch(before(), n - (kStages - 1));
+    }
+  }
+
+  // The warp is done with the current tile: on to the next.
+  __device__ __forceinline__ void release() {
+    if constexpr (kBulkCopy) mbarrier_arrive(threadIdx.x % 32 == 0, empty(stage));
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+
+ private:
+  __device__ __forceinline__ void fetch(int s, int n) {
+    const u8* from = source + (i64)(first + n) * kTileBytes;
+    const u32 to = shared + s * kTileBytes;
+    if constexpr (kBulkCopy) {
+      copy_bulk(threadIdx.x == 0 && n >= 0, to, from, kTileBytes, full(s));
+    } else {
+      if (n >= 0) {
+        const int at = 16 * threadIdx.x;
+#pragma unroll
+        for (int c = 0; c < kCopies; ++c) copy16_async(to + at + 16 * kThreads * c, from + at + 16 * kThreads * c);
+        if (threadIdx.x < kTileBytes / 16 - kCopies * kThreads)
+          copy16_async(to + at + 16 * kThreads * kCopies, from + at + 16 * kThreads * kCopies);
+      }
+      copy_commit();  // also where nothing is left to fetch, so that the waits count the same
+    }
+  }
+};
+
+}  // namespace sage

@@ -1,0 +1,71 @@
+// Attention prologue: rows of Q → rotated INT8 A fragments and one fp32 score scale a row, in registers.
+#pragma once
+#include "rotate.cuh"
+
+namespace sage {
+
+constexpr float kFiniteMax = 1e38f;  // where an intermediate number is cut off instead of overflowing (variants.FINITE_MAX)
+
+__device__ __forceinline__ float clamp_finite(float x) { return fminf(fmaxf(x, -kFiniteMax), kFiniteMax); }
+
+// The maximum over the four lanes that share a row, of a non-negative number.
+__device__ __forceinline__ float lanes_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+}
+
+// Rows row0 + 16r + 8·half + g, r < kRowTiles, of the head at `head`, in fp32 as rotate.cuh deals out the channels. Rows beyond
+// the end repeat the last.
+template <int kHeadDim, int kRowTiles, int kDtype, bool kVectors>
+__device__ __forceinline__ void load_rows(const u8* head, i64 stride, int row0, int len, int t, int head_dim,
+                                          float (&x)[kRowTiles][2][kHeadDim / 4]) {
+  Raw8<kDtype> raw[kRowTiles][2][kHeadDim / 32];
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i)
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 32; ++c)
+      raw[i / 2][i % 2][c] = load8<kDtype, kVectors>(head + min(row0 + 8 * i, len - 1) * stride * kElementBytes<kDtype>,
+                                                     32 * c + kChunk * t, head_dim);
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i)
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 32; ++c) unpack8<kDtype>(raw[i / 2][i % 2][c], x[i / 2][i % 2] + kChunk * c);
+}
+
+// x: the row's channels; a: A fragments, of which registers `half` and `half` + 2 are written. Returns the row's score scale:
+// base-2 score = (q8 · k8) · scale · k_scale.
+template <int kHeadDim>
+__device__ __forceinline__ float quantise_row(float (&x)[kHeadDim / 4], const Signs<kHeadDim>& signs, int t, float score_scale,
+                                              float sign, u32 (&a)[kHeadDim / 32][4], int half) {
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 4; ++i) x[i] *= 0.5f / kHeadDim;  // first, so that no sum below overflows
+  rotate<kHeadDim>(x, signs, t);
+  const float amax = lanes_max(largest(x));
+  const float inverse = int8_inverse(amax) * sign;
+#pragma unroll
+  for (int c = 0; c < kHeadDim / 32; ++c) {
+    const float* y = x + kChunk * c;
+    a[c][half] = int8_codes(y[0], y[1], y[2], y[3], inverse);
+    a[c][half + 2] = int8_codes(y[4], y[5], y[6], y[7], inverse);
+  }
+  return amax * score_scale;
+}
+
+// sm_scale · (q · anchor), in every lane of the four: what the shift of K takes out of each score of the row. Both operands are
+// brought to ±1 first, so that no product overflows. The anchor has D channels, zero beyond head_dim.
+template <int kHeadDim>
+__device__ __forceinline__ float anchor_score(const float (&x)[kHeadDim / 4], const float* anchor, int t, float sm_scale) {
+  float y[kHeadDim / 4];
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 4; ++i) y[i] = anchor[i / kChunk * 32 + kChunk * t + i % kChunk];
+  const float x_top = lanes_max(largest(x)), y_top = lanes_max(largest(y));
+  const float x_inverse = x_top < kSmallest ? 0.0f : 1.0f / x_top, y_inverse = y_top < kSmallest ? 0.0f : 1.0f / y_top;
+  float dot = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 4; ++i) dot = fmaf(x[i] * x_inverse, y[i] * y_inverse, dot);
+  dot += __shfl_xor_sync(kAllLanes, dot, 1);
+  dot += __shfl_xor_sync(kAllLanes, dot, 2);
+  return clamp_finite(clamp_finite(dot * clamp_finite(x_top * sm_scale)) * y_top);
+}
+
+}  // namespace sage

@@ -1,0 +1,399 @@
+// Third launch: softmax(Q·Kᵀ)·V with mma.sync – INT8 for the scores, fp16 for P·V – on every architecture from Turing on.
+//
+// A warp owns 16 or 32 queries and walks over the tiles of 64 keys, last tile first, so that the tiles with masked keys come
+// before the long run without. 32 rows, where the registers allow it, halve the shared-memory traffic: each fragment of K or V
+// that is loaded feeds two row tiles. Q stays in registers for the whole walk.
+#pragma once
+#include "../block/epilogue.cuh"
+#include "../block/fragment.cuh"
+#include "../block/mask.cuh"
+#include "../block/pipe.cuh"
+#include "../block/query.cuh"
+#include "../block/softmax.cuh"
+#include "../ptx/copy.cuh"
+#include "../ptx/mma.cuh"
+#include "../ptx/special.cuh"
+#include "params.cuh"
+
+namespace sage {
+
+constexpr int kChunks = kKvTile / 16;  // k16 operands of P
+
+enum class Accumulate { fp32, fp16 };  // of P·V; fp16 sums are added to fp32 registers after every KV tile
+
+template <int kHeadDim_, Mask kMask_, Accumulate kAccumulate_, int kWarps_, int kRowTiles_, int kStages_, bool kQueryShared_>
+struct AttendConfig {
+  static constexpr int kHeadDim = kHeadDim_, kWarps = kWarps_, kRowTiles = kRowTiles_, kStages = kStages_;
+  static constexpr bool kQueryShared = kQueryShared_;  // Q's fragments wait in shared memory: 16 or 32 registers less
+  static constexpr Mask kMask = kMask_;
+  static constexpr Accumulate kAccumulate = kAccumulate_;
+  static constexpr int kThreads = 32 * kWarps, kBlockM = 16 * kRowTiles * kWarps;
+  using Layout = Fragment<kHeadDim>;
+  using Pipe = TilePipe<Layout::kTileBytes, kStages, kWarps>;
+};
+
+// Q's A fragments and score scales, in registers or in shared memory, where each lane reads what it wrote itself.
+template <class C>
+struct Queries {
+  static constexpr int kChunks32 = C::kHeadDim / 32, kPitch = 16 * C::kThreads;
+  static constexpr int kBytes = C::kQueryShared ? (C::kRowTiles * kChunks32 + 1) * kPitch : 0;
+
+  u32 fragments[C::kQueryShared ? 1 : C::kRowTiles][kChunks32][4];
+  float scales[C::kQueryShared ? 1 : C::kRowTiles][2];
+  u32 shared;  // of this thread's first 16 bytes
+
+  __device__ __forceinline__ void put(int r, const u32 (&a)[kChunks32][4]) {
+#pragma unroll
+    for (int c = 0; c < kChunks32; ++c)
+      if constexpr (C::kQueryShared)
+        store_shared16(shared + (r * kChunks32 + c) * kPitch, a[c]);
+      else
+        fragments[r][c][0] = a[c][0], fragments[r][c][1] = a[c][1], fragments[r][c][2] = a[c][2], fragments[r][c][3] = a[c][3];
+  }
+
+  __device__ __forceinline__ void get(u32 (&a)[4], int r, int c) const {
+    if constexpr (C::kQueryShared) {
+      const uint4 v = load_shared16(shared + (r * kChunks32 + c) * kPitch);
+      a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
+    } else {
+      a[0] = fragments[r][c][0], a[1] = fragments[r][c][1], a[2] = fragments[r][c][2], a[3] = fragments[r][c][3];
+    }
+  }
+
+  __device__ __forceinline__ void put_scales(const float (&x)[C::kRowTiles][2]) {
+    u32 bits[4] = {};
+#pragma unroll
+    for (int i = 0; i < 2 * C::kRowTiles; ++i)
+      if constexpr (C::kQueryShared)
+        bits[i] = __float_as_uint(x[i / 2][i % 2]);
+      else
+        scales[i / 2][i % 2] = x[i / 2][i % 2];
+    if constexpr (C::kQueryShared) store_shared16(shared + C::kRowTiles * kChunks32 * kPitch, bits);
+  }
+
+  // out = the rows' scales · k_scale
+  __device__ __forceinline__ void get_scales(float (&out)[C::kRowTiles][2], float k_scale) const {
+    if constexpr (C::kQueryShared) {
+      const uint4 v = load_shared16(shared + C::kRowTiles * kChunks32 * kPitch);
+      const u32 bits[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int i = 0; i < 2 * C::kRowTiles; ++i) out[i / 2][i % 2] = __uint_as_float(bits[i]) * k_scale;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2 * C::kRowTiles; ++i) out[i / 2][i % 2] = scales[i / 2][i % 2] * k_scale;
+    }
+  }
+};
+
+// S[16·row tiles, 64] = Q·Kᵀ, offset by the preset of softmax.cuh.
+template <class C>
+__device__ __forceinline__ void scores(u32 (&s)[C::kRowTiles][kColumns][4], const Queries<C>& queries, u32 tile) {
+  u32 preset[4] = {kPresetBits, kPresetBits, kPresetBits, kPresetBits};
+#pragma unroll
+  for (int c2 = 0; c2 < C::kHeadDim / 64; ++c2) {
+    u32 q[C::kRowTiles][2][4];
+#pragma unroll
+    for (int r = 0; r < C::kRowTiles; ++r) queries.get(q[r][0], r, 2 * c2), queries.get(q[r][1], r, 2 * c2 + 1);
+#pragma unroll
+    for (int j = 0; j < kColumns; j += 2) {
+      const uint4 b0 = load_shared16(tile + C::Layout::k_block(c2, j)), b1 = load_shared16(tile + C::Layout::k_block(c2, j + 1));
+#pragma unroll
+      for (int r = 0; r < C::kRowTiles; ++r) {
+        mma_s8(s[r][j], q[r][0], b0.x, b0.y, c2 ? s[r][j] : preset);
+        mma_s8(s[r][j + 1], q[r][0], b1.x, b1.y, c2 ? s[r][j + 1] : preset);
+      }
+#pragma unroll
+      for (int r = 0; r < C::kRowTiles; ++r) {
+        mma_s8(s[r][j], q[r][1], b0.z, b0.w, s[r][j]);
+        mma_s8(s[r][j + 1], q[r][1], b1.z, b1.w, s[r][j + 1]);
+      }
+    }
+  }
+}
+
+// O += P·V over the tile's 64 keys.
+template <class C>
+__device__ __forceinline__ void add_values(float (&o)[C::kRowTiles][C::kHeadDim / 8][4], const u32 (&p)[C::kRowTiles][kChunks][4], u32 tile) {
+  if constexpr (C::kAccumulate == Accumulate::fp32) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+#pragma unroll
+      for (int i = 0; i < C::kHeadDim / 16; ++i) {
+        const uint4 b = load_shared16(tile + C::Layout::v_block(c, i));
+#pragma unroll
+        for (int r = 0; r < C::kRowTiles; ++r) mma_f16(o[r][2 * i], p[r][c], b.x, b.y), mma_f16(o[r][2 * i + 1], p[r][c], b.z, b.w);
+      }
+  } else {
+#pragma unroll
+    for (int i = 0; i < C::kHeadDim / 16; ++i) {
+      u32 acc[C::kRowTiles][2][2] = {};
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        const uint4 b = load_shared16(tile + C::Layout::v_block(c, i));
+#pragma unroll
+        for (int r = 0; r < C::kRowTiles; ++r) mma_f16_f16(acc[r][0], p[r][c], b.x, b.y), mma_f16_f16(acc[r][1], p[r][c], b.z, b.w);
+      }
+#pragma unroll
+      for (int r = 0; r < C::kRowTiles; ++r)
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float2 sum = unpack_f16(acc[r][n][half]);
+            o[r][2 * i + n][2 * half] += sum.x, o[r][2 * i + n][2 * half + 1] += sum.y;
+          }
+    }
+  }
+}
+
+// Which rows of which head the warp has. Read from the special registers each time: the prologue and the epilogue each work it
+// out for themselves, so that none of it occupies registers in between.
+template <class C>
+struct Place {
+  int t, g, warp, pair, batch, head, block_row0, row0;
+
+  __device__ __forceinline__ explicit Place(const AttendParams& p) : Place(p, special_tid_x(), special_ctaid_x()) {}
+
+  __device__ __forceinline__ Place(const AttendParams& p, int thread, int index) {
+    t = thread % 4, g = thread % 32 / 4, warp = thread / 32;
+    // Consecutive blocks share a head, so that its K and V stay in L2. Causal: the longest rows first.
+    const int head_in_group = index / p.blocks_q, block = index % p.blocks_q;
+    pair = head_in_group / p.ratio;
+    batch = (p.first + pair) / p.heads_kv, head = (p.first + pair) % p.heads_kv * p.ratio + head_in_group % p.ratio;
+    block_row0 = (C::kMask == Mask::none ? block : p.blocks_q - 1 - block) * C::kBlockM;
+    row0 = block_row0 + warp * (16 * C::kRowTiles);
+  }
+
+  __device__ __forceinline__ int row(int r, int half) const { return row0 + 16 * r + 8 * half + g; }
+  __device__ __forceinline__ float* lse(const AttendParams& p, int row) const {
+    return p.lse + ((i64)batch * p.heads_kv * p.ratio + head) * p.len_q + row;
+  }
+};
+
+// Loads, rotates and quantises the warp's rows. Up to the wait for the quantise launch, nothing of its results is needed.
+template <class C>
+__device__ __forceinline__ void load_queries(const AttendParams& p, Queries<C>& queries) {
+  constexpr int kHeadDim = C::kHeadDim;
+  const Place<C> at(p);
+  float x[C::kRowTiles][2][kHeadDim / 4], scale[C::kRowTiles][2];
+  with_access(p.dtype, p.q_vectors, [&](auto type, auto vectors) {
+    constexpr int kDtype = decltype(type)::value;
+    const u8* head = static_cast<const u8*>(p.q.data) + (at.batch * p.q.stride_b + at.head * p.q.stride_h) * kElementBytes<kDtype>;
+    load_rows<kHeadDim, C::kRowTiles, kDtype, decltype(vectors)::value>(head, p.q.stride_n, at.row(0, 0), p.len_q, at.t, p.head_dim, x);
+  });
+  if (p.lse) {  // what the shift of K takes out of a row's LSE waits in its place: registers are short in the main loop
+    wait_for_previous_launch();
+#pragma unroll
+    for (int i = 0; i < 2 * C::kRowTiles; ++i) {
+      const int row = at.row(i / 2, i % 2);
+      const float score = anchor_score<kHeadDim>(x[i / 2][i % 2], p.anchor + at.pair * kHeadDim, at.t, p.sm_scale);
+      if (row < p.len_q && at.t == 0) *at.lse(p, row) = score;
+    }
+  }
+  const Signs<kHeadDim> signs(at.t);
+#pragma unroll
+  for (int r = 0; r < C::kRowTiles; ++r) {
+    u32 a[kHeadDim / 32][4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      scale[r][half] = quantise_row<kHeadDim>(x[r][half], signs, at.t, p.score_scale, p.sign, a, half);
+    queries.put(r, a);
+  }
+  wait_for_previous_launch();
+  // No score may leave the range in which the softmax works. A largest K scale of 0 (all keys alike) must not make the bound
+  // infinite; the scores are 0 then whatever it is.
+  const float max_scale = p.score_limit / fmaxf(__int_as_float(p.k_scale_max[at.pair]), 7.5e-37f);
+#pragma unroll
+  for (int i = 0; i < 2 * C::kRowTiles; ++i) scale[i / 2][i % 2] = fminf(scale[i / 2][i % 2], max_scale);
+  queries.put_scales(scale);
+}
+
+// O / sum, times V's channel scales, in the output's dtype; LSE.
+template <class C>
+__device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C::kRowTiles][C::kHeadDim / 8][4],
+                                             const Softmax<C::kRowTiles>& softmax) {
+  const Place<C> at(p);
+  float inverse[C::kRowTiles][2];
+#pragma unroll
+  for (int i = 0; i < 2 * C::kRowTiles; ++i) {
+    const int r = i / 2, half = i % 2, row = at.row(r, half);
+    const float sum = row_sum(softmax.sum[r][half]);
+    inverse[r][half] = sum > 0.0f ? p.inv_v_max / sum : 0.0f;  // 0: every key masked out
+    if (p.lse && at.t == 0 && row < p.len_q) {
+      float* lse = at.lse(p, row);
+      *lse = sum > 0.0f ? *lse + (softmax.reference[r][half] + log2_approx(sum)) * kLn2 : -kInf;
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < C::kHeadDim / 32; ++c) {
+    const float4* amax = reinterpret_cast<const float4*>(p.v_amax + at.pair * C::kHeadDim + 32 * c + kChunk * at.t);
+    const float4 a = amax[0], b = amax[1];
+    const float channel_scale[kChunk] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int i = 0; i < 2 * C::kRowTiles; ++i)
+#pragma unroll
+      for (int e = 0; e < kChunk; ++e) {
+        float& value = o[i / 2][4 * c + e / 2][2 * (i % 2) + e % 2];
+        value = value * inverse[i / 2][i % 2] * channel_scale[e];
+      }
+  }
+  with_access(p.dtype, p.out_vectors, [&](auto type, auto vectors) {
+    constexpr int kDtype = decltype(type)::value;
+#pragma unroll
+    for (int i = 0; i < 2 * C::kRowTiles; ++i) {
+      const int r = i / 2, half = i % 2, row = at.row(r, half);
+      if (row >= p.len_q) continue;
+      u8* to = static_cast<u8*>(p.out) +
+               (at.batch * p.out_stride_b + at.head * p.out_stride_h + row * p.out_stride_n) * kElementBytes<kDtype>;
+#pragma unroll
+      for (int c = 0; c < C::kHeadDim / 32; ++c) {
+        float y[kChunk];
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) y[e] = o[r][4 * c + e / 2][2 * half + e % 2];
+        store8<kDtype, decltype(vectors)::value>(to, 32 * c + kChunk * at.t, p.head_dim, y);
+      }
+    }
+  });
+}
+
+// The walk of one warp over the KV tiles, and all that lives in registers meanwhile.
+template <class C>
+struct Walk {
+  static constexpr int kHeadDim = C::kHeadDim, kRowTiles = C::kRowTiles;
+  using Scores = u32[kRowTiles][kColumns][4];
+  using Weights = u32[kRowTiles][kChunks][4];
+
+  const AttendParams& p;
+  typename C::Pipe pipe;
+  Queries<C> queries;
+  Softmax<kRowTiles> softmax;
+  float o[kRowTiles][kHeadDim / 8][4];
+  u32 thread16;  // 16 · thread: the lane's place in a block of 512 bytes, and much else
+  bool causal;
+
+  // The scores themselves of a row tile, −inf where masked out, in place; top: the lane's largest of each half.
+  __device__ __forceinline__ void mask_scores(u32 (&s)[kColumns][4], int r, const float (&scale)[2], int key0, float (&top)[2]) const {
+    const Place<C> at(p);
+    MaskView mask;
+    BiasTile bias;
+    if constexpr (C::kMask == Mask::dense) {
+      const i64 offset = at.batch * p.mask_stride_b + at.head * p.mask_stride_h;
+      mask = {static_cast<const u8*>(p.mask) + offset * (p.mask_kind == kMaskBool ? 1 : p.mask_kind == kMaskF32 ? 4 : 2),
+              p.mask_stride_q, p.mask_stride_k, p.mask_kind, p.len_q, p.len_kv};
+      bias.shared = pipe.shared + C::Pipe::kBytes + Queries<C>::kBytes + at.warp * BiasTile::kBytes;
+      bias.stage(mask, at.row0 + 16 * r, key0);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = at.row(r, half), limit = (causal ? min(row + 1, p.len_kv) : p.len_kv) - key0 - 2 * at.t;
+      top[half] = -kInf;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        float2 add = {0.0f, 0.0f};
+        if constexpr (C::kMask == Mask::dense) add = bias.get(mask, 8 * half + at.g, 8 * j + 2 * at.t);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          u32& bits = s[j][2 * half + e];
+          float score = fmaf(__uint_as_float(bits), scale[half], -kPreset * scale[half]);
+          if constexpr (C::kMask == Mask::dense) score += e ? add.y : add.x;
+          score = 8 * j + e < limit ? score : -kInf;
+          top[half] = fmaxf(top[half], score);
+          bits = __float_as_uint(score);
+        }
+      }
+    }
+  }
+
+  // S → P for the current tile, whose first key is key0; moves the references, and O with them.
+  template <bool kMasked>
+  __device__ __forceinline__ void weigh(Scores& s, Weights& prob, int key0) {
+    const float k_scale = load_shared_float(pipe.tile() + C::Layout::kScales + (thread16 / 4 & 12));
+    float top[kRowTiles][2], scale[kRowTiles][2];
+    queries.get_scales(scale, k_scale);
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      if constexpr (kMasked) mask_scores(s[r], r, scale[r], key0, top[r]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        top[r][half] = row_max(kMasked ? top[r][half] : fmaf(largest_score(s[r], half), scale[r][half], -kPreset * scale[r][half]));
+    }
+
+    float factor[kRowTiles][2];
+    if (softmax.update(top, p.log2_p_max, p.rescale_slack, factor)) {
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) o[r][n][e] *= factor[r][e / 2];
+    }
+
+    // A fragments: the accumulator layout of two n-tiles is that of one k16 operand
+#pragma unroll
+    for (int n = 0; n < 2 * kRowTiles; ++n) {
+      const int r = n / 2, half = n % 2;
+      const float reference = softmax.reference[r][half];
+      const float shift = kMasked ? (reference == -kInf ? 0.0f : -reference) : -kPreset * scale[r][half] - reference;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        float x[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float score = __uint_as_float(s[r][j][2 * half + e]);
+          x[e] = exp2_approx(kMasked ? score + shift : fmaf(score, scale[r][half], shift));
+        }
+        softmax.sum[r][half] += x[0] + x[1];
+        prob[r][j / 2][half + j % 2 * 2] = pack_f16(x[0], x[1]);
+      }
+    }
+  }
+
+  template <bool kMasked>
+  __device__ __forceinline__ void step(int n) {
+    Scores s;
+    Weights prob;
+    pipe.acquire(n);
+    const u32 tile = pipe.tile() + (thread16 & 0x1F0);
+    scores<C>(s, queries, tile);
+    if constexpr (C::kStages == 2) pipe.refill(n);
+    weigh<kMasked>(s, prob, n * kKvTile);
+    add_values<C>(o, prob, tile);
+    if constexpr (C::kStages > 2) pipe.refill(n);
+    pipe.release();
+  }
+
+  // From the last tile to the first; tiles [0, full) hold no masked key.
+  __device__ __forceinline__ void run(int tiles, int full) {
+    int n = tiles - 1;
+    for (; n >= full; --n) step<true>(n);
+    if constexpr (C::kMask != Mask::dense)
+      for (; n >= 0; --n) step<false>(n);
+  }
+};
+
+// kSharedBytes: the dynamic shared memory that the launch has (sageattention/variants.py).
+template <class C, int kSharedBytes>
+__device__ void attend_mma(const AttendParams& p) {
+  static_assert(kSharedBytes == C::Pipe::kBytes + Queries<C>::kBytes + (C::kMask == Mask::dense ? C::kWarps * BiasTile::kBytes : 0),
+                "the table of variants and the kernel disagree about shared memory");
+  extern __shared__ __align__(128) u8 stages[];  // the pipe, Q where it is shared, a mask's bias
+  Walk<C> walk{p};
+  walk.thread16 = 16 * threadIdx.x;
+  walk.causal = C::kMask == Mask::causal || (C::kMask == Mask::dense && p.causal);
+
+  const Place<C> at(p, threadIdx.x, blockIdx.x);
+  // Tiles [0, tiles) hold a key that some row of the block sees; of them, [0, full) hold no key that any row does not see.
+  int tiles = p.tiles, full = C::kMask == Mask::dense ? 0 : p.len_kv / kKvTile;
+  if (walk.causal) tiles = min(tiles, (at.block_row0 + C::kBlockM - 1) / kKvTile + 1), full = min(full, (at.block_row0 + 1) / kKvTile);
+  walk.queries.shared = shared_address(stages) + C::Pipe::kBytes + walk.thread16;
+  load_queries<C>(p, walk.queries);
+  walk.pipe.start(shared_address(stages), p.kv, at.pair * p.tiles, tiles - 1);
+#pragma unroll
+  for (int r = 0; r < C::kRowTiles; ++r)
+#pragma unroll
+    for (int n = 0; n < C::kHeadDim / 8; ++n) walk.o[r][n][0] = walk.o[r][n][1] = walk.o[r][n][2] = walk.o[r][n][3] = 0.0f;
+  walk.run(tiles, full);
+  store_output<C>(p, walk.o, walk.softmax);
+}
+
+}  // namespace sage

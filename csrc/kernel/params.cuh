@@ -1,0 +1,68 @@
+// The one by-value argument of each kernel. sageattention/params.py declares the same structs; the build asserts that every
+// offset agrees. Strides count elements; a (batch, head) pair is numbered batch · heads + head.
+#pragma once
+#include "../ptx/types.cuh"
+
+namespace sage {
+
+// A tensor of tokens: [B, H, N, D] in any layout whose last stride is 1.
+struct Tokens {
+  const void* data;
+  i64 stride_b, stride_h, stride_n;
+};
+
+// A launch works on `pairs` (batch, kv head) pairs, the first being number `first`.
+struct StatsParams {
+  Tokens k, v;
+  float* v_amax;   // [pairs, splits, D]: largest |v| of each channel over the split's tokens
+  float* k_mean;   // [pairs, k_splits, D]: sums of k / samples
+  i32* k_scale_max;  // [pairs]: set to 0
+  i32 first, pairs, heads, len, head_dim;
+  i32 dtype;          // Dtype
+  i32 vectors;        // 1: rows of k and v are 16-byte aligned, head_dim is a multiple of 8
+  i32 splits, split_tokens;      // split i covers tokens [i·split_tokens, (i+1)·split_tokens)
+  i32 k_splits, samples, sample_step;  // the mean is over the tokens 0, step, 2·step, …: `samples` of them
+};
+
+struct QuantiseParams {
+  Tokens k, v;
+  const float* v_amax_parts;  // [pairs, splits, D]
+  const float* k_mean_parts;  // [pairs, k_splits, D]
+  u8* kv;              // [pairs, tiles, Fragment::kTileBytes]
+  i32* k_scale_max;    // [pairs], the bits of a non-negative float
+  float* v_amax;       // [pairs, D]
+  float* anchor;       // [pairs, D]
+  i32 first, pairs, heads, len, head_dim;
+  i32 dtype, vectors;
+  i32 splits, k_splits;
+  i32 tiles, runs;     // a block takes ⌈tiles / runs⌉ consecutive tiles
+  float v_max;         // what the largest |v| of a channel becomes
+};
+
+struct AttendParams {
+  Tokens q;
+  const u8* kv;
+  const i32* k_scale_max;
+  const float* v_amax;
+  const float* anchor;
+  const void* mask;    // [B, H, Nq, Nk] by strides, 0 where it broadcasts
+  i64 mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k;
+  void* out;           // as q
+  i64 out_stride_b, out_stride_h, out_stride_n;
+  float* lse;          // [B, H, Nq] or null
+  i32 first, pairs, heads_kv, ratio;  // ratio: query heads per kv head
+  i32 len_q, len_kv, head_dim;
+  i32 dtype, q_vectors, out_vectors;
+  i32 causal;          // 1: key ≤ query index (also with a dense mask)
+  i32 mask_kind;       // MaskKind
+  i32 tiles, blocks_q;  // of 64 keys; blocks of queries
+  float score_scale;   // |sm_scale|·log2(e)·4D / 127
+  float sign;          // of sm_scale
+  float sm_scale;
+  float score_limit;   // SCORE_LIMIT / (127²·D)
+  float inv_v_max;
+  float log2_p_max;    // P of the row maximum, as a power of two
+  float rescale_slack; // how far (base 2) a row may exceed the maximum it was scaled to before everything is rescaled
+};
+
+}  // namespace sage

@@ -1,0 +1,54 @@
+// Conversions between fp32 and 16-bit floats, and the hardware's base-2 exponential and logarithm.
+#pragma once
+#include "types.cuh"
+
+namespace sage {
+
+__device__ __forceinline__ float f16_to_f32(u32 low16) {
+  float f;
+  asm("{.reg .b16 h; cvt.u16.u32 h,%1; cvt.f32.f16 %0,h;}" : "=f"(f) : "r"(low16));
+  return f;
+}
+
+__device__ __forceinline__ float2 unpack_f16(u32 pair) {
+  float2 f;
+  asm("{.reg .b16 a,b; mov.b32 {a,b},%2; cvt.f32.f16 %0,a; cvt.f32.f16 %1,b;}" : "=f"(f.x), "=f"(f.y) : "r"(pair));
+  return f;
+}
+
+// lo in bits 0–15; round to nearest even; beyond the range: infinity.
+__device__ __forceinline__ u32 pack_f16(float lo, float hi) {
+  u32 r;
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.f16x2.f32 %0,%2,%1;" : "=r"(r) : "f"(lo), "f"(hi));
+#else
+  asm("{.reg .b16 a,b; cvt.rn.f16.f32 a,%1; cvt.rn.f16.f32 b,%2; mov.b32 %0,{a,b};}" : "=r"(r) : "f"(lo), "f"(hi));
+#endif
+  return r;
+}
+
+// For finite inputs; lo in bits 0–15.
+__device__ __forceinline__ u32 pack_bf16(float lo, float hi) {
+#if __CUDA_ARCH__ >= 800
+  u32 r;
+  asm("cvt.rn.bf16x2.f32 %0,%2,%1;" : "=r"(r) : "f"(lo), "f"(hi));
+  return r;
+#else  // round to nearest even by hand
+  const u32 a = __float_as_uint(lo), b = __float_as_uint(hi);
+  return ((a + 0x7FFF + ((a >> 16) & 1)) >> 16) | ((b + 0x7FFF + ((b >> 16) & 1)) & 0xFFFF0000u);
+#endif
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace sage

@@ -1,0 +1,19 @@
+// Special registers, read anew at every call: the compiler keeps no copy of them (or of what follows from them) alive.
+#pragma once
+#include "types.cuh"
+
+namespace sage {
+
+__device__ __forceinline__ int special_tid_x() {
+  int x;
+  asm volatile("mov.u32 %0,%%tid.x;" : "=r"(x));
+  return x;
+}
+
+__device__ __forceinline__ int special_ctaid_x() {
+  int x;
+  asm volatile("mov.u32 %0,%%ctaid.x;" : "=r"(x));
+  return x;
+}
+
+}  // namespace sage
