@@ -166,11 +166,12 @@ def compile_all(images: Iterable, jobs: int, csrc: Path = CSRC, say: Callable[[s
 
 
 def spilling(image, usage: dict[str, nvrtc.Usage]) -> list[str]:
-    """Kernels that use local memory: a value in a main loop that leaves the registers costs more than any tile gains."""
+    """Kernels that use more local memory than their entry allows: a value in a main loop that leaves the registers costs more than any
+    tile gains."""
     return [
         f"{image.path}: {symbol} keeps {u.stack} bytes per thread in local memory ({u.spills} bytes of spill code, {u.registers} registers)"
         for symbol, u in usage.items()
-        if u.stack or u.spills
+        if u.stack > image.entry(symbol).local or (u.spills and not image.entry(symbol).local)
     ]
 
 

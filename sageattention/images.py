@@ -33,6 +33,7 @@ class Entry:
     threads: int  # per block
     min_blocks: int = 1  # resident per multiprocessor, for __launch_bounds__
     smem: int = 0  # dynamic shared memory a launch may ask for, bytes
+    local: int = 0  # bytes of local memory per thread that the build accepts; more is a spill, and an error
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from .images import Image
+from .images import Entry, Image
+from .params import AttendParams, QuantiseParams, StatsParams
 
 HEAD_DIMS = (64, 128, 256)  # the compiled head dimensions; a real one is zero-padded to the next of these inside the kernels
 INT8_MAX = 127
@@ -25,9 +26,10 @@ MASK_LIMIT = FINITE_MAX
 AMAX_MIN = 2.0**-100
 # Stored K scales are smaller and row scales larger by this: (q8 · k8) · k_scale is then finite for any K (|q8 · k8| < 2^22).
 K_SCALE_SHIFT = 2.0**-16
-# A "fragment" K scale covers the keys that one thread of an m16n8 accumulator holds of this many: 8, namely 2t and 2t + 1 of every
-# eight, t = lane mod 4. 16 keys of 64 would do the same with half the scales and .0108 instead of .0104 on normal inputs.
-FRAGMENT_KEYS = 32
+# A "fragment" K scale covers the keys that one thread of an m16n8 accumulator holds of this many: 16, namely 2t and 2t + 1 of every
+# eight, t = lane mod 4. So a thread has one K scale a tile and takes its row maxima over integers. .0109 on normal inputs; two scales
+# a tile (8 keys each) give .0104 for twice the products.
+FRAGMENT_KEYS = 64
 # K is shifted by the mean of about this many evenly strided tokens; any constant shift leaves the softmax as it is.
 ANCHOR_TOKENS = 512
 
@@ -61,6 +63,7 @@ class Scheme:
     accumulate: str = "fp32"  # the MMA accumulator of P·V: "fp32", "fp16", "int32" (exact), "fp8" (an FP8 MMA's ~14 bits)
     promote: int = 0  # keys after which the accumulator is added to fp32 registers; 0: after every KV tile
     kv_tile: int = 64  # keys per step of the online softmax
+    slack: float = 0.0  # a row's maximum may outgrow its reference by 2^slack before all is rescaled: P reaches p_max · 2^slack
 
     @property
     def v_bytes(self) -> int:
@@ -73,10 +76,10 @@ class Scheme:
 FP16_FP32 = Scheme("fp16", True, "token", p_max=2.0**10, v_max=2.0**14)
 FP16_FP32_TRITON = replace(FP16_FP32, exact_sum=True)
 # The same for MMA kernels, where a scale per token would cost a multiplication per score; a scale per fragment is one factor a thread.
-FP16_FP32_MMA = replace(FP16_FP32, k_scale="fragment")
-# fp16 accumulators, promoted every KV tile: keys in the accumulator · p_max · v_max · 2 < 65504. The factor 2 is for a P that the fma
-# rounds above p_max. The same for "fp16": promoting less often gains nothing.
-FP16_FP16_FP32 = Scheme("fp16", True, "fragment", p_max=16.0, v_max=8.0, accumulate="fp16")
+FP16_FP32_MMA = replace(FP16_FP32, k_scale="fragment", exact_sum=True, slack=3.0)
+# fp16 accumulators, promoted every KV tile: keys in the accumulator · p_max · 2^slack · v_max · 2 < 65504. The last 2 is for a P that
+# the fma rounds above p_max. The same for "fp16": promoting less often gains nothing.
+FP16_FP16_FP32 = Scheme("fp16", True, "fragment", p_max=16.0, v_max=8.0, accumulate="fp16", exact_sum=True, slack=1.0)
 # e4m3 P and V over their whole range. P of the tile's own maximum is exact, which takes 6 % off the error; V's mean, taken out, is exact
 # too. An FP8 MMA keeps about 14 bits whatever its accumulator is called (Ada, Hopper), so "fp32" is promoted every tile as well.
 FP8_FP32 = Scheme("fp8", True, "fragment", p_max=448.0, v_max=448.0, v_mean=True, p_tile_max=True, accumulate="fp8")
@@ -88,12 +91,18 @@ INT8_INT32 = Scheme("int8", True, "fragment", p_max=255.0, v_max=127.0, p_tile_m
 
 @dataclass(frozen=True)
 class Tile:
-    """Launch shape of an attention kernel: queries and keys per block, warps, pipeline stages."""
+    """Launch shape of an attention kernel: queries and keys per block, warps, pipeline stages.
+
+    CUDA kernels also say how many blocks of a multiprocessor the registers are budgeted for, and whether Q's fragments wait in
+    shared memory instead of registers.
+    """
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    blocks: int = 1
+    query_shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,11 +120,14 @@ class Variant:
     min_arch: int = 0
     archs: tuple[int, ...] = ()
     accum: dict[str, Scheme] = field(default_factory=dict)  # pv_accum_dtype → scheme, where the caller may choose
-    tiles: dict[tuple[int, int], Tile] = field(default_factory=dict)
+    tiles: dict[tuple[int | str, ...], Tile] = field(default_factory=dict)
+    image: str = ""  # CUDA: its attention kernels' images are this and the compiled head dimension
 
-    def tile(self, arch: int, head_dim: int) -> Tile:
-        """The launch shape for `arch` and a compiled `head_dim`."""
-        return self.tiles.get((arch, head_dim)) or self.tiles[0, head_dim]
+    def tile(self, arch: int, head_dim: int, *kind: str) -> Tile:
+        """The launch shape for `arch` and a compiled `head_dim`, and for a kind of kernel (mask, accumulator) that differs."""
+        row = arch if (arch, head_dim) in self.tiles else 0
+        keys = [(row, head_dim, *kind[:n]) for n in range(len(kind), -1, -1)]
+        return next(self.tiles[key] for key in keys if key in self.tiles)
 
 
 SDPA = Variant("sdpa", "sdpa", "PyTorch's own scaled_dot_product_attention, unquantised")
@@ -142,6 +154,37 @@ TRITON_FP16 = Variant(
     },
 )
 
+# mma.sync kernels. On Hopper a warp owns 32 rows where the registers allow it (head_dim ≤ 128): each fragment of K or V it loads then
+# feeds two row tiles, and two blocks of four warps hide each other's softmax. Elsewhere at head_dim 128 (fewer uniform registers, slower
+# MMAs beside the same shared memory) 16 rows a warp do not spill. 8.6, 8.9 and 12.x have 100 KiB of shared memory, Turing 64 and no
+# asynchronous copies; with a dense mask each warp stages 4.5 KiB of bias beside the pipeline. Tried on an H200 and slower: 16 rows a
+# warp, 32-key steps, scores one step ahead, warps taking turns at the tensor cores (docs/kernels.md).
+_TWO, _EIGHT = Tile(128, 64, 4, 3, 2, True), Tile(128, 64, 8, 2, 1)
+MMA_TILES: dict[tuple[int | str, ...], Tile] = {
+    (0, 64): _TWO,
+    (0, 128): _EIGHT,
+    (0, 256): Tile(128, 64, 8, 3, 1, True),
+    (0, 256, "dense"): Tile(128, 64, 8, 2, 1, True),
+    (0, 256, "dense", "fp16"): Tile(128, 64, 8, 1, 1, True),
+    (75, 64): Tile(128, 64, 4, 2, 2),
+    (75, 64, "dense"): Tile(64, 64, 4, 2, 1),
+    (75, 128): _EIGHT,
+    (75, 128, "dense"): Tile(128, 64, 8, 1, 1),
+    (75, 256): Tile(128, 64, 8, 1, 1),
+    (75, 256, "dense"): Tile(32, 64, 2, 1, 1),
+    (80, 256): Tile(128, 64, 8, 2, 1, True),
+    (80, 256, "dense"): Tile(64, 64, 4, 2, 1, True),
+    (90, 128): _TWO,
+    (90, 128, "none", "fp16"): Tile(128, 64, 4, 2, 2, True),
+    (90, 128, "dense", "fp16"): _EIGHT,
+}
+for _arch in (86, 89, 120):
+    MMA_TILES[_arch, 64] = Tile(128, 64, 4, 2, 2, True)
+    MMA_TILES[_arch, 256] = Tile(128, 64, 8, 2, 1) if _arch < 120 else Tile(128, 64, 8, 1, 1, True)
+    MMA_TILES[_arch, 256, "dense"] = Tile(128, 64, 8, 1, 1)
+# Bytes of local memory a thread may use: at head_dim 256 the accumulators leave the compiler a register or two short.
+MMA_LOCAL = {64: 0, 128: 0, 256: 32}
+
 CUDA_FP16 = Variant(
     "sageattn_qk_int8_pv_fp16_cuda",
     "cuda",
@@ -149,6 +192,8 @@ CUDA_FP16 = Variant(
     FP16_FP32_MMA,
     min_arch=75,
     accum={"fp32": FP16_FP32_MMA, "fp16+fp32": FP16_FP16_FP32, "fp16": FP16_FP16_FP32},
+    tiles=MMA_TILES,
+    image="attend_mma_fp16_d",
 )
 CUDA_FP8 = Variant(
     "sageattn_qk_int8_pv_fp8_cuda",
@@ -179,5 +224,62 @@ CUDA_INT8 = Variant(
 
 VARIANTS: dict[str, Variant] = {v.name: v for v in (SDPA, REFERENCE, TRITON_FP16, CUDA_FP16, CUDA_FP8, CUDA_FP8_SM90, CUDA_INT8)}
 
+# --- kernel images -------------------------------------------------------------------------------------------------------------
+
+MASKS = ("none", "causal", "dense")
+STATS_THREADS, QUANTISE_THREADS = 512, 256
+BULK_ARCH = 90  # from here on a tile is one bulk copy, with 16 bytes of barriers a stage
+BIAS_BYTES = 16 * (64 + 8) * 4  # a warp's stage of a dense mask
+
+
+def kv_tile_bytes(head_dim: int) -> int:
+    """One tile of 64 quantised keys and values: INT8 codes, fp16 values, four fp32 scales (csrc/block/fragment.cuh)."""
+    return 64 * head_dim * 3 + 16
+
+
+def attend_symbol(head_dim: int, mask: str, accumulate: str) -> str:
+    """The mma.sync attention kernel's name."""
+    return f"attend_mma_fp16_d{head_dim}_{mask}_{accumulate}"
+
+
+def _attend_entry(arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
+    t = CUDA_FP16.tile(arch, head_dim, mask, accumulate)
+    row_tiles = t.block_m // (16 * t.warps)
+    smem = t.stages * (kv_tile_bytes(head_dim) + (16 if arch >= BULK_ARCH else 0))
+    if t.query_shared:
+        smem += (row_tiles * head_dim // 32 + 1) * 16 * 32 * t.warps
+    if mask == "dense":
+        smem += t.warps * BIAS_BYTES
+    config = f"{head_dim}, Mask::{mask}, Accumulate::{accumulate}, {t.warps}, {row_tiles}, {t.stages}, {str(t.query_shared).lower()}"
+    symbol = attend_symbol(head_dim, mask, accumulate)
+    return Entry(symbol, f"attend_mma<AttendConfig<{config}>, {smem}>", AttendParams, 32 * t.warps, t.blocks, smem, MMA_LOCAL[head_dim])
+
+
+def _mma_images(target: str) -> tuple[Image, ...]:
+    arch = int(target.split("_")[1].rstrip("a"))
+    attend = tuple(
+        Image(
+            f"{CUDA_FP16.image}{d}", target, "kernel/attend_mma.cuh",
+            tuple(_attend_entry(arch, d, mask, accumulate) for mask in MASKS for accumulate in ("fp32", "fp16")),
+        )
+        for d in HEAD_DIMS
+    )  # fmt: skip
+
+    def blocks(head_dim: int) -> int:
+        return 1 if head_dim == 256 or arch == 75 else 2  # whose registers the quantiser fits
+
+    quantise = Image(
+        "quantise_fp16", target, "kernel/quantise.cuh",
+        tuple(Entry(f"stats_d{d}", f"stats<{d}>", StatsParams, STATS_THREADS, 2) for d in HEAD_DIMS)
+        + tuple(
+            Entry(f"quantise_fp16_d{d}", f"quantise<{d}>", QuantiseParams, QUANTISE_THREADS, blocks(d), local=MMA_LOCAL[d])
+            for d in HEAD_DIMS
+        ),
+    )  # fmt: skip
+    return quantise, *attend
+
+
+TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_75", "compute_80", "compute_89")
+
 # What `csrc/build.py` compiles: every kernel image, for every architecture.
-IMAGES: tuple[Image, ...] = ()
+IMAGES: tuple[Image, ...] = tuple(image for target in TARGETS for image in _mma_images(target))

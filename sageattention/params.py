@@ -1,0 +1,78 @@
+"""The kernels' by-value arguments, field for field as csrc/kernel/params.cuh declares them (the build asserts every offset).
+
+A class's name is the C++ struct's name. Pointers are plain integers; strides count elements.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+from ctypes import c_float, c_int32, c_int64, c_uint64
+
+POINTER = c_uint64
+
+
+class Tokens(ctypes.Structure):
+    """A tensor [B, H, N, D] whose last stride is 1."""
+
+    _fields_ = [("data", POINTER), ("stride_b", c_int64), ("stride_h", c_int64), ("stride_n", c_int64)]
+
+
+class StatsParams(ctypes.Structure):
+    """First launch: V's amax per channel, K's anchor."""
+
+    _fields_ = [
+        ("k", Tokens), ("v", Tokens),
+        ("v_amax", POINTER), ("k_mean", POINTER), ("k_scale_max", POINTER),
+        ("first", c_int32), ("pairs", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
+        ("dtype", c_int32), ("vectors", c_int32),
+        ("splits", c_int32), ("split_tokens", c_int32),
+        ("k_splits", c_int32), ("samples", c_int32), ("sample_step", c_int32),
+    ]  # fmt: skip
+
+
+class QuantiseParams(ctypes.Structure):
+    """Second launch: K and V → tiles in fragment order."""
+
+    _fields_ = [
+        ("k", Tokens), ("v", Tokens),
+        ("v_amax_parts", POINTER), ("k_mean_parts", POINTER), ("kv", POINTER),
+        ("k_scale_max", POINTER), ("v_amax", POINTER), ("anchor", POINTER),
+        ("first", c_int32), ("pairs", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
+        ("dtype", c_int32), ("vectors", c_int32),
+        ("splits", c_int32), ("k_splits", c_int32),
+        ("tiles", c_int32), ("runs", c_int32),
+        ("v_max", c_float),
+    ]  # fmt: skip
+
+
+class AttendParams(ctypes.Structure):
+    """Third launch: attention, Q quantised in its prologue."""
+
+    _fields_ = [
+        ("q", Tokens),
+        ("kv", POINTER), ("k_scale_max", POINTER), ("v_amax", POINTER), ("anchor", POINTER),
+        ("mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64), ("mask_stride_q", c_int64), ("mask_stride_k", c_int64),
+        ("out", POINTER), ("out_stride_b", c_int64), ("out_stride_h", c_int64), ("out_stride_n", c_int64),
+        ("lse", POINTER),
+        ("first", c_int32), ("pairs", c_int32), ("heads_kv", c_int32), ("ratio", c_int32),
+        ("len_q", c_int32), ("len_kv", c_int32), ("head_dim", c_int32),
+        ("dtype", c_int32), ("q_vectors", c_int32), ("out_vectors", c_int32),
+        ("causal", c_int32), ("mask_kind", c_int32),
+        ("tiles", c_int32), ("blocks_q", c_int32),
+        ("score_scale", c_float), ("sign", c_float), ("sm_scale", c_float), ("score_limit", c_float),
+        ("inv_v_max", c_float), ("log2_p_max", c_float), ("rescale_slack", c_float),
+    ]  # fmt: skip
+
+
+def packer(struct_type: type[ctypes.Structure]) -> Callable[..., bytes]:
+    """A function that packs the fields' values, in order, into the struct's bytes; much faster than filling the structure."""
+    codes = {c_uint64: "Q", c_int64: "q", c_int32: "i", c_float: "f"}
+
+    def letters(t: type[ctypes.Structure]) -> str:
+        return "".join(letters(kind) if issubclass(kind, ctypes.Structure) else codes[kind] for _, kind in t._fields_)
+
+    form = struct.Struct("<" + letters(struct_type))
+    padding = ctypes.sizeof(struct_type) - form.size  # at the end only: the 8-byte fields come first
+    return struct.Struct(f"<{letters(struct_type)}{padding}x").pack
