@@ -149,7 +149,13 @@ def _run_triton(call: Call) -> Result:
     return triton_ops.run(call)
 
 
-_RUNNERS = {"sdpa": _run_sdpa, "reference": _run_reference, "triton": _run_triton}
+def _run_cuda(call: Call) -> Result:
+    from . import cuda_ops
+
+    return cuda_ops.run(call)
+
+
+_RUNNERS = {"sdpa": _run_sdpa, "reference": _run_reference, "triton": _run_triton, "cuda": _run_cuda}
 
 
 def _to_hnd(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -188,6 +194,10 @@ def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str, variant: s
     """The first half of a call: K and V quantised, all heads at once."""
     problem = Problem.from_tensors(k, k, v, tensor_layout=tensor_layout)
     chosen = plan_for(problem, variant)
+    if chosen.variant.backend == "cuda":
+        from . import cuda_ops
+
+        return cuda_ops.quantize(k, v, problem, chosen)
     if chosen.variant.backend != "triton":
         raise Unsupported("variant", f"{chosen.variant.name} ({chosen.reason}) keeps no quantised K and V; name one that does")
     from . import triton_ops
@@ -205,9 +215,13 @@ def attend(
     attn_mask: torch.Tensor | None,
 ) -> Result:
     """The second half: q against a `QuantizedKV`."""
-    from . import triton_ops
-
     problem = kv.problem.with_query(q, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse)
     if problem.empty:
         return _empty(q, problem)
+    if kv.plan.variant.backend == "cuda":
+        from . import cuda_ops
+
+        return cuda_ops.attend_all(q, kv, problem, _four_dims(attn_mask))
+    from . import triton_ops
+
     return triton_ops.attend_all(q, kv, problem, _four_dims(attn_mask))

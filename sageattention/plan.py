@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
+from . import images, store
 from .capability import Capability
 from .errors import KernelMissing, Unsupported
 from .problem import Problem
-from .variants import SDPA, VARIANTS, Scheme, Tile, Variant, pad_head_dim
+from .variants import HEAD_DIMS, IMAGES, SDPA, VARIANTS, Scheme, Tile, Variant, pad_head_dim
 
 # Quantised K and V of at most this many bytes live at once; more heads than fit are done in groups.
 WORKSPACE_LIMIT = 256 << 20
@@ -98,6 +99,11 @@ def refusal(variant: Variant, capability: Capability, arch: int = 0) -> Unsuppor
         if variant.archs and arch not in variant.archs:
             return Unsupported("q", f"is on an sm_{arch} device; {variant.name} is made for {_archs(variant.archs)} only")
     if variant.backend == "cuda":
+        family = 0 if arch == capability.arch else arch
+        image = images.select(IMAGES, f"{variant.image}{HEAD_DIMS[0]}", capability.arch, family) if variant.image else None
+        if image is not None:
+            absent = store.missing(image)
+            return KernelMissing(variant.name, f"sm_{arch}: {absent}") if absent else None
         return KernelMissing(variant.name, f"this installation holds no kernel of it for sm_{arch}; choose 'auto' or another variant")
     return None
 

@@ -58,6 +58,15 @@ def record(image: Image, entry: Entry) -> dict[str, Any]:
     return kernel
 
 
+def missing(image: Image) -> str:
+    """Why this installation cannot have the image at all, or "" where the manifest lists it. Reads the manifest once."""
+    try:
+        listed = image.path in _manifest(KERNELS)
+    except Unusable as error:
+        return str(error)
+    return "" if listed else f"{KERNELS / MANIFEST} does not list {image.path}; {remedy()}"
+
+
 def read(image: Image) -> bytes:
     """An image ready for the driver: unpacked, verified, PTX with its closing NUL.
 

@@ -178,11 +178,17 @@ def test_the_demo_images_of_the_gpu_tests_are_up_to_date():
 # --- the package's own images ---
 
 
-def test_every_committed_image_is_built_from_the_present_sources():
+@pytest.fixture
+def committed():
+    if not (build.KERNELS / build.MANIFEST).exists():
+        pytest.skip("no kernel images in this checkout; run dev.py build")
+
+
+def test_every_committed_image_is_built_from_the_present_sources(committed):
     assert build.check(list(build.load_table())) == []
 
 
-def test_a_sample_of_the_committed_images_is_built_again_byte_for_byte(capsys):
+def test_a_sample_of_the_committed_images_is_built_again_byte_for_byte(committed, capsys):
     number = int(time.time() // 86400)
     chosen = build.sample(build.load_table(), number)
     print(f"sample {number}: python csrc/build.py --sample {number}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sageattention import KernelMissing, Unsupported, capability
+from sageattention import KernelMissing, Unsupported, capability, store
 from sageattention.capability import Capability
 from sageattention.plan import AUTO_ORDER, MIN_AUTO_TOKENS, WORKSPACE_LIMIT, plan, refusal
 from sageattention.problem import Problem
@@ -100,8 +100,14 @@ def test_each_cuda_variant_runs_as_itself_or_says_why_not(name, arch):
 
 
 @pytest.mark.parametrize("name", CUDA)
-def test_a_future_arch_has_no_kernel_by_itself(name):
-    """sm_130 is not served by code for sm_120: cubins do not run on a newer major version."""
+def test_a_future_arch_runs_ptx_or_nothing(name, monkeypatch):
+    """sm_130 is not served by cubins of sm_120, which do not run on a newer major version, but by PTX where there is some."""
+    monkeypatch.setattr(store, "missing", lambda image: "")
+    plan.cache_clear()
+    if VARIANTS[name].image:
+        assert plan(problem(), gpu(130), name).variant.name == name
+        plan.cache_clear()
+        return
     with pytest.raises((KernelMissing, Unsupported)):
         plan(problem(), gpu(130), name)
 
@@ -219,3 +225,11 @@ def test_every_arch_and_head_dim_has_a_tile(name):
 def test_importing_the_planner_needs_no_torch():
     code = "import sys; sys.modules['torch'] = None; from sageattention import plan, variants, problem, capability, images"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_a_variant_without_images_says_where_they_were_looked_for(monkeypatch):
+    monkeypatch.setattr(store, "missing", lambda image: f"nobody has {image.path}; rebuild")
+    plan.cache_clear()
+    with pytest.raises(KernelMissing, match=r"sm_90a/attend_mma_fp16_d64.*rebuild"):
+        plan(problem(), gpu(90), "sageattn_qk_int8_pv_fp16_cuda")
+    plan.cache_clear()

@@ -104,7 +104,7 @@ def test_one_key_300_times_larger_leaves_the_other_rows_alone():
     scores = (q @ k.mT)[0, 0]
     rows = scores[:, 7] < -0.3 * scores[:, 7].abs().max()  # clearly not attending to that key
     assert rows.sum() > 10
-    for scheme, bound in ((variants.FP16_FP32, 0.02), (variants.FP16_FP32_MMA, 0.08)):
+    for scheme, bound in ((variants.FP16_FP32, 0.02), (variants.FP16_FP32_MMA, 0.15)):
         assert inputs.relative_l2(emulate(q, k, v, scheme)[0][:, :, rows], exact[:, :, rows]) < bound
 
 
@@ -223,14 +223,14 @@ def test_rotation_is_orthogonal_and_defined_by_its_formula(head_dim):
         assert r[i, j] == (-1) ** sign / (2 * head_dim)
 
 
-@pytest.mark.parametrize("granularity, keys", [("token", 1), ("fragment", 8), ("tile", 64)])
+@pytest.mark.parametrize("granularity, keys", [("token", 1), ("fragment", 16), ("tile", 64)])
 def test_keys_that_share_a_scale(granularity, keys):
     k = randn(130, 64)
     _, scale, _ = quantise_k(k, replace(variants.FP16_FP32, k_scale=granularity))
     first = scale[:64, 0]
     assert [int((first == s).sum()) for s in first.unique()] == [keys] * (64 // keys)
-    if granularity == "fragment":  # keys 2t and 2t + 1 of every eight, t = 1, of the second 32
-        assert (scale[[34, 35, 42, 43, 50, 51, 58, 59]] == scale[34]).all()
+    if granularity == "fragment":  # keys 2t and 2t + 1 of every eight, t = 1, of the second 64
+        assert (scale[[66 + 8 * j + e for j in range(8) for e in (0, 1)]] == scale[66]).all()
 
 
 @each_scheme
