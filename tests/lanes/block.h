@@ -1,0 +1,158 @@
+// A thread block on the host: every CUDA thread is a fiber, and what a warp does together (shuffles, votes, MMAs) runs once all 32
+// lanes have arrived. Slow and exact: it executes the device code as written, with every race a missing barrier would cause.
+#pragma once
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "ptx/types.cuh"
+
+struct uint4 { u32 x, y, z, w; };
+struct float4 { float x, y, z, w; };
+struct float2 { float x, y; };
+struct Index { unsigned x, y, z; };
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+
+struct Fiber {
+  ucontext_t context;
+  Index thread;
+  bool done;
+  std::vector<char> stack;
+};
+
+struct Warp {
+  int arrived = 0;
+  unsigned generation = 0;
+  void* argument[32];
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  int arrived = 0, alive = 0;
+  unsigned generation = 0;
+  long progress = 0;  // grows whenever something happens that a waiting fiber may wait for
+};
+
+static Block block;
+static Fiber* current;
+static ucontext_t scheduler;
+static Index block_index;
+static std::function<void()>* kernel;
+alignas(1024) static u8 dynamic_shared[232 * 1024];
+static char address_base[8];  // shared addresses are distances from here
+
+#define threadIdx (current->thread)
+#define blockIdx block_index
+
+inline void let_others_run() {
+  Fiber* self = current;
+  swapcontext(&self->context, &scheduler);
+}
+
+inline void fiber_main() {
+  (*kernel)();
+  current->done = true, --block.alive, ++block.progress;
+  swapcontext(&current->context, &scheduler);
+}
+
+// The last of the warp's lanes to arrive runs `together` on all lanes' arguments.
+template <class Together>
+void collective(void* argument, Together together) {
+  Warp& warp = block.warps[threadIdx.x / 32];
+  warp.argument[threadIdx.x % 32] = argument;
+  const unsigned generation = warp.generation;
+  if (++warp.arrived == 32) {
+    together(warp.argument);
+    warp.arrived = 0, ++warp.generation, ++block.progress;
+  } else {
+    while (warp.generation == generation) let_others_run();
+  }
+}
+
+inline void __syncwarp() { collective(nullptr, [](void**) {}); }
+
+inline void __syncthreads() {
+  const unsigned generation = block.generation;
+  if (++block.arrived == (int)block.fibers.size())
+    block.arrived = 0, ++block.generation, ++block.progress;
+  else
+    while (block.generation == generation) let_others_run();
+}
+
+// Runs the blocks one after the other; shared memory starts as garbage. Aborts where all threads wait for ever.
+static void run_grid(unsigned blocks, int threads, std::function<void()> body) {
+  kernel = &body;
+  for (unsigned b = 0; b < blocks; ++b) {
+    memset(dynamic_shared, 0xFF, sizeof dynamic_shared);
+    block = Block();
+    block.fibers.resize(threads), block.warps.resize(threads / 32), block.alive = threads, block_index = {b, 0, 0};
+    for (int t = 0; t < threads; ++t) {
+      Fiber& f = block.fibers[t];
+      f.thread = {(unsigned)t, 0, 0}, f.done = false, f.stack.resize(96 * 1024);
+      getcontext(&f.context);
+      f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size(), f.context.uc_link = nullptr;
+      makecontext(&f.context, fiber_main, 0);
+    }
+    for (long idle = 0, last = -1; block.alive; last = block.progress) {
+      for (Fiber& f : block.fibers)
+        if (!f.done) current = &f, swapcontext(&scheduler, &f.context);
+      idle = block.progress == last ? idle + 1 : 0;
+      if (idle > 50) fprintf(stderr, "deadlock: %d threads of block %u wait for ever\n", block.alive, b), abort();
+    }
+  }
+}
+
+inline u32 __float_as_uint(float x) { u32 bits; memcpy(&bits, &x, 4); return bits; }
+inline float __uint_as_float(u32 bits) { float x; memcpy(&x, &bits, 4); return x; }
+inline int __float_as_int(float x) { return (int)__float_as_uint(x); }
+inline float __int_as_float(int bits) { return __uint_as_float((u32)bits); }
+
+inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
+  const u64 bytes = (u64)b << 32 | a;
+  u32 out = 0;
+  for (int i = 0; i < 4; ++i) out |= (u32)(bytes >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+  return out;
+}
+
+struct Exchange { float in, out; int lane_mask; };
+
+inline float __shfl_xor_sync(unsigned, float x, int lane_mask) {
+  Exchange e{x, 0, lane_mask};
+  collective(&e, [](void** lanes) {
+    for (int i = 0; i < 32; ++i) {
+      auto* own = (Exchange*)lanes[i];
+      own->out = ((Exchange*)lanes[i ^ own->lane_mask])->in;
+    }
+  });
+  return e.out;
+}
+
+inline bool __any_sync(unsigned, bool x) {
+  Exchange e{x ? 1.0f : 0.0f, 0, 0};
+  collective(&e, [](void** lanes) {
+    float any = 0;
+    for (int i = 0; i < 32; ++i) any += ((Exchange*)lanes[i])->in;
+    for (int i = 0; i < 32; ++i) ((Exchange*)lanes[i])->out = any;
+  });
+  return e.out > 0;
+}
+
+inline void atomicMax(int* p, int x) { *p = x > *p ? x : *p; }
+template <class T> T min(T a, T b) { return a < b ? a : b; }
+template <class T> T max(T a, T b) { return a > b ? a : b; }
+
+inline u8* at_shared(u32 address, int alignment) {
+  u8* p = (u8*)address_base + (int)address;
+  if ((uintptr_t)p % alignment) fprintf(stderr, "a misaligned shared address\n"), abort();
+  return p;
+}
+
+inline float half_to_float(u32 bits) { const u16 low = (u16)bits; _Float16 h; memcpy(&h, &low, 2); return (float)h; }
+inline u32 float_to_half(float x) { const _Float16 h = (_Float16)x; u16 bits; memcpy(&bits, &h, 2); return bits; }

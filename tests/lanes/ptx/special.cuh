@@ -1,0 +1,7 @@
+#pragma once
+#include "block.h"
+
+namespace sage {
+inline int special_tid_x() { return threadIdx.x; }
+inline int special_ctaid_x() { return blockIdx.x; }
+}  // namespace sage
