@@ -15,7 +15,6 @@ from . import hadamard
 from .variants import (
     AMAX_MIN,
     FINITE_MAX,
-    FRAGMENT_KEYS,
     INT8_MAX,
     K_SCALE_SHIFT,
     LOG2E,
@@ -141,7 +140,7 @@ def quantise_v(v: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Ten
 def _share(amax: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """The largest amax among the keys that share a scale; a last, partial group is filled up with zeros."""
     fragment = scheme.k_scale == "fragment"
-    tokens, keys = amax.shape[0], FRAGMENT_KEYS if fragment else scheme.kv_tile
+    tokens, keys = amax.shape[0], scheme.fragment_keys if fragment else scheme.kv_tile
     padded = torch.nn.functional.pad(amax[:, 0], (0, -tokens % keys)).view(-1, keys // 8, 4, 2)
     dims = (1, 3) if fragment else (1, 2, 3)
     return padded.amax(dims, keepdim=True).expand_as(padded).reshape(-1)[:tokens, None]

@@ -54,7 +54,7 @@ class Scheme:
 
     pv: str  # the type of P and V: "fp16", "fp8" (e4m3), "int8" (P unsigned)
     rotate: bool  # Q and K multiplied by one signed Hadamard matrix
-    k_scale: str  # keys that share a scale: "token" (one), "fragment" (those one thread holds of 64), "tile" (all of a KV tile)
+    k_scale: str  # keys that share a scale: "token" (one), "fragment" (those one thread holds of `fragment_keys`), "tile" (all of a tile)
     p_max: float  # P of the row maximum
     v_max: float
     v_mean: bool = False  # V's per-channel mean is taken out and added back
@@ -63,6 +63,7 @@ class Scheme:
     accumulate: str = "fp32"  # the MMA accumulator of P·V: "fp32", "fp16", "int32" (exact), "fp8" (an FP8 MMA's ~14 bits)
     promote: int = 0  # keys after which the accumulator is added to fp32 registers; 0: after every KV tile
     kv_tile: int = 64  # keys per step of the online softmax
+    fragment_keys: int = FRAGMENT_KEYS  # a "fragment" scale covers a quarter of so many consecutive keys
     slack: float = 0.0  # a row's maximum may outgrow its reference by 2^slack before all is rescaled: P reaches p_max · 2^slack
 
     @property
@@ -77,6 +78,9 @@ FP16_FP32 = Scheme("fp16", True, "token", p_max=2.0**10, v_max=2.0**14)
 FP16_FP32_TRITON = replace(FP16_FP32, exact_sum=True)
 # The same for MMA kernels, where a scale per token would cost a multiplication per score; a scale per fragment is one factor a thread.
 FP16_FP32_MMA = replace(FP16_FP32, k_scale="fragment", exact_sum=True, slack=3.0)
+# Hopper's wgmma kernel takes 96 keys at a time, with two scales a thread (.0107 on normal inputs). Its denominator is a column of ones
+# in V, so it sums what P was rounded to.
+FP16_FP32_WGMMA = replace(FP16_FP32_MMA, fragment_keys=48, exact_sum=False, kv_tile=96)
 # fp16 accumulators, promoted every KV tile: keys in the accumulator · p_max · 2^slack · v_max · 2 < 65504. The last 2 is for a P that
 # the fma rounds above p_max. The same for "fp16": promoting less often gains nothing.
 FP16_FP16_FP32 = Scheme("fp16", True, "fragment", p_max=16.0, v_max=8.0, accumulate="fp16", exact_sum=True, slack=1.0)
@@ -283,3 +287,33 @@ TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "co
 
 # What `csrc/build.py` compiles: every kernel image, for every architecture.
 IMAGES: tuple[Image, ...] = tuple(image for target in TARGETS for image in _mma_images(target))
+
+
+# --- Hopper's own kernels, not offered yet: the tests compile them, nothing plans them (docs/kernels.md) ---------------------------
+
+# Two warpgroups of 64 queries each beside one that fetches. 96 keys: two score arrays of more do not fit the registers. head_dim 256
+# stays with mma.sync: its accumulators alone would take 128 of a thread's 240 registers.
+WGMMA_TILES = {(d, mask): Tile(128, 96, 12, 3 if mask == "dense" else 4) for d in (64, 128) for mask in MASKS}
+
+
+def wgmma_tile_bytes(head_dim: int) -> int:
+    """One tile of 96 quantised keys and values: INT8 codes, scales, fp16 values and eight columns of ones (csrc/block/core_matrix.cuh)."""
+    return 96 * head_dim + 128 + 96 * (head_dim + 8) * 2
+
+
+def _wgmma_entry(head_dim: int, mask: str) -> Entry:
+    t = WGMMA_TILES[head_dim, mask]
+    smem = t.block_m * head_dim + t.stages * (wgmma_tile_bytes(head_dim) + 32)
+    if mask == "dense":
+        smem += t.block_m // 16 * 2 * BIAS_BYTES
+    expression = f"attend_wgmma<WgmmaConfig<{head_dim}, Mask::{mask}, {t.stages}>, {smem}>"
+    return Entry(f"attend_wgmma_fp16_d{head_dim}_{mask}", expression, AttendParams, 32 * t.warps, 1, smem)
+
+
+WGMMA_IMAGES: tuple[Image, ...] = (
+    *(Image(f"attend_wgmma_fp16_d{d}", "sm_90a", "kernel/attend_wgmma.cuh", tuple(_wgmma_entry(d, m) for m in MASKS)) for d in (64, 128)),
+    Image(
+        "quantise_wgmma_fp16", "sm_90a", "kernel/quantise_wgmma.cuh",
+        tuple(Entry(f"quantise_wgmma_fp16_d{d}", f"quantise_core<CoreMatrix<{d}>>", QuantiseParams, 4 * 96) for d in (64, 128)),
+    ),
+)  # fmt: skip

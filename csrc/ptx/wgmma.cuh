@@ -1,0 +1,165 @@
+// Hopper's asynchronous tensor-core products and what goes with them (PTX ISA, "Asynchronous warpgroup level matrix instructions").
+// A warpgroup is four consecutive warps; all its threads execute these together.
+//
+// Accumulators: warp w has rows 16w … 16w+15 of 64; lane 4·g + t has of rows g and g+8, of each eight columns i, columns 2t and
+// 2t+1, as d[4i], d[4i+1] (row g) and d[4i+2], d[4i+3] (row g+8).
+#pragma once
+#include "types.cuh"
+
+namespace sage {
+
+// An operand in shared memory without swizzle: core matrices of 8 rows × 16 bytes, each 128 contiguous bytes. kNextK: bytes from
+// one to its neighbour along k; the next eight rows follow 128 bytes on. Add (bytes >> 4) to move it.
+template <int kNextK>
+__device__ __forceinline__ u64 wgmma_descriptor(u32 shared) {
+  return (u64)(shared >> 4 & 0x3FFF) | (u64)(kNextK >> 4) << 16 | (u64)(128 >> 4) << 32;
+}
+
+// Registers that a product is about to read or write are complete: before the first wgmma, and after changing accumulators.
+__device__ __forceinline__ void wgmma_fence() {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wgmma_commit() {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Waits until at most kPending of the committed groups are under way.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// The compiler may not move reads or writes of these registers past this point: it does not know that a product is under way.
+template <int kCount>
+__device__ __forceinline__ void wgmma_hold(i32 (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
+
+template <int kCount>
+__device__ __forceinline__ void wgmma_hold(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Ordinary stores to shared memory become visible to the tensor cores and the copy engine.
+__device__ __forceinline__ void fence_async_proxy() {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// A warpgroup gives registers back to the multiprocessor, or takes them: kCount a thread from here on.
+template <int kCount>
+__device__ __forceinline__ void registers_shrink() {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+
+template <int kCount>
+__device__ __forceinline__ void registers_grow() {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+#endif
+}
+
+// Barrier `id` (1 to 15; 0 is __syncthreads) among kThreads threads.
+template <int kThreads>
+__device__ __forceinline__ void named_barrier(int id) {
+  asm volatile("bar.sync %0,%1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+
+// One instruction names up to 136 registers one by one. W_n: the text "%0,…" of n accumulators; W_OUT_n: their operands.
+#define W_8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define W_16 W_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define W_24 W_16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define W_32 W_24 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define W_36 W_32 ",%32,%33,%34,%35"
+#define W_48 W_36 ",%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define W_64 W_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define W_68 W_64 ",%64,%65,%66,%67"
+#define W_OUT_4(c, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
+#define W_OUT_16(c, i) W_OUT_4(c, i), W_OUT_4(c, i + 4), W_OUT_4(c, i + 8), W_OUT_4(c, i + 12)
+#define W_OUT_32(c) W_OUT_16(c, 0), W_OUT_16(c, 16)
+#define W_OUT_36(c) W_OUT_32(c), W_OUT_4(c, 32)
+#define W_OUT_48(c) W_OUT_32(c), W_OUT_16(c, 32)
+#define W_OUT_64(c) W_OUT_48(c), W_OUT_16(c, 48)
+#define W_OUT_68(c) W_OUT_64(c), W_OUT_4(c, 64)
+
+// d[64, kN] (+)= A · B with A and B in shared memory; `regs` = kN / 2, and x, y, z the three numbers that follow.
+#define WGMMA_SHARED(shape, types, bind, regs, x, y, z)                                                                   \
+  asm volatile("{.reg .pred p; setp.ne.b32 p,%" #z ",0; wgmma.mma_async.sync.aligned." shape "." types                    \
+               " {" W_##regs "},%" #x ",%" #y ",p;}"                                                                      \
+               : W_OUT_##regs(bind)                                                                                       \
+               : "l"(a), "l"(b), "n"((int)kAdd))
+
+// The same with A from registers: fragments as of mma.m16n8k16 (m16n8k32 for bytes), a warp's 16 rows each.
+#define WGMMA_REGISTERS(shape, types, bind, regs, x0, x1, x2, x3, y, z, flags)                                            \
+  asm volatile("{.reg .pred p; setp.ne.b32 p,%" #z ",0; wgmma.mma_async.sync.aligned." shape "." types                    \
+               " {" W_##regs "},{%" #x0 ",%" #x1 ",%" #x2 ",%" #x3 "},%" #y ",p" flags ";}"                               \
+               : W_OUT_##regs(bind)                                                                                       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"((int)kAdd))
+
+// d[64, 2·kRegisters] = A[64, 32] · B[2·kRegisters, 32]ᵀ (+ d if kAdd), int8 → int32.
+template <bool kAdd, int kRegisters>
+__device__ __forceinline__ void wgmma_s8(i32 (&d)[kRegisters], u64 a, u64 b) {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  static_assert(kRegisters == 48 || kRegisters == 64, "no such shape is spelt out");
+  if constexpr (kRegisters == 48)
+    WGMMA_SHARED("m64n96k32", "s32.s8.s8", "+r", 48, 48, 49, 50);
+  else
+    WGMMA_SHARED("m64n128k32", "s32.s8.s8", "+r", 64, 64, 65, 66);
+#endif
+}
+
+// d[64, 2·kRegisters] = A[64, 16] · B[2·kRegisters, 16]ᵀ (+ d if kAdd), fp16 → fp32.
+template <bool kAdd, int kRegisters>
+__device__ __forceinline__ void wgmma_f16(float (&d)[kRegisters], const u32* a, u64 b) {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  static_assert(kRegisters == 36 || kRegisters == 68, "no such shape is spelt out");
+  if constexpr (kRegisters == 36)
+    WGMMA_REGISTERS("m64n72k16", "f32.f16.f16", "+f", 36, 36, 37, 38, 39, 40, 41, ",1,1,0");
+  else
+    WGMMA_REGISTERS("m64n136k16", "f32.f16.f16", "+f", 68, 68, 69, 70, 71, 72, 73, ",1,1,0");
+#endif
+}
+
+// d[64, 2·kRegisters] = A[64, 32] · B[2·kRegisters, 32]ᵀ (+ d if kAdd), e4m3 → fp32 of about 14 bits.
+template <bool kAdd, int kRegisters>
+__device__ __forceinline__ void wgmma_e4m3(float (&d)[kRegisters], const u32* a, u64 b) {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  static_assert(kRegisters == 36 || kRegisters == 68, "no such shape is spelt out");
+  if constexpr (kRegisters == 36)
+    WGMMA_REGISTERS("m64n72k32", "f32.e4m3.e4m3", "+f", 36, 36, 37, 38, 39, 40, 41, ",1,1");
+  else
+    WGMMA_REGISTERS("m64n136k32", "f32.e4m3.e4m3", "+f", 68, 68, 69, 70, 71, 72, 73, ",1,1");
+#endif
+}
+
+#undef W_8
+#undef W_16
+#undef W_24
+#undef W_32
+#undef W_36
+#undef W_48
+#undef W_64
+#undef W_68
+#undef W_OUT_4
+#undef W_OUT_16
+#undef W_OUT_32
+#undef W_OUT_36
+#undef W_OUT_48
+#undef W_OUT_64
+#undef W_OUT_68
+#undef WGMMA_SHARED
+#undef WGMMA_REGISTERS
+
+}  // namespace sage
