@@ -134,7 +134,8 @@ def _load(card: Device, image: Image, entry: Entry) -> Kernel:
             _check_shared(card, image, entry, libcuda.static_shared(handle, entry.symbol))
         if entry.smem:
             libcuda.allow_shared(handle, entry.symbol, entry.smem)
-    return Kernel(handle, entry.threads, entry.smem, known["params"], card.arch >= 90, entry.symbol, ctypes.c_void_p(handle))
+    overlap = card.arch >= 90 and libcuda.cuda_version() >= libcuda.GRAPHS_WITH_OVERLAP
+    return Kernel(handle, entry.threads, entry.smem, known["params"], overlap, entry.symbol, ctypes.c_void_p(handle))
 
 
 def _check_shared(card: Device, image: Image, entry: Entry, static: int) -> None:

@@ -22,6 +22,7 @@ NVML = "nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1"
 CUBIN = (12000, "525")
 BLACKWELL = (12080, "570")
 PTX = (12080, "570")
+GRAPHS_WITH_OVERLAP = 12030  # older drivers can't capture a programmatic dependent launch into a graph
 
 # cuda.h
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
