@@ -250,7 +250,7 @@ def _new_recipe(p: Problem, plan: Plan, one_group: bool) -> Recipe:
         driver.kernel(p.device_index, image, attend_symbol(d, mask, scheme.accumulate), variant.name),
     )
     tiles, pairs_all = -(-p.len_kv // KV_TILE), p.batch * p.heads_kv
-    groups = ((0, pairs_all),) if one_group else head_groups(pairs_all, tiles * kv_tile_bytes(d))
+    groups = ((0, pairs_all),) if one_group else head_groups(pairs_all, tiles * kv_tile_bytes(d), WORKSPACE_LIMIT)
     pairs = groups[0][1]
     splits = max(1, min(4 * card.multiprocessors // pairs, -(-p.len_kv // STATS_MIN_TOKENS)))
     split_tokens = -(-p.len_kv // splits)
@@ -278,7 +278,7 @@ def _image(variant: str, name: str, family: int, arch: int) -> images.Image:
     return image
 
 
-def head_groups(pairs: int, bytes_per_pair: int, limit: int = WORKSPACE_LIMIT) -> tuple[tuple[int, int], ...]:
+def head_groups(pairs: int, bytes_per_pair: int, limit: int) -> tuple[tuple[int, int], ...]:
     """(first, count) of each group: one where everything fits into `limit`, else groups of even size, two of which fit."""
     if pairs * bytes_per_pair <= limit:
         return ((0, pairs),)

@@ -19,7 +19,7 @@ from sageattention.capability import Capability
 from sageattention.plan import plan
 from sageattention.problem import Problem
 from sageattention.reference import emulate, oracle
-from sageattention.variants import CUDA_FP16, IMAGES
+from sageattention.variants import CUDA_FP16, IMAGES, kv_tile_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
@@ -126,3 +126,20 @@ def test_any_finite_input_gives_finite_output(card: Lanes, size: float) -> None:
     k[0, 0, 3, 5] = v[0, 0, 9, 1] = 3.38e38
     out, lse, _ = run(card, {"q": q, "k": k, "v": v}, None, "fp32")
     assert out.isfinite().all() and lse.isfinite().all()
+
+
+def test_groups_of_heads_and_halves_give_the_same_bits(card: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    t, _ = matrix.tensors(matrix.Case(card.head_dim, heads_q=4, heads_kv=2, len_q=20, len_kv=100))
+    whole = run(card, t, None, "fp32")
+    monkeypatch.setattr(cuda_ops, "WORKSPACE_LIMIT", 2 * 2 * kv_tile_bytes(card.head_dim))  # of the four pairs, one a group
+    monkeypatch.setattr(cuda_ops, "_recipes", {})
+    parts = run(card, t, None, "fp32")
+    ((_, recipe),) = cuda_ops._recipes.values()
+    assert recipe.groups == ((0, 1), (1, 1), (2, 1), (3, 1))
+    assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
+    monkeypatch.setattr(driver, "launch", card.launch)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    problem = Problem.from_tensors(**t, return_lse=True)._replace(device="cuda", device_index=0)
+    kv = cuda_ops.quantize(t["k"], t["v"], problem, plan(problem, card.capability, CUDA_FP16.name))
+    halves = cuda_ops.attend_all(t["q"], kv, problem, None)
+    assert torch.equal(halves[0], whole[0]) and torch.equal(halves[1], whole[1])
