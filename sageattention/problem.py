@@ -89,7 +89,7 @@ class Problem(NamedTuple):
     ) -> Problem:
         if tensor_layout not in LAYOUTS:
             raise Unsupported("tensor_layout", f"got {tensor_layout!r}, accepted are 'HND' [B, H, N, D] and 'NHD' [B, N, H, D]")
-        _check_rank(4, tensor_layout, q=q, k=k, v=v)
+        _check_rank(4, tensor_layout, (("q", q), ("k", k), ("v", v)))
         _check_alike(q, k, v)
         heads, tokens = (1, 2) if tensor_layout == "HND" else (2, 1)
         (batch, head_dim), heads_q, heads_kv = (q.shape[0], q.shape[3]), q.shape[heads], k.shape[heads]
@@ -123,7 +123,7 @@ class Problem(NamedTuple):
         Raises:
             Unsupported: as `from_tensors`.
         """
-        _check_rank(4, self.layout, q=q)
+        _check_rank(4, self.layout, (("q", q),))
         heads, tokens = (1, 2) if self.layout == "HND" else (2, 1)
         given = (q.shape[0], q.shape[3], _dtype_name(q), q.device.type, -1 if q.device.index is None else q.device.index)
         quantised = (self.batch, self.head_dim, self.dtype, self.device, self.device_index)
@@ -161,7 +161,7 @@ class Problem(NamedTuple):
         Raises:
             Unsupported: as `from_tensors`.
         """
-        _check_rank(3, "packed [total, H, D]", q=q, k=k, v=v)
+        _check_rank(3, "packed [total, H, D]", (("q", q), ("k", k), ("v", v)))
         _check_alike(q, k, v)
         _check_kv(k, v)
         _check_heads(q.shape[1], k.shape[1])
@@ -226,8 +226,8 @@ def _needs_grad(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled()
 
 
-def _check_rank(rank: int, layout: str, **tensors: torch.Tensor) -> None:
-    for name, t in tensors.items():
+def _check_rank(rank: int, layout: str, tensors: tuple[tuple[str, torch.Tensor], ...]) -> None:
+    for name, t in tensors:
         if not hasattr(t, "dim"):
             raise Unsupported(name, f"got {type(t).__name__}, accepted is a torch.Tensor")
         if t.dim() != rank:
