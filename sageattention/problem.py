@@ -106,7 +106,7 @@ class Problem(NamedTuple):
         return cls(
             batch, heads_q, heads_kv, len_q, len_kv, head_dim, _dtype_name(q), device.type,
             -1 if device.index is None else device.index, tensor_layout, bool(is_causal), mask,
-            _scale(sm_scale, head_dim), bool(return_lse), needs_grad=_needs_grad(q, k, v),
+            _scale(sm_scale, head_dim), bool(return_lse), needs_grad=_needs_grad(q, k, v, attn_mask),
         )  # fmt: skip
 
     def with_query(
@@ -130,7 +130,7 @@ class Problem(NamedTuple):
         if given != quantised:
             raise Unsupported("q", f"its (batch, head_dim, dtype, device, index) is {given}, the quantised k and v's is {quantised}")
         _check_heads(q.shape[heads], self.heads_kv)
-        if _needs_grad(q):
+        if _needs_grad(q, attn_mask):
             raise Unsupported("q", "a gradient is asked for; attention to quantised k and v has no backward pass")
         mask = "none"
         if attn_mask is not None:
@@ -167,7 +167,9 @@ class Problem(NamedTuple):
         _check_heads(q.shape[1], k.shape[1])
         _check_head_dim(q.shape[2], k.shape[2])
         for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-            if cu.dim() != 1 or cu.numel() < 1 or cu.dtype.is_floating_point or cu.dtype.itemsize < 4:
+            if not hasattr(cu, "dim"):
+                raise Unsupported(name, f"got {type(cu).__name__}, accepted is a torch.Tensor of int32 or int64")
+            if cu.dim() != 1 or cu.numel() < 1 or _dtype_name(cu) not in ("int32", "int64"):
                 raise Unsupported(name, f"got {cu.dtype} of shape {tuple(cu.shape)}, accepted is int32 or int64 of shape [batch + 1]")
             if cu.device != q.device:
                 raise Unsupported(name, f"is on {cu.device}, q is on {q.device}; they must be on one device")
@@ -176,7 +178,7 @@ class Problem(NamedTuple):
                 "cu_seqlens_k", f"holds {cu_seqlens_k.numel()} offsets, cu_seqlens_q holds {cu_seqlens_q.numel()}; they must be equal"
             )
         for name, given in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-            if given < 0:
+            if given is None or given < 0:
                 raise Unsupported(name, f"got {given}, accepted are lengths ≥ 0")
         device = q.device
         return cls(
@@ -208,7 +210,7 @@ def _facts(
         return (
             q.shape, q.dtype, q.device, q.stride(-1), k.shape, k.dtype, k.device, k.stride(-1), v.shape, v.dtype, v.device, v.stride(-1),
             None if mask is None else (mask.shape, mask.dtype, mask.device), layout, causal, sm_scale, return_lse,
-            _needs_grad(q, k, v),
+            _needs_grad(q, k, v, mask),
         )  # fmt: skip
     except (AttributeError, IndexError, TypeError):  # not tensors, or without dimensions: the checks say so
         return None
@@ -218,8 +220,8 @@ def _dtype_name(t: torch.Tensor) -> str:
     return str(t.dtype)[6:]  # "torch.float16" → "float16"
 
 
-def _needs_grad(*tensors: torch.Tensor) -> bool:
-    if not any(t.requires_grad for t in tensors):
+def _needs_grad(*tensors: torch.Tensor | None) -> bool:
+    if not any(t is not None and t.requires_grad for t in tensors):
         return False
     import torch
 
@@ -232,7 +234,7 @@ def _check_rank(rank: int, layout: str, tensors: tuple[tuple[str, torch.Tensor],
             raise Unsupported(name, f"got {type(t).__name__}, accepted is a torch.Tensor")
         if t.dim() != rank:
             raise Unsupported(name, f"got {t.dim()} dimensions {tuple(t.shape)}, accepted are {rank} ({layout})")
-        if t.numel() and t.stride(-1) != 1:
+        if t.numel() and t.shape[-1] > 1 and t.stride(-1) != 1:
             raise Unsupported(name, f"its last stride is {t.stride(-1)}, accepted is 1 (head_dim contiguous); call .contiguous()")
 
 
@@ -288,7 +290,7 @@ def _scale(sm_scale: float | None, head_dim: int) -> float:
         return head_dim**-0.5
     try:
         scale = float(sm_scale)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several elements
         raise Unsupported("sm_scale", f"got {sm_scale!r}, accepted is a finite number") from None
     if not math.isfinite(scale):
         raise Unsupported("sm_scale", f"got {scale}, accepted is a finite number")

@@ -59,6 +59,8 @@ REFUSED = {
     "mask is a list": ({"attn_mask": [[True]]}, "attn_mask", "got list accepted torch.Tensor"),
     "scale NaN": ({"sm_scale": float("nan")}, "sm_scale", "nan finite"),
     "scale inf": ({"sm_scale": float("inf")}, "sm_scale", "inf finite"),
+    "scale beyond float": ({"sm_scale": 10**400}, "sm_scale", "finite number"),
+    "scale of two": ({"sm_scale": torch.ones(2)}, "sm_scale", "finite number"),
     "scale is text": ({"sm_scale": "auto"}, "sm_scale", "'auto' finite number"),
 }
 
@@ -103,6 +105,32 @@ def test_strides_other_than_the_last_are_free():
     wide = zeros(2, 10, 4, 3, 128)
     assert call(q=wide[:, :, :, 1, :64].transpose(1, 2)) == call()
     assert call(k=zeros(1, 1, 1, 64).expand(2, 4, 12, 64)) == call()
+
+
+def test_the_last_stride_of_one_channel_does_not_matter():
+    odd = zeros(2, 4, 1, 10).mT  # contiguous to torch, so .contiguous() would not change the stride
+    assert odd.is_contiguous() and odd.stride(-1) == 10
+    assert call(q=odd, k=zeros(2, 4, 12, 1), v=zeros(2, 4, 12, 1)).head_dim == 1
+
+
+def test_a_gradient_of_the_mask_counts():
+    mask = torch.zeros(10, 12, requires_grad=True)
+    assert call(attn_mask=mask).needs_grad and not call(attn_mask=mask.detach()).needs_grad
+    with torch.no_grad():
+        assert not call(attn_mask=mask).needs_grad
+    with pytest.raises(Unsupported, match="gradient"):
+        call().with_query(zeros(2, 4, 10, 64), attn_mask=mask)
+
+
+@pytest.mark.parametrize(
+    "name, given", [("cu_seqlens_q", [0, 10]), ("cu_seqlens_k", torch.zeros(2, dtype=torch.complex64)), ("max_seqlen_q", None)]
+)
+def test_packed_arguments_of_a_wrong_type(name, given):
+    cu = torch.tensor([0, 10])
+    good = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 10, "max_seqlen_k": 10}
+    with pytest.raises(Unsupported) as caught:
+        Problem.from_packed(*(zeros(10, 4, 64) for _ in range(3)), **{**good, name: given})
+    assert caught.value.parameter == name
 
 
 def test_the_last_stride_of_nothing_does_not_matter():
