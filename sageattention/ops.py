@@ -84,7 +84,12 @@ def run(call: Call) -> Result:
     """Compute a prepared call: (out in q's layout and dtype, lse [B, H, Nq] fp32 or None)."""
     if call.problem.empty:
         return _empty(call.q, call.problem)
-    return _RUNNERS[call.plan.variant.backend](call)
+    runner = _RUNNERS[call.plan.variant.backend]
+    device = call.problem.device
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return runner(call)
+    with torch.autocast(device, enabled=False):  # it would narrow fp32 products, and the output
+        return runner(call)
 
 
 def _empty(q: torch.Tensor, problem: Problem) -> Result:

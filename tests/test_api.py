@@ -300,6 +300,19 @@ def test_available_variants_names_what_is_missing():
     assert "install" in found["sageattn_qk_int8_pv_fp16_triton"].reason
 
 
+@pytest.mark.parametrize("variant", ["auto", QUANTISED])
+def test_autocast_changes_nothing(variant):
+    q, k, v = qkv(dtype=torch.float32)
+    plain = sageattn(q, k, v, variant=variant, return_lse=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = sageattn(q, k, v, variant=variant, return_lse=True)
+    assert all(torch.equal(a, b) for a, b in zip(out, plain)) and out[0].dtype == torch.float32
+
+
+def test_meta_tensors_have_a_shape_only():
+    assert sageattn(*(t.to("meta") for t in qkv())).is_meta
+
+
 def test_variant_from_the_environment(monkeypatch):
     q, k, v = qkv()
     monkeypatch.setenv("SAGEATTENTION_VARIANT", QUANTISED)
