@@ -168,9 +168,9 @@ def _run_releasing(held: list[ops.Call], *containers: Any) -> torch.Tensor:
 
 def layer_name(transformer_options: dict[str, Any] | None) -> str:
     """Where in the model a call comes from, as far as its options tell: "input block 4.0", "double block 7", "block 3", ""."""
-    options = transformer_options or {}
+    options = transformer_options if isinstance(transformer_options, dict) else {}
     block, index = options.get("block"), options.get("block_index")
-    if block is not None:  # U-Nets: ("input", 4), and the index of the transformer block inside
+    if isinstance(block, (tuple, list)) and len(block) >= 2:  # U-Nets: ("input", 4), and the index of the transformer block inside
         return f"{block[0]} block {block[1]}" + (f".{index}" if index is not None else "")
     if index is None:
         return ""

@@ -325,6 +325,9 @@ def test_containers_free_k_and_v_before_the_output_is_made(monkeypatch):
         ({"block": ("middle", 0)}, "middle block 0"),
         ({"block_index": 7}, "block 7"),
         ({"block_type": "single", "block_index": 7}, "single block 7"),
+        ({"block": 3, "block_index": 7}, "block 7"),  # other packs' own notions: a name in the log is no reason to fail
+        ({"block": (), "block_index": 7}, "block 7"),
+        ("options", ""),
     ],
 )
 def test_layer_name(options, name):
