@@ -197,9 +197,9 @@ class SameHost(urllib.request.HTTPRedirectHandler):
 
 def download(url: str, limit: int, seconds: float) -> bytes:
     """What is there, as far as `limit` bytes and some, within `seconds` as a whole."""
-    origin(url)
     deadline, data = time.monotonic() + seconds, b""
     try:
+        origin(url)
         with urllib.request.build_opener(SameHost).open(url, timeout=seconds) as answer:
             while len(data) <= limit:
                 chunk = answer.read1(1 << 16)

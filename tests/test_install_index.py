@@ -60,6 +60,14 @@ def test_the_wheels_folder_needs_no_network(python, pack, mirror):
     assert mirror.asked == []
 
 
+def test_an_address_that_is_none(python, mirrored):
+    index = mirrored.pack / "wheels" / "index.json"
+    data = json.loads(index.read_text())
+    data["wheels"][0]["urls"] = ["https://[half"]
+    index.write_text(json.dumps(data))
+    _refused(python, mirrored.pack, python.install(mirrored.pack), "https://[half")
+
+
 def test_an_index_by_url(python, pack, mirror, tmp_path):
     wheel = our_wheel(tmp_path, "3.1.0")
     mirror.answers["/v3/index.json"] = write_index(tmp_path, wheel).read_bytes()
