@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from typing import NamedTuple
@@ -16,7 +17,7 @@ class Capability(NamedTuple):
     device: str  # "cuda" or "cpu" (or any other torch device type)
     arch: int = 0
     multiprocessors: int = 0
-    triton: str = "none"  # "native", "interpret" (TRITON_INTERPRET=1) or "none"
+    triton: str = "none"  # "native", "interpret" (TRITON_INTERPRET=1), "broken" or "none"
     name: str = ""
 
 
@@ -30,10 +31,26 @@ def forced_arch() -> int | None:
 
 
 def triton_mode() -> str:
-    """How Triton would run here: "native", "interpret" or "none"."""
-    if importlib.util.find_spec("triton") is None:
+    """How Triton would run here: "native", "interpret", "broken" (installed, but it can't be imported) or "none"."""
+    try:
+        found = importlib.util.find_spec("triton")
+    except ValueError:  # somebody's empty stand-in lies in sys.modules
+        found = None
+    if found is None:
         return "none"
+    if triton_error():
+        return "broken"
     return "interpret" if os.environ.get("TRITON_INTERPRET") == "1" else "native"
+
+
+@functools.cache
+def triton_error() -> str:
+    """Why the Triton that is installed can't be imported; "" where it can. Tried once: a failing import takes its time."""
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a broken Triton raises whatever its extension does; every caller tells it
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 @functools.cache

@@ -9,13 +9,15 @@ import torch
 
 from . import capability, reference
 from .capability import Capability
-from .errors import Unsupported
+from .errors import KernelMissing, Unsupported
 from .plan import Plan, plan
 from .problem import Problem
 from .result import Result, result_like
-from .variants import TRITON_FP16
+from .variants import TRITON_FP16, VARIANTS
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from .triton_ops import QuantizedKV
 
 
@@ -72,6 +74,9 @@ def plan_for(problem: Problem, variant: str, accum: str = "") -> Plan:
     """`plan()` for the machine at hand, honouring `SAGEATTENTION_ARCH` and, for "auto", `SAGEATTENTION_VARIANT`."""
     if variant == "auto":
         variant = os.environ.get("SAGEATTENTION_VARIANT") or variant
+        if variant != "auto" and variant not in VARIANTS:
+            accepted = ", ".join(map(repr, VARIANTS))
+            raise Unsupported("SAGEATTENTION_VARIANT", f"the environment variable holds {variant!r}, accepted are 'auto', {accepted}")
     return plan(problem, machine(problem), variant, accum, capability.forced_arch() or 0)
 
 
@@ -148,10 +153,16 @@ def _run_reference(call: Call) -> Result:
     return _from_hnd(out, call), lse if p.return_lse else None
 
 
-def _run_triton(call: Call) -> Result:
-    from . import triton_ops
+def _triton_ops() -> ModuleType:
+    try:
+        from . import triton_ops
+    except ImportError as error:  # of another release than this code is written for
+        raise KernelMissing(TRITON_FP16.name, f"its kernels can't be imported with the Triton installed here: {error}") from error
+    return triton_ops
 
-    return triton_ops.run(call)
+
+def _run_triton(call: Call) -> Result:
+    return _triton_ops().run(call)
 
 
 def _run_cuda(call: Call) -> Result:
@@ -190,8 +201,7 @@ def run_varlen(
     chosen = plan_for(problem, TRITON_FP16.name)
     if problem.empty:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
-    from . import triton_ops
-
+    triton_ops = _triton_ops()
     return triton_ops.run_packed(q, k, v, triton_ops.Packed(cu_seqlens_q, cu_seqlens_k), problem, chosen)
 
 
@@ -205,9 +215,7 @@ def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str, variant: s
         return cuda_ops.quantize(k, v, problem, chosen)
     if chosen.variant.backend != "triton":
         raise Unsupported("variant", f"{chosen.variant.name} ({chosen.reason}) keeps no quantised K and V; name one that does")
-    from . import triton_ops
-
-    return triton_ops.quantize(k, v, problem, chosen, 0, problem.batch * problem.heads_kv)
+    return _triton_ops().quantize(k, v, problem, chosen, 0, problem.batch * problem.heads_kv)
 
 
 def attend(
@@ -227,6 +235,4 @@ def attend(
         from . import cuda_ops
 
         return cuda_ops.attend_all(q, kv, problem, _four_dims(attn_mask))
-    from . import triton_ops
-
-    return triton_ops.attend_all(q, kv, problem, _four_dims(attn_mask))
+    return _triton_ops().attend_all(q, kv, problem, _four_dims(attn_mask))

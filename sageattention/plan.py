@@ -88,6 +88,8 @@ def refusal(variant: Variant, capability: Capability, arch: int = 0) -> Unsuppor
     if variant.backend == "triton":
         if capability.triton == "none":
             return KernelMissing(variant.name, "Triton is not installed in this Python; install 'triton' (Windows: 'triton-windows')")
+        if capability.triton == "broken":
+            return KernelMissing(variant.name, "Triton is installed but can't be imported; `python -m sageattention doctor` says why")
         if capability.triton == "interpret":
             return None
     if variant.backend in ("triton", "cuda"):
@@ -133,7 +135,7 @@ def _fit(problem: Problem, capability: Capability, variant: Variant, accum: str,
 def _heads_per_group(problem: Problem, scheme: Scheme, head_dim: int, tile: Tile) -> int:
     """Key/value heads, over all batches, whose quantised K and V fit into `WORKSPACE_LIMIT`; groups are of even size."""
     heads = problem.batch * problem.heads_kv
-    if problem.varlen or heads == 0:
+    if problem.varlen or heads == 0 or problem.len_kv == 0:
         return heads
     tokens = -(-problem.len_kv // tile.block_n) * tile.block_n
     per_head = tokens * (head_dim + head_dim * scheme.v_bytes + 4)

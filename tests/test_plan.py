@@ -233,3 +233,34 @@ def test_a_variant_without_images_says_where_they_were_looked_for(monkeypatch):
     with pytest.raises(KernelMissing, match=r"sm_90a/attend_mma_fp16_d64.*rebuild"):
         plan(problem(), gpu(90), "sageattn_qk_int8_pv_fp16_cuda")
     plan.cache_clear()
+
+
+# --- Triton that is there and does not work
+
+
+@pytest.mark.parametrize("changes", [{"len_kv": 0}, {"len_q": 0}, {"heads_q": 0, "heads_kv": 0}, {"batch": 0}])
+def test_an_empty_call_has_a_plan(changes):
+    assert plan(problem(**changes), gpu(86), TRITON).variant.name == TRITON
+
+
+def test_a_triton_that_cannot_be_imported_is_missing_and_auto_passes_it_by():
+    broken = gpu(86, "broken")
+    with pytest.raises(KernelMissing, match="can't be imported"):
+        plan(problem(), broken, TRITON)
+    chosen = plan(problem(), broken)
+    assert chosen.variant.name == "sdpa" and "can't be imported" in dict(chosen.rejected)[TRITON]
+
+
+def run_with_triton(folder: Path, text: str, code: str) -> str:
+    """The output of `code` in a child whose `triton` is a module of that text."""
+    (folder / "triton.py").write_text(text)
+    code = f"import sys; sys.path[:0] = [{str(folder)!r}, {str(Path(__file__).parents[1])!r}]; {code}"
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_triton_mode(tmp_path):
+    code = "from sageattention.capability import triton_mode, triton_error; print(triton_mode(), triton_error())"
+    text = "raise ImportError('DLL load failed while importing libtriton')"
+    assert run_with_triton(tmp_path, text, code) == "broken ImportError: DLL load failed while importing libtriton"
+    stub = "import types; sys.modules['triton'] = types.ModuleType('triton'); "  # as some packs leave it: no __spec__
+    assert run_with_triton(tmp_path, "", stub + code) == "none"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 
 import matrix
 import pytest
 
+import sageattention
 from sageattention import CudaError, KernelMissing, ops
 from sageattention.capability import Capability
 from sageattention.plan import plan
@@ -61,3 +63,13 @@ def test_a_failing_launch_is_a_cuda_error_every_time(monkeypatch: pytest.MonkeyP
         with pytest.raises(CudaError, match="illegal memory access"):
             ops.run(call)
     assert len(launches) == 2
+
+
+def test_a_triton_of_another_release_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, _ = failing_call(monkeypatch, RuntimeError())
+    monkeypatch.delattr(sageattention, "triton_ops")
+    monkeypatch.setitem(sys.modules, "sageattention.triton_ops", None)  # importing it raises ImportError
+    with pytest.raises(KernelMissing, match="can't be imported"):
+        ops.run(call)
+    with pytest.raises(KernelMissing, match="can't be imported"):
+        ops._triton_ops()

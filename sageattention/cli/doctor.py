@@ -59,7 +59,7 @@ def facts() -> dict[str, Any]:
         "triton": _triton(bool(gpus), problems),
         "launcher": _launcher(driver is not None, problems),
         "images": _images(problems),
-        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "environment": _environment(problems),
         "devices": [_device(machine, torch is not None and "error" not in torch, problems) for machine in machines],
         "cards": {} if gpus else _cards(),
         "problems": list(dict.fromkeys(problems)),
@@ -159,10 +159,10 @@ def _triton(has_gpu: bool, problems: list[str]) -> dict[str, Any]:
             wanted = "triton-windows" if os.name == "nt" else "triton"
             problems.append(f"Triton is not installed: `{sys.executable} -m pip install {wanted}` makes the Triton variant available")
         return found
-    try:
+    if mode != "broken":
         found["version"] = importlib.import_module("triton").__version__
-    except Exception as error:  # a broken Triton raises whatever its extension does; it is told, and the rest goes on
-        found["error"] = f"{type(error).__name__}: {error}"
+    else:
+        found["error"] = capability.triton_error()
         problems.append(f"Triton is installed but can't be imported ({found['error']}): reinstall it")
     return found
 
@@ -182,6 +182,14 @@ def _launcher(has_driver: bool, problems: list[str]) -> dict[str, Any]:
     except Unsupported as error:
         problems.append(str(error))
         return found | {"uses": None, "error": str(error)}
+
+
+def _environment(problems: list[str]) -> dict[str, str]:
+    named = os.environ.get("SAGEATTENTION_VARIANT")
+    if named and named != "auto" and named not in VARIANTS:
+        known = ", ".join(VARIANTS)
+        problems.append(f"SAGEATTENTION_VARIANT holds {named!r}, which is no variant: 'auto' refuses every call; known are {known}")
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 
 def _images(problems: list[str]) -> dict[str, Any]:
