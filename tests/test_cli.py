@@ -74,6 +74,12 @@ def test_doctor_names_another_installed_copy(monkeypatch, tmp_path, capsys):
     assert str(tmp_path / "sageattention") in out
 
 
+def test_doctor_names_a_variant_variable_that_names_none(monkeypatch, capsys):
+    monkeypatch.setenv("SAGEATTENTION_VARIANT", "fastest")
+    assert cli.main(["doctor"]) == 0
+    assert "SAGEATTENTION_VARIANT holds 'fastest'" in capsys.readouterr().out
+
+
 def test_doctor_survives_a_torch_that_does_not_load(tmp_path):
     (tmp_path / "torch.py").write_text("raise OSError('DLL load failed while importing _C')\n")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from sageattention.__main__ import main; sys.exit(main(['doctor']))"
@@ -155,6 +161,9 @@ def test_bench_on_a_cpu_says_that_there_is_nothing_to_time(capsys):
     [
         (["bench", "--shapes", "flux_9000"], "flux_9000"),
         (["bench", "--variants", "sageattn3"], "sageattn3"),
+        (["bench", "--device", "gpu"], "--device"),
+        (["check", "--device", "cuda:99"], "cuda:99"),
+        (["check", "--device", "meta"], "--device"),
         (["check", "--variants", "sageattn_qk_int8_pv_fp16_triton:fp8"], "pv_accum_dtype"),
     ],
 )

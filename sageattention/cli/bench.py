@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from .. import inputs
 from ..errors import KernelMissing, Unsupported
 from ..inputs import SHAPES, Shape
-from .candidates import SDPA_BACKENDS, Candidate, ready, sdpa_backend, variant
+from .candidates import SDPA_BACKENDS, Candidate, chosen_device, ready, sdpa_backend, variant
 from .text import table
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def main(args: argparse.Namespace) -> int:
 
     shapes = [parse_shape(text) for text in args.shapes or (QUICK_SHAPES if args.quick else SHAPES)]
     named = [variant(name) for name in args.variants or ()]
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(args.device)
     if device.type != "cuda":
         return _on_cpu(named, as_json=args.json)
     torch.cuda.set_device(device.index or 0)

@@ -44,6 +44,25 @@ def variant(name: str) -> Candidate:
     return Candidate(f"{name}:{accum}", _by_accumulator(name, accum), accepted[accum])
 
 
+def chosen_device(text: str | None) -> torch.device:
+    """The device that `--device` names; without it CUDA where there is one, else the CPU.
+
+    Raises:
+        Unsupported: torch knows no such device, or this machine has none.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    accepted = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count))])
+    try:
+        device = torch.device(text or ("cuda" if count else "cpu"))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
+        raise Unsupported("--device", f"got {text!r}, accepted are {accepted}")
+    return device
+
+
 def ready(device: torch.device, *, accumulators: bool = False) -> tuple[list[Candidate], list[tuple[str, str]]]:
     """The variants that run on `device`, and (name, reason) of those that don't.
 

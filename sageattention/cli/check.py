@@ -12,7 +12,7 @@ from .. import capability, inputs
 from ..errors import KernelMissing, Unsupported
 from ..inputs import KINDS, Kind, Shape
 from ..variants import VARIANTS
-from .candidates import Candidate, ready, variant
+from .candidates import Candidate, chosen_device, ready, variant
 from .text import table
 
 if TYPE_CHECKING:
@@ -171,9 +171,7 @@ def run(device: torch.device, names: list[str] | None = None, *, quick: bool = F
 
 def main(args: argparse.Namespace) -> int:
     """The command; exit code 1 where a variant is off or fails, 0 otherwise."""
-    import torch
-
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(args.device)
     results, refused = run(device, args.variants, quick=args.quick)
     # A variant asked for by name has to be there; of the others, what is missing is told, and is not wrong.
     bad = [r for r in results if r.status in ("off", "failed") or (args.variants and r.status in ("missing", "unsupported"))]
