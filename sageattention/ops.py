@@ -72,6 +72,9 @@ def compiling() -> bool:
 
 def plan_for(problem: Problem, variant: str, accum: str = "") -> Plan:
     """`plan()` for the machine at hand, honouring `SAGEATTENTION_ARCH` and, for "auto", `SAGEATTENTION_VARIANT`."""
+    for name, given in (("variant", variant), ("pv_accum_dtype", accum)):
+        if not isinstance(given, str):
+            raise Unsupported(name, f"got {given!r}, accepted is a name")
     if variant == "auto":
         variant = os.environ.get("SAGEATTENTION_VARIANT") or variant
         if variant != "auto" and variant not in VARIANTS:

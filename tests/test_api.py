@@ -309,6 +309,14 @@ def test_autocast_changes_nothing(variant):
     assert all(torch.equal(a, b) for a, b in zip(out, plain)) and out[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("given", [None, [], 3, QUANTISED.encode()], ids=str)
+def test_a_choice_that_is_no_text(given):
+    with pytest.raises(Unsupported, match=r"^variant: got"):
+        sageattn(*qkv(), variant=given)
+    with pytest.raises(Unsupported, match=r"^pv_accum_dtype: got"):
+        sageattention.sageattn_qk_int8_pv_fp16_cuda(*qkv(), pv_accum_dtype=given)
+
+
 def test_meta_tensors_have_a_shape_only():
     assert sageattn(*(t.to("meta") for t in qkv())).is_meta
 
