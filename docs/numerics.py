@@ -47,12 +47,12 @@ class Choice:
 
 PRODUCT_QK = (
     Choice("a scale per token, rotated", FP16_FP32, "Triton, reference"),
-    Choice("per 8 keys (fragment), rotated", FP16_FP32_MMA, "CUDA"),
-    Choice("per 16 keys (wider fragment), rotated", FP16_FP32_MMA, fragment_keys=64),
+    Choice("per 16 keys (fragment), rotated", FP16_FP32_MMA, "CUDA"),
+    Choice("per 8 keys (narrower fragment), rotated", FP16_FP32_MMA, fragment_keys=32),
     Choice("per tile of 64, rotated", replace(FP16_FP32, k_scale="tile")),
     Choice("per tile of 128, rotated", replace(FP16_FP32, k_scale="tile", kv_tile=128)),
     Choice("per token, not rotated", replace(FP16_FP32, rotate=False)),
-    Choice("per 8 keys, not rotated", replace(FP16_FP32_MMA, rotate=False)),
+    Choice("per 16 keys, not rotated", replace(FP16_FP32_MMA, rotate=False)),
 )
 PRODUCT_PV = (
     Choice("fp16, fp32 accumulator", FP16_FP32_MMA, "fp16 `fp32`"),
@@ -71,7 +71,7 @@ PRODUCT_PV = (
     Choice("— the same, V mean removed", replace(INT8_INT32, v_mean=True)),
     Choice("— the same, tile of 32 keys", replace(INT8_INT32, kv_tile=32)),
     Choice("— the same, tile of 128 keys", replace(INT8_INT32, kv_tile=128)),
-    Choice("— the same, a K scale per 16 keys", INT8_INT32, fragment_keys=64),
+    Choice("— the same, a K scale per 8 keys", INT8_INT32, fragment_keys=32),
 )
 SHRINK = replace(FP8_FP32, v_mean=False, p_tile_max=False)
 FP16_LONG = replace(FP16_FP16_FP32, p_max=1.0, v_max=0.75)  # 32k keys of the largest product still fit fp16
@@ -153,7 +153,7 @@ def outlier_table() -> str:
     q, k, v = (torch.randn(1, 1, n, 128, generator=g) for n in (512, 4096, 4096))
     sizes = (1, 10, 50, 100, 1e3, 1e4, 1e5, 1e30)
     lines = ["| key 7 is larger by | " + " | ".join(f"{x:g}" for x in sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
-    for name, scheme in (("a K scale per token", FP16_FP32), ("per 8 keys", FP16_FP32_MMA)):
+    for name, scheme in (("a K scale per token", FP16_FP32), ("per 16 keys", FP16_FP32_MMA)):
         cells = []
         for size in sizes:
             larger = k.clone()
