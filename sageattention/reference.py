@@ -216,9 +216,9 @@ def _attend_head(
             out, acc = out + acc * weight, torch.zeros_like(acc)
     # Halves: a scaled value plus the mean may each be twice what the result is.
     half = out / l.clamp_min(1e-30) * (0.5 * v_scale) + 0.5 * v_mean
-    out = torch.where(l > 0, half * 2, 0.0)
+    out = torch.where(l == 0, 0.0, half * 2)  # not l > 0: a NaN stays one, as in every attention
     shift = _anchor_score(rotated, unit, anchor, factor)
-    lse = torch.where(l > 0, LN2 * (m + torch.log2(l.clamp_min(1e-30) / scheme.p_max)) + shift, -math.inf)
+    lse = torch.where(l == 0, -math.inf, LN2 * (m + torch.log2(l.clamp_min(1e-30) / scheme.p_max)) + shift)
     return out, lse[:, 0]
 
 

@@ -309,6 +309,15 @@ def test_autocast_changes_nothing(variant):
     assert all(torch.equal(a, b) for a, b in zip(out, plain)) and out[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("poisoned", range(3))
+def test_a_nan_is_not_hidden(poisoned):
+    tensors = qkv(dtype=torch.float32)
+    tensors[poisoned][0, 0, 3, 1] = float("nan")
+    out, lse = sageattn(*tensors, variant=QUANTISED, return_lse=True)
+    assert torch.equal(out.isnan(), sageattn(*tensors).isnan())
+    assert bool(lse.isnan().any()) == (poisoned < 2)
+
+
 @pytest.mark.parametrize("given", [None, [], 3, QUANTISED.encode()], ids=str)
 def test_a_choice_that_is_no_text(given):
     with pytest.raises(Unsupported, match=r"^variant: got"):
