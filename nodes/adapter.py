@@ -147,7 +147,8 @@ _attempt_uncompiled = torch.compiler.disable(_attempt)
 
 def _kernel(call: ops.Call) -> tuple[Any, ...]:
     """What a variant's kernels are compiled for: one that ran once will not turn out to be missing the next time."""
-    return call.plan.variant.name, call.plan.head_dim, call.problem.head_dim, call.problem.dtype, call.problem.mask
+    p = call.problem
+    return call.plan.variant.name, p.device, p.device_index, p.head_dim, p.dtype, p.mask
 
 
 def _run_releasing(held: list[ops.Call], *containers: Any) -> torch.Tensor:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 STATISTICS_BLOCK = 64  # tokens a step
 
-_broken: dict[tuple[int, int, str], str] = {}  # (device, head_dim, dtype) whose kernels can't be built here → why
+_broken: dict[tuple, str] = {}  # what can't be built here (`_form`) → why
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,11 @@ def _strides(t: torch.Tensor, problem: Problem) -> tuple[int, int, int]:
     return (b, x, y) if problem.layout == "NHD" else (b, y, x)
 
 
+def _form(t: torch.Tensor, p: Problem) -> tuple:
+    """What a call's kernels are compiled for: another form may build where one does not."""
+    return t.device.type, p.device_index, p.head_dim, p.dtype, p.mask, p.causal, p.return_lse, p.varlen
+
+
 @contextlib.contextmanager
 def _launching(t: torch.Tensor, problem: Problem, plan: Plan) -> Iterator[None]:
     """Around launches: on the tensor's device, and with a failure to build a kernel told from a failure to run it.
@@ -161,7 +166,7 @@ def _launching(t: torch.Tensor, problem: Problem, plan: Plan) -> Iterator[None]:
     Triton compiles at the first launch, with a C compiler, ptxas and a driver that a user's machine may lack or that may be too
     old. What could not be built once is not tried again: each try takes seconds.
     """
-    key = (problem.device_index, problem.head_dim, problem.dtype)
+    key = _form(t, problem)
     if key in _broken:
         raise KernelMissing(plan.variant.name, _broken[key])
     try:

@@ -57,6 +57,14 @@ def test_what_cannot_be_built_is_missing_and_not_tried_again(monkeypatch: pytest
     assert len(launches) == 1
 
 
+def test_another_form_is_still_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, launches = failing_call(monkeypatch, FileNotFoundError("ptxas"))
+    for causal in (False, True, True):
+        with pytest.raises(KernelMissing):
+            ops.run(call._replace(problem=call.problem._replace(causal=causal)))
+    assert len(launches) == 2
+
+
 def test_a_failing_launch_is_a_cuda_error_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     call, launches = failing_call(monkeypatch, RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"))
     for _ in range(2):
