@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .triton_ops import QuantizedKV
 
 
-LSE_CHUNK = 256 << 20
+LSE_CHUNK = 256 << 20  # bytes of fp32 scores at a time
 
 
 class Call(NamedTuple):

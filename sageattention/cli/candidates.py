@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import api
 from ..errors import Unsupported
@@ -37,11 +38,11 @@ def variant(name: str) -> Candidate:
     if name != "auto" and name not in VARIANTS:
         raise Unsupported("variant", f"got {name!r}, accepted are 'auto', {', '.join(map(repr, VARIANTS))}")
     if not accum:
-        return Candidate(name, _by_name(name), None if name == "auto" else VARIANTS[name].scheme)
+        return Candidate(name, functools.partial(api.sageattn, variant=name), None if name == "auto" else VARIANTS[name].scheme)
     accepted = VARIANTS[name].accum if name != "auto" else {}
     if accum not in accepted:
         raise Unsupported("pv_accum_dtype", f"got {accum!r}, {name} accepts {', '.join(map(repr, accepted)) or 'none'}")
-    return Candidate(f"{name}:{accum}", _by_accumulator(name, accum), accepted[accum])
+    return Candidate(f"{name}:{accum}", functools.partial(getattr(api, name), pv_accum_dtype=accum), accepted[accum])
 
 
 def chosen_device(text: str | None) -> torch.device:
@@ -86,19 +87,3 @@ def sdpa_backend(name: str) -> Candidate:
 
     backend = SDPBackend[SDPA_BACKENDS[name]]
     return Candidate(name, torch.nn.functional.scaled_dot_product_attention, None, lambda: sdpa_kernel(backend))
-
-
-def _by_name(name: str) -> Callable[..., Any]:
-    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: Any) -> Any:
-        return api.sageattn(q, k, v, variant=name, **keywords)
-
-    return call
-
-
-def _by_accumulator(name: str, accum: str) -> Callable[..., Any]:
-    function = getattr(api, name)
-
-    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: Any) -> Any:
-        return function(q, k, v, pv_accum_dtype=accum, **keywords)
-
-    return call
