@@ -306,7 +306,7 @@ def _wgmma_entry(head_dim: int, mask: str) -> Entry:
     smem = t.block_m * head_dim + t.stages * (wgmma_tile_bytes(head_dim) + 32)
     if mask == "dense":
         smem += t.block_m // 16 * 2 * BIAS_BYTES
-    expression = f"attend_wgmma<WgmmaConfig<{head_dim}, Mask::{mask}, {t.stages}>, {smem}>"
+    expression = f"attend_wgmma<WgmmaConfig<CoreMatrix<{head_dim}>, Mask::{mask}, {t.stages}>, {smem}>"
     return Entry(f"attend_wgmma_fp16_d{head_dim}_{mask}", expression, AttendParams, 32 * t.warps, 1, smem)
 
 
