@@ -52,6 +52,7 @@ class Workspace:
     k_mean_parts: int  # [k_splits, D] fp32
     k_scale_max: int  # int32
     v_amax: int  # [D] fp32
+    v_mean: int  # [D] fp32
     anchor: int  # [D] fp32
     size: int
 
@@ -150,7 +151,7 @@ def _quantise_launches(
         r.splits, r.split_tokens, r.k_splits, r.samples, r.sample_step,
     )  # fmt: skip
     quantise = _pack_quantise(
-        *k, *v, base + w.v_amax_parts, base + w.k_mean_parts, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.anchor, *shape,
+        *k, *v, base + w.v_amax_parts, base + w.k_mean_parts, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.anchor, *shape,
         r.splits, r.k_splits, r.tiles, r.runs, plan.scheme.v_max,
     )  # fmt: skip
     return (r.stats, pairs * r.splits, 1, 1, stats, False), (r.quantise, pairs * r.runs, 1, 1, quantise, True)
@@ -162,7 +163,7 @@ def _attend_launch(
 ):  # fmt: skip
     ratio = p.heads_q // p.heads_kv
     params = _pack_attend(
-        *q, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.anchor, *mask[:5], *out, lse,
+        *q, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.anchor, *mask[:5], *out, lse,
         first, pairs, p.heads_kv, ratio, p.len_q, p.len_kv, p.head_dim, _DTYPES[p.dtype], q_vectors, out_vectors,
         p.causal, mask[5], r.tiles, r.blocks_q, *r.constants,
     )  # fmt: skip
@@ -294,7 +295,7 @@ def _runs(pairs: int, tiles: int, slots: int) -> int:
 
 
 def _workspace(pairs: int, tiles: int, splits: int, k_splits: int, d: int) -> Workspace:
-    sizes = tiles * kv_tile_bytes(d), splits * d * 4, k_splits * d * 4, 4, d * 4, d * 4
+    sizes = tiles * kv_tile_bytes(d), splits * d * 4, k_splits * d * 4, 4, d * 4, d * 4, d * 4
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + -(-pairs * size // ALIGN) * ALIGN)

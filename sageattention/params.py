@@ -38,7 +38,7 @@ class QuantiseParams(ctypes.Structure):
     _fields_ = [
         ("k", Tokens), ("v", Tokens),
         ("v_amax_parts", POINTER), ("k_mean_parts", POINTER), ("kv", POINTER),
-        ("k_scale_max", POINTER), ("v_amax", POINTER), ("anchor", POINTER),
+        ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("anchor", POINTER),
         ("first", c_int32), ("pairs", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("vectors", c_int32),
         ("splits", c_int32), ("k_splits", c_int32),
@@ -52,7 +52,7 @@ class AttendParams(ctypes.Structure):
 
     _fields_ = [
         ("q", Tokens),
-        ("kv", POINTER), ("k_scale_max", POINTER), ("v_amax", POINTER), ("anchor", POINTER),
+        ("kv", POINTER), ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("anchor", POINTER),
         ("mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64), ("mask_stride_q", c_int64), ("mask_stride_k", c_int64),
         ("out", POINTER), ("out_stride_b", c_int64), ("out_stride_h", c_int64), ("out_stride_n", c_int64),
         ("lse", POINTER),

@@ -306,7 +306,7 @@ def _wgmma_entry(head_dim: int, mask: str) -> Entry:
     smem = t.block_m * head_dim + t.stages * (wgmma_tile_bytes(head_dim) + 32)
     if mask == "dense":
         smem += t.block_m // 16 * 2 * BIAS_BYTES
-    expression = f"attend_wgmma<WgmmaConfig<CoreMatrix<{head_dim}>, Mask::{mask}, {t.stages}>, {smem}>"
+    expression = f"attend_wgmma<WgmmaConfig<CoreMatrix<{head_dim}, 2, 96, true>, Mask::{mask}, {t.stages}>, {smem}>"
     return Entry(f"attend_wgmma_fp16_d{head_dim}_{mask}", expression, AttendParams, 32 * t.warps, 1, smem)
 
 
@@ -314,6 +314,6 @@ WGMMA_IMAGES: tuple[Image, ...] = (
     *(Image(f"attend_wgmma_fp16_d{d}", "sm_90a", "kernel/attend_wgmma.cuh", tuple(_wgmma_entry(d, m) for m in MASKS)) for d in (64, 128)),
     Image(
         "quantise_wgmma_fp16", "sm_90a", "kernel/quantise_wgmma.cuh",
-        tuple(Entry(f"quantise_wgmma_fp16_d{d}", f"quantise_core<CoreMatrix<{d}>>", QuantiseParams, 4 * 96) for d in (64, 128)),
+        tuple(Entry(f"quantise_wgmma_fp16_d{d}", f"quantise_core<CoreMatrix<{d}, 2, 96, true>>", QuantiseParams, 4 * 96) for d in (64, 128)),
     ),
 )  # fmt: skip

@@ -28,7 +28,7 @@ struct AttendConfig {
   static constexpr Mask kMask = kMask_;
   static constexpr Accumulate kAccumulate = kAccumulate_;
   static constexpr int kThreads = 32 * kWarps, kBlockM = 16 * kRowTiles * kWarps;
-  using Layout = Fragment<kHeadDim>;
+  using Layout = Fragment<kHeadDim, 2>;
   using Pipe = TilePipe<Layout::kTileBytes, kStages, kWarps>;
 };
 

@@ -30,7 +30,8 @@ struct QuantiseParams {
   const float* k_mean_parts;  // [pairs, k_splits, D]
   u8* kv;              // [pairs, tiles, Fragment::kTileBytes]
   i32* k_scale_max;    // [pairs], the bits of a non-negative float
-  float* v_amax;       // [pairs, D]
+  float* v_amax;       // [pairs, D], of V without its mean
+  float* v_mean;       // [pairs, D], 0 where the scheme leaves it in
   float* anchor;       // [pairs, D]
   i32 first, pairs, heads, len, head_dim;
   i32 dtype, vectors;
@@ -43,7 +44,8 @@ struct AttendParams {
   Tokens q;
   const u8* kv;
   const i32* k_scale_max;
-  const float* v_amax;
+  const float* v_amax;  // [pairs, D]: what V's largest |value| stands for, of V without its mean
+  const float* v_mean;  // [pairs, D]: to be added to O where any key counts
   const float* anchor;
   const void* mask;    // [B, H, Nq, Nk] by strides, 0 where it broadcasts
   i64 mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k;

@@ -47,6 +47,7 @@ __device__ __forceinline__ void finish_stats(const QuantiseParams& p, int pair, 
     shared.v_inverse[c] = amax < kSmallest ? 0.0f : 1.0f / amax;
     if (keep) {
       p.v_amax[pair * kHeadDim + c] = amax < kSmallest ? 0.0f : amax;
+      p.v_mean[pair * kHeadDim + c] = 0.0f;
       p.anchor[pair * kHeadDim + c] = mean;
     }
   }
@@ -83,14 +84,14 @@ __device__ __forceinline__ float quantise_keys(float (&x)[kHeadDim / 4], const S
 #pragma unroll
   for (int w = 0; w < kQuantiseWarps; ++w) amax = fmaxf(amax, shared.k_amax[w][group]);
   const float inverse = int8_inverse(amax), scale = inverse > 0.0f ? amax / 127.0f : 0.0f;
-  if (warp == 0 && lane % 8 == 0) reinterpret_cast<float*>(out + Fragment<kHeadDim>::kScales)[group] = scale;
+  if (warp == 0 && lane % 8 == 0) reinterpret_cast<float*>(out + Fragment<kHeadDim, 2>::kScales)[group] = scale;
 #pragma unroll
   for (int c2 = 0; c2 < kHeadDim / 64; ++c2) {
     const float* y = x + 16 * c2;
     uint4 codes;
     codes.x = int8_codes(y[0], y[1], y[2], y[3], inverse), codes.y = int8_codes(y[4], y[5], y[6], y[7], inverse);
     codes.z = int8_codes(y[8], y[9], y[10], y[11], inverse), codes.w = int8_codes(y[12], y[13], y[14], y[15], inverse);
-    *reinterpret_cast<uint4*>(out + Fragment<kHeadDim>::k_block(c2, warp) + 16 * lane) = codes;
+    *reinterpret_cast<uint4*>(out + Fragment<kHeadDim, 2>::k_block(c2, warp) + 16 * lane) = codes;
   }
   return scale;
 }
@@ -117,7 +118,7 @@ __device__ __forceinline__ void write_values(const QuantiseShared<kHeadDim>& sha
     const int block = warp + i * kQuantiseWarps, c = block / kPairs, pair = block % kPairs;
     const int token = 16 * c + lane % 16, column = 16 * pair + lane / 16 * 8;
     const uint4 v = load_matrices_transposed(shared_address(shared.v + token * QuantiseShared<kHeadDim>::kPitch + column * 2));
-    *reinterpret_cast<uint4*>(out + Fragment<kHeadDim>::v_block(c, pair) + 16 * lane) = v;
+    *reinterpret_cast<uint4*>(out + Fragment<kHeadDim, 2>::v_block(c, pair) + 16 * lane) = v;
   }
 }
 
@@ -172,7 +173,7 @@ __device__ __forceinline__ void quantise_tiles(const QuantiseParams& p, int pair
     unpack_key<kHeadDim, kDtype>(raw.k, tile * kKvTile + threadIdx.x / 4 < p.len, shared, x);
     if (kAhead && tile + 1 < last_tile)
       raw.template load_k<kVectors>(p, k, (tile + 1) * kKvTile), raw.template load_v<kVectors>(p, v, (tile + 1) * kKvTile);
-    u8* out = p.kv + ((i64)pair * p.tiles + tile) * Fragment<kHeadDim>::kTileBytes;
+    u8* out = p.kv + ((i64)pair * p.tiles + tile) * Fragment<kHeadDim, 2>::kTileBytes;
     top = fmaxf(top, quantise_keys<kHeadDim>(x, signs, shared, out));  // the barrier inside: V is staged as well
     write_values<kHeadDim>(shared, out);
     __syncthreads();  // k_amax and v are free for the next tile

@@ -31,6 +31,7 @@ __device__ __forceinline__ void finish_stats(const QuantiseParams& p, int pair, 
     shared.v_inverse[c] = amax < kSmallest ? 0.0f : 1.0f / amax;
     if (keep) {
       p.v_amax[pair * kHeadDim + c] = amax < kSmallest ? 0.0f : amax;
+      p.v_mean[pair * kHeadDim + c] = 0.0f;
       p.anchor[pair * kHeadDim + c] = mean;
     }
   }
@@ -95,10 +96,10 @@ __device__ __forceinline__ void stage_core_values(const Raw8<kDtype>& raw, int t
   for (int i = 0; i < 4; ++i) *reinterpret_cast<u32*>(row + 16 * i) = pack_f16(x[2 * i], x[2 * i + 1]);
 }
 
-template <int kHeadDim>
-__device__ __forceinline__ void write_values(const CoreShared<CoreMatrix<kHeadDim>>& shared, u8* out) {
-  using Shared = CoreShared<CoreMatrix<kHeadDim>>;
-  using Layout = CoreMatrix<kHeadDim>;
+template <class Layout>
+__device__ __forceinline__ void write_values(const CoreShared<Layout>& shared, u8* out) {
+  using Shared = CoreShared<Layout>;
+  constexpr int kHeadDim = Layout::kHeadDim;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   u8* keys = out + Layout::kV + warp * Layout::kVPitch;  // a warp has the eight keys of one core matrix
 #pragma unroll
