@@ -242,15 +242,22 @@ def available_variants(device: torch.device | str | None = None) -> list[Availab
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which variant a call gets and why; `rejected` lists the candidates before it, each with its reason."""
+    """Which variant a call gets and why; `rejected` lists the candidates before it, each with its reason.
+
+    `reason` of an "auto" call is the row of `auto.RULES` that decided, `basis` what that rests on: "measured", "static" (the
+    architecture's rates) or "" where no row was needed. `accum` is the `pv_accum_dtype` it chose, "" the variant's default.
+    """
 
     variant: str
     reason: str
     rejected: tuple[tuple[str, str], ...]
     device: str
+    basis: str = ""
+    accum: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{self.variant} on {self.device}: {self.reason}"]
+        accum = f" ({self.accum})" if self.accum else ""
+        lines = [f"{self.variant}{accum} on {self.device}: {self.reason}"]
         lines += [f"  not {name}: {reason}" for name, reason in self.rejected]
         return "\n".join(lines)
 
@@ -275,7 +282,8 @@ def explain(
         q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse,
         variant=variant,
     )  # fmt: skip
-    return Explanation(call.plan.variant.name, call.plan.reason, call.plan.rejected, ops.machine(call.problem).name)
+    plan = call.plan
+    return Explanation(plan.variant.name, plan.reason, plan.rejected, ops.machine(call.problem).name, plan.basis, plan.accum)
 
 
 def _check_choice(name: str, given: str, accepted: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-from . import images, store
+from . import auto, images, store
 from .capability import Capability
 from .errors import KernelMissing, Unsupported
 from .problem import Problem
@@ -13,19 +13,6 @@ from .variants import HEAD_DIMS, IMAGES, SDPA, VARIANTS, Scheme, Tile, Variant, 
 
 # Quantised K and V of at most this many bytes live at once; more heads than fit are done in groups.
 WORKSPACE_LIMIT = 256 << 20
-
-# Where `auto` looks, per compute capability and best first. SDPA ends every list: what comes before it was measured, or
-# is known from the architecture's MMA rates, to be faster at the lengths `MIN_AUTO_TOKENS` states.
-AUTO_ORDER: dict[int, tuple[str, ...]] = {
-    75: ("sdpa",),
-    80: ("sageattn_qk_int8_pv_fp16_triton", "sdpa"),
-    86: ("sageattn_qk_int8_pv_fp16_triton", "sdpa"),
-    89: ("sageattn_qk_int8_pv_fp16_triton", "sdpa"),
-    90: ("sdpa",),
-    100: ("sdpa",),
-    120: ("sageattn_qk_int8_pv_fp16_triton", "sdpa"),
-}
-MIN_AUTO_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -43,6 +30,8 @@ class Plan:
     tile: Tile | None = None
     scheme: Scheme | None = None
     heads_per_group: int = 0  # key/value heads (over all batches) quantised and attended at once
+    basis: str = ""  # what "auto" decided by: see `auto.Choice`
+    accum: str = ""  # the `pv_accum_dtype` that "auto" chose where it is not the variant's default
 
 
 @functools.lru_cache(maxsize=4096)
@@ -53,7 +42,7 @@ def plan(problem: Problem, capability: Capability, variant: str = "auto", accum:
         problem: the checked call.
         capability: the device it will run on.
         variant: a name from `variants.VARIANTS`, or "auto".
-        accum: the `pv_accum_dtype`, where the variant offers several; "" is its default.
+        accum: the `pv_accum_dtype`, where the variant offers several; "" is its default. "auto" has its own.
         arch: forces a kernel family (as `SAGEATTENTION_ARCH` does); 0 is the device's own.
 
     Raises:
@@ -65,21 +54,18 @@ def plan(problem: Problem, capability: Capability, variant: str = "auto", accum:
         if variant not in VARIANTS:
             raise Unsupported("variant", f"got {variant!r}, accepted are 'auto', {', '.join(map(repr, VARIANTS))}")
         return _fit(problem, capability, VARIANTS[variant], accum, arch, "asked for by name")
-    if capability.device != "cuda":
-        return Plan(SDPA, f"on {capability.device} tensors quantising gains nothing")
-    if problem.needs_grad:
-        return Plan(SDPA, "a gradient is asked for, and quantised attention has no backward pass")
-    if min(problem.len_q, problem.len_kv) < MIN_AUTO_TOKENS:
-        return Plan(SDPA, f"under {MIN_AUTO_TOKENS} tokens quantising costs more than it saves")
-    rejected = []
-    for name in AUTO_ORDER[_family(arch)]:
+    choice = auto.choose(problem, capability, arch)
+    rejected = list(choice.rejected)
+    for candidate in choice.order:
+        name, _, accum = candidate.partition(":")
         try:
-            chosen = _fit(problem, capability, VARIANTS[name], accum, arch, f"first of sm_{arch}'s order that can do this call")
+            chosen = _fit(problem, capability, VARIANTS[name], accum, arch, choice.reason)
         except (Unsupported, KernelMissing) as error:
-            rejected.append((name, str(error)))
+            rejected.append((candidate, str(error)))
             continue
-        return replace(chosen, rejected=tuple(rejected))
-    raise AssertionError(f"sdpa must end AUTO_ORDER[{_family(arch)}]")
+        return replace(chosen, rejected=tuple(rejected), basis=choice.basis, accum=accum)
+    reason = f"nothing is left of the {choice.reason}" if choice.order else choice.reason
+    return Plan(SDPA, reason, tuple(rejected), arch, basis=choice.basis)
 
 
 def refusal(variant: Variant, capability: Capability, arch: int = 0) -> Unsupported | KernelMissing | None:
@@ -141,11 +127,6 @@ def _heads_per_group(problem: Problem, scheme: Scheme, head_dim: int, tile: Tile
     per_head = tokens * (head_dim + head_dim * scheme.v_bytes + 4)
     groups = -(-heads // max(1, WORKSPACE_LIMIT // per_head))
     return -(-heads // groups)
-
-
-def _family(arch: int) -> int:
-    """The newest known compute capability that is not above `arch`."""
-    return max((known for known in AUTO_ORDER if known <= arch), default=min(AUTO_ORDER))
 
 
 def _archs(archs: tuple[int, ...]) -> str:

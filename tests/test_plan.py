@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sageattention import KernelMissing, Unsupported, capability, store
+from sageattention import KernelMissing, Unsupported, auto, capability, store
 from sageattention.capability import Capability
-from sageattention.plan import AUTO_ORDER, MIN_AUTO_TOKENS, WORKSPACE_LIMIT, plan, refusal
+from sageattention.plan import WORKSPACE_LIMIT, plan, refusal
 from sageattention.problem import Problem
 from sageattention.variants import HEAD_DIMS, VARIANTS, pad_head_dim
 
@@ -29,7 +29,7 @@ def problem(**changes):
     return Problem(**{**good, "device": "cuda", "device_index": 0, **changes})
 
 
-# --- auto
+# --- auto (tests/test_auto.py has its table)
 
 
 @pytest.mark.parametrize("arch", [61, *ARCHS, 130])
@@ -38,32 +38,26 @@ def test_auto_always_finds_something(arch, triton):
     chosen = plan(problem(), gpu(arch, triton))
     assert refusal(chosen.variant, gpu(arch, triton)) is None
     assert chosen.reason
-    family = max((a for a in AUTO_ORDER if a <= arch), default=75)
-    order = AUTO_ORDER[family]
-    assert [name for name, _ in chosen.rejected] == list(order[: order.index(chosen.variant.name)])  # best first, none skipped silently
+    order = (*auto.choose(problem(), gpu(arch, triton), arch).order, "sdpa")
+    tried = [name for name, _ in chosen.rejected]
+    assert tried == list(order[: len(tried)])  # best first, none skipped silently
+    assert order[len(tried)] == f"{chosen.variant.name}:{chosen.accum}".rstrip(":")
     assert all(reason for _, reason in chosen.rejected)
 
 
-def test_auto_ends_with_sdpa_for_every_family():
-    assert {arch: order[-1] for arch, order in AUTO_ORDER.items()} == dict.fromkeys(AUTO_ORDER, "sdpa")
-    assert all(name in VARIANTS for order in AUTO_ORDER.values() for name in order)
-
-
-def test_auto_without_triton_says_so():
+def test_auto_without_triton_says_so(monkeypatch):
+    monkeypatch.setattr(store, "missing", lambda image: "no such image")
+    plan.cache_clear()
     chosen = plan(problem(), gpu(89, "none"))
-    assert TRITON in AUTO_ORDER[89] and "Triton is not installed" in dict(chosen.rejected)[TRITON]
+    plan.cache_clear()
+    assert chosen.variant.name == "sdpa" and "nothing is left" in chosen.reason
+    assert "Triton is not installed" in dict(chosen.rejected)[TRITON]
 
 
 @pytest.mark.parametrize("machine", [CPU, MPS, ROCM], ids=lambda m: m.device)
 def test_auto_off_nvidia_is_sdpa(machine):
     chosen = plan(problem(device=machine.device), machine)
     assert chosen.variant.name == "sdpa" and machine.device in chosen.reason
-
-
-@pytest.mark.parametrize("lengths", [(MIN_AUTO_TOKENS - 1, 4096), (4096, 77)])
-def test_auto_leaves_short_calls_to_sdpa(lengths):
-    chosen = plan(problem(len_q=lengths[0], len_kv=lengths[1]), gpu(89))
-    assert chosen.variant.name == "sdpa" and "tokens" in chosen.reason
 
 
 def test_auto_leaves_training_to_sdpa():
@@ -243,11 +237,14 @@ def test_an_empty_call_has_a_plan(changes):
     assert plan(problem(**changes), gpu(86), TRITON).variant.name == TRITON
 
 
-def test_a_triton_that_cannot_be_imported_is_missing_and_auto_passes_it_by():
+def test_a_triton_that_cannot_be_imported_is_missing_and_auto_passes_it_by(monkeypatch):
+    monkeypatch.setattr(store, "missing", lambda image: "no such image")
+    plan.cache_clear()
     broken = gpu(86, "broken")
     with pytest.raises(KernelMissing, match="can't be imported"):
         plan(problem(), broken, TRITON)
     chosen = plan(problem(), broken)
+    plan.cache_clear()
     assert chosen.variant.name == "sdpa" and "can't be imported" in dict(chosen.rejected)[TRITON]
 
 

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sageattention.capability import Capability
-from sageattention.cli.doctor import CARDS, auto_choice
-from sageattention.inputs import SHAPES
-from sageattention.plan import MIN_AUTO_TOKENS
+from sageattention.auto import MIN_TOKENS, rules
+from sageattention.cli.doctor import CARDS
 from sageattention.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,11 +16,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("arch", CARDS)
-def test_the_table_of_cards_is_what_auto_does(arch):
-    row = next(line for line in README.splitlines() if f"| {arch // 10}.{arch % 10} |" in line)
-    assert row.startswith(f"| {CARDS[arch]} |")
-    chosen = auto_choice(SHAPES["wan_480p"], Capability("cuda", arch, 100, "native", CARDS[arch]))["variant"]
-    assert f"| `{chosen}` |" in row
+def test_the_table_of_cards_is_that_of_auto(arch):
+    """In the row of each card, the order of its rule, SDPA last, and what the rule rests on."""
+    cells = next(line for line in README.splitlines() if f"| {arch // 10}.{arch % 10} |" in line).strip("| ").split(" | ")
+    assert cells[0] == CARDS[arch]
+    rule = rules(arch, CARDS[arch].split(", ")[-1])[0]
+    assert re.findall("`([^`]+)`", cells[2]) == [*rule.order, "sdpa"]
+    assert cells[3] == rule.basis
 
 
 def test_every_variant_is_described():
@@ -31,7 +31,7 @@ def test_every_variant_is_described():
 
 
 def test_the_shortest_length_is_right():
-    assert f"{MIN_AUTO_TOKENS:,} tokens" in README
+    assert f"{MIN_TOKENS:,} tokens" in README
 
 
 def test_links_to_files_lead_somewhere():

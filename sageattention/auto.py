@@ -1,0 +1,169 @@
+"""What `auto` runs: one table of rules. The first rule that holds for a call names the variants to try, best first; SDPA ends each.
+
+A rule rests on a measurement (docs/kernels.md) or on the static model: the tensor cores' rates below, which say how much less time
+both products take than in 16-bit attention. The fastest variant goes first, whatever its rounding costs within the bounds of
+`inputs.KINDS`; who prefers another one names it. A variant without a kernel here is passed by, with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .capability import Capability
+from .problem import Problem
+from .variants import CUDA_FP8, CUDA_FP8_SM90, CUDA_FP16, CUDA_INT8, HEAD_DIMS, TRITON_FP16, VARIANTS, Scheme, pad_head_dim
+
+# Below this many queries or keys no rule holds: quantising costs more than it saves.
+MIN_TOKENS = 1024
+# Queries a block of an attention kernel takes; a rule's `waves` are such blocks per multiprocessor.
+BLOCK = 128
+
+# Dense multiply-accumulates per clock and multiprocessor, by operands and accumulator, of the GeForce card of each architecture
+# (white papers: Turing, A100, GA102, Ada, H100, RTX Blackwell). Professional cards of 7.5, 8.6, 8.9 and 12.0 accumulate in fp32 at the
+# full rate, so that 16-bit attention is twice as fast there. 9.0 by wgmma.
+MMA_RATES: dict[int, dict[tuple[str, str], int]] = {
+    75: {("int8", "int32"): 1024, ("fp16", "fp16"): 512, ("fp16", "fp32"): 256},
+    80: {("int8", "int32"): 2048, ("fp16", "fp16"): 1024, ("fp16", "fp32"): 1024},
+    86: {("int8", "int32"): 1024, ("fp16", "fp16"): 512, ("fp16", "fp32"): 256},
+    89: {("int8", "int32"): 1024, ("fp16", "fp16"): 512, ("fp16", "fp32"): 256, ("fp8", "fp16"): 1024, ("fp8", "fp32"): 512},
+    90: {("int8", "int32"): 4096, ("fp16", "fp16"): 2048, ("fp16", "fp32"): 2048, ("fp8", "fp16"): 4096, ("fp8", "fp32"): 4096},
+}
+MMA_RATES[120] = MMA_RATES[89]
+
+# Cards of compute capability 7.5 without tensor cores (TU116, TU117): an MMA runs there, at a fiftieth of the rate. CUDA has no
+# attribute for it, so the name has to tell.
+NO_TENSOR_CORES = r"\bGTX 16\d\d|\bMX[45]50\b|\b[TP]?T(400|500|550|600|1000|1200|2000)\b"
+
+
+# What a decision rests on, in words.
+BASIS = {"measured": "measured", "static": "by its data sheet, not measured"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row: the calls it is for, and what they run.
+
+    Attributes:
+        archs: the families (compute capabilities) it is for.
+        order: variants, best first, each "name" or "name:pv_accum_dtype"; SDPA comes after them, so an empty order is SDPA.
+        basis: a key of `BASIS`.
+        why: in a few words, for `explain`.
+        head_dims: the compiled head dimensions it is for.
+        masks: "none", "causal" or "dense".
+        min_q, min_kv: the shortest lengths, in tokens.
+        waves: blocks of queries, over all heads, for each multiprocessor: fewer leave the card half empty.
+        cards: a pattern that the card's name has to contain; "" is any card.
+    """
+
+    archs: tuple[int, ...]
+    order: tuple[str, ...]
+    basis: str
+    why: str
+    head_dims: tuple[int, ...] = HEAD_DIMS
+    masks: tuple[str, ...] = ("none", "causal", "dense")
+    min_q: int = MIN_TOKENS
+    min_kv: int = MIN_TOKENS
+    waves: float = 1.0
+    cards: str = ""
+
+    def miss(self, problem: Problem, card: Capability) -> str:
+        """Why it is not for this call, its lengths last; "" where it is."""
+        head_dim = pad_head_dim(problem.head_dim)
+        if head_dim not in self.head_dims:
+            return f"no variant is faster at head_dim {head_dim}"
+        if mask_kind(problem) not in self.masks:
+            return f"no variant is faster with a mask of the kind {mask_kind(problem)!r}"
+        for given, least, what in ((problem.len_q, self.min_q, "queries"), (problem.len_kv, self.min_kv, "keys")):
+            if given < least:
+                return f"under {least:,} {what} quantising costs more than it saves"
+        if waves(problem, card) < self.waves:
+            return "too few heads and queries to fill the card: quantising costs more than it saves"
+        return ""
+
+    def __str__(self) -> str:
+        archs = ", ".join(f"sm_{arch}" for arch in self.archs)
+        lengths = f", from {self.min_q:,} queries and {self.min_kv:,} keys" if self.order else ""
+        return f"rule for {archs}{lengths}: {self.why} ({BASIS[self.basis]})"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a call should try, best first and without SDPA, which comes last; `reason` is the row that decided."""
+
+    order: tuple[str, ...]
+    reason: str
+    basis: str  # of the row: "measured", "static", or "" where none applied
+    rejected: tuple[tuple[str, str], ...] = ()  # looked at and known to be no gain
+
+
+_ACCURATE, _FAST16 = CUDA_FP16.name, f"{CUDA_FP16.name}:fp16+fp32"
+_FAST8 = f"{CUDA_FP8.name}:fp32+fp16"
+
+RULES: tuple[Rule, ...] = (
+    Rule((75,), (), "static", "this card has no tensor cores", cards=NO_TENSOR_CORES),
+    # No Triton: it has no INT8 product for 7.5.
+    Rule((75,), (CUDA_INT8.name, _FAST16), "static", "INT8 products at four times the rate of fp16 with fp32 sums"),
+    Rule((80,), (CUDA_INT8.name, _ACCURATE, TRITON_FP16.name), "static", "INT8 products at twice the rate of fp16"),
+    Rule((86,), (CUDA_INT8.name, _FAST16, TRITON_FP16.name), "static", "INT8 products at four times the rate of fp16 with fp32 sums"),
+    Rule(
+        (89, 120), (_FAST8, CUDA_INT8.name, _FAST16, TRITON_FP16.name), "static",
+        "INT8 and FP8 products at four times the rate of fp16 with fp32 sums",
+    ),
+    Rule((90,), (CUDA_FP8_SM90.name, CUDA_FP16.name), "static", "INT8 and FP8 products by wgmma, twice the rate of fp16", (64, 128)),
+    # mma.sync, all that we have for it, reaches a part of what cuDNN's tcgen05 kernels do.
+    Rule((100,), (), "static", "cuDNN uses tensor memory, which no variant does"),
+)  # fmt: skip
+FAMILIES = tuple(sorted({arch for rule in RULES for arch in rule.archs}))
+
+
+def choose(problem: Problem, card: Capability, arch: int) -> Choice:
+    """What to try for a call on a card, whose kernel family is `arch`."""
+    if card.device != "cuda":
+        return Choice((), f"on {card.device} tensors quantising gains nothing", "")
+    if problem.needs_grad:
+        return Choice((), "a gradient is asked for, and quantised attention has no backward pass", "")
+    miss = ""
+    for rule in rules(arch, card.name):
+        miss = rule.miss(problem, card)
+        if not miss:
+            return Choice(rule.order, str(rule), rule.basis)
+    return Choice((), miss, "")
+
+
+def rules(arch: int, card: str) -> list[Rule]:
+    """The rows for a card, by its architecture and name."""
+    mine = family(arch)
+    named = [rule for rule in RULES if mine in rule.archs and re.search(rule.cards, card)]
+    return [rule for rule in named if rule.cards] or named
+
+
+def family(arch: int) -> int:
+    """The newest compute capability that the table knows and that is not above `arch`."""
+    return max((known for known in FAMILIES if known <= arch), default=FAMILIES[0])
+
+
+def waves(problem: Problem, card: Capability) -> float:
+    """Blocks of queries for each multiprocessor; infinite where their number is not known."""
+    blocks = problem.batch * problem.heads_q * -(-problem.len_q // BLOCK)
+    return blocks / card.multiprocessors if card.multiprocessors else float("inf")
+
+
+def mask_kind(problem: Problem) -> str:
+    """The kernel a call takes: "none", "causal" or "dense"."""
+    return "dense" if problem.mask != "none" else "causal" if problem.causal else "none"
+
+
+def scheme(candidate: str) -> Scheme:
+    """How "name" or "name:pv_accum_dtype" rounds."""
+    name, _, accum = candidate.partition(":")
+    variant = VARIANTS[name]
+    return variant.accum[accum] if accum else variant.scheme
+
+
+def mma_gain(arch: int, candidate: str) -> float:
+    """By the static model, how many times less the tensor cores work than in fp16 attention with fp32 accumulators."""
+    rates, how = MMA_RATES[family(arch)], scheme(candidate)
+    accumulator = {"fp8": "fp32"}.get(how.accumulate, how.accumulate)
+    both = 1 / rates["int8", "int32"] + 1 / rates[how.pv, accumulator]
+    return 2 / rates["fp16", "fp32"] / both
