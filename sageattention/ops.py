@@ -13,7 +13,7 @@ from .errors import KernelMissing, Unsupported
 from .plan import Plan, plan
 from .problem import Problem
 from .result import Result, result_like
-from .variants import TRITON_FP16, VARIANTS
+from .variants import MASK_LIMIT, TRITON_FP16, VARIANTS
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -117,6 +117,9 @@ def _run_sdpa(call: Call) -> Result:
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, mask, is_causal=causal, scale=p.sm_scale, enable_gqa=p.heads_q != p.heads_kv
     )
+    if mask is not None:  # not every backend gives 0 for a fully masked row
+        kept = mask if mask.dtype == torch.bool else mask != -torch.inf
+        out = torch.where(kept.any(-1, keepdim=True), out, 0)
     return _from_hnd(out, call), _lse(call, q, k) if p.return_lse else None
 
 
@@ -139,8 +142,8 @@ def _lse(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 
 def _narrow_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An additive mask in q's dtype, as SDPA wants it. fp32's finfo.min would become −inf: finite stays finite."""
-    limit = torch.finfo(dtype).max
+    """An additive mask in q's dtype, as SDPA wants it. Finite stays finite, also times log2(e) in fp32, which some backends take."""
+    limit = min(torch.finfo(dtype).max, MASK_LIMIT)
     return torch.where(mask == -torch.inf, mask, mask.clamp(-limit, limit)).to(dtype)
 
 

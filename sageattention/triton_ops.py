@@ -65,6 +65,7 @@ def run(call: Call) -> Result:
     for head0 in range(0, heads, step):
         kv = quantize(call.k, call.v, p, call.plan, head0, min(step, heads - head0))
         attend(call.q, kv, p, out, lse, call.mask)
+        del kv  # before the next group's: its memory is used again
     return out, lse
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sageattention import available_variants, sageattn
+from sageattention import available_variants, inputs, sageattn
 from sageattention.variants import VARIANTS
 
 pytestmark = pytest.mark.gpu
@@ -131,10 +131,14 @@ def test_unaligned_strided_inputs(variant: str, offset: int) -> None:
         w = torch.zeros(*t.shape[:2], t.shape[2] * 2, t.shape[3] + 24, dtype=t.dtype, device=t.device)
         view = w[:, :, ::2, offset : offset + t.shape[3]]
         wide.append(view.copy_(t))
-    assert torch.equal(sageattn(*wide, variant=variant), sageattn(q, k, v, variant=variant))
+    out, expected = sageattn(*wide, variant=variant), sageattn(q, k, v, variant=variant)
+    if VARIANTS[variant].backend == "triton":  # which compiles another kernel for such rows, with its own order of sums
+        assert inputs.relative_l2(out, expected) <= 2e-3
+    else:
+        assert torch.equal(out, expected)
 
 
-NUMBERS = st.floats(-3e38, 3e38, width=32) | st.sampled_from([0.0, 1e-45, -1e-38, 1e-20, 65504.0, 1e30, -1e30, 3e38])
+NUMBERS = st.floats(-(2.0**127), 2.0**127, width=32) | st.sampled_from([0.0, 1e-45, -1e-38, 1e-20, 65504.0, 1e30, -1e30, 3e38, -3e38])
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

@@ -2,9 +2,9 @@
 
 Every time is the median over repeats in which the candidates take turns, so that clocks and temperature favour nobody. "event"
 is the time between two CUDA events around eager calls, launch gaps included; "graph" is the same calls replayed from a CUDA
-graph, without them. TFLOPS are 4·B·H·Nq·Nk·D over the graph time (the event time where there is none); "× cuDNN" compares with torch's
-cuDNN backend in the same run. "extra" is the peak of allocated memory beyond q, k, v and the output. The error is the relative L2
-against fp64 on a sample of rows: a fast wrong answer shows.
+graph, without them (not taken where a call is so long that they don't show). TFLOPS are 4·B·H·Nq·Nk·D over the graph time (the
+event time where there is none); "× cuDNN" compares with torch's cuDNN backend in the same run. "extra" is the peak of allocated
+memory beyond q, k, v and the output. The error is the relative L2 against fp64 on a sample of rows: a fast wrong answer shows.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 BASELINE = "sdpa_cudnn"
 TINY = Shape("tiny", 1, 2, 128, 128, 64)  # the GPU is done with it before the host is: what is left is the host's time
 QUICK_SHAPES = ("flux_512", "flux_1024")
+LONG_MS = 5.0  # beside a call of this length its launch gaps are nothing: no graph is timed
 MIB = 1 << 20
 
 
@@ -122,13 +123,16 @@ class _Timer:
         self.row, self.candidate, self.qkv = row, candidate, qkv
         self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.calls = 1
-        once = min(self._events() for _ in range(3))  # also the warm-up
+        once = min(self._events() for _ in range(3))  # also compiles what has to be compiled
         self.calls = max(1, min(50, math.floor(budget_ms / max(once, 1e-3))))
-        self.graph = self._capture()
+        self.graph = self._capture() if once < LONG_MS else None
 
     def turn(self) -> None:
+        """Time the candidate, each time after as long untimed: a card's clock follows what it has just been doing."""
+        self._events()
         self.row.events.append(self._events())
         if self.graph is not None:
+            self._measure(self.graph.replay)
             self.row.graphs.append(self._measure(self.graph.replay) / self.calls)
 
     def _events(self) -> float:
@@ -251,7 +255,7 @@ def main(args: argparse.Namespace) -> int:
     if not args.json:
         _print_head(report)
     for shape in shapes:
-        rows = time_shape(shape, candidates, device, kind=kind, repeats=5 if args.quick else 15, budget_ms=10 if args.quick else 20)
+        rows = time_shape(shape, candidates, device, kind=kind, repeats=5 if args.quick else 11, budget_ms=10 if args.quick else 30)
         report["rows"] += [asdict(row) for row in rows]
         torch.cuda.empty_cache()
         print(f"{shape} done", file=sys.stderr) if args.json else _print_shape(shape, rows)

@@ -85,5 +85,5 @@ def sdpa_backend(name: str) -> Candidate:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    backend = SDPBackend[SDPA_BACKENDS[name]]
+    backend = getattr(SDPBackend, SDPA_BACKENDS[name])
     return Candidate(name, torch.nn.functional.scaled_dot_product_attention, None, lambda: sdpa_kernel(backend))
