@@ -3,16 +3,21 @@
 A rule rests on a measurement (docs/kernels.md) or on the static model: the tensor cores' rates below, which say how much less time
 both products take than in 16-bit attention. The fastest variant goes first, whatever its rounding costs within the bounds of
 `inputs.KINDS`; who prefers another one names it. A variant without a kernel here is passed by, with the reason.
+What `bench --calibrate` measured on the very card goes before the table.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .capability import Capability
 from .problem import Problem
 from .variants import CUDA_FP8, CUDA_FP8_SM90, CUDA_FP16, CUDA_INT8, HEAD_DIMS, TRITON_FP16, VARIANTS, Scheme, pad_head_dim
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 # Below this many queries or keys no rule holds: quantising costs more than it saves.
 MIN_TOKENS = 1024
@@ -72,8 +77,8 @@ class Rule:
         head_dim = pad_head_dim(problem.head_dim)
         if head_dim not in self.head_dims:
             return f"no variant is faster at head_dim {head_dim}"
-        if mask_kind(problem) not in self.masks:
-            return f"no variant is faster with a mask of the kind {mask_kind(problem)!r}"
+        if problem.mask_kind not in self.masks:
+            return f"no variant is faster with a mask of the kind {problem.mask_kind!r}"
         for given, least, what in ((problem.len_q, self.min_q, "queries"), (problem.len_kv, self.min_kv, "keys")):
             if given < least:
                 return f"under {least:,} {what} quantising costs more than it saves"
@@ -93,7 +98,7 @@ class Choice:
 
     order: tuple[str, ...]
     reason: str
-    basis: str  # of the row: "measured", "static", or "" where none applied
+    basis: str  # of the row: "measured", "static", "calibrated", or "" where none applied
     rejected: tuple[tuple[str, str], ...] = ()  # looked at and known to be no gain
 
 
@@ -117,12 +122,15 @@ RULES: tuple[Rule, ...] = (
 FAMILIES = tuple(sorted({arch for rule in RULES for arch in rule.archs}))
 
 
-def choose(problem: Problem, card: Capability, arch: int) -> Choice:
-    """What to try for a call on a card, whose kernel family is `arch`."""
+def choose(problem: Problem, card: Capability, arch: int, calibration: Calibration | None = None) -> Choice:
+    """What to try for a call on a card, whose kernel family is `arch`. The card's calibration goes before the rules."""
     if card.device != "cuda":
         return Choice((), f"on {card.device} tensors quantising gains nothing", "")
     if problem.needs_grad:
         return Choice((), "a gradient is asked for, and quantised attention has no backward pass", "")
+    point = calibration.point(problem) if calibration and arch == card.arch and waves(problem, card) >= 1 else None
+    if point:
+        return Choice(tuple(point.faster()), f"calibration of {calibration.made_at}, at {point}", "calibrated", tuple(point.slower()))
     miss = ""
     for rule in rules(arch, card.name):
         miss = rule.miss(problem, card)
@@ -147,11 +155,6 @@ def waves(problem: Problem, card: Capability) -> float:
     """Blocks of queries for each multiprocessor; infinite where their number is not known."""
     blocks = problem.batch * problem.heads_q * -(-problem.len_q // BLOCK)
     return blocks / card.multiprocessors if card.multiprocessors else float("inf")
-
-
-def mask_kind(problem: Problem) -> str:
-    """The kernel a call takes: "none", "causal" or "dense"."""
-    return "dense" if problem.mask != "none" else "causal" if problem.causal else "none"
 
 
 def scheme(candidate: str) -> Scheme:

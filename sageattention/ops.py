@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from . import capability, reference
+from . import calibration, capability, reference
 from .capability import Capability
 from .errors import KernelMissing, Unsupported
 from .plan import Plan, plan
@@ -80,7 +80,9 @@ def plan_for(problem: Problem, variant: str, accum: str = "") -> Plan:
         if variant != "auto" and variant not in VARIANTS:
             accepted = ", ".join(map(repr, VARIANTS))
             raise Unsupported("SAGEATTENTION_VARIANT", f"the environment variable holds {variant!r}, accepted are 'auto', {accepted}")
-    return plan(problem, machine(problem), variant, accum, capability.forced_arch() or 0)
+    card = machine(problem)
+    known = calibration.of_card(card) if variant == "auto" else None
+    return plan(problem, card, variant, accum, capability.forced_arch() or 0, known)
 
 
 def machine(problem: Problem) -> Capability:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from . import auto, images, store
 from .capability import Capability
 from .errors import KernelMissing, Unsupported
 from .problem import Problem
 from .variants import HEAD_DIMS, IMAGES, SDPA, VARIANTS, Scheme, Tile, Variant, pad_head_dim
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 # Quantised K and V of at most this many bytes live at once; more heads than fit are done in groups.
 WORKSPACE_LIMIT = 256 << 20
@@ -35,7 +39,9 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(problem: Problem, capability: Capability, variant: str = "auto", accum: str = "", arch: int = 0) -> Plan:
+def plan(
+    problem: Problem, capability: Capability, variant: str = "auto", accum: str = "", arch: int = 0, calibration: Calibration | None = None
+) -> Plan:
     """Choose the variant, tile and grouping for a problem.
 
     Args:
@@ -44,6 +50,7 @@ def plan(problem: Problem, capability: Capability, variant: str = "auto", accum:
         variant: a name from `variants.VARIANTS`, or "auto".
         accum: the `pv_accum_dtype`, where the variant offers several; "" is its default. "auto" has its own.
         arch: forces a kernel family (as `SAGEATTENTION_ARCH` does); 0 is the device's own.
+        calibration: the device's, for "auto".
 
     Raises:
         Unsupported: the variant cannot do this problem on this device.
@@ -54,7 +61,7 @@ def plan(problem: Problem, capability: Capability, variant: str = "auto", accum:
         if variant not in VARIANTS:
             raise Unsupported("variant", f"got {variant!r}, accepted are 'auto', {', '.join(map(repr, VARIANTS))}")
         return _fit(problem, capability, VARIANTS[variant], accum, arch, "asked for by name")
-    choice = auto.choose(problem, capability, arch)
+    choice = auto.choose(problem, capability, arch, calibration)
     rejected = list(choice.rejected)
     for candidate in choice.order:
         name, _, accum = candidate.partition(":")

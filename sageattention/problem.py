@@ -44,6 +44,11 @@ class Problem(NamedTuple):
         """True where there is nothing to compute: the output is empty, or (no keys) zero."""
         return not (self.batch and self.heads_q and self.len_q and self.len_kv)
 
+    @property
+    def mask_kind(self) -> str:
+        """The kind of kernel it takes: "none", "causal" or "dense" (which may be causal, too)."""
+        return "dense" if self.mask != "none" else "causal" if self.causal else "none"
+
     @classmethod
     def from_tensors(
         cls,

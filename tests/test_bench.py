@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 
 torch = pytest.importorskip("torch")
+
+from fake_gpu import Gpu, attention, install  # noqa: E402
 
 from sageattention import Unsupported, inputs  # noqa: E402
 from sageattention.cli import bench  # noqa: E402
@@ -15,76 +15,9 @@ from sageattention.cli.candidates import Candidate  # noqa: E402
 SHAPE = inputs.Shape("small", 1, 2, 64, 96, 64)
 
 
-class Gpu:
-    """Counts milliseconds; every attention call and every replay of a captured one adds its own."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.capturing: list[float] | None = None
-
-    def spend(self, ms: float) -> None:
-        if self.capturing is not None:
-            self.capturing.append(ms)
-        else:
-            self.now += ms
-
-
 @pytest.fixture
-def gpu(monkeypatch):
-    clock = Gpu()
-
-    class Event:
-        def __init__(self, enable_timing=False):
-            assert enable_timing
-
-        def record(self):
-            self.at = clock.now
-
-        def synchronize(self):
-            pass
-
-        def elapsed_time(self, other):
-            return other.at - self.at
-
-    class CUDAGraph:
-        def replay(self):
-            clock.now += sum(self.captured) * 0.8  # without launch gaps
-
-    class Stream:
-        def wait_stream(self, other):
-            pass
-
-    @contextlib.contextmanager
-    def graph(target, stream=None):
-        clock.capturing = target.captured = []
-        try:
-            yield
-        finally:
-            clock.capturing = None
-
-    fakes = {
-        "Event": Event,
-        "CUDAGraph": CUDAGraph,
-        "Stream": Stream,
-        "graph": graph,
-        "stream": lambda s: contextlib.nullcontext(),
-        "current_stream": Stream,
-        "synchronize": lambda device=None: None,
-        "reset_peak_memory_stats": lambda device=None: None,
-        "memory_allocated": lambda device=None: 10 * bench.MIB,
-        "max_memory_allocated": lambda device=None: 13 * bench.MIB,
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    return clock
-
-
-def attention(gpu: Gpu, name: str, ms: float, factor: float = 1.0) -> Candidate:
-    def call(q, k, v):
-        gpu.spend(ms)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v) * factor
-
-    return Candidate(name, call, None)
+def gpu(monkeypatch) -> Gpu:
+    return install(monkeypatch)
 
 
 def run(candidates: list[Candidate]) -> dict[str, bench.Row]:

@@ -152,6 +152,8 @@ def test_check_tells_a_kernel_that_turns_out_to_be_missing(monkeypatch, capsys):
 def test_bench_on_a_cpu_says_that_there_is_nothing_to_time(capsys):
     assert cli.main(["bench", "--device", "cpu"]) == 0
     assert "no CUDA GPU" in capsys.readouterr().out
+    assert cli.main(["bench", "--device", "cpu", "--variants", "sdpa", "--shapes", "flux_512"]) == 0
+    assert "--shapes flux_512 is for a GPU, and ignored" in capsys.readouterr().out
     assert cli.main(["bench", "--device", "cpu", "--variants", "reference", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cpu_ms"]["reference"] > 0
 

@@ -16,6 +16,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
@@ -114,14 +115,24 @@ def time_shape(shape: Shape, candidates: list[Candidate], device: torch.device, 
     return rows
 
 
+def gpu_ms(work: Callable[[], object]) -> float:
+    """The time between two CUDA events around `work`, in ms."""
+    import torch
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
 class _Timer:
     """One candidate's turns on one shape, eager and as a CUDA graph."""
 
     def __init__(self, row: Row, candidate: Candidate, qkv: tuple[torch.Tensor, ...], budget_ms: float):
-        import torch
-
         self.row, self.candidate, self.qkv = row, candidate, qkv
-        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.calls = 1
         once = min(self._events() for _ in range(3))  # also compiles what has to be compiled
         self.calls = max(1, min(50, math.floor(budget_ms / max(once, 1e-3))))
@@ -132,26 +143,16 @@ class _Timer:
         self._events()
         self.row.events.append(self._events())
         if self.graph is not None:
-            self._measure(self.graph.replay)
-            self.row.graphs.append(self._measure(self.graph.replay) / self.calls)
+            gpu_ms(self.graph.replay)
+            self.row.graphs.append(gpu_ms(self.graph.replay) / self.calls)
 
     def _events(self) -> float:
         with self.candidate.context():
-            return self._measure(self._eager) / self.calls
+            return gpu_ms(self._eager) / self.calls
 
     def _eager(self) -> None:
         for _ in range(self.calls):
             self.candidate.call(*self.qkv)
-
-    def _measure(self, work) -> float:
-        import torch
-
-        torch.cuda.synchronize()
-        self.begin.record()
-        work()
-        self.end.record()
-        self.end.synchronize()
-        return self.begin.elapsed_time(self.end)
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
         import torch
@@ -239,11 +240,17 @@ def main(args: argparse.Namespace) -> int:
     """The command; exit code 0, also where there is no GPU (it says so and times one small shape on the CPU)."""
     import torch
 
+    if args.calibrate:
+        from . import calibrate
+
+        return calibrate.main(args)
+    if args.reset:
+        raise Unsupported("--reset", "goes with --calibrate: it removes what that made")
     shapes = [parse_shape(text) for text in args.shapes or (QUICK_SHAPES if args.quick else SHAPES)]
     named = [variant(name) for name in args.variants or ()]
     device = chosen_device(args.device)
     if device.type != "cuda":
-        return _on_cpu(named, as_json=args.json)
+        return _on_cpu(named, args.shapes, as_json=args.json)
     torch.cuda.set_device(device.index or 0)
     found, refused = (named, []) if named else ready(device)
     ours = found if named else [variant("auto"), *(c for c in found if c.name not in ("sdpa", "reference"))]
@@ -264,7 +271,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _on_cpu(named: list[Candidate], *, as_json: bool) -> int:
+def _on_cpu(named: list[Candidate], ignored: list[str] | None, *, as_json: bool) -> int:
     """No GPU: say so, and show that the variants of this machine run."""
     import torch
 
@@ -280,7 +287,10 @@ def _on_cpu(named: list[Candidate], *, as_json: bool) -> int:
             times[candidate.name] = 1e3 * (time.perf_counter() - start)
         except (Unsupported, KernelMissing) as refused:
             skipped[candidate.name] = str(refused)
-    message = "torch sees no CUDA GPU: there is nothing to measure that a user would feel. One call on the CPU, for the record:"
+    message = "This is no CUDA GPU: there is nothing to measure that a user would feel."
+    if ignored:
+        message += f" --shapes {','.join(ignored)} is for a GPU, and ignored."
+    message += f" One call of {shape} on the CPU, for the record:"
     if as_json:
         print(
             json.dumps({"machine": {"gpu": None}, "message": message, "shape": str(shape), "cpu_ms": times, "skipped": skipped}, indent=2)

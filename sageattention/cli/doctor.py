@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, capability, libcuda, store
+from .. import __version__, calibration, capability, libcuda, store
+from ..calibration import Calibration
 from ..capability import Capability
 from ..errors import CudaError, KernelMissing, Unsupported
 from ..inputs import SHAPES, Shape
@@ -29,7 +30,8 @@ from .text import table
 
 PACKAGE = Path(__file__).resolve().parents[1]
 VARIABLES = (
-    "SAGEATTENTION_VARIANT", "SAGEATTENTION_ARCH", "SAGEATTENTION_LAUNCHER", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES",
+    "SAGEATTENTION_VARIANT", "SAGEATTENTION_ARCH", "SAGEATTENTION_LAUNCHER", "SAGEATTENTION_CACHE", "TRITON_INTERPRET",
+    "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
 CARDS = {
     75: "RTX 20xx",
@@ -217,18 +219,21 @@ def _device(machine: Capability, has_torch: bool, problems: list[str]) -> dict[s
         error = refusal(variant, machine, forced)
         status = "missing" if isinstance(error, KernelMissing) else "unsupported" if error else "ready" if has_torch else "needs torch"
         rows.append({"name": variant.name, "status": status, "summary": variant.summary, "reason": error.reason if error else ""})
-    auto = {name: auto_choice(shape, machine, forced) for name, shape in SHAPES.items()}
-    return {"name": machine.name, "device": machine.device, "arch": machine.arch, "variants": rows, "auto": auto}
+    calibrated = has_torch and machine.device == "cuda"  # a calibration holds for one torch
+    known = calibration.of_card(machine) if calibrated else None
+    auto = {name: auto_choice(shape, machine, forced, known) for name, shape in SHAPES.items()}
+    found = {"name": machine.name, "device": machine.device, "arch": machine.arch, "variants": rows, "auto": auto}
+    return found | ({"calibration": calibration.state(machine)} if calibrated else {})
 
 
-def auto_choice(shape: Shape, machine: Capability, forced: int = 0) -> dict[str, str]:
-    """What `auto` chooses for a bf16 call of `shape` on a machine: {"variant", "reason"}."""
+def auto_choice(shape: Shape, machine: Capability, forced: int = 0, known: Calibration | None = None) -> dict[str, str]:
+    """What `auto` chooses for a bf16 call of `shape` on a machine: {"variant", "accum", "basis", "reason"}."""
     problem = Problem(
         shape.batch, shape.heads, shape.heads, shape.len_q, shape.len_kv, shape.head_dim, "bfloat16", machine.device, 0,
         sm_scale=shape.head_dim**-0.5,
     )  # fmt: skip
-    chosen = plan(problem, machine, "auto", "", forced)
-    return {"variant": chosen.variant.name, "reason": chosen.reason}
+    chosen = plan(problem, machine, "auto", "", forced, known)
+    return {"variant": chosen.variant.name, "accum": chosen.accum, "basis": chosen.basis, "reason": chosen.reason}
 
 
 def _cards() -> dict[str, dict[str, str]]:
@@ -273,6 +278,8 @@ def report(found: dict[str, Any]) -> str:
         lines += ["", f"Variants on {device['name']}{arch}"]
         lines.append(table(("variant", "status", ""), [(v["name"], v["status"], v["reason"] or v["summary"]) for v in device["variants"]]))
         lines += ["", f"What `auto` {'runs' if torch and 'error' not in torch else 'would run'} here", _auto_text(device["auto"])]
+        if "calibration" in device:
+            lines.append(f"calibration: {device['calibration']}")
     if found["cards"]:
         rows = [(arch, c["cards"], c["flux_1024"], c["wan_480p"]) for arch, c in found["cards"].items()]
         lines += ["", "What `auto` of this installation would run on a card", table(("", "", "flux_1024", "wan_480p"), rows)]

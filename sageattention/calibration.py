@@ -1,0 +1,237 @@
+"""What `python -m sageattention bench --calibrate` measured on a card, kept in the user's cache directory. No CUDA at import.
+
+    {"format": 1, "made_for": {"card", "arch", "driver", "torch", "sageattention"}, "made_at": "2026-11-22 16:00",
+     "points": [{"head_dim", "mask", "len_q", "len_kv", "sdpa_ms", "ms": {"variant[:pv_accum_dtype]": …}, "off": {…: reason}}]}
+
+`auto` reads a card's file once, when it first chooses for that card. A file made for something else, or one that can't be read, is
+ignored with one logged line; nothing here ever ends a run.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import libcuda
+from .capability import Capability
+from .errors import CudaError
+from .problem import Problem
+from .variants import MASKS, VARIANTS, pad_head_dim
+
+FOLDER = "SAGEATTENTION_CACHE"  # replaces the user's cache directory
+FORMAT = 1
+COMMAND = "python -m sageattention bench --calibrate"
+# A variant has to be this much faster than SDPA to be chosen: times vary by a few per cent from run to run.
+MARGIN = 1.03
+
+LOG = logging.getLogger("sageattention")
+
+
+class Ignored(Exception):
+    """There is a calibration file that is of no use here; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One call that was timed: milliseconds of torch's SDPA and of each variant.
+
+    `off` holds the variants that were timed for nothing: reason by name. They are not chosen where this point counts.
+    """
+
+    head_dim: int  # compiled
+    mask: str  # of `variants.MASKS`
+    len_q: int
+    len_kv: int
+    sdpa_ms: float
+    ms: dict[str, float]
+    off: dict[str, str] = field(default_factory=dict)
+
+    def faster(self) -> list[str]:
+        """The variants that beat SDPA, fastest first."""
+        return sorted((name for name, ms in self.ms.items() if ms * MARGIN < self.sdpa_ms), key=self.ms.__getitem__)
+
+    def slower(self) -> list[tuple[str, str]]:
+        """(variant, reason) of those that don't."""
+        beaten = {name: f"{ms:.3g} ms, SDPA {self.sdpa_ms:.3g} ms" for name, ms in self.ms.items() if name not in self.faster()}
+        return list((beaten | self.off).items())
+
+    def __str__(self) -> str:
+        return f"head_dim {self.head_dim}, {self.len_q:,} queries, {self.len_kv:,} keys, mask {self.mask}"
+
+
+@dataclass(frozen=True, eq=False)  # compared, and hashed, by identity: plans are cached by it
+class Calibration:
+    """One card's points."""
+
+    points: tuple[Point, ...]
+    made_at: str
+
+    def point(self, problem: Problem) -> Point | None:
+        """The longest call that was timed of the problem's kind and is not longer than it: beyond it a variant only gains."""
+        head_dim = pad_head_dim(problem.head_dim)
+        alike = [
+            p for p in self.points
+            if (p.head_dim, p.mask) == (head_dim, problem.mask_kind) and p.len_q <= problem.len_q and p.len_kv <= problem.len_kv
+        ]  # fmt: skip
+        return max(alike, key=lambda p: p.len_q * p.len_kv, default=None)
+
+
+def folder(environ: Mapping[str, str] = os.environ, system: str = "", home: str = "~") -> Path:
+    """Where calibrations lie: the user's cache directory as the system has it, or what SAGEATTENTION_CACHE names.
+
+    Raises:
+        Ignored: the user has no home directory.
+    """
+    system, xdg = system or platform.system(), environ.get("XDG_CACHE_HOME", "")
+    try:
+        if environ.get(FOLDER):
+            return Path(environ[FOLDER]).expanduser()
+        if system == "Windows" and environ.get("LOCALAPPDATA"):
+            return Path(environ["LOCALAPPDATA"]) / "sageattention"
+        if system not in ("Windows", "Darwin") and os.path.isabs(xdg):  # a relative one is to be ignored, the XDG specification says
+            return Path(xdg) / "sageattention"
+        below = {"Windows": "AppData/Local", "Darwin": "Library/Caches"}.get(system, ".cache")
+        return Path(home).expanduser() / below / "sageattention"
+    except RuntimeError as error:  # pathlib's, of a home that can't be found
+        raise Ignored(f"no place to keep one ({error}); set {FOLDER} to a folder") from error
+
+
+def path(card: str) -> Path:
+    """The file of a card, by its name."""
+    return folder() / f"calibration-{re.sub(r'[^A-Za-z0-9]+', '-', card).strip('-')}.json"
+
+
+def made_for(card: Capability) -> dict[str, str]:
+    """What a calibration holds for; with anything else it is ignored.
+
+    Raises:
+        libcuda.NoDriver, CudaError: there is no driver to ask.
+    """
+    import torch
+
+    from . import __version__
+
+    return {
+        "card": card.name,
+        "arch": f"sm_{card.arch}",
+        "driver": libcuda.driver_version(),
+        "torch": torch.__version__,
+        "sageattention": __version__,
+    }
+
+
+def save(card: Capability, points: list[Point]) -> Path:
+    """Write a card's file, whole or not at all.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    file = path(card.name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {"format": FORMAT, "made_for": made_for(card), "made_at": time.strftime("%Y-%m-%d %H:%M"), "points": [*map(asdict, points)]}
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.stem)
+    try:
+        with open(handle, "w", encoding="utf-8") as out:
+            json.dump(content, out, indent=1)
+        os.replace(temporary, file)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    forget()
+    return file
+
+
+def reset() -> list[Path]:
+    """Delete every card's file; which ones those were.
+
+    Raises:
+        OSError: one can't be deleted.
+    """
+    files = sorted(folder().glob("calibration-*.json"))
+    for file in files:
+        file.unlink()
+    forget()
+    return files
+
+
+def forget() -> None:
+    """Let `auto` look again."""
+    from .plan import plan
+
+    of_card.cache_clear()
+    plan.cache_clear()
+
+
+def load(card: Capability) -> Calibration | None:
+    """A card's calibration, or None where there is none.
+
+    Raises:
+        Ignored: it was made for something else, or can't be read.
+    """
+    file = path(card.name)
+    again = f"`{COMMAND}` makes it anew, with --reset it goes"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise Ignored(f"{file} can't be read ({error}); {again}") from error
+    try:
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']}, this version reads {FORMAT}")
+        made, here = dict(content["made_for"]), made_for(card)
+        other = [f"{name} {made.get(name)} (here {value})" for name, value in here.items() if made.get(name) != value]
+        if not other:
+            return Calibration(tuple(map(_point, content["points"])), str(content["made_at"]))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise Ignored(f"{file} is no calibration ({type(error).__name__}: {error}); {again}") from error
+    except (libcuda.NoDriver, CudaError) as error:
+        raise Ignored(f"{file} can't be checked: {error}") from error
+    raise Ignored(f"{file} was made for {', '.join(other)}; {again}")
+
+
+def _point(given: dict[str, Any]) -> Point:
+    point = Point(**given)
+    times = [point.sdpa_ms, *point.ms.values()]
+    if not all(type(ms) in (int, float) and 0 < ms < float("inf") for ms in times):
+        raise ValueError(f"a time of {given} is not above 0")
+    if not all(type(number) is int for number in (point.head_dim, point.len_q, point.len_kv)):
+        raise ValueError(f"a size of {given} is no whole number")
+    for candidate in point.ms:
+        name, _, accum = candidate.partition(":")
+        if accum not in ("", *VARIANTS[name].accum):
+            raise ValueError(f"{candidate} is no variant")
+    if point.mask not in MASKS or not isinstance(point.off, dict):
+        raise ValueError(f"{given} is no point")
+    return point
+
+
+@functools.cache
+def of_card(card: Capability) -> Calibration | None:
+    """A card's calibration as `auto` uses it: read once, and never the cause of an error."""
+    if card.device != "cuda":
+        return None
+    try:
+        return load(card)
+    except Ignored as ignored:
+        LOG.warning("calibration ignored: %s", ignored)
+    return None
+
+
+def state(card: Capability) -> str:
+    """One line about a card's calibration, for `doctor`."""
+    try:
+        found = load(card)
+    except Ignored as ignored:
+        return f"ignored: {ignored}"
+    return f"of {found.made_at}, {len(found.points)} calls timed ({path(card.name)})" if found else f"none; `{COMMAND}` makes one"
