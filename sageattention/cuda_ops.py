@@ -248,7 +248,7 @@ def _new_recipe(p: Problem, plan: Plan, one_group: bool) -> Recipe:
     kernels = (
         driver.kernel(p.device_index, quantiser, f"stats_d{d}", variant.name),
         driver.kernel(p.device_index, quantiser, f"quantise_fp16_d{d}", variant.name),
-        driver.kernel(p.device_index, image, attend_symbol(d, mask, scheme.accumulate), variant.name),
+        driver.kernel(p.device_index, image, attend_symbol(scheme, d, mask), variant.name),
     )
     tiles, pairs_all = -(-p.len_kv // KV_TILE), p.batch * p.heads_kv
     groups = ((0, pairs_all),) if one_group else head_groups(pairs_all, tiles * kv_tile_bytes(d), WORKSPACE_LIMIT)

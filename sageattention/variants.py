@@ -84,13 +84,16 @@ FP16_FP32_WGMMA = replace(FP16_FP32_MMA, fragment_keys=48, exact_sum=False, kv_t
 # fp16 accumulators, promoted every KV tile: keys in the accumulator · p_max · 2^slack · v_max · 2 < 65504. The last 2 is for a P that
 # the fma rounds above p_max. The same for "fp16": promoting less often gains nothing.
 FP16_FP16_FP32 = Scheme("fp16", True, "fragment", p_max=16.0, v_max=8.0, accumulate="fp16", exact_sum=True, slack=1.0)
+# P against the tile's own maximum needs no head room: only fp32 numbers grow with the slack. So nothing is rescaled in practice.
+TILE_MAX_SLACK = 16.0
 # e4m3 P and V over their whole range. P of the tile's own maximum is exact, which takes 6 % off the error; V's mean, taken out, is exact
 # too. An FP8 MMA keeps about 14 bits whatever its accumulator is called (Ada, Hopper), so "fp32" is promoted every tile as well.
 FP8_FP32 = Scheme("fp8", True, "fragment", p_max=448.0, v_max=448.0, v_mean=True, p_tile_max=True, accumulate="fp8")
-FP8_FP16 = replace(FP8_FP32, p_max=56.0, v_max=4.5, accumulate="fp16")
+FP8_FP32_MMA = replace(FP8_FP32, exact_sum=True, slack=TILE_MAX_SLACK)
+FP8_FP16 = replace(FP8_FP32_MMA, p_max=56.0, v_max=4.5, accumulate="fp16")
 # u8 P against the tile's own row maximum, or the flat tail beside a sink key is lost; s8 V; exact sums inside a tile, which is
 # 64 keys: at 128 the error on normal inputs is .0152 instead of .0146.
-INT8_INT32 = Scheme("int8", True, "fragment", p_max=255.0, v_max=127.0, p_tile_max=True, accumulate="int32")
+INT8_INT32 = Scheme("int8", True, "fragment", p_max=255.0, v_max=127.0, p_tile_max=True, accumulate="int32", slack=TILE_MAX_SLACK)
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,7 @@ for _arch in (86, 89, 120):
     MMA_TILES[_arch, 64] = Tile(128, 64, 4, 2, 2, True)
     MMA_TILES[_arch, 256] = Tile(128, 64, 8, 2, 1) if _arch < 120 else Tile(128, 64, 8, 1, 1, True)
     MMA_TILES[_arch, 256, "dense"] = Tile(128, 64, 8, 1, 1)
+MMA_BYTE_TILES = dict(MMA_TILES)
 # Bytes of local memory a thread may use: at head_dim 256 the accumulators leave the compiler a register or two short.
 MMA_LOCAL = {64: 0, 128: 0, 256: 32}
 
@@ -203,9 +207,11 @@ CUDA_FP8 = Variant(
     "sageattn_qk_int8_pv_fp8_cuda",
     "cuda",
     "INT8 QKᵀ, FP8 PV for Ada and Blackwell",
-    FP8_FP32,
+    FP8_FP32_MMA,
     min_arch=89,
-    accum={"fp32": FP8_FP32, "fp32+fp32": FP8_FP32, "fp32+fp16": FP8_FP16},
+    accum={"fp32": FP8_FP32_MMA, "fp32+fp32": FP8_FP32_MMA, "fp32+fp16": FP8_FP16},
+    tiles=MMA_BYTE_TILES,
+    image="attend_mma_fp8_d",
 )
 CUDA_FP8_SM90 = Variant(
     "sageattn_qk_int8_pv_fp8_cuda_sm90",
@@ -224,6 +230,8 @@ CUDA_INT8 = Variant(
     INT8_INT32,
     min_arch=75,
     accum={"int32+fp32": INT8_INT32},
+    tiles=MMA_BYTE_TILES,
+    image="attend_mma_int8_d",
 )
 
 VARIANTS: dict[str, Variant] = {v.name: v for v in (SDPA, REFERENCE, TRITON_FP16, CUDA_FP16, CUDA_FP8, CUDA_FP8_SM90, CUDA_INT8)}
@@ -236,26 +244,29 @@ BULK_ARCH = 90  # from here on a tile is one bulk copy, with 16 bytes of barrier
 BIAS_BYTES = 16 * (64 + 8) * 4  # a warp's stage of a dense mask
 
 
-def kv_tile_bytes(head_dim: int) -> int:
-    """One tile of 64 quantised keys and values: INT8 codes, fp16 values, four fp32 scales (csrc/block/fragment.cuh)."""
-    return 64 * head_dim * 3 + 16
+def kv_tile_bytes(head_dim: int, v_bytes: int = 2) -> int:
+    """One tile of 64 quantised keys and values: INT8 codes, values, four fp32 scales (csrc/block/fragment.cuh)."""
+    return 64 * head_dim * (1 + v_bytes) + 16
 
 
-def attend_symbol(head_dim: int, mask: str, accumulate: str) -> str:
+def attend_symbol(scheme: Scheme, head_dim: int, mask: str) -> str:
     """The mma.sync attention kernel's name."""
-    return f"attend_mma_fp16_d{head_dim}_{mask}_{accumulate}"
+    return f"attend_mma_{scheme.pv}_d{head_dim}_{mask}_{scheme.accumulate}"
 
 
-def _attend_entry(arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
-    t = CUDA_FP16.tile(arch, head_dim, mask, accumulate)
+def _attend_entry(variant: Variant, scheme: Scheme, arch: int, head_dim: int, mask: str) -> Entry:
+    t = variant.tile(arch, head_dim, mask, scheme.accumulate)
     row_tiles = t.block_m // (16 * t.warps)
-    smem = t.stages * (kv_tile_bytes(head_dim) + (16 if arch >= BULK_ARCH else 0))
+    smem = t.stages * (kv_tile_bytes(head_dim, scheme.v_bytes) + (16 if arch >= BULK_ARCH else 0))
     if t.query_shared:
         smem += (row_tiles * head_dim // 32 + 1) * 16 * 32 * t.warps
     if mask == "dense":
         smem += t.warps * BIAS_BYTES
-    config = f"{head_dim}, Mask::{mask}, Accumulate::{accumulate}, {t.warps}, {row_tiles}, {t.stages}, {str(t.query_shared).lower()}"
-    symbol = attend_symbol(head_dim, mask, accumulate)
+    config = (
+        f"{head_dim}, Mask::{mask}, Values::{scheme.pv}, Accumulate::{scheme.accumulate}, "
+        f"{t.warps}, {row_tiles}, {t.stages}, {str(t.query_shared).lower()}"
+    )
+    symbol = attend_symbol(scheme, head_dim, mask)
     return Entry(symbol, f"attend_mma<AttendConfig<{config}>, {smem}>", AttendParams, 32 * t.warps, t.blocks, smem, MMA_LOCAL[head_dim])
 
 
@@ -263,9 +274,10 @@ def _mma_images(target: str) -> tuple[Image, ...]:
     arch = int(target.split("_")[1].rstrip("a"))
     attend = tuple(
         Image(
-            f"{CUDA_FP16.image}{d}", target, "kernel/attend_mma.cuh",
-            tuple(_attend_entry(arch, d, mask, accumulate) for mask in MASKS for accumulate in ("fp32", "fp16")),
+            f"{v.image}{d}", target, "kernel/attend_mma.cuh",
+            tuple(_attend_entry(v, scheme, arch, d, mask) for mask in MASKS for scheme in dict.fromkeys(v.accum.values())),
         )
+        for v in (CUDA_FP16, CUDA_FP8, CUDA_INT8) if arch >= v.min_arch
         for d in HEAD_DIMS
     )  # fmt: skip
 

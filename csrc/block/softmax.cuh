@@ -68,4 +68,7 @@ __device__ __forceinline__ float largest_score(const u32 (&s)[kColumns][4], int 
   return __int_as_float(top);
 }
 
+// The score of preset accumulator bits, rounded up: no other score of the lane comes out above the one of its largest.
+__device__ __forceinline__ float score_above(float preset_score, float scale) { return __fmaf_ru(preset_score, scale, -kPreset * scale); }
+
 }  // namespace sage

@@ -1,4 +1,4 @@
-// Third launch: softmax(Q·Kᵀ)·V with mma.sync – INT8 for the scores, fp16 for P·V – on every architecture from Turing on.
+// Third launch: softmax(Q·Kᵀ)·V with mma.sync – INT8 for the scores, fp16, FP8 or INT8 for P·V – on every architecture from Turing on.
 //
 // A warp owns 16 or 32 queries and walks over the tiles of 64 keys, last tile first, so that the tiles with masked keys come
 // before the long run without. 32 rows, where the registers allow it, halve the shared-memory traffic: each fragment of K or V
@@ -8,27 +8,27 @@
 #include "../block/fragment.cuh"
 #include "../block/mask.cuh"
 #include "../block/pipe.cuh"
+#include "../block/product.cuh"
 #include "../block/query.cuh"
 #include "../block/softmax.cuh"
-#include "../ptx/copy.cuh"
-#include "../ptx/mma.cuh"
 #include "../ptx/special.cuh"
 #include "params.cuh"
 
 namespace sage {
 
-constexpr int kChunks = kKvTile / 16;  // k16 operands of P
-
-enum class Accumulate { fp32, fp16 };  // of P·V; fp16 sums are added to fp32 registers after every KV tile
-
-template <int kHeadDim_, Mask kMask_, Accumulate kAccumulate_, int kWarps_, int kRowTiles_, int kStages_, bool kQueryShared_>
+template <int kHeadDim_, Mask kMask_, Values kValues_, Accumulate kAccumulate_, int kWarps_, int kRowTiles_, int kStages_,
+          bool kQueryShared_>
 struct AttendConfig {
   static constexpr int kHeadDim = kHeadDim_, kWarps = kWarps_, kRowTiles = kRowTiles_, kStages = kStages_;
   static constexpr bool kQueryShared = kQueryShared_;  // Q's fragments wait in shared memory: 16 or 32 registers less
   static constexpr Mask kMask = kMask_;
+  static constexpr Values kValues = kValues_;
   static constexpr Accumulate kAccumulate = kAccumulate_;
+  static constexpr bool kTileMaximum = kValues != Values::fp16;  // P is taken against the tile's own row maximum
+  static constexpr bool kPresetSums = kAccumulate == Accumulate::int32;  // O is settled now and then (product.cuh)
   static constexpr int kThreads = 32 * kWarps, kBlockM = 16 * kRowTiles * kWarps;
-  using Layout = Fragment<kHeadDim, 2>;
+  using Layout = Fragment<kHeadDim, kValueBytes<kValues>>;
+  static constexpr int kOperands = kKvTile / Layout::kValueKeys;  // A fragments of P for a tile
   using Pipe = TilePipe<Layout::kTileBytes, kStages, kWarps>;
 };
 
@@ -111,41 +111,6 @@ __device__ __forceinline__ void scores(u32 (&s)[C::kRowTiles][kColumns][4], cons
   }
 }
 
-// O += P·V over the tile's 64 keys.
-template <class C>
-__device__ __forceinline__ void add_values(float (&o)[C::kRowTiles][C::kHeadDim / 8][4], const u32 (&p)[C::kRowTiles][kChunks][4], u32 tile) {
-  if constexpr (C::kAccumulate == Accumulate::fp32) {
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c)
-#pragma unroll
-      for (int i = 0; i < C::kHeadDim / 16; ++i) {
-        const uint4 b = load_shared16(tile + C::Layout::v_block(c, i));
-#pragma unroll
-        for (int r = 0; r < C::kRowTiles; ++r) mma_f16(o[r][2 * i], p[r][c], b.x, b.y), mma_f16(o[r][2 * i + 1], p[r][c], b.z, b.w);
-      }
-  } else {
-#pragma unroll
-    for (int i = 0; i < C::kHeadDim / 16; ++i) {
-      u32 acc[C::kRowTiles][2][2] = {};
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        const uint4 b = load_shared16(tile + C::Layout::v_block(c, i));
-#pragma unroll
-        for (int r = 0; r < C::kRowTiles; ++r) mma_f16_f16(acc[r][0], p[r][c], b.x, b.y), mma_f16_f16(acc[r][1], p[r][c], b.z, b.w);
-      }
-#pragma unroll
-      for (int r = 0; r < C::kRowTiles; ++r)
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float2 sum = unpack_f16(acc[r][n][half]);
-            o[r][2 * i + n][2 * half] += sum.x, o[r][2 * i + n][2 * half + 1] += sum.y;
-          }
-    }
-  }
-}
-
 // Which rows of which head the warp has. Read from the special registers each time: the prologue and the epilogue each work it
 // out for themselves, so that none of it occupies registers in between.
 template <class C>
@@ -208,7 +173,7 @@ __device__ __forceinline__ void load_queries(const AttendParams& p, Queries<C>& 
   queries.put_scales(scale);
 }
 
-// O / sum, times V's channel scales, in the output's dtype; LSE.
+// O / sum, times V's channel scales, plus V's mean, in the output's dtype; LSE.
 template <class C>
 __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C::kRowTiles][C::kHeadDim / 8][4],
                                              const Softmax<C::kRowTiles>& softmax) {
@@ -229,12 +194,17 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
     const float4* amax = reinterpret_cast<const float4*>(p.v_amax + at.pair * C::kHeadDim + 32 * c + kChunk * at.t);
     const float4 a = amax[0], b = amax[1];
     const float channel_scale[kChunk] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    float mean[kChunk] = {};
+    if constexpr (C::kValues == Values::fp8)  // the only schemes with a mean
+#pragma unroll
+      for (int e = 0; e < kChunk; ++e) mean[e] = p.v_mean[at.pair * C::kHeadDim + 32 * c + kChunk * at.t + e];
 #pragma unroll
     for (int i = 0; i < 2 * C::kRowTiles; ++i)
 #pragma unroll
       for (int e = 0; e < kChunk; ++e) {
         float& value = o[i / 2][4 * c + e / 2][2 * (i % 2) + e % 2];
-        value = value * inverse[i / 2][i % 2] * channel_scale[e];
+        const float inv = inverse[i / 2][i % 2];
+        value = fmaf(value * inv, channel_scale[e], inv > 0.0f ? mean[e] : 0.0f);
       }
   }
   with_access(p.dtype, p.out_vectors, [&](auto type, auto vectors) {
@@ -261,13 +231,14 @@ template <class C>
 struct Walk {
   static constexpr int kHeadDim = C::kHeadDim, kRowTiles = C::kRowTiles;
   using Scores = u32[kRowTiles][kColumns][4];
-  using Weights = u32[kRowTiles][kChunks][4];
+  using Weights = u32[kRowTiles][C::kOperands][4];
 
   const AttendParams& p;
   typename C::Pipe pipe;
   Queries<C> queries;
   Softmax<kRowTiles> softmax;
   float o[kRowTiles][kHeadDim / 8][4];
+  float excess[kRowTiles][2];  // kPresetSums: of O, in units of kPreset
   u32 thread16;  // 16 · thread: the lane's place in a block of 512 bytes, and much else
   bool causal;
 
@@ -304,9 +275,9 @@ struct Walk {
     }
   }
 
-  // S → P for the current tile, whose first key is key0; moves the references, and O with them.
+  // S → P for the current tile, whose first key is key0, and its weights; moves the references, and O with them.
   template <bool kMasked>
-  __device__ __forceinline__ void weigh(Scores& s, Weights& prob, int key0) {
+  __device__ __forceinline__ void weigh(Scores& s, Weights& prob, float (&weight)[kRowTiles][2], int key0) {
     const float k_scale = load_shared_float(pipe.tile() + C::Layout::kScales + (thread16 / 4 & 12));
     float top[kRowTiles][2], scale[kRowTiles][2];
     queries.get_scales(scale, k_scale);
@@ -315,7 +286,7 @@ struct Walk {
       if constexpr (kMasked) mask_scores(s[r], r, scale[r], key0, top[r]);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        top[r][half] = row_max(kMasked ? top[r][half] : fmaf(largest_score(s[r], half), scale[r][half], -kPreset * scale[r][half]));
+        top[r][half] = row_max(kMasked ? top[r][half] : score_above(largest_score(s[r], half), scale[r][half]));
     }
 
     float factor[kRowTiles][2];
@@ -326,38 +297,75 @@ struct Walk {
         for (int n = 0; n < kHeadDim / 8; ++n)
 #pragma unroll
           for (int e = 0; e < 4; ++e) o[r][n][e] *= factor[r][e / 2];
+      if constexpr (C::kPresetSums)
+#pragma unroll
+        for (int i = 0; i < 2 * kRowTiles; ++i) excess[i / 2][i % 2] *= factor[i / 2][i % 2];
     }
 
-    // A fragments: the accumulator layout of two n-tiles is that of one k16 operand
+    // A fragments: the accumulator layout of two n-tiles is that of one k16 operand, that of four n-tiles of one k32 operand
 #pragma unroll
     for (int n = 0; n < 2 * kRowTiles; ++n) {
       const int r = n / 2, half = n % 2;
-      const float reference = softmax.reference[r][half];
-      const float shift = kMasked ? (reference == -kInf ? 0.0f : -reference) : -kPreset * scale[r][half] - reference;
+      // What P is taken against. Never below the tile's maximum, however it is rounded, where P has no head room.
+      const float base = C::kTileMaximum ? __fsub_ru(top[r][half], p.log2_p_max) : softmax.reference[r][half];
+      const float shift = kMasked ? (base == -kInf ? 0.0f : -base) : __fadd_rd(-kPreset * scale[r][half], -base);
+      constexpr int kPack = 4 / kValueBytes<C::kValues>;  // scores in a register of P
+      u32 sum_codes = 0;
+      float sum = 0.0f;
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        float x[2];
+      for (int i = 0; i < 2 * kColumns / kPack; ++i) {
+        float x[kPack];
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float score = __uint_as_float(s[r][j][2 * half + e]);
+        for (int e = 0; e < kPack; ++e) {
+          const float score = __uint_as_float(s[r][(kPack * i + e) / 2][2 * half + e % 2]);
           x[e] = exp2_approx(kMasked ? score + shift : fmaf(score, scale[r][half], shift));
         }
-        softmax.sum[r][half] += x[0] + x[1];
-        prob[r][j / 2][half + j % 2 * 2] = pack_f16(x[0], x[1]);
+        u32& packed = prob[r][i / 2][half + i % 2 * 2];
+        packed = pack_weights<C::kValues>(x);
+        if constexpr (C::kValues == Values::int8)
+          sum_codes = __dp4a(packed, 0x01010101u, sum_codes);
+        else
+#pragma unroll
+          for (int e = 0; e < kPack; e += 2) sum += x[e] + x[e + 1];
       }
+      if constexpr (C::kValues == Values::int8) sum = (float)sum_codes;
+      if constexpr (C::kTileMaximum) {
+        weight[r][half] = kMasked && base == -kInf ? 0.0f : exp2_approx(base - softmax.reference[r][half]);
+        // 16 significant bits, so that the few that are added up until O is settled add up exactly
+        if constexpr (C::kPresetSums) weight[r][half] = __uint_as_float((__float_as_uint(weight[r][half]) + 0x80u) & ~0xFFu);
+        sum *= weight[r][half];
+      }
+      softmax.sum[r][half] += sum;
     }
+  }
+
+  // Takes off what the preset sums added to O (product.cuh): every so many tiles, the last of them tile 0.
+  __device__ __forceinline__ void settle(int n, const float (&weight)[kRowTiles][2]) {
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) excess[i / 2][i % 2] += weight[i / 2][i % 2];
+    if (n % kSettleTiles) return;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int m = 0; m < kHeadDim / 8; ++m)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) o[r][m][e] = fmaf(-kPreset, excess[r][e / 2], o[r][m][e]);
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) excess[i / 2][i % 2] = 0.0f;
   }
 
   template <bool kMasked>
   __device__ __forceinline__ void step(int n) {
     Scores s;
     Weights prob;
+    float weight[kRowTiles][2];
     pipe.acquire(n);
     const u32 tile = pipe.tile() + (thread16 & 0x1F0);
     scores<C>(s, queries, tile);
     if constexpr (C::kStages == 2) pipe.refill(n);
-    weigh<kMasked>(s, prob, n * kKvTile);
-    add_values<C>(o, prob, tile);
+    weigh<kMasked>(s, prob, weight, n * kKvTile);
+    add_values<C>(o, prob, weight, tile);
+    if constexpr (C::kPresetSums) settle(n, weight);
     if constexpr (C::kStages > 2) pipe.refill(n);
     pipe.release();
   }
@@ -389,9 +397,11 @@ __device__ void attend_mma(const AttendParams& p) {
   load_queries<C>(p, walk.queries);
   walk.pipe.start(shared_address(stages), p.kv, at.pair * p.tiles, tiles - 1);
 #pragma unroll
-  for (int r = 0; r < C::kRowTiles; ++r)
+  for (int r = 0; r < C::kRowTiles; ++r) {
+    walk.excess[r][0] = walk.excess[r][1] = 0.0f;
 #pragma unroll
     for (int n = 0; n < C::kHeadDim / 8; ++n) walk.o[r][n][0] = walk.o[r][n][1] = walk.o[r][n][2] = walk.o[r][n][3] = 0.0f;
+  }
   walk.run(tiles, full);
   store_output<C>(p, walk.o, walk.softmax);
 }

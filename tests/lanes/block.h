@@ -156,3 +156,33 @@ inline u8* at_shared(u32 address, int alignment) {
 
 inline float half_to_float(u32 bits) { const u16 low = (u16)bits; _Float16 h; memcpy(&h, &low, 2); return (float)h; }
 inline u32 float_to_half(float x) { const _Float16 h = (_Float16)x; u16 bits; memcpy(&bits, &h, 2); return bits; }
+
+// e4m3: a sign, four bits of exponent (bias 7), three of mantissa; 0x7F is NaN, there is no infinity.
+inline float e4m3_value(u8 bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  const float x = exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
+  return (bits & 0x7F) == 0x7F ? NAN : bits & 0x80 ? -x : x;
+}
+// To nearest even; beyond ±448: ±448.
+inline u32 e4m3_of(float x) {
+  u32 best = 0;
+  for (u32 code = 1; code < 0x7F; ++code) {
+    const float old = fabsf(e4m3_value(best) - fabsf(x)), now = fabsf(e4m3_value(code) - fabsf(x));
+    if (now < old || (now == old && code % 2 == 0)) best = code;
+  }
+  return best | (std::signbit(x) ? 0x80u : 0u);
+}
+
+// Rounded up and down: the sum in double, which holds the product exactly, then the neighbouring float where that is needed.
+inline float __fmaf_ru(float a, float b, float c) {
+  const double exact = (double)a * b + c;
+  const float x = (float)exact;
+  return x < exact ? nextafterf(x, INFINITY) : x;
+}
+inline float __fsub_ru(float a, float b) { return __fmaf_ru(1.0f, a, -b); }
+inline float __fadd_rd(float a, float b) { return -__fmaf_ru(1.0f, -a, -b); }
+
+inline u32 __dp4a(u32 a, u32 b, u32 c) {
+  for (int i = 0; i < 4; ++i) c += (a >> 8 * i & 0xFF) * (b >> 8 * i & 0xFF);
+  return c;
+}

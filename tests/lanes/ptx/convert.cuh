@@ -9,6 +9,17 @@ inline u32 pack_bf16(float lo, float hi) {
   const u32 a = __float_as_uint(lo), b = __float_as_uint(hi);
   return (a + 0x7FFF + (a >> 16 & 1)) >> 16 | ((b + 0x7FFF + (b >> 16 & 1)) & 0xFFFF0000u);
 }
+inline u32 pack_u8(float x0, float x1, float x2, float x3) {
+  u32 r = 0;
+  for (float x : {x3, x2, x1, x0}) {
+    if (x < 0 || x >= 255.5f) fprintf(stderr, "%g does not fit a byte\n", x), abort();
+    r = r << 8 | (u32)nearbyintf(x);
+  }
+  return r;
+}
+inline u32 pack_e4m3(float x0, float x1, float x2, float x3) {
+  return e4m3_of(x0) | e4m3_of(x1) << 8 | e4m3_of(x2) << 16 | e4m3_of(x3) << 24;
+}
 inline float exp2_approx(float x) { const float y = exp2f(x); return y < 1.17549435e-38f ? 0.0f : y; }
 inline float log2_approx(float x) { return log2f(x); }
 }  // namespace sage

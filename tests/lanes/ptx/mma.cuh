@@ -5,9 +5,10 @@
 namespace sage {
 struct Operands { const u32* a; u32 b[2]; const void* c; void* d; };
 
-// store(d, element, sum) for each of the lane's four elements of A·B, with `kElements` of type Element in a register.
-template <class Element, class Convert, class Store>
-void product(const u32* a, u32 b0, u32 b1, const void* c, void* d, Convert convert, Store store) {
+// store(d, element, sum) for each of the lane's four elements of A·B. A register holds as many elements as fit; left and right make
+// numbers of A's and of B's.
+template <class Element, class Left, class Right, class Store>
+void product(const u32* a, u32 b0, u32 b1, const void* c, void* d, Left left, Right right, Store store) {
   constexpr int kElements = 4 / sizeof(Element), kDepth = 8 * kElements;
   Operands own{a, {b0, b1}, c, d};
   collective(&own, [=](void** lanes) {
@@ -17,8 +18,8 @@ void product(const u32* a, u32 b0, u32 b1, const void* c, void* d, Convert conve
       for (int part = 0; part < 4; ++part)
         for (int e = 0; e < kElements; ++e) {
           const int k = part / 2 * (kDepth / 2) + i % 4 * kElements + e;
-          rows[i / 4 + part % 2 * 8][k] = convert(((const Element*)&o->a[part])[e]);
-          if (part % 2) columns[i / 4][k] = convert(((const Element*)&o->b[part / 2])[e]);
+          rows[i / 4 + part % 2 * 8][k] = left(((const Element*)&o->a[part])[e]);
+          if (part % 2) columns[i / 4][k] = right(((const Element*)&o->b[part / 2])[e]);
         }
     }
     for (int i = 0; i < 32; ++i)
@@ -30,20 +31,33 @@ void product(const u32* a, u32 b0, u32 b1, const void* c, void* d, Convert conve
   });
 }
 
-inline void mma_s8(u32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const u32 (&c)[4]) {
+inline float signed_byte(u8 x) { return (float)(signed char)x; }
+inline float unsigned_byte(u8 x) { return (float)x; }
+inline float half(u16 x) { return half_to_float(x); }
+
+template <class Left>
+void mma_int(u32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const u32 (&c)[4], Left left) {
   const u32 before[4] = {c[0], c[1], c[2], c[3]};
-  product<signed char>(a, b0, b1, before, d, [](signed char x) { return (float)x; },
-                       [](Operands& o, int e, float sum) { ((u32*)o.d)[e] = ((const u32*)o.c)[e] + (u32)(int)sum; });
+  product<u8>(a, b0, b1, before, d, left, signed_byte,
+              [](Operands& o, int e, float sum) { ((u32*)o.d)[e] = ((const u32*)o.c)[e] + (u32)(int)sum; });
 }
+inline void mma_s8(u32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const u32 (&c)[4]) { mma_int(d, a, b0, b1, c, signed_byte); }
+inline void mma_u8_s8(u32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const u32 (&c)[4]) { mma_int(d, a, b0, b1, c, unsigned_byte); }
 
-inline void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  product<u16>(a, b0, b1, c, c, [](u16 x) { return half_to_float(x); }, [](Operands& o, int e, float sum) { ((float*)o.d)[e] += sum; });
+template <class Element, class Convert>
+void mma_to_f32(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, Convert convert) {
+  product<Element>(a, b0, b1, c, c, convert, convert, [](Operands& o, int e, float sum) { ((float*)o.d)[e] += sum; });
 }
+inline void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_to_f32<u16>(c, a, b0, b1, half); }
+inline void mma_e4m3(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_to_f32<u8>(c, a, b0, b1, e4m3_value); }
 
-inline void mma_f16_f16(u32 (&c)[2], const u32 (&a)[4], u32 b0, u32 b1) {
-  product<u16>(a, b0, b1, c, c, [](u16 x) { return half_to_float(x); }, [](Operands& o, int e, float sum) {
+template <class Element, class Convert>
+void mma_to_f16(u32 (&c)[2], const u32 (&a)[4], u32 b0, u32 b1, Convert convert) {
+  product<Element>(a, b0, b1, c, c, convert, convert, [](Operands& o, int e, float sum) {
     u16& h = ((u16*)o.d)[e];
     h = (u16)float_to_half(half_to_float(h) + sum);
   });
 }
+inline void mma_f16_f16(u32 (&c)[2], const u32 (&a)[4], u32 b0, u32 b1) { mma_to_f16<u16>(c, a, b0, b1, half); }
+inline void mma_e4m3_f16(u32 (&c)[2], const u32 (&a)[4], u32 b0, u32 b1) { mma_to_f16<u8>(c, a, b0, b1, e4m3_value); }
 }  // namespace sage

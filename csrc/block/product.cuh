@@ -1,0 +1,113 @@
+// P·V of one tile for a warp's rows: the type that P and V have, the MMA that takes them, how its sums reach the fp32 registers of O.
+//
+// Only fp16 with fp32 sums adds to O directly. All others sum one tile in an accumulator of their own and add that to O, times the
+// weight that the tile's P has in its row: exact integers, fp16 sums that must not overflow, FP8 sums that lose bits as they grow.
+//
+// Integer to float for nothing, as in softmax.cuh: the int32 sums start at the bits of 1.5·2^23, so the float that is added to O is
+// kPreset + sum (|sum| ≤ 64·255·127 < 2^21). What O has too much, kPreset times the weights so far, goes off every kSettleTiles
+// tiles: O is at most kSettleTiles·2^24 times the largest weight until then, so the sum is rounded to a few units of P·V's codes,
+// whose own rounding is some seventy.
+#pragma once
+#include "../ptx/copy.cuh"
+#include "../ptx/mma.cuh"
+#include "softmax.cuh"
+
+namespace sage {
+
+enum class Values { fp16, fp8, int8 };                // of P and V; int8: P unsigned
+enum class Accumulate { fp32, fp16, fp8, int32 };     // of P·V; fp8: what an FP8 MMA calls fp32
+template <Values kValues>
+constexpr int kValueBytes = kValues == Values::fp16 ? 2 : 1;
+
+constexpr int kSettleTiles = 8;
+
+// The sums of one n-tile over one tile of keys.
+template <Values kValues, Accumulate kAccumulate>
+struct TileSum;
+
+template <>
+struct TileSum<Values::fp16, Accumulate::fp16> {
+  u32 c[2] = {};
+  __device__ __forceinline__ void add(const u32 (&p)[4], u32 b0, u32 b1, bool) { mma_f16_f16(c, p, b0, b1); }
+  __device__ __forceinline__ float2 get(int half) const { return unpack_f16(c[half]); }
+};
+
+template <>
+struct TileSum<Values::fp8, Accumulate::fp16> {
+  u32 c[2] = {};
+  __device__ __forceinline__ void add(const u32 (&p)[4], u32 b0, u32 b1, bool) { mma_e4m3_f16(c, p, b0, b1); }
+  __device__ __forceinline__ float2 get(int half) const { return unpack_f16(c[half]); }
+};
+
+template <>
+struct TileSum<Values::fp8, Accumulate::fp8> {
+  float c[4] = {};
+  __device__ __forceinline__ void add(const u32 (&p)[4], u32 b0, u32 b1, bool) { mma_e4m3(c, p, b0, b1); }
+  __device__ __forceinline__ float2 get(int half) const { return {c[2 * half], c[2 * half + 1]}; }
+};
+
+template <>
+struct TileSum<Values::int8, Accumulate::int32> {
+  u32 c[4];
+  __device__ __forceinline__ void add(const u32 (&p)[4], u32 b0, u32 b1, bool first) {
+    const u32 preset[4] = {kPresetBits, kPresetBits, kPresetBits, kPresetBits};
+    if (first)
+      mma_u8_s8(c, p, b0, b1, preset);
+    else
+      mma_u8_s8(c, p, b0, b1, c);
+  }
+  __device__ __forceinline__ float2 get(int half) const { return {__uint_as_float(c[2 * half]), __uint_as_float(c[2 * half + 1])}; }
+};
+
+// P of one row, for a register of an A fragment: two scores of fp16, four of a byte.
+template <Values kValues>
+__device__ __forceinline__ u32 pack_weights(const float (&x)[4 / kValueBytes<kValues>]) {
+  if constexpr (kValues == Values::fp16)
+    return pack_f16(x[0], x[1]);
+  else if constexpr (kValues == Values::fp8)
+    return pack_e4m3(x[0], x[1], x[2], x[3]);
+  else
+    return pack_u8(x[0], x[1], x[2], x[3]);
+}
+
+// O += P·V over the tile's 64 keys; weight: of P in its row.
+template <class C>
+__device__ __forceinline__ void add_values(float (&o)[C::kRowTiles][C::kHeadDim / 8][4], const u32 (&p)[C::kRowTiles][C::kOperands][4],
+                                           const float (&weight)[C::kRowTiles][2], u32 tile) {
+  if constexpr (C::kValues == Values::fp16 && C::kAccumulate == Accumulate::fp32) {
+#pragma unroll
+    for (int c = 0; c < C::kOperands; ++c)
+#pragma unroll
+      for (int i = 0; i < C::kHeadDim / 16; ++i) {
+        const uint4 b = load_shared16(tile + C::Layout::v_block(c, i));
+#pragma unroll
+        for (int r = 0; r < C::kRowTiles; ++r) mma_f16(o[r][2 * i], p[r][c], b.x, b.y), mma_f16(o[r][2 * i + 1], p[r][c], b.z, b.w);
+      }
+  } else {
+#pragma unroll
+    for (int i = 0; i < C::kHeadDim / 16; ++i) {
+      TileSum<C::kValues, C::kAccumulate> sum[C::kRowTiles][2];
+#pragma unroll
+      for (int c = 0; c < C::kOperands; ++c) {
+        const uint4 b = load_shared16(tile + C::Layout::v_block(c, i));
+#pragma unroll
+        for (int r = 0; r < C::kRowTiles; ++r) sum[r][0].add(p[r][c], b.x, b.y, c == 0), sum[r][1].add(p[r][c], b.z, b.w, c == 0);
+      }
+#pragma unroll
+      for (int r = 0; r < C::kRowTiles; ++r)
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float2 x = sum[r][n].get(half);
+            float* to = o[r][2 * i + n] + 2 * half;
+            if constexpr (C::kTileMaximum)
+              to[0] = fmaf(x.x, weight[r][half], to[0]), to[1] = fmaf(x.y, weight[r][half], to[1]);
+            else
+              to[0] += x.x, to[1] += x.y;
+          }
+    }
+  }
+}
+
+}  // namespace sage
