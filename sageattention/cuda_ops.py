@@ -1,4 +1,4 @@
-"""Host side of the mma.sync variant: workspace, groups of heads, launches.
+"""Host side of the CUDA variants: workspace, groups of heads, launches.
 
 What depends on the problem alone is worked out once (`_recipe`) and cached; a call packs three parameter structs, allocates the
 output and one workspace, and hands all its launches to the driver at once.
@@ -7,14 +7,12 @@ output and one workspace, and hands all its launches to the driver at once.
 from __future__ import annotations
 
 import math
-import os
 import threading
 from dataclasses import dataclass
 
 import torch
 
-from . import capability, driver, images
-from .errors import KernelMissing
+from . import capability, driver
 from .launcher import Kernel
 from .params import AttendParams, QuantiseParams, StatsParams, packer
 from .plan import Plan
@@ -22,17 +20,13 @@ from .problem import Problem
 from .result import Result, result_like
 from .variants import (
     FINITE_MAX,
-    IMAGES,
     INT8_MAX,
     LOG2E,
     SCORE_LIMIT,
     anchor_stride,
-    attend_symbol,
-    kv_tile_bytes,
+    stats_symbol,
 )
 
-WORKSPACE_LIMIT = 128 << 20  # bytes; more heads than fit are done in groups, two of them alive at once
-KV_TILE = 64
 STATS_MIN_TOKENS = 256  # a block's share of V is at least this
 ANCHOR_SPLITS = 8  # blocks that share the sum of K's sample
 ALIGN = 256
@@ -47,7 +41,7 @@ _pack_stats, _pack_quantise, _pack_attend = (packer(p) for p in (StatsParams, Qu
 class Workspace:
     """Byte offsets of one group's buffers; `pairs` (batch, kv head) pairs each."""
 
-    kv: int  # [tiles][kv_tile_bytes]
+    kv: int  # [tiles] of the layout's kTileBytes
     v_amax_parts: int  # [splits, D] fp32
     k_mean_parts: int  # [k_splits, D] fp32
     k_scale_max: int  # int32
@@ -81,7 +75,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class QuantizedKV:
-    """K and V of all heads, quantised as csrc/block/fragment.cuh lays them out. Owns no float tensor of the caller's.
+    """K and V of all heads, in the layout of the plan's kernels. Owns no float tensor of the caller's.
 
     `problem` is the call that K and V were checked as.
     """
@@ -151,7 +145,8 @@ def _quantise_launches(
         r.splits, r.split_tokens, r.k_splits, r.samples, r.sample_step,
     )  # fmt: skip
     quantise = _pack_quantise(
-        *k, *v, base + w.v_amax_parts, base + w.k_mean_parts, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.anchor, *shape,
+        *k, *v, base + w.v_amax_parts, base + w.k_mean_parts, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean,
+        base + w.anchor, *shape,
         r.splits, r.k_splits, r.tiles, r.runs, plan.scheme.v_max,
     )  # fmt: skip
     return (r.stats, pairs * r.splits, 1, 1, stats, False), (r.quantise, pairs * r.runs, 1, 1, quantise, True)
@@ -230,7 +225,7 @@ _recipes: dict[tuple, tuple[Plan, Recipe]] = {}  # the plan is kept alive, so th
 
 
 def _recipe(p: Problem, plan: Plan, one_group: bool = False) -> Recipe:
-    key = p, id(plan), one_group, os.environ.get(images.FORCE)
+    key = p, id(plan), one_group
     known = _recipes.get(key)
     if known is None:
         if len(_recipes) >= MAX_RECIPES:
@@ -240,29 +235,28 @@ def _recipe(p: Problem, plan: Plan, one_group: bool = False) -> Recipe:
 
 
 def _new_recipe(p: Problem, plan: Plan, one_group: bool) -> Recipe:
-    variant, scheme, d = plan.variant, plan.scheme, plan.head_dim
+    scheme, names, d = plan.scheme, plan.kernels, plan.head_dim
     card = capability.of_device(p.device, p.device_index)
-    mask = "dense" if p.mask != "none" else "causal" if p.causal else "none"
-    image, quantiser = (_image(variant.name, name, plan.arch, card.arch) for name in (f"{variant.image}{d}", "quantise_fp16"))
-    tile = variant.tile(image.tiles_of, d, mask, scheme.accumulate)
+    quantiser, image = plan.images
     kernels = (
-        driver.kernel(p.device_index, quantiser, f"stats_d{d}", variant.name),
-        driver.kernel(p.device_index, quantiser, f"quantise_fp16_d{d}", variant.name),
-        driver.kernel(p.device_index, image, attend_symbol(scheme, d, mask), variant.name),
+        driver.kernel(p.device_index, quantiser, stats_symbol(d), plan.variant.name),
+        driver.kernel(p.device_index, quantiser, names.quantise_symbol(d), plan.variant.name),
+        driver.kernel(p.device_index, image, plan.attend, plan.variant.name),
     )
-    tiles, pairs_all = -(-p.len_kv // KV_TILE), p.batch * p.heads_kv
-    groups = ((0, pairs_all),) if one_group else head_groups(pairs_all, tiles * kv_tile_bytes(d), WORKSPACE_LIMIT)
-    pairs = groups[0][1]
+    all_pairs, tiles = p.batch * p.heads_kv, -(-p.len_kv // plan.tile.block_n)
+    pairs = all_pairs if one_group else plan.heads_per_group
+    groups = tuple((first, min(pairs, all_pairs - first)) for first in range(0, all_pairs, pairs))
     splits = max(1, min(4 * card.multiprocessors // pairs, -(-p.len_kv // STATS_MIN_TOKENS)))
     split_tokens = -(-p.len_kv // splits)
     splits = -(-p.len_kv // split_tokens)
     step = anchor_stride(p.len_kv)
     samples = -(-p.len_kv // step)
     k_splits = min(splits, ANCHOR_SPLITS, samples)
+    slots = quantiser.entry(names.quantise_symbol(d)).min_blocks * card.multiprocessors
     return Recipe(
-        *kernels, p.device_index, groups, _workspace(pairs, tiles, splits, k_splits, d),
-        tiles, splits, split_tokens, k_splits, samples, step, _runs(pairs, tiles, 2 * card.multiprocessors),
-        -(-p.len_q // tile.block_m), 4 if p.dtype == "float32" else 2,
+        *kernels, p.device_index, groups, _workspace(pairs, tiles * names.tile_bytes(d), splits, k_splits, d),
+        tiles, splits, split_tokens, k_splits, samples, step, _runs(pairs, tiles, slots),
+        -(-p.len_q // plan.tile.block_m), 4 if p.dtype == "float32" else 2,
         (
             min(abs(p.sm_scale) * LOG2E * 4 * d / INT8_MAX, FINITE_MAX), math.copysign(1.0, p.sm_scale),
             max(-FINITE_MAX, min(p.sm_scale, FINITE_MAX)), SCORE_LIMIT / (INT8_MAX**2 * d), 1 / scheme.v_max, math.log2(scheme.p_max),
@@ -271,31 +265,14 @@ def _new_recipe(p: Problem, plan: Plan, one_group: bool) -> Recipe:
     )  # fmt: skip
 
 
-def _image(variant: str, name: str, family: int, arch: int) -> images.Image:
-    forced, ptx = images.forced()
-    image = images.select(IMAGES, name, arch, family if forced or family != arch else 0, ptx)
-    if image is None:
-        raise KernelMissing(variant, f"{name} exists for {', '.join(images.describe(IMAGES, name))}; none of them runs on sm_{arch}")
-    return image
-
-
-def head_groups(pairs: int, bytes_per_pair: int, limit: int) -> tuple[tuple[int, int], ...]:
-    """(first, count) of each group: one where everything fits into `limit`, else groups of even size, two of which fit."""
-    if pairs * bytes_per_pair <= limit:
-        return ((0, pairs),)
-    count = -(-pairs // max(1, limit // (2 * bytes_per_pair)))
-    size = -(-pairs // count)
-    return tuple((first, min(size, pairs - first)) for first in range(0, pairs, size))
-
-
 def _runs(pairs: int, tiles: int, slots: int) -> int:
     """Blocks per pair of the quantise launch: whole waves, each block paying about a tile and a half to start."""
     length = min(range(1, tiles + 1), key=lambda n: -(-pairs * -(-tiles // n) // slots) * (n + 1.5))
     return -(-tiles // length)
 
 
-def _workspace(pairs: int, tiles: int, splits: int, k_splits: int, d: int) -> Workspace:
-    sizes = tiles * kv_tile_bytes(d), splits * d * 4, k_splits * d * 4, 4, d * 4, d * 4, d * 4
+def _workspace(pairs: int, pair_bytes: int, splits: int, k_splits: int, d: int) -> Workspace:
+    sizes = pair_bytes, splits * d * 4, k_splits * d * 4, 4, d * 4, d * 4, d * 4
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + -(-pairs * size // ALIGN) * ALIGN)

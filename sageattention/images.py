@@ -109,7 +109,8 @@ def select(images: Iterable[Image], name: str, arch: int, family: int = 0, ptx: 
 def forced() -> tuple[int, bool]:
     """What SAGEATTENTION_ARCH asks for: (family, PTX only); (0, False) where it is unset.
 
-    "80", "8.0" and "sm_80" force the kernels of that architecture; "compute_80" forces them as PTX.
+    "80", "8.0" and "sm_80" force the kernels of that architecture; "compute_80" forces them as PTX. Forced, even as "90", an
+    architecture has no kernels that are made for one kind of device alone: that is how Hopper runs mma.sync.
 
     Raises:
         Unsupported: the variable holds something else.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from . import calibration, capability, reference
+from . import calibration, capability, images, reference
 from .capability import Capability
 from .errors import KernelMissing, Unsupported
 from .plan import Plan, plan
@@ -82,7 +82,8 @@ def plan_for(problem: Problem, variant: str, accum: str = "") -> Plan:
             raise Unsupported("SAGEATTENTION_VARIANT", f"the environment variable holds {variant!r}, accepted are 'auto', {accepted}")
     card = machine(problem)
     known = calibration.of_card(card) if variant == "auto" else None
-    return plan(problem, card, variant, accum, capability.forced_arch() or 0, known)
+    arch, ptx = images.forced()
+    return plan(problem, card, variant, accum, arch, known, ptx)
 
 
 def machine(problem: Problem) -> Capability:

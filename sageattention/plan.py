@@ -10,13 +10,15 @@ from . import auto, images, store
 from .capability import Capability
 from .errors import KernelMissing, Unsupported
 from .problem import Problem
-from .variants import HEAD_DIMS, IMAGES, SDPA, VARIANTS, Scheme, Tile, Variant, pad_head_dim
+from .variants import HEAD_DIMS, IMAGES, SDPA, VARIANTS, Kernels, Scheme, Tile, Variant, find_tile, pad_head_dim
 
 if TYPE_CHECKING:
     from .calibration import Calibration
 
-# Quantised K and V of at most this many bytes live at once; more heads than fit are done in groups.
-WORKSPACE_LIMIT = 256 << 20
+# Quantised K and V of at most this many bytes live at once; more heads than fit are done in groups. CUDA variants keep two groups
+# alive: one is quantised while the other is attended. The rest of their 128 MiB are statistics.
+WORKSPACE_LIMIT = {"triton": 256 << 20, "cuda": 126 << 20}
+GROUPS_ALIVE = {"triton": 1, "cuda": 2}
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,16 @@ class Plan:
     heads_per_group: int = 0  # key/value heads (over all batches) quantised and attended at once
     basis: str = ""  # what "auto" decided by: see `auto.Choice`
     accum: str = ""  # the `pv_accum_dtype` that "auto" chose where it is not the variant's default
+    kernels: Kernels | None = None  # of a CUDA variant
+    images: tuple[images.Image, images.Image] | None = None  # their quantisers' and the attention's
+    attend: str = ""  # the attention kernel's symbol
 
 
 @functools.lru_cache(maxsize=4096)
 def plan(
-    problem: Problem, capability: Capability, variant: str = "auto", accum: str = "", arch: int = 0, calibration: Calibration | None = None
-) -> Plan:
+    problem: Problem, capability: Capability, variant: str = "auto", accum: str = "", arch: int = 0,
+    calibration: Calibration | None = None, ptx: bool = False,
+) -> Plan:  # fmt: skip
     """Choose the variant, tile and grouping for a problem.
 
     Args:
@@ -49,35 +55,36 @@ def plan(
         capability: the device it will run on.
         variant: a name from `variants.VARIANTS`, or "auto".
         accum: the `pv_accum_dtype`, where the variant offers several; "" is its default. "auto" has its own.
-        arch: forces a kernel family (as `SAGEATTENTION_ARCH` does); 0 is the device's own.
+        arch: forces a kernel family (as `SAGEATTENTION_ARCH` does); 0 is the device's own. Kernels that are made for one kind of
+            device alone run only where nothing is forced.
         calibration: the device's, for "auto".
+        ptx: only kernels that the driver compiles.
 
     Raises:
         Unsupported: the variant cannot do this problem on this device.
         KernelMissing: the variant can, but its kernel is not in this installation.
     """
-    arch = arch or capability.arch
     if variant != "auto":
         if variant not in VARIANTS:
             raise Unsupported("variant", f"got {variant!r}, accepted are 'auto', {', '.join(map(repr, VARIANTS))}")
-        return _fit(problem, capability, VARIANTS[variant], accum, arch, "asked for by name")
-    choice = auto.choose(problem, capability, arch, calibration)
+        return _fit(problem, capability, VARIANTS[variant], accum, arch, ptx, "asked for by name")
+    choice = auto.choose(problem, capability, arch or capability.arch, calibration)
     rejected = list(choice.rejected)
     for candidate in choice.order:
         name, _, accum = candidate.partition(":")
         try:
-            chosen = _fit(problem, capability, VARIANTS[name], accum, arch, choice.reason)
+            chosen = _fit(problem, capability, VARIANTS[name], accum, arch, ptx, choice.reason)
         except (Unsupported, KernelMissing) as error:
             rejected.append((candidate, str(error)))
             continue
         return replace(chosen, rejected=tuple(rejected), basis=choice.basis, accum=accum)
     reason = f"nothing is left of the {choice.reason}" if choice.order else choice.reason
-    return Plan(SDPA, reason, tuple(rejected), arch, basis=choice.basis)
+    return Plan(SDPA, reason, tuple(rejected), arch or capability.arch, basis=choice.basis)
 
 
 def refusal(variant: Variant, capability: Capability, arch: int = 0) -> Unsupported | KernelMissing | None:
-    """Why `variant` cannot run on a machine whatever the call is, or None where it can."""
-    arch = arch or capability.arch
+    """Why `variant` cannot run on a machine whatever the call is, or None where it can. `arch` as for `plan`."""
+    family = arch or capability.arch
     if variant.backend == "triton":
         if capability.triton == "none":
             return KernelMissing(variant.name, "Triton is not installed in this Python; install 'triton' (Windows: 'triton-windows')")
@@ -89,22 +96,43 @@ def refusal(variant: Variant, capability: Capability, arch: int = 0) -> Unsuppor
         if capability.device != "cuda":
             extra = ", or TRITON_INTERPRET=1 (slow, for tests)" if variant.backend == "triton" else ""
             return Unsupported("q", f"is on {capability.device}; {variant.name} needs a tensor on an NVIDIA GPU{extra}")
-        if arch < variant.min_arch:
-            return Unsupported("q", f"is on an sm_{arch} device; {variant.name} needs sm_{variant.min_arch} or newer")
-        if variant.archs and arch not in variant.archs:
-            return Unsupported("q", f"is on an sm_{arch} device; {variant.name} is made for {_archs(variant.archs)} only")
+        if family < variant.min_arch:
+            return Unsupported("q", f"is on an sm_{family} device; {variant.name} needs sm_{variant.min_arch} or newer")
+        if variant.archs and family not in variant.archs:
+            return Unsupported("q", f"is on an sm_{family} device; {variant.name} is made for {_archs(variant.archs)} only")
     if variant.backend == "cuda":
-        family = 0 if arch == capability.arch else arch
-        image = images.select(IMAGES, f"{variant.image}{HEAD_DIMS[0]}", capability.arch, family) if variant.image else None
-        if image is not None:
-            absent = store.missing(image)
-            return KernelMissing(variant.name, f"sm_{arch}: {absent}") if absent else None
-        return KernelMissing(variant.name, f"this installation holds no kernel of it for sm_{arch}; choose 'auto' or another variant")
+        kernels = next((k for d in HEAD_DIMS if (k := variant.choose(family, bool(arch), d))), None)
+        try:
+            _images(variant, kernels, kernels.head_dims[0] if kernels else 0, capability, arch)
+        except KernelMissing as error:
+            return error
     return None
 
 
-def _fit(problem: Problem, capability: Capability, variant: Variant, accum: str, arch: int, reason: str) -> Plan:
-    scheme = variant.scheme
+def _images(
+    variant: Variant, kernels: Kernels | None, head_dim: int, capability: Capability, arch: int, ptx: bool = False
+) -> tuple[images.Image, images.Image]:
+    """The images that the device runs: the quantisers' and the attention's.
+
+    Raises:
+        KernelMissing: the table has none for the device, or its file is missing.
+    """
+    family, found = arch or capability.arch, []
+    for name in (kernels.quantiser, kernels.attend_image(head_dim)) if kernels else ():
+        image = images.select(IMAGES, name, capability.arch, arch, ptx)
+        if image is None:
+            built = ", ".join(images.describe(IMAGES, name))
+            raise KernelMissing(variant.name, f"{name} exists for {built}; none of them runs on sm_{capability.arch} as sm_{family}")
+        if absent := store.missing(image):
+            raise KernelMissing(variant.name, f"sm_{family}: {absent}")
+        found.append(image)
+    if not found:
+        raise KernelMissing(variant.name, f"this installation holds no kernel of it for sm_{family}; choose 'auto' or another variant")
+    return found[0], found[1]
+
+
+def _fit(problem: Problem, capability: Capability, variant: Variant, accum: str, arch: int, ptx: bool, reason: str) -> Plan:
+    scheme, family = variant.scheme, arch or capability.arch
     if accum:
         if accum not in variant.accum:
             raise Unsupported("pv_accum_dtype", f"got {accum!r}, {variant.name} accepts {', '.join(map(repr, variant.accum))}")
@@ -113,26 +141,35 @@ def _fit(problem: Problem, capability: Capability, variant: Variant, accum: str,
     if error is not None:
         raise error
     if scheme is None:
-        return Plan(variant, reason, arch=arch)
+        return Plan(variant, reason, arch=family)
     if problem.needs_grad:
         raise Unsupported("q", f"a gradient is asked for; {variant.name} has no backward pass (under torch.no_grad() it runs)")
     head_dim = pad_head_dim(problem.head_dim)
-    if not variant.tiles:
-        return Plan(variant, reason, (), arch, head_dim, scheme=scheme)
-    tile = variant.tile(arch, head_dim)
-    return Plan(
-        variant, reason, (), arch, head_dim, tile, replace(scheme, kv_tile=tile.block_n), _heads_per_group(problem, scheme, head_dim, tile)
-    )
+    if variant.backend == "triton":
+        tile = find_tile(variant.tiles, family, head_dim)
+        per_key = head_dim + head_dim * scheme.v_bytes + 4
+        heads = _heads_per_group(problem, variant.backend, tile.block_n * per_key, tile.block_n)
+        return Plan(variant, reason, (), family, head_dim, tile, replace(scheme, kv_tile=tile.block_n), heads)
+    if variant.backend == "cuda":
+        kernels = variant.choose(family, bool(arch), head_dim, accum)
+        found = _images(variant, kernels, head_dim, capability, arch, ptx)
+        scheme = next(iter(kernels.schemes.values())) if not accum else kernels.schemes[accum]
+        mask = problem.mask_kind
+        tile = find_tile(kernels.tiles, found[1].tiles_of, head_dim, mask, scheme.accumulate)
+        heads = _heads_per_group(problem, variant.backend, kernels.tile_bytes(head_dim), tile.block_n)
+        symbol = kernels.attend_symbol(head_dim, mask, scheme.accumulate)
+        scheme = replace(scheme, kv_tile=tile.block_n)
+        return Plan(variant, reason, (), family, head_dim, tile, scheme, heads, kernels=kernels, images=found, attend=symbol)
+    return Plan(variant, reason, (), family, head_dim, scheme=scheme)
 
 
-def _heads_per_group(problem: Problem, scheme: Scheme, head_dim: int, tile: Tile) -> int:
-    """Key/value heads, over all batches, whose quantised K and V fit into `WORKSPACE_LIMIT`; groups are of even size."""
-    heads = problem.batch * problem.heads_kv
-    if problem.varlen or heads == 0 or problem.len_kv == 0:
+def _heads_per_group(problem: Problem, backend: str, tile_bytes: int, tile: int) -> int:
+    """Key/value heads, over all batches, whose quantised K and V fit into the backend's workspace; groups are of even size."""
+    heads, per_head = problem.batch * problem.heads_kv, -(-problem.len_kv // tile) * tile_bytes
+    limit = WORKSPACE_LIMIT[backend]
+    if problem.varlen or heads * per_head <= limit:
         return heads
-    tokens = -(-problem.len_kv // tile.block_n) * tile.block_n
-    per_head = tokens * (head_dim + head_dim * scheme.v_bytes + 4)
-    groups = -(-heads // max(1, WORKSPACE_LIMIT // per_head))
+    groups = -(-heads // max(1, limit // (GROUPS_ALIVE[backend] * per_head)))
     return -(-heads // groups)
 
 

@@ -6,6 +6,7 @@ symbol is written down anywhere else.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from .images import Entry, Image
@@ -112,12 +113,68 @@ class Tile:
     query_shared: bool = False
 
 
+Tiles = dict[tuple[int | str, ...], Tile]
+
+
+def find_tile(tiles: Tiles, arch: int, head_dim: int, *kind: str) -> Tile:
+    """The launch shape for `arch` and a compiled `head_dim`, and for a kind of kernel (mask, accumulator) that differs."""
+    row = arch if (arch, head_dim) in tiles else 0
+    keys = [(row, head_dim, *kind[:n]) for n in range(len(kind), -1, -1)]
+    return next(tiles[key] for key in keys if key in tiles)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The CUDA kernels for one format of quantised K and V: a quantiser, and attention for each head dimension, mask and accumulator.
+
+    Image `quantise_NAME` holds the quantisers, image `attend_NAME_dD` the attention kernels of one compiled head dimension.
+    """
+
+    name: str
+    source: str  # of the attention kernels, relative to csrc/
+    layout: str  # the C++ type of a tile of K and V, {d} being the compiled head dimension
+    tile_bytes: Callable[[int], int]  # what that type's kTileBytes is
+    schemes: dict[str, Scheme]  # what is computed, by pv_accum_dtype, the default first
+    tiles: Tiles  # by (arch, compiled head_dim), with mask and accumulator where they differ; arch 0 is the default
+    entry: Callable[[Kernels, int, int, str, str], Entry]  # the attention kernel for (arch, head_dim, mask, accumulator)
+    arch: int = 0  # compute capability of the only devices it is made for, whose machine code is "sm_XXa"; 0: any from min_arch on
+    min_arch: int = 75
+
+    @property
+    def head_dims(self) -> tuple[int, ...]:
+        return tuple(d for d in HEAD_DIMS if any(key[1] == d for key in self.tiles))
+
+    @property
+    def accumulators(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(s.accumulate for s in self.schemes.values()))
+
+    @property
+    def quantiser(self) -> str:
+        """The quantisers' image."""
+        return f"quantise_{self.name}"
+
+    def quantise_symbol(self, head_dim: int) -> str:
+        return f"quantise_{self.name}_d{head_dim}"
+
+    def attend_image(self, head_dim: int) -> str:
+        return f"attend_{self.name}_d{head_dim}"
+
+    def attend_symbol(self, head_dim: int, mask: str, accumulate: str) -> str:
+        return f"attend_{self.name}_d{head_dim}_{mask}_{accumulate}"
+
+    def built_for(self, target: str) -> bool:
+        """Whether there are images for this target of the compiler, such as "sm_80"."""
+        arch = int(target.split("_")[1].rstrip("a"))
+        return target == f"sm_{self.arch}a" if self.arch else arch >= self.min_arch
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to compute attention, as offered to the user.
 
     `archs` are the compute capabilities (as 10·major + minor) that have a fast path; empty means any device the backend
-    reaches. `tiles` maps (arch, compiled head_dim) to a launch shape; arch 0 is the default for the ones not named.
+    reaches. A CUDA variant runs the first of its `kernels` that the device, the head dimension and the accumulator admit; `tiles`
+    are the Triton kernel's launch shapes.
     """
 
     name: str
@@ -126,15 +183,23 @@ class Variant:
     scheme: Scheme | None = None
     min_arch: int = 0
     archs: tuple[int, ...] = ()
-    accum: dict[str, Scheme] = field(default_factory=dict)  # pv_accum_dtype → scheme, where the caller may choose
-    tiles: dict[tuple[int | str, ...], Tile] = field(default_factory=dict)
-    image: str = ""  # CUDA: its attention kernels' images are this and the compiled head dimension
+    accum: dict[str, Scheme] = field(default_factory=dict)  # pv_accum_dtype → scheme, where the caller may choose; the default first
+    tiles: Tiles = field(default_factory=dict)
+    kernels: tuple[Kernels, ...] = ()
 
-    def tile(self, arch: int, head_dim: int, *kind: str) -> Tile:
-        """The launch shape for `arch` and a compiled `head_dim`, and for a kind of kernel (mask, accumulator) that differs."""
-        row = arch if (arch, head_dim) in self.tiles else 0
-        keys = [(row, head_dim, *kind[:n]) for n in range(len(kind), -1, -1)]
-        return next(self.tiles[key] for key in keys if key in self.tiles)
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """All that it computes anywhere, by accumulator or kernels and accumulator."""
+        own = {"default": self.scheme} if self.scheme else {}
+        return own | self.accum | {f"{k.name}-{accum}": scheme for k in self.kernels for accum, scheme in k.schemes.items()}
+
+    def choose(self, arch: int, forced: bool, head_dim: int, accum: str = "") -> Kernels | None:
+        """The kernels for a family of devices. One that is `forced` gets none of those that are made for one kind of device alone."""
+        accum = accum or next(iter(self.accum))
+        for k in self.kernels:
+            if head_dim in k.head_dims and accum in k.schemes and (not k.arch or (k.arch == arch and not forced)):
+                return k
+        return None
 
 
 SDPA = Variant("sdpa", "sdpa", "PyTorch's own scaled_dot_product_attention, unquantised")
@@ -162,13 +227,19 @@ TRITON_FP16 = Variant(
     },
 )
 
+# --- CUDA kernels ---------------------------------------------------------------------------------------------------------------
+
+MASKS = ("none", "causal", "dense")
+BULK_ARCH = 90  # from here on a tile is one bulk copy, with 16 bytes of barriers a stage
+BIAS_BYTES = 16 * (64 + 8) * 4  # a warp's stage of a dense mask
+
 # mma.sync kernels. On Hopper a warp owns 32 rows where the registers allow it (head_dim ≤ 128): each fragment of K or V it loads then
 # feeds two row tiles, and two blocks of four warps hide each other's softmax. Elsewhere at head_dim 128 (fewer uniform registers, slower
 # MMAs beside the same shared memory) 16 rows a warp do not spill. 8.6, 8.9 and 12.x have 100 KiB of shared memory, Turing 64 and no
 # asynchronous copies; with a dense mask each warp stages 4.5 KiB of bias beside the pipeline. Tried on an H200 and slower: 16 rows a
 # warp, 32-key steps, scores one step ahead, warps taking turns at the tensor cores (docs/kernels.md).
 _TWO, _EIGHT = Tile(128, 64, 4, 3, 2, True), Tile(128, 64, 8, 2, 1)
-MMA_TILES: dict[tuple[int | str, ...], Tile] = {
+MMA_TILES: Tiles = {
     (0, 64): _TWO,
     (0, 128): _EIGHT,
     (0, 256): Tile(128, 64, 8, 3, 1, True),
@@ -194,15 +265,73 @@ MMA_BYTE_TILES = dict(MMA_TILES)
 # Bytes of local memory a thread may use: at head_dim 256 the accumulators leave the compiler a register or two short.
 MMA_LOCAL = {64: 0, 128: 0, 256: 32}
 
+
+def _mma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
+    t = find_tile(kernels.tiles, arch, head_dim, mask, accumulate)
+    row_tiles = t.block_m // (16 * t.warps)
+    smem = t.stages * (kernels.tile_bytes(head_dim) + (16 if arch >= BULK_ARCH else 0))
+    if t.query_shared:
+        smem += (row_tiles * head_dim // 32 + 1) * 16 * 32 * t.warps
+    if mask == "dense":
+        smem += t.warps * BIAS_BYTES
+    values = next(iter(kernels.schemes.values())).pv
+    config = (
+        f"{head_dim}, Mask::{mask}, Values::{values}, Accumulate::{accumulate}, "
+        f"{t.warps}, {row_tiles}, {t.stages}, {str(t.query_shared).lower()}"
+    )
+    symbol = kernels.attend_symbol(head_dim, mask, accumulate)
+    return Entry(symbol, f"attend_mma<AttendConfig<{config}>, {smem}>", AttendParams, 32 * t.warps, t.blocks, smem, MMA_LOCAL[head_dim])
+
+
+def _fragment_bytes(value_bytes: int) -> Callable[[int], int]:
+    """Of a tile of 64 keys (csrc/block/fragment.cuh): INT8 codes, values, four fp32 scales."""
+    return lambda head_dim: 64 * head_dim * (1 + value_bytes) + 16
+
+
+MMA_FP16 = Kernels(
+    "mma_fp16", "kernel/attend_mma.cuh", "Fragment<{d}, 2>", _fragment_bytes(2),
+    {"fp32": FP16_FP32_MMA, "fp16+fp32": FP16_FP16_FP32, "fp16": FP16_FP16_FP32}, MMA_TILES, _mma_entry,
+)  # fmt: skip
+MMA_FP8 = Kernels(
+    "mma_fp8", "kernel/attend_mma.cuh", "Fragment<{d}, 1>", _fragment_bytes(1),
+    {"fp32": FP8_FP32_MMA, "fp32+fp32": FP8_FP32_MMA, "fp32+fp16": FP8_FP16}, MMA_BYTE_TILES, _mma_entry, min_arch=89,
+)  # fmt: skip
+MMA_INT8 = Kernels(
+    "mma_int8", "kernel/attend_mma.cuh", "Fragment<{d}, 1>", _fragment_bytes(1), {"int32+fp32": INT8_INT32}, MMA_BYTE_TILES, _mma_entry
+)
+
+# Hopper's own kernels: two warpgroups of 64 queries each beside one that fetches. 96 keys: two score arrays of more do not fit the
+# registers. head_dim 256 stays with mma.sync: its accumulators alone would take 128 of a thread's 240 registers.
+WGMMA_TILES: Tiles = {(0, d): Tile(128, 96, 12, 4) for d in (64, 128)} | {(0, d, "dense"): Tile(128, 96, 12, 3) for d in (64, 128)}
+
+
+def _wgmma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
+    t = find_tile(kernels.tiles, arch, head_dim, mask, accumulate)
+    smem = t.block_m * head_dim + t.stages * (kernels.tile_bytes(head_dim) + 32)
+    if mask == "dense":
+        smem += t.block_m // 16 * -(-t.block_n // 64) * BIAS_BYTES
+    expression = f"attend_wgmma<WgmmaConfig<{kernels.layout.format(d=head_dim)}, Mask::{mask}, {t.stages}>, {smem}>"
+    return Entry(kernels.attend_symbol(head_dim, mask, accumulate), expression, AttendParams, 32 * t.warps, 1, smem)
+
+
+def _core_matrix_bytes(value_bytes: int, tile: int, ones: bool) -> Callable[[int], int]:
+    """Of a tile (csrc/block/core_matrix.cuh): INT8 codes, scales, values, perhaps eight columns of ones."""
+    return lambda head_dim: tile * head_dim + 128 + tile * (head_dim + 8 * ones) * value_bytes
+
+
+WGMMA_FP16 = Kernels(
+    "wgmma_fp16", "kernel/attend_wgmma.cuh", "CoreMatrix<{d}, 2, 96, true>", _core_matrix_bytes(2, 96, True),
+    {"fp32": FP16_FP32_WGMMA}, WGMMA_TILES, _wgmma_entry, arch=90,
+)  # fmt: skip
+
 CUDA_FP16 = Variant(
     "sageattn_qk_int8_pv_fp16_cuda",
     "cuda",
     "INT8 QKᵀ, FP16 PV: overflow-safe, the most accurate CUDA variant",
     FP16_FP32_MMA,
     min_arch=75,
-    accum={"fp32": FP16_FP32_MMA, "fp16+fp32": FP16_FP16_FP32, "fp16": FP16_FP16_FP32},
-    tiles=MMA_TILES,
-    image="attend_mma_fp16_d",
+    accum=MMA_FP16.schemes,
+    kernels=(WGMMA_FP16, MMA_FP16),
 )
 CUDA_FP8 = Variant(
     "sageattn_qk_int8_pv_fp8_cuda",
@@ -210,9 +339,7 @@ CUDA_FP8 = Variant(
     "INT8 QKᵀ, FP8 PV for Ada and Blackwell",
     FP8_FP32_MMA,
     min_arch=89,
-    accum={"fp32": FP8_FP32_MMA, "fp32+fp32": FP8_FP32_MMA, "fp32+fp16": FP8_FP16},
-    tiles=MMA_BYTE_TILES,
-    image="attend_mma_fp8_d",
+    accum=MMA_FP8.schemes,
 )
 CUDA_FP8_SM90 = Variant(
     "sageattn_qk_int8_pv_fp8_cuda_sm90",
@@ -230,103 +357,46 @@ CUDA_INT8 = Variant(
     "both products in INT8, for cards without FP8",
     INT8_INT32,
     min_arch=75,
-    accum={"int32+fp32": INT8_INT32},
-    tiles=MMA_BYTE_TILES,
-    image="attend_mma_int8_d",
+    accum=MMA_INT8.schemes,
 )
 
 VARIANTS: dict[str, Variant] = {v.name: v for v in (SDPA, REFERENCE, TRITON_FP16, CUDA_FP16, CUDA_FP8, CUDA_FP8_SM90, CUDA_INT8)}
 
 # --- kernel images -------------------------------------------------------------------------------------------------------------
 
-MASKS = ("none", "causal", "dense")
-STATS_THREADS, QUANTISE_THREADS = 512, 256
-BULK_ARCH = 90  # from here on a tile is one bulk copy, with 16 bytes of barriers a stage
-BIAS_BYTES = 16 * (64 + 8) * 4  # a warp's stage of a dense mask
+STATS_THREADS = 512
 
 
-def kv_tile_bytes(head_dim: int, v_bytes: int = 2) -> int:
-    """One tile of 64 quantised keys and values: INT8 codes, values, four fp32 scales (csrc/block/fragment.cuh)."""
-    return 64 * head_dim * (1 + v_bytes) + 16
+def stats_symbol(head_dim: int) -> str:
+    return f"stats_d{head_dim}"
 
 
-def attend_symbol(scheme: Scheme, head_dim: int, mask: str) -> str:
-    """The mma.sync attention kernel's name."""
-    return f"attend_mma_{scheme.pv}_d{head_dim}_{mask}_{scheme.accumulate}"
+def _quantise_entry(kernels: Kernels, arch: int, head_dim: int) -> Entry:
+    threads = 4 * find_tile(kernels.tiles, arch, head_dim).block_n
+    template = "quantise_core" if kernels.arch else "quantise"
+    blocks = 2 if head_dim < 256 and arch > 75 and threads <= 256 else 1  # whose registers the quantiser fits
+    expression = f"{template}<{kernels.layout.format(d=head_dim) if kernels.arch else head_dim}>"
+    return Entry(kernels.quantise_symbol(head_dim), expression, QuantiseParams, threads, blocks, local=MMA_LOCAL[head_dim])
 
 
-def _attend_entry(variant: Variant, scheme: Scheme, arch: int, head_dim: int, mask: str) -> Entry:
-    t = variant.tile(arch, head_dim, mask, scheme.accumulate)
-    row_tiles = t.block_m // (16 * t.warps)
-    smem = t.stages * (kv_tile_bytes(head_dim, scheme.v_bytes) + (16 if arch >= BULK_ARCH else 0))
-    if t.query_shared:
-        smem += (row_tiles * head_dim // 32 + 1) * 16 * 32 * t.warps
-    if mask == "dense":
-        smem += t.warps * BIAS_BYTES
-    config = (
-        f"{head_dim}, Mask::{mask}, Values::{scheme.pv}, Accumulate::{scheme.accumulate}, "
-        f"{t.warps}, {row_tiles}, {t.stages}, {str(t.query_shared).lower()}"
-    )
-    symbol = attend_symbol(scheme, head_dim, mask)
-    return Entry(symbol, f"attend_mma<AttendConfig<{config}>, {smem}>", AttendParams, 32 * t.warps, t.blocks, smem, MMA_LOCAL[head_dim])
-
-
-def _mma_images(target: str) -> tuple[Image, ...]:
+def _images(kernels: Kernels, target: str) -> tuple[Image, ...]:
     arch = int(target.split("_")[1].rstrip("a"))
-    attend = tuple(
-        Image(
-            f"{v.image}{d}", target, "kernel/attend_mma.cuh",
-            tuple(_attend_entry(v, scheme, arch, d, mask) for mask in MASKS for scheme in dict.fromkeys(v.accum.values())),
-        )
-        for v in (CUDA_FP16, CUDA_FP8, CUDA_INT8) if arch >= v.min_arch
-        for d in HEAD_DIMS
-    )  # fmt: skip
-
-    def blocks(head_dim: int) -> int:
-        return 1 if head_dim == 256 or arch == 75 else 2  # whose registers the quantiser fits
-
     quantise = Image(
-        "quantise_fp16", target, "kernel/quantise.cuh",
-        tuple(Entry(f"stats_d{d}", f"stats<{d}>", StatsParams, STATS_THREADS, 2) for d in HEAD_DIMS)
-        + tuple(
-            Entry(f"quantise_fp16_d{d}", f"quantise<{d}>", QuantiseParams, QUANTISE_THREADS, blocks(d), local=MMA_LOCAL[d])
-            for d in HEAD_DIMS
-        ),
+        kernels.quantiser, target, "kernel/quantise_wgmma.cuh" if kernels.arch else "kernel/quantise.cuh",
+        tuple(Entry(stats_symbol(d), f"stats<{d}>", StatsParams, STATS_THREADS, 2) for d in kernels.head_dims)
+        + tuple(_quantise_entry(kernels, arch, d) for d in kernels.head_dims),
     )  # fmt: skip
-    return quantise, *attend
+    return quantise, *(
+        Image(
+            kernels.attend_image(d), target, kernels.source,
+            tuple(kernels.entry(kernels, arch, d, mask, accumulate) for mask in MASKS for accumulate in kernels.accumulators),
+        )
+        for d in kernels.head_dims
+    )  # fmt: skip
 
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_75", "compute_80", "compute_89")
+KERNELS: tuple[Kernels, ...] = tuple({k.name: k for v in VARIANTS.values() for k in v.kernels}.values())
 
 # What `csrc/build.py` compiles: every kernel image, for every architecture.
-IMAGES: tuple[Image, ...] = tuple(image for target in TARGETS for image in _mma_images(target))
-
-
-# --- Hopper's own kernels, not offered yet: the tests compile them, nothing plans them (docs/kernels.md) ---------------------------
-
-# Two warpgroups of 64 queries each beside one that fetches. 96 keys: two score arrays of more do not fit the registers. head_dim 256
-# stays with mma.sync: its accumulators alone would take 128 of a thread's 240 registers.
-WGMMA_TILES = {(d, mask): Tile(128, 96, 12, 3 if mask == "dense" else 4) for d in (64, 128) for mask in MASKS}
-
-
-def wgmma_tile_bytes(head_dim: int) -> int:
-    """One tile of 96 quantised keys and values: INT8 codes, scales, fp16 values and eight columns of ones (csrc/block/core_matrix.cuh)."""
-    return 96 * head_dim + 128 + 96 * (head_dim + 8) * 2
-
-
-def _wgmma_entry(head_dim: int, mask: str) -> Entry:
-    t = WGMMA_TILES[head_dim, mask]
-    smem = t.block_m * head_dim + t.stages * (wgmma_tile_bytes(head_dim) + 32)
-    if mask == "dense":
-        smem += t.block_m // 16 * 2 * BIAS_BYTES
-    expression = f"attend_wgmma<WgmmaConfig<CoreMatrix<{head_dim}, 2, 96, true>, Mask::{mask}, {t.stages}>, {smem}>"
-    return Entry(f"attend_wgmma_fp16_d{head_dim}_{mask}", expression, AttendParams, 32 * t.warps, 1, smem)
-
-
-WGMMA_IMAGES: tuple[Image, ...] = (
-    *(Image(f"attend_wgmma_fp16_d{d}", "sm_90a", "kernel/attend_wgmma.cuh", tuple(_wgmma_entry(d, m) for m in MASKS)) for d in (64, 128)),
-    Image(
-        "quantise_wgmma_fp16", "sm_90a", "kernel/quantise_wgmma.cuh",
-        tuple(Entry(f"quantise_wgmma_fp16_d{d}", f"quantise_core<CoreMatrix<{d}, 2, 96, true>>", QuantiseParams, 4 * 96) for d in (64, 128)),
-    ),
-)  # fmt: skip
+IMAGES: tuple[Image, ...] = tuple(image for t in TARGETS for k in KERNELS if k.built_for(t) for image in _images(k, t))

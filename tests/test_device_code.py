@@ -16,10 +16,10 @@ import torch
 
 from sageattention import cuda_ops, driver, images, ops, store
 from sageattention.capability import Capability
-from sageattention.plan import plan
+from sageattention.plan import WORKSPACE_LIMIT, plan
 from sageattention.problem import Problem
 from sageattention.reference import emulate, oracle
-from sageattention.variants import CUDA_FP16, IMAGES, kv_tile_bytes
+from sageattention.variants import CUDA_FP16, IMAGES, MMA_FP16
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
@@ -34,7 +34,7 @@ class Lanes:
 
     def __init__(self, arch: int, head_dim: int, folder: Path):
         self.capability, self.head_dim = Capability("cuda", arch, 2, "none", "host"), head_dim
-        wanted = (f"{CUDA_FP16.image}{head_dim}", "quantise_fp16")
+        wanted = MMA_FP16.attend_image(head_dim), MMA_FP16.quantiser
         chosen = [e for i in IMAGES if i.arch == TARGETS[arch] and i.name in wanted for e in i.entries if f"_d{head_dim}" in e.symbol]
         self.entries = {entry.symbol: entry for entry in chosen}
         self.library = ctypes.CDLL(str(self._build(arch, folder)))
@@ -84,7 +84,7 @@ def card(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> Lanes:
 def run(card: Lanes, tensors: dict[str, torch.Tensor], mask: torch.Tensor | None, accum: str, **options) -> tuple:
     problem = Problem.from_tensors(**tensors, attn_mask=mask, return_lse=True, **options)._replace(device="cuda", device_index=0)
     plan.cache_clear()  # other tests may have planned without images
-    chosen = plan(problem, card.capability, CUDA_FP16.name, accum)
+    chosen = plan(problem, card.capability, CUDA_FP16.name, accum, arch=card.capability.arch)
     out, lse = cuda_ops.run(ops.Call(*tensors.values(), ops._four_dims(mask), problem, chosen))
     return out, lse, chosen.scheme
 
@@ -131,7 +131,7 @@ def test_any_finite_input_gives_finite_output(card: Lanes, size: float) -> None:
 def test_groups_of_heads_and_halves_give_the_same_bits(card: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     t, _ = matrix.tensors(matrix.Case(card.head_dim, heads_q=4, heads_kv=2, len_q=20, len_kv=100))
     whole = run(card, t, None, "fp32")
-    monkeypatch.setattr(cuda_ops, "WORKSPACE_LIMIT", 2 * 2 * kv_tile_bytes(card.head_dim))  # of the four pairs, one a group
+    monkeypatch.setitem(WORKSPACE_LIMIT, "cuda", 2 * 2 * MMA_FP16.tile_bytes(card.head_dim))  # of the four pairs, one a group
     monkeypatch.setattr(cuda_ops, "_recipes", {})
     parts = run(card, t, None, "fp32")
     ((_, recipe),) = cuda_ops._recipes.values()
@@ -140,6 +140,6 @@ def test_groups_of_heads_and_halves_give_the_same_bits(card: Lanes, monkeypatch:
     monkeypatch.setattr(driver, "launch", card.launch)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     problem = Problem.from_tensors(**t, return_lse=True)._replace(device="cuda", device_index=0)
-    kv = cuda_ops.quantize(t["k"], t["v"], problem, plan(problem, card.capability, CUDA_FP16.name))
+    kv = cuda_ops.quantize(t["k"], t["v"], problem, plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch))
     halves = cuda_ops.attend_all(t["q"], kv, problem, None)
     assert torch.equal(halves[0], whole[0]) and torch.equal(halves[1], whole[1])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st  # noqa: E402
 from sageattention import variants  # noqa: E402
 from sageattention.reference import emulate, oracle  # noqa: E402
 
-SCHEMES = {s: f"{v.name}-{a}" for v in variants.VARIANTS.values() for a, s in {"default": v.scheme, **v.accum}.items() if s}
+SCHEMES = {s: f"{v.name}-{a}" for v in variants.VARIANTS.values() for a, s in v.schemes.items()}
 repeatable = settings(derandomize=True, deadline=None, database=None)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = ("plain", "equal rows", "one element", "zeros", "signs", "huge channel", "huge token", "mixed")

@@ -1,4 +1,4 @@
-"""The mma.sync kernels on a GPU: the matrix over accumulators, the kernels of other architectures as PTX, groups of heads (marker gpu)."""
+"""The CUDA variants on a GPU: the matrix over their accumulators, the kernels of other architectures, groups of heads (marker gpu)."""
 
 from __future__ import annotations
 
@@ -6,88 +6,132 @@ import matrix
 import pytest
 import torch
 
-from sageattention import attend, cuda_ops, images, inputs, ops, quantize_kv, sageattn, store
-from sageattention.variants import CUDA_FP16, IMAGES, kv_tile_bytes
+from sageattention import KernelMissing, Unsupported, attend, cuda_ops, images, inputs, ops, quantize_kv, sageattn
+from sageattention import plan as plan_module
+from sageattention.plan import Plan, plan
+from sageattention.problem import Problem
+from sageattention.variants import VARIANTS
 
-ABSENT = store.missing(next(i for i in IMAGES if i.arch == "sm_90a"))
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(ABSENT), reason="no kernel images in this checkout; run dev.py build")]
-VARIANT = CUDA_FP16.name
-FAMILIES = ("compute_75", "compute_80", "compute_89")
+pytestmark = pytest.mark.gpu
+CUDA = [v for v in VARIANTS.values() if v.kernels]
+# Each accumulator that computes something else than the ones before it.
+ACCUMULATORS = [(v.name, a) for v in CUDA for a in dict(reversed([(s, a) for a, s in v.accum.items()])).values()]
+each_variant = pytest.mark.parametrize("variant", [v.name for v in CUDA])
+each_accumulator = pytest.mark.parametrize("variant, accum", ACCUMULATORS)
+# Beside its own kernels a Hopper card runs mma.sync's, and as PTX those of older architectures, with their tiles.
+FAMILIES = ("sm_90", "compute_75", "compute_80", "compute_89")
 
 
-@pytest.mark.parametrize("accum", ["fp32", "fp16+fp32"])
+def planned(variant: str, accum: str = "", head_dim: int = 128) -> Plan:
+    """The plan of a call; skips where this card or this checkout has no kernel for it."""
+    shape = {"batch": 2, "heads_q": 2, "heads_kv": 2, "len_q": 64, "len_kv": 64, "head_dim": head_dim, "dtype": "bfloat16"}
+    try:
+        return ops.plan_for(Problem(**shape, device="cuda", device_index=0), variant, accum)
+    except (KernelMissing, Unsupported) as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One (batch, kv head) pair a group, two groups alive."""
+    monkeypatch.setitem(plan_module.WORKSPACE_LIMIT, "cuda", 1)
+    plan.cache_clear()
+    yield
+    plan.cache_clear()
+
+
+@each_accumulator
 @pytest.mark.parametrize("case", matrix.full(), ids=str)
-def test_matrix(case: matrix.Case, accum: str) -> None:
-    matrix.check(case, VARIANT, accum, device="cuda")
+def test_matrix(case: matrix.Case, variant: str, accum: str) -> None:
+    planned(variant, accum, case.head_dim)
+    matrix.check(case, variant, accum, device="cuda")
 
 
 @pytest.mark.parametrize("mask", matrix.MASKS)
 @pytest.mark.parametrize("head_dim", [40, 128, 256])
+@each_accumulator
 @pytest.mark.parametrize("family", FAMILIES)
-def test_other_architectures_as_ptx(family: str, head_dim: int, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver compiles the sm_75, sm_80 and sm_89 kernels for this card: their code really runs, with their tiles."""
+def test_kernels_of_other_architectures(
+    family: str, variant: str, accum: str, head_dim: int, mask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(images.FORCE, family)
-    for accum in ("fp32", "fp16+fp32"):
-        matrix.check(matrix.Case(head_dim, mask=mask, heads_q=4), VARIANT, accum, device="cuda")
+    assert not planned(variant, accum, head_dim).kernels.arch
+    matrix.check(matrix.Case(head_dim, mask=mask, heads_q=4), variant, accum, device="cuda")
 
 
-@pytest.mark.parametrize("accum", list(CUDA_FP16.accum))
-def test_accuracy_on_every_kind_of_input(accum: str) -> None:
+@each_accumulator
+def test_accuracy_on_every_kind_of_input(variant: str, accum: str) -> None:
+    pv = planned(variant, accum).scheme.pv
     for kind in inputs.KINDS.values():
         shape = kind.sized(inputs.ACCURACY)
         q, k, v = inputs.make(kind.name, shape, device="cuda")
         call = ops.prepare(
-            q, k, v, tensor_layout="HND", is_causal=False, attn_mask=None, sm_scale=None, return_lse=False, variant=VARIANT, accum=accum
+            q, k, v, tensor_layout="HND", is_causal=False, attn_mask=None, sm_scale=None, return_lse=False, variant=variant, accum=accum
         )
         out, exact = ops.run(call)[0], torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
-        assert inputs.relative_l2(out, exact) <= kind.bounds["fp16"], kind.name
+        assert inputs.relative_l2(out, exact) <= kind.bounds[pv], kind.name
         if kind.gain is not None:
             assert abs(inputs.gain(out, exact) - 1) <= kind.gain, kind.name
 
 
-def test_groups_of_heads_change_nothing_and_keep_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = matrix.Case(128, heads_q=10, heads_kv=5, len_q=500, len_kv=3000)
-    t, _ = matrix.tensors(case, "cuda")
-    whole = sageattn(**t, return_lse=True, variant=VARIANT)
-    limit = 4 * 47 * kv_tile_bytes(128)  # of the ten (batch, kv head) pairs, two a group
-    monkeypatch.setattr(cuda_ops, "WORKSPACE_LIMIT", limit)
-    monkeypatch.setattr(cuda_ops, "_recipes", {})
-    groups = cuda_ops.head_groups(10, 47 * kv_tile_bytes(128), limit)
-    assert len(groups) == 5
+@each_variant
+@pytest.mark.parametrize("size", [1e-38, 1e30, 3.38e38])
+def test_any_finite_input_gives_finite_output(variant: str, size: float) -> None:
+    planned(variant)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (((torch.rand(1, 1, n, 128, generator=g) * 2 - 1) * size).bfloat16().cuda() for n in (200, 700, 700))
+    k[0, 0, 3, 5] = v[0, 0, 9, 1] = 3.38e38
+    v[0, 0, :, 7], v[0, 0, 8, 7] = 3.38e38, -3.38e38
+    out, lse = sageattn(q, k, v, return_lse=True, variant=variant)
+    assert out.isfinite().all() and lse.isfinite().all()
+
+
+@each_variant
+def test_groups_of_heads_change_nothing(variant: str, request: pytest.FixtureRequest) -> None:
+    planned(variant)
+    t, _ = matrix.tensors(matrix.Case(128, heads_q=10, heads_kv=5, len_q=500, len_kv=3000), "cuda")
+    whole = sageattn(**t, return_lse=True, variant=variant)
+    request.getfixturevalue("small_groups")
     for _ in range(20):
-        parts = sageattn(**t, return_lse=True, variant=VARIANT)
+        parts = sageattn(**t, return_lse=True, variant=variant)
         assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
+    recipe = next(r for p, r in cuda_ops._recipes.values() if p is ops.plan_for(Problem.from_tensors(**t, return_lse=True), variant))
+    assert len(recipe.groups) == 10
 
 
-def test_groups_of_heads_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+@each_variant
+def test_groups_of_heads_in_a_graph(variant: str, request: pytest.FixtureRequest) -> None:
+    planned(variant)
     t, _ = matrix.tensors(matrix.Case(64, heads_q=4, heads_kv=4, len_q=300, len_kv=700), "cuda")
-    expected = sageattn(**t, variant=VARIANT)
-    monkeypatch.setattr(cuda_ops, "WORKSPACE_LIMIT", 4 * 11 * kv_tile_bytes(64))
-    monkeypatch.setattr(cuda_ops, "_recipes", {})
-    sageattn(**t, variant=VARIANT)
+    expected = sageattn(**t, variant=variant)
+    request.getfixturevalue("small_groups")
+    sageattn(**t, variant=variant)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = sageattn(**t, variant=VARIANT)
+        out = sageattn(**t, variant=variant)
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)
 
 
-def test_the_two_halves_are_the_call() -> None:
-    case = matrix.Case(80, mask="additive", heads_q=4)
-    t, mask = matrix.tensors(case, "cuda")
-    whole = sageattn(**t, attn_mask=mask, return_lse=True, variant=VARIANT)
-    kv = quantize_kv(t["k"], t["v"], variant=VARIANT)
+@each_variant
+def test_the_two_halves_are_the_call(variant: str) -> None:
+    planned(variant)
+    t, mask = matrix.tensors(matrix.Case(80, mask="additive", heads_q=4), "cuda")
+    whole = sageattn(**t, attn_mask=mask, return_lse=True, variant=variant)
+    kv = quantize_kv(t["k"], t["v"], variant=variant)
     halves = attend(t["q"], kv, attn_mask=mask, return_lse=True)
     assert torch.equal(whole[0], halves[0]) and torch.equal(whole[1], halves[1])
 
 
-def test_memory_at_wan_480p() -> None:
+@each_variant
+def test_memory_at_wan_480p(variant: str) -> None:
+    planned(variant)
     q, k, v = (torch.randn(1, 40, 32760, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    out = sageattn(q, k, v, variant=VARIANT)
+    out = sageattn(q, k, v, variant=variant)
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
     assert extra <= 128 << 20, f"{extra / 2**20:.0f} MiB beyond the output"

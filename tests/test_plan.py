@@ -10,9 +10,9 @@ import pytest
 
 from sageattention import KernelMissing, Unsupported, auto, capability, store
 from sageattention.capability import Capability
-from sageattention.plan import WORKSPACE_LIMIT, plan, refusal
+from sageattention.plan import GROUPS_ALIVE, WORKSPACE_LIMIT, plan, refusal
 from sageattention.problem import Problem
-from sageattention.variants import HEAD_DIMS, VARIANTS, pad_head_dim
+from sageattention.variants import HEAD_DIMS, KERNELS, MASKS, TARGETS, TRITON_FP16, VARIANTS, find_tile, pad_head_dim
 
 ARCHS = (75, 80, 86, 89, 90, 100, 103, 120, 121)
 TRITON = "sageattn_qk_int8_pv_fp16_triton"
@@ -90,7 +90,8 @@ def test_each_cuda_variant_runs_as_itself_or_says_why_not(name, arch):
         assert error.variant == name and f"sm_{arch}" in error.reason
     else:
         assert arch >= variant.min_arch
-        assert chosen.variant is variant and chosen.tile and chosen.scheme in {variant.scheme, *variant.accum.values()}
+        assert chosen.variant is variant and chosen.kernels in variant.kernels
+        assert chosen.scheme in chosen.kernels.schemes.values() and chosen.scheme.kv_tile == chosen.tile.block_n
 
 
 @pytest.mark.parametrize("name", CUDA)
@@ -98,7 +99,7 @@ def test_a_future_arch_runs_ptx_or_nothing(name, monkeypatch):
     """sm_130 is not served by cubins of sm_120, which do not run on a newer major version, but by PTX where there is some."""
     monkeypatch.setattr(store, "missing", lambda image: "")
     plan.cache_clear()
-    if VARIANTS[name].image:
+    if VARIANTS[name].kernels and not VARIANTS[name].archs:
         assert plan(problem(), gpu(130), name).variant.name == name
         plan.cache_clear()
         return
@@ -199,21 +200,69 @@ def test_padded_head_dim(head_dim):
 
 
 @pytest.mark.parametrize("len_kv, heads", [(4096, 8), (32760, 40), (32760, 37), (200_000, 7), (3_000_000, 2)])
-def test_groups_cover_every_head_within_the_workspace(len_kv, heads):
-    chosen = plan(problem(heads_q=heads, heads_kv=heads, len_kv=len_kv), gpu(89), TRITON)
-    per_head = len_kv * (128 + 256)
+@pytest.mark.parametrize("name", [TRITON, "sageattn_qk_int8_pv_fp16_cuda"])
+def test_groups_cover_every_head_within_the_workspace(len_kv, heads, name, monkeypatch):
+    monkeypatch.setattr(store, "missing", lambda image: "")
+    plan.cache_clear()
+    chosen = plan(problem(heads_q=heads, heads_kv=heads, len_kv=len_kv), gpu(89), name)
+    plan.cache_clear()
+    per_head, backend = len_kv * (128 + 256), chosen.variant.backend
     assert 1 <= chosen.heads_per_group <= heads
-    assert chosen.heads_per_group == 1 or chosen.heads_per_group * per_head <= WORKSPACE_LIMIT
     groups = -(-heads // chosen.heads_per_group)
+    assert chosen.heads_per_group == 1 or min(GROUPS_ALIVE[backend], groups) * chosen.heads_per_group * per_head <= WORKSPACE_LIMIT[backend]
     assert groups * chosen.heads_per_group - heads < groups  # even groups, none of them empty
 
 
-@pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v.tiles])
-def test_every_arch_and_head_dim_has_a_tile(name):
+@pytest.mark.parametrize("tiles", [TRITON_FP16.tiles, *(k.tiles for k in KERNELS)], ids=["triton", *(k.name for k in KERNELS)])
+def test_every_arch_and_head_dim_has_a_tile(tiles):
     for arch in ARCHS:
-        for head_dim in HEAD_DIMS:
-            tile = VARIANTS[name].tile(arch, head_dim)
-            assert tile.block_m % 16 == 0 and tile.block_n % 32 == 0 and tile.warps in (4, 8, 12)
+        for head_dim in {key[1] for key in tiles}:
+            for mask in MASKS:
+                tile = find_tile(tiles, arch, head_dim, mask)
+                assert tile.block_m % 16 == 0 and tile.block_n % 32 == 0 and tile.warps in (2, 4, 8, 12)
+
+
+@pytest.mark.parametrize("name", CUDA)
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_what_a_plan_names_is_in_its_images(name, arch, head_dim, monkeypatch):
+    monkeypatch.setattr(store, "missing", lambda image: "")
+    for accum in ("", *VARIANTS[name].accum):
+        for mask in ("none", "bool"):
+            for forced in (0, arch):
+                plan.cache_clear()
+                try:
+                    chosen = plan(problem(head_dim=head_dim, mask=mask), gpu(arch), name, accum, forced)
+                except (KernelMissing, Unsupported):
+                    assert arch < VARIANTS[name].min_arch or not VARIANTS[name].kernels or VARIANTS[name].archs
+                    continue
+                quantiser, attention = chosen.images
+                assert attention.entry(chosen.attend).threads == 32 * chosen.tile.warps
+                assert quantiser.entry(chosen.kernels.quantise_symbol(head_dim))
+                assert not (forced and chosen.kernels.arch)
+    plan.cache_clear()
+
+
+def test_hopper_runs_its_own_kernels_unless_an_architecture_is_forced(monkeypatch):
+    monkeypatch.setattr(store, "missing", lambda image: "")
+    plan.cache_clear()
+    name = "sageattn_qk_int8_pv_fp16_cuda"
+    assert plan(problem(), gpu(90), name).kernels.name == "wgmma_fp16"
+    assert plan(problem(), gpu(90), name, "fp32").scheme.kv_tile == 96
+    assert plan(problem(), gpu(90), name, "fp16").kernels.name == "mma_fp16"
+    assert plan(problem(head_dim=160), gpu(90), name).kernels.name == "mma_fp16"
+    assert plan(problem(), gpu(100), name).kernels.name == "mma_fp16"
+    forced = plan(problem(), gpu(90), name, arch=90)
+    assert forced.kernels.name == "mma_fp16" and forced.images[1].arch == "sm_90a" and forced.scheme.kv_tile == 64
+    assert plan(problem(), gpu(90), name, arch=80).images[1].arch == "compute_80"
+    assert plan(problem(), gpu(90), name, arch=89, ptx=True).images[1].arch == "compute_89"
+    plan.cache_clear()
+
+
+def test_kernels_of_one_kind_of_device_are_built_for_it_alone():
+    for kernels in KERNELS:
+        admitted = [t for t in TARGETS if int(t.split("_")[1].rstrip("a")) >= kernels.min_arch]
+        assert [t for t in TARGETS if kernels.built_for(t)] == ([f"sm_{kernels.arch}a"] if kernels.arch else admitted)
 
 
 def test_importing_the_planner_needs_no_torch():
@@ -224,7 +273,7 @@ def test_importing_the_planner_needs_no_torch():
 def test_a_variant_without_images_says_where_they_were_looked_for(monkeypatch):
     monkeypatch.setattr(store, "missing", lambda image: f"nobody has {image.path}; rebuild")
     plan.cache_clear()
-    with pytest.raises(KernelMissing, match=r"sm_90a/attend_mma_fp16_d64.*rebuild"):
+    with pytest.raises(KernelMissing, match=r"sm_90a/quantise_wgmma_fp16.*rebuild"):
         plan(problem(), gpu(90), "sageattn_qk_int8_pv_fp16_cuda")
     plan.cache_clear()
 

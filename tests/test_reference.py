@@ -15,8 +15,7 @@ from sageattention.reference import E4M3_MAX, emulate, oracle, quantise_k, quant
 SCHEMES = {
     f"{variant.name.removeprefix('sageattn_qk_int8_')}-{accum}": scheme
     for variant in variants.VARIANTS.values()
-    for accum, scheme in {"default": variant.scheme, **variant.accum}.items()
-    if scheme is not None
+    for accum, scheme in variant.schemes.items()
 }
 each_scheme = pytest.mark.parametrize("scheme", dict(zip(SCHEMES.values(), SCHEMES)), ids=lambda s: NAMES[s])
 NAMES = {scheme: name for name, scheme in reversed(SCHEMES.items())}

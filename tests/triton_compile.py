@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from sageattention.triton_attend import attend
 from sageattention.triton_quant import ROWS, SPLITS, quantise, statistics
-from sageattention.variants import HEAD_DIMS, TRITON_FP16, Tile
+from sageattention.variants import HEAD_DIMS, TRITON_FP16, Tile, find_tile
 
 SCALARS = {"factor": "fp32", "sign": "fp32", "out_limit": "fp32"}
 POINTERS = {
@@ -69,7 +69,7 @@ def compile_all(arch: int) -> list[dict]:
     """
     built = []
     for d in HEAD_DIMS if arch >= 80 else HEAD_DIMS[:1]:
-        tile = TRITON_FP16.tile(arch, d)
+        tile = find_tile(TRITON_FP16.tiles, arch, d)
         shape = {"HEAD_DIM": d, "D": d, "BLOCK_N": tile.block_n, "SPLITS": SPLITS, "VARLEN": False}
         built.append(compile_kernel(statistics, arch, {"BLOCK": 64, **shape}, {}))
         built.append(compile_kernel(quantise, arch, {"V_MAX": TRITON_FP16.scheme.v_max, "ROWS": ROWS, **shape}, {}))
