@@ -21,11 +21,15 @@ from comfy_models import STEPS, WORKLOADS  # noqa: E402
 from comfy_server import Server, serving  # noqa: E402
 from pack import ROOT  # noqa: E402
 
+from sageattention.variants import VARIANTS  # noqa: E402
+
 COMFYUI = os.environ.get("COMFYUI_PATH", "")
 pytestmark = pytest.mark.comfyui
 
-# Of a latent after two steps, relative to the latent by PyTorch's attention. Measured for the fp16-PV numerics: 0.004 at most.
-BOUND = 0.02
+# Of a latent after two steps, relative to the latent by PyTorch's attention, by the type of P and V. Measured by emulation, at most:
+# .004 with fp16, .005 with int8, .014 with fp8. The rest is for a card's own rounding between the attentions.
+BOUNDS = {"fp16": 0.02, "int8": 0.02, "fp8": 0.04}
+BOUND = BOUNDS["fp16"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,8 @@ def test_models_sample_through_the_node(model, sampled):
     for result in results:
         assert result["ran"] == {result["variant"]: WORKLOADS[model].calls}, result
         assert result["fallbacks"] == {} and result["kept"] == {}, result
-        assert result["finite"] and 1e-6 < result["relative_l2"] < BOUND, result
+        bound = BOUNDS[VARIANTS[result["variant"]].scheme.pv]
+        assert result["finite"] and 1e-6 < result["relative_l2"] < bound, result
 
 
 def workflow(variant: str | None) -> dict[str, Any]:
