@@ -79,7 +79,7 @@ class SageOverride:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        heads: int,
+        heads: int | None = None,
         mask: torch.Tensor | None = None,
         attn_precision: torch.dtype | None = None,
         skip_reshape: bool = False,
@@ -102,6 +102,8 @@ class SageOverride:
             return None
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             raise Unsupported("q", "a gradient is asked for, and quantised attention has none; training needs the model's own")
+        if heads is None:
+            raise Unsupported("heads", "the call does not say how many there are")
         split = _check_heads if skip_reshape else _split_heads
         q, k, v = split(q, k, v, heads, enable_gqa)
         # Views of the inputs cost nothing, where a copy of the output would: so the inputs follow the layout that is wanted.
@@ -131,7 +133,11 @@ def _attempt(override: SageOverride, args: tuple[Any, ...], kwargs: dict[str, An
             held, call = [call], None
             out = _run_releasing(held, args[1], args[2])
         else:
-            out, _ = ops.run(call)
+            try:
+                out, _ = ops.run_planned(call)
+            except KernelMissing as error:
+                ops.without(call, error)  # "auto" has further candidates, the last of which is the model's own attention
+                return _attempt(override, args, kwargs, contained)
             override.proven.add(kernel)
     except (Unsupported, KernelMissing) as error:
         override.record.count_fallback(str(error), layer_name(kwargs.get("transformer_options")))

@@ -87,6 +87,7 @@ def sageattn_qk_int8_pv_fp16_cuda(
     `qk_quant_gran`, `smooth_k` and `smooth_v` are accepted; the finest granularity is always used.
     """
     _check_choice("qk_quant_gran", qk_quant_gran, ("per_warp", "per_thread"))
+    _check_choice("pv_accum_dtype", pv_accum_dtype, tuple(CUDA_FP16.accum))
     return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, CUDA_FP16.name, pv_accum_dtype)
 
 
@@ -107,6 +108,7 @@ def sageattn_qk_int8_pv_fp8_cuda(
 ) -> Output:
     """INT8 QKᵀ and FP8 (e4m3) PV, for Ada and Blackwell."""
     _check_choice("qk_quant_gran", qk_quant_gran, ("per_warp", "per_thread"))
+    _check_choice("pv_accum_dtype", pv_accum_dtype, tuple(CUDA_FP8.accum))
     return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, CUDA_FP8.name, pv_accum_dtype)
 
 
@@ -127,6 +129,7 @@ def sageattn_qk_int8_pv_fp8_cuda_sm90(
 ) -> Output:
     """INT8 QKᵀ and FP8 (e4m3) PV by wgmma, for Hopper."""
     _check_choice("qk_quant_gran", qk_quant_gran, ("per_warp", "per_thread"))
+    _check_choice("pv_accum_dtype", pv_accum_dtype, tuple(CUDA_FP8_SM90.accum))
     return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, CUDA_FP8_SM90.name, pv_accum_dtype)
 
 
@@ -147,6 +150,7 @@ def sageattn_qk_int8_pv_int8_cuda(
 ) -> Output:
     """Both products in INT8, for cards without FP8."""
     _check_choice("qk_quant_gran", qk_quant_gran, ("per_warp", "per_thread"))
+    _check_choice("pv_accum_dtype", pv_accum_dtype, tuple(CUDA_INT8.accum))
     return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, CUDA_INT8.name, pv_accum_dtype)
 
 
@@ -166,15 +170,16 @@ def sageattn_varlen(
 
     Args:
         q: [total_q, Hq, D]; k, v: [total_k, Hkv, D].
-        cu_seqlens_q, cu_seqlens_k: int32 or int64 [batch + 1], the cumulative lengths, starting with 0.
-        max_seqlen_q, max_seqlen_k: the longest sequence's length.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 [batch + 1], the cumulative lengths, starting with 0. A tensor's values are checked
+            when it is first seen, and after it was written to, which waits for the GPU; so reuse it from layer to layer.
+        max_seqlen_q, max_seqlen_k: the longest sequence's length, or more.
 
     Returns:
         [total_q, Hq, D]. A sequence without keys gives zeros.
     """
     from . import ops
 
-    if ops.compiling():
+    if ops.traced(q):
         from . import operators
 
         return operators.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, sm_scale)
@@ -306,7 +311,7 @@ def _call(
 ) -> Output:
     from . import ops
 
-    if ops.compiling():
+    if ops.traced(q):
         from . import operators
 
         call_operator = operators.attention_lse if return_lse else operators.attention

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-from . import calibration, capability, images, reference
+from . import calibration, capability, images, packed, reference
 from .capability import Capability
 from .errors import KernelMissing, Unsupported
 from .plan import Plan, plan
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from .triton_ops import QuantizedKV
 
 
+LOG = logging.getLogger("sageattention")
 LSE_CHUNK = 256 << 20  # bytes of fp32 scores at a time
 
 
@@ -65,9 +69,12 @@ def _four_dims(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
 
 
-def compiling() -> bool:
-    """Whether torch.compile is tracing the call: then it has to be one registered operator."""
-    return torch.compiler.is_compiling()
+def traced(q: torch.Tensor) -> bool:
+    """Whether the call is only looked at – by torch.compile, under a dispatch mode such as FakeTensorMode or make_fx's, or with a fake
+    tensor: then it has to be one registered operator."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return type(q) is not torch.Tensor and isinstance(q, FakeTensor)
 
 
 def plan_for(problem: Problem, variant: str, accum: str = "") -> Plan:
@@ -83,7 +90,32 @@ def plan_for(problem: Problem, variant: str, accum: str = "") -> Plan:
     card = machine(problem)
     known = calibration.of_card(card) if variant == "auto" else None
     arch, ptx = images.forced()
-    return plan(problem, card, variant, accum, arch, known, ptx)
+    return plan(problem, card, variant, accum, arch, known, ptx, _absent.get(problem, ()) if _absent else ())
+
+
+# What "auto" chose for a problem and then could not have, as `plan` takes it: it is passed by from then on.
+_absent: dict[Problem, tuple[tuple[str, str], ...]] = {}
+
+
+def without(call: Call, error: KernelMissing) -> Call:
+    """The call as "auto" plans it once its choice's kernel was found missing.
+
+    Raises:
+        KernelMissing: `error`, where the variant was asked for by name.
+    """
+    if not call.plan.auto:
+        raise error
+    if len(_absent) >= 4096:
+        _absent.clear()
+    candidate = f"{call.plan.variant.name}:{call.plan.accum}".rstrip(":")
+    _absent[call.problem] = (*_absent.get(call.problem, ()), (candidate, error.reason))
+    _say_once(candidate, error.reason)
+    return call._replace(plan=plan_for(call.problem, "auto"))
+
+
+@functools.cache
+def _say_once(candidate: str, reason: str) -> None:
+    LOG.warning("auto passes by %s: %s", candidate, reason)
 
 
 def machine(problem: Problem) -> Capability:
@@ -92,7 +124,22 @@ def machine(problem: Problem) -> Capability:
 
 
 def run(call: Call) -> Result:
-    """Compute a prepared call: (out in q's layout and dtype, lse [B, H, Nq] fp32 or None)."""
+    """Compute a prepared call: (out in q's layout and dtype, lse [B, H, Nq] fp32 or None).
+
+    Where "auto" chose a variant whose kernel turns out to be missing, its next candidate runs.
+    """
+    try:
+        return run_planned(call)
+    except KernelMissing as error:
+        return run(without(call, error))
+
+
+def run_planned(call: Call) -> Result:
+    """The same by the call's plan and no other.
+
+    Raises:
+        KernelMissing: its kernel can't be had.
+    """
     if call.problem.empty:
         return _empty(call.q, call.problem)
     runner = _RUNNERS[call.plan.variant.backend]
@@ -208,6 +255,8 @@ def run_varlen(
     """`sageattn_varlen`: through the Triton variant, the one that reads packed sequences in place."""
     problem = Problem.from_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, sm_scale=sm_scale)
     chosen = plan_for(problem, TRITON_FP16.name)
+    packed.check("cu_seqlens_q", cu_seqlens_q, "q", q.shape[0], "max_seqlen_q", max_seqlen_q)
+    packed.check("cu_seqlens_k", cu_seqlens_k, "k", k.shape[0], "max_seqlen_k", max_seqlen_k)
     if problem.empty:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
     triton_ops = _triton_ops()

@@ -38,6 +38,7 @@ class Plan:
     heads_per_group: int = 0  # key/value heads (over all batches) quantised and attended at once
     basis: str = ""  # what "auto" decided by: see `auto.Choice`
     accum: str = ""  # the `pv_accum_dtype` that "auto" chose where it is not the variant's default
+    auto: bool = False  # "auto" chose: another candidate may take its place
     kernels: Kernels | None = None  # of a CUDA variant
     images: tuple[images.Image, images.Image] | None = None  # their quantisers' and the attention's
     attend: str = ""  # the attention kernel's symbol
@@ -46,7 +47,7 @@ class Plan:
 @functools.lru_cache(maxsize=4096)
 def plan(
     problem: Problem, capability: Capability, variant: str = "auto", accum: str = "", arch: int = 0,
-    calibration: Calibration | None = None, ptx: bool = False,
+    calibration: Calibration | None = None, ptx: bool = False, absent: tuple[tuple[str, str], ...] = (),
 ) -> Plan:  # fmt: skip
     """Choose the variant, tile and grouping for a problem.
 
@@ -59,6 +60,7 @@ def plan(
             device alone run only where nothing is forced.
         calibration: the device's, for "auto".
         ptx: only kernels that the driver compiles.
+        absent: (candidate, reason) of those whose kernels turned out to be missing when "auto" called for them.
 
     Raises:
         Unsupported: the variant cannot do this problem on this device.
@@ -71,15 +73,18 @@ def plan(
     choice = auto.choose(problem, capability, arch or capability.arch, calibration)
     rejected = list(choice.rejected)
     for candidate in choice.order:
+        if candidate in dict(absent):
+            rejected.append((candidate, dict(absent)[candidate]))
+            continue
         name, _, accum = candidate.partition(":")
         try:
             chosen = _fit(problem, capability, VARIANTS[name], accum, arch, ptx, choice.reason)
         except (Unsupported, KernelMissing) as error:
             rejected.append((candidate, str(error)))
             continue
-        return replace(chosen, rejected=tuple(rejected), basis=choice.basis, accum=accum)
+        return replace(chosen, rejected=tuple(rejected), basis=choice.basis, accum=accum, auto=True)
     reason = f"nothing is left of the {choice.reason}" if choice.order else choice.reason
-    return Plan(SDPA, reason, tuple(rejected), arch or capability.arch, basis=choice.basis)
+    return Plan(SDPA, reason, tuple(rejected), arch or capability.arch, basis=choice.basis, auto=True)
 
 
 def refusal(variant: Variant, capability: Capability, arch: int = 0) -> Unsupported | KernelMissing | None:

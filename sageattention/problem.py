@@ -174,6 +174,7 @@ class Problem(NamedTuple):
         for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             if not hasattr(cu, "dim"):
                 raise Unsupported(name, f"got {type(cu).__name__}, accepted is a torch.Tensor of int32 or int64")
+            _check_plain(name, cu)
             if cu.dim() != 1 or cu.numel() < 1 or _dtype_name(cu) not in ("int32", "int64"):
                 raise Unsupported(name, f"got {cu.dtype} of shape {tuple(cu.shape)}, accepted is int32 or int64 of shape [batch + 1]")
             if cu.device != q.device:
@@ -213,11 +214,12 @@ def _facts(
         return None
     try:
         return (
-            q.shape, q.dtype, q.device, q.stride(-1), k.shape, k.dtype, k.device, k.stride(-1), v.shape, v.dtype, v.device, v.stride(-1),
-            None if mask is None else (mask.shape, mask.dtype, mask.device), layout, causal, sm_scale, return_lse,
+            type(q), q.shape, q.dtype, q.device, q.stride(-1), type(k), k.shape, k.dtype, k.device, k.stride(-1),
+            type(v), v.shape, v.dtype, v.device, v.stride(-1),
+            None if mask is None else (type(mask), mask.shape, mask.dtype, mask.device, mask.layout), layout, causal, sm_scale, return_lse,
             _needs_grad(q, k, v, mask),
         )  # fmt: skip
-    except (AttributeError, IndexError, TypeError):  # not tensors, or without dimensions: the checks say so
+    except (AttributeError, IndexError, TypeError, RuntimeError):  # not tensors, without dimensions or strides: the checks say so
         return None
 
 
@@ -237,10 +239,22 @@ def _check_rank(rank: int, layout: str, tensors: tuple[tuple[str, torch.Tensor],
     for name, t in tensors:
         if not hasattr(t, "dim"):
             raise Unsupported(name, f"got {type(t).__name__}, accepted is a torch.Tensor")
+        _check_plain(name, t)
         if t.dim() != rank:
             raise Unsupported(name, f"got {t.dim()} dimensions {tuple(t.shape)}, accepted are {rank} ({layout})")
         if t.numel() and t.shape[-1] > 1 and t.stride(-1) != 1:
             raise Unsupported(name, f"its last stride is {t.stride(-1)}, accepted is 1 (head_dim contiguous); call .contiguous()")
+
+
+def _check_plain(name: str, t: torch.Tensor) -> None:
+    """No tensor but one whose elements lie in memory, by strides."""
+    if getattr(t, "is_nested", False):
+        raise Unsupported(name, "is a nested tensor, accepted is a dense one: pad it (and mask), or call sageattn_varlen")
+    if str(t.layout) != "torch.strided":
+        raise Unsupported(name, f"its layout is {t.layout}, accepted is a dense tensor; call .to_dense()")
+    base = next(c for c in type(t).__mro__ if c.__module__ == "torch" and c.__name__ == "Tensor")
+    if type(t).__torch_dispatch__ is not base.__torch_dispatch__:
+        raise Unsupported(name, f"is a {type(t).__name__}, which may hold no data of its own; accepted is a plain torch.Tensor")
 
 
 def _check_alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -273,6 +287,7 @@ def _check_head_dim(head_dim: int, head_dim_k: int) -> None:
 def _check_mask(mask: torch.Tensor, scores: tuple[int, int, int, int], q: torch.Tensor) -> str:
     if not hasattr(mask, "dim"):
         raise Unsupported("attn_mask", f"got {type(mask).__name__}, accepted is a torch.Tensor, bool (True keeps) or float (added)")
+    _check_plain("attn_mask", mask)
     shape = tuple(mask.shape)
     padded = (1,) * (4 - len(shape)) + shape
     if len(shape) > 4 or any(m not in (1, s) for m, s in zip(padded, scores)):

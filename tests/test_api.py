@@ -238,8 +238,9 @@ def test_cuda_functions(function):
         function(q, k, v)
     with pytest.raises(Unsupported, match=r"qk_quant_gran.*'per_block'.*'per_warp', 'per_thread'"):
         function(q, k, v, qk_quant_gran="per_block")
-    with pytest.raises(Unsupported, match="pv_accum_dtype: got 'fp8'"):
-        function(q, k, v, pv_accum_dtype="fp8")
+    for given in ("fp8", "", "fp32 "):
+        with pytest.raises(Unsupported, match=f"^pv_accum_dtype: got '{given}', accepted are '"):
+            function(q, k, v, pv_accum_dtype=given)
 
 
 @pytest.mark.usefixtures("nothing_runs")
@@ -266,6 +267,87 @@ def test_a_missing_kernel_is_never_another_variant():
     with pytest.raises(KernelMissing, match="Triton is not installed") as caught:
         sageattention.sageattn_qk_int8_pv_fp16_triton(*qkv())
     assert caught.value.variant == "sageattn_qk_int8_pv_fp16_triton"
+
+
+def test_auto_runs_its_next_candidate_where_a_kernel_is_missing(monkeypatch, caplog):
+    """A made-up card whose Triton has no C compiler: that comes out at the first launch only."""
+    from sageattention import auto, ops, plan
+
+    triton, calls = "sageattn_qk_int8_pv_fp16_triton", []
+    monkeypatch.setattr(capability, "of_device", lambda device, index: Capability("cuda", 89, 1, "native", "RTX 4090"))
+    monkeypatch.setattr(auto, "RULES", (auto.Rule((89,), (triton,), "static", "a test", min_q=1, min_kv=1, waves=0),))
+    monkeypatch.setattr(ops, "_absent", {})
+    plan.plan.cache_clear()
+
+    def missing(call):
+        calls.append(call)
+        raise KernelMissing(triton, "no C compiler")
+
+    monkeypatch.setitem(ops._RUNNERS, "triton", missing)
+    ops._say_once.cache_clear()
+    q, k, v = qkv()
+    assert sageattention.explain(q, k, v).variant == triton
+    for _ in range(3):
+        assert torch.equal(sageattn(q, k, v), sageattn(q, k, v, variant="sdpa"))
+    found = sageattention.explain(q, k, v)
+    assert (found.variant, found.rejected) == ("sdpa", ((triton, "no C compiler"),))
+    assert len(calls) == 1 and caplog.text.count(f"auto passes by {triton}: no C compiler") == 1
+    with pytest.raises(KernelMissing, match="no C compiler"):
+        sageattn(q, k, v, variant=triton)
+    plan.plan.cache_clear()
+
+
+# --- tensors that are looked at only, or hold no data by strides
+
+
+def odd_tensors():
+    x = torch.zeros(1, 2, 40, 64)
+    nested = torch.nested.nested_tensor([torch.zeros(2, n, 64) for n in (40, 30)])
+    jagged = torch.nested.nested_tensor([torch.zeros(n, 64) for n in (40, 30)], layout=torch.jagged)
+    return {"nested": nested, "jagged": jagged, "sparse": x.to_sparse(), "compressed": x[0, 0].to_sparse_csr()}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["nested", "jagged", "sparse", "compressed"])
+@pytest.mark.parametrize("variant", ["auto", QUANTISED])
+def test_tensors_without_strides_are_refused_by_name(kind, variant):
+    odd, x = odd_tensors()[kind], torch.zeros(1, 2, 40, 64)
+    sageattn(x, x, x, variant=variant)  # a call that was checked before hides nothing
+    for name, given in {"q": (odd, x, x), "k": (x, odd, x), "v": (x, x, odd)}.items():
+        with pytest.raises(Unsupported, match=f"^{name}: .*accepted is a dense"):
+            sageattn(*given, variant=variant)
+    with pytest.raises(Unsupported, match=r"^attn_mask: .*accepted is a dense"):
+        sageattn(x, x, x, attn_mask=odd, variant=variant)
+
+
+@pytest.mark.parametrize("variant", ["auto", QUANTISED])
+def test_a_fake_tensor_gives_a_fake_result_and_is_nothing_to_quantise(variant):
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    x = torch.zeros(1, 2, 40, 64)
+    with FakeTensorMode():
+        fake = torch.zeros(1, 2, 40, 64)
+        out, lse = sageattn(fake, fake, fake, return_lse=True, variant=variant)
+    assert isinstance(out, FakeTensor) and out.shape == x.shape and lse.shape == (1, 2, 40) and lse.dtype == torch.float32
+    assert isinstance(sageattn(fake, fake, fake, variant=variant), FakeTensor)  # also outside of the mode
+    sageattn(x, x, x, variant=variant)
+    with pytest.raises(Unsupported, match=r"^k: is a FakeTensor"):
+        sageattn(x, fake, fake, variant=variant)
+    for function in (sageattention.explain, lambda q, k, v, **kw: sageattention.quantize_kv(k, v, **kw)):
+        with pytest.raises(Unsupported, match="is a FakeTensor"):
+            function(fake, fake, fake, variant=variant)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_a_traced_call_is_the_operator(mode):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from sageattention import operators
+
+    q, k, v = qkv()
+    graph = make_fx(lambda q, k, v: sageattn(q, k, v, variant=QUANTISED), tracing_mode=mode)(q, k, v)
+    assert len(graph.graph.find_nodes(op="call_function", target=operators.attention)) == 1
+    assert torch.equal(graph(q, k, v), sageattn(q, k, v, variant=QUANTISED))
 
 
 # --- explain, available_variants, the environment
