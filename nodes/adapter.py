@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 Attention = Callable[..., torch.Tensor]
 
-# The backends that can quantise K and V ahead of the rest.
-TWO_HALVES = ("triton",)
-
 
 class SageOverride:
     """An attention override for one patched model.
@@ -160,13 +157,13 @@ def _kernel(call: ops.Call) -> tuple[Any, ...]:
 def _run_releasing(held: list[ops.Call], *containers: Any) -> torch.Tensor:
     """`ops.run` in two halves: K and V, in `containers`, are freed once they are quantised, before the output is allocated.
 
-    `held` is emptied, so that nobody keeps the call alive. Where there is no quantised form it is run as a whole.
+    `held` is emptied, so that nobody keeps the call alive. Where the halves save nothing it is run as a whole.
     """
     call = held.pop()
-    if call.plan.variant.backend not in TWO_HALVES or call.problem.empty:
-        return ops.run(call)[0]
+    if not ops.halves_save_memory(call):
+        return ops.run_planned(call)[0]
     q, mask, problem = call.q, call.mask, call.problem
-    kv = ops.quantize_kv(call.k, call.v, problem.layout, call.plan.variant.name)
+    kv = ops.quantize_planned(call.k, call.v, problem, call.plan)
     del call
     for container in containers:
         container.take()

@@ -250,7 +250,7 @@ class Explanation:
     """Which variant a call gets and why; `rejected` lists the candidates before it, each with its reason.
 
     `reason` of an "auto" call is the row of `auto.RULES` that decided, `basis` what that rests on: "measured", "static" (the
-    architecture's rates) or "" where no row was needed. `accum` is the `pv_accum_dtype` it chose, "" the variant's default.
+    architecture's rates) or "" where no row was needed. `accum` is the `pv_accum_dtype`, "" the variant's default.
     """
 
     variant: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import calibration, capability, images, packed, reference
 from .capability import Capability
 from .errors import KernelMissing, Unsupported
-from .plan import Plan, plan
+from .plan import GROUPS_ALIVE, Plan, plan
 from .problem import Problem
 from .result import Result, result_like
 from .variants import MASK_LIMIT, TRITON_FP16, VARIANTS
@@ -266,7 +267,15 @@ def run_varlen(
 def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str, variant: str) -> QuantizedKV:
     """The first half of a call: K and V quantised, all heads at once."""
     problem = Problem.from_tensors(k, k, v, tensor_layout=tensor_layout)
-    chosen = plan_for(problem, variant)
+    return quantize_planned(k, v, problem, plan_for(problem, variant))
+
+
+def quantize_planned(k: torch.Tensor, v: torch.Tensor, problem: Problem, chosen: Plan) -> QuantizedKV:
+    """The same by a plan that is made already.
+
+    Raises:
+        Unsupported: its variant has no halves.
+    """
     if chosen.variant.backend == "cuda":
         from . import cuda_ops
 
@@ -289,8 +298,21 @@ def attend(
     problem = kv.problem.with_query(q, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse)
     if problem.empty:
         return _empty(q, problem)
+    kv = replace(kv, plan=plan_for(problem, kv.plan.variant.name, kv.plan.accum))  # this mask's kernel
     if kv.plan.variant.backend == "cuda":
         from . import cuda_ops
 
         return cuda_ops.attend_all(q, kv, problem, _four_dims(attn_mask))
     return _triton_ops().attend_all(q, kv, problem, _four_dims(attn_mask))
+
+
+def halves_save_memory(call: Call) -> bool:
+    """Whether a call in two halves, K and V freed in between, peaks lower than as a whole: it keeps all heads quantised, where the whole
+    call keeps a group or two beside the output."""
+    p, chosen = call.problem, call.plan
+    backend, heads = chosen.variant.backend, p.batch * p.heads_kv
+    if backend not in GROUPS_ALIVE or p.empty:
+        return False
+    head = p.len_kv * chosen.head_dim * (1 + chosen.scheme.v_bytes)
+    alive = min(heads, chosen.heads_per_group * GROUPS_ALIVE[backend])
+    return (heads - alive) * head < call.q.numel() * call.q.element_size()

@@ -37,7 +37,7 @@ class Plan:
     scheme: Scheme | None = None
     heads_per_group: int = 0  # key/value heads (over all batches) quantised and attended at once
     basis: str = ""  # what "auto" decided by: see `auto.Choice`
-    accum: str = ""  # the `pv_accum_dtype` that "auto" chose where it is not the variant's default
+    accum: str = ""  # the `pv_accum_dtype`, "" the variant's default
     auto: bool = False  # "auto" chose: another candidate may take its place
     kernels: Kernels | None = None  # of a CUDA variant
     images: tuple[images.Image, images.Image] | None = None  # their quantisers' and the attention's
@@ -69,7 +69,7 @@ def plan(
     if variant != "auto":
         if variant not in VARIANTS:
             raise Unsupported("variant", f"got {variant!r}, accepted are 'auto', {', '.join(map(repr, VARIANTS))}")
-        return _fit(problem, capability, VARIANTS[variant], accum, arch, ptx, "asked for by name")
+        return replace(_fit(problem, capability, VARIANTS[variant], accum, arch, ptx, "asked for by name"), accum=accum)
     choice = auto.choose(problem, capability, arch or capability.arch, calibration)
     rejected = list(choice.rejected)
     for candidate in choice.order:

@@ -330,15 +330,15 @@ def test_containers_that_are_not_ours_go_on_untaken(previous, variant, monkeypat
 def test_containers_free_k_and_v_before_the_output_is_made(monkeypatch):
     override, core, alive = adapter.SageOverride("reference"), NewCore(), []
 
-    def quantize_kv(k, v, layout, variant):
+    def quantize_planned(k, v, problem, plan):
         return k.clone(), v.clone()
 
     def attend(q, kv, *, is_causal, sm_scale, return_lse, attn_mask):
         alive.append([ref() is not None for ref in references])
         return sdpa(*(t.flatten(2) for t in (q, *kv)), HEADS, scale=sm_scale).unflatten(2, (HEADS, DIM)), None
 
-    monkeypatch.setattr(adapter, "TWO_HALVES", ("reference",))
-    monkeypatch.setattr(adapter.ops, "quantize_kv", quantize_kv)
+    monkeypatch.setattr(adapter.ops, "halves_save_memory", lambda call: True)
+    monkeypatch.setattr(adapter.ops, "quantize_planned", quantize_planned)
     monkeypatch.setattr(adapter.ops, "attend", attend)
     for _ in range(2):
         given = contained(*tensors())

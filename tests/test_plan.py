@@ -310,3 +310,30 @@ def test_triton_mode(tmp_path):
     assert run_with_triton(tmp_path, text, code) == "broken ImportError: DLL load failed while importing libtriton"
     stub = "import types; sys.modules['triton'] = types.ModuleType('triton'); "  # as some packs leave it: no __spec__
     assert run_with_triton(tmp_path, "", stub + code) == "none"
+
+
+# --- a call in two halves
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "saves"),
+    [
+        (TRITON, {}, True),  # one group: the whole call keeps as much, and the output
+        (TRITON, {"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 32760}, True),  # 480 MiB quantised, for 240 and an output of 320
+        (TRITON, {"heads_q": 40, "heads_kv": 40, "len_q": 1024, "len_kv": 32760}, False),  # the output is small
+        ("sageattn_qk_int8_pv_fp16_cuda", {}, True),
+        ("sageattn_qk_int8_pv_fp16_cuda", {"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 32760}, False),  # for 126 and 320
+        ("sdpa", {}, False),
+        ("reference", {}, False),
+    ],
+)
+def test_halves_are_taken_where_they_save_memory(variant, changes, saves, monkeypatch):
+    torch = pytest.importorskip("torch")
+    from sageattention import ops
+
+    monkeypatch.setattr(store, "missing", lambda image: "")
+    plan.cache_clear()
+    p = problem(**changes)
+    q = torch.empty(p.batch, p.heads_q, p.len_q, p.head_dim, dtype=torch.bfloat16, device="meta")
+    assert ops.halves_save_memory(ops.Call(q, q, q, None, p, plan(p, gpu(89), variant))) == saves
+    plan.cache_clear()
