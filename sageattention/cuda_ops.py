@@ -1,7 +1,8 @@
 """Host side of the CUDA variants: workspace, groups of heads, launches.
 
-What depends on the problem alone is worked out once (`_recipe`) and cached; a call packs three parameter structs, allocates the
-output and one workspace, and hands all its launches to the driver at once.
+What depends on the problem alone is a `Recipe`, what strides and alignment add to it makes a `Form`; both are worked out once. A call
+allocates the output and one workspace, fills addresses into its form's parameter structs, and hands all its launches to the driver
+at once.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from . import capability, driver
-from .launcher import Kernel
+from .launcher import Kernel, Launch
 from .params import AttendParams, QuantiseParams, StatsParams, packer
 from .plan import Plan
 from .problem import Problem
@@ -30,11 +32,13 @@ from .variants import (
 STATS_MIN_TOKENS = 256  # a block's share of V is at least this
 ANCHOR_SPLITS = 8  # blocks that share the sum of K's sample
 ALIGN = 256
-MAX_RECIPES = 4096
+MAX_KEPT = 4096  # recipes, and forms
 
 _DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 _MASK_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.bool: 3}
-_pack_stats, _pack_quantise, _pack_attend = (packer(p) for p in (StatsParams, QuantiseParams, AttendParams))
+(_pack_stats, _stats_constants), (_pack_quantise, _quantise_constants), (_pack_attend, _attend_constants) = (
+    packer(p) for p in (StatsParams, QuantiseParams, AttendParams)
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Workspace:
 class Recipe:
     """Everything about a call's launches but its addresses and strides."""
 
+    problem: Problem
+    plan: Plan  # kept alive here, so that its id, by which caches find it, stays its own
     stats: Kernel
     quantise: Kernel
     attend: Kernel
@@ -69,7 +75,7 @@ class Recipe:
     sample_step: int
     runs: int  # blocks of the quantise launch for each pair
     blocks_q: int
-    element: int  # bytes
+    v_max: float
     constants: tuple  # the attention struct's tail
 
 
@@ -83,27 +89,32 @@ class QuantizedKV:
     problem: Problem
     plan: Plan
     buffer: torch.Tensor
-    layout: Workspace
 
 
 def run(call) -> Result:
     """Quantise and attend."""
-    p = call.problem
-    out, lse = result_like(call.q, p)
-    recipe = _recipe(p, call.plan)
-    layout = recipe.workspace
-    ring = torch.empty(layout.size * min(2, len(recipe.groups)), dtype=torch.uint8, device=call.q.device)
-    k, v = _tokens(call.k, p), _tokens(call.v, p)
-    q, to = _tokens(call.q, p), _tokens(out, p)
-    lse_data, mask = 0 if lse is None else lse.data_ptr(), _mask(call.mask, p)
-    vectors = _aligned(recipe, p, k, v), _aligned(recipe, p, q), _aligned(recipe, p, to)
-    chains = []
-    for number, (first, pairs) in enumerate(recipe.groups):
-        base = ring.data_ptr() + number % 2 * layout.size
-        chains.append(
-            (*_quantise_launches(recipe, p, call.plan, layout, base, k, v, vectors[0], first, pairs),
-             _attend_launch(recipe, p, layout, base, q, to, lse_data, mask, vectors[1], vectors[2], first, pairs))
+    q, k, v, mask, p, plan = call
+    out, lse = result_like(q, p)
+    q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+    mask_at = 0 if mask is None else mask.data_ptr()
+    unaligned = (q_at | out_at) % 16, (k_at | v_at) % 16
+    key = p, id(plan), unaligned, q.stride(), k.stride(), v.stride(), _mask_form(mask)
+    form = _forms.get(key)
+    if form is None:
+        recipe = _recipe(p, plan)
+        form = _Form(
+            recipe, _quantising(recipe, k, v, unaligned[1]), _attending(recipe, q, out, mask, unaligned[0]),
+            recipe.workspace.size * min(2, len(recipe.groups)),
         )  # fmt: skip
+        _keep(_forms, key, form)
+    ring = torch.empty(form.size, dtype=torch.uint8, device=q.device)
+    base, lse_at = ring.data_ptr(), 0 if lse is None else lse.data_ptr()
+    recipe, size = form.recipe, form.recipe.workspace.size
+    chains = [
+        (*_quantise_launches(recipe, quantising, base + number % 2 * size, k_at, v_at),
+         _attend_launch(recipe, attending, base + number % 2 * size, q_at, mask_at, out_at, lse_at))
+        for number, (quantising, attending) in enumerate(zip(form.quantising, form.attending))
+    ]  # fmt: skip
     _issue(recipe.device, chains)
     return out, lse
 
@@ -112,23 +123,20 @@ def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: Plan) -> 
     """Quantise K and V, all heads in one group."""
     recipe = _recipe(problem, plan, True)
     buffer = torch.empty(recipe.workspace.size, dtype=torch.uint8, device=k.device)
-    k_tokens, v_tokens = _tokens(k, problem), _tokens(v, problem)
-    vectors = _aligned(recipe, problem, k_tokens, v_tokens)
-    (first, pairs), base = recipe.groups[0], buffer.data_ptr()
-    launches = _quantise_launches(recipe, problem, plan, recipe.workspace, base, k_tokens, v_tokens, vectors, first, pairs)
+    k_at, v_at = k.data_ptr(), v.data_ptr()
+    (quantising,) = _quantising(recipe, k, v, (k_at | v_at) % 16)
+    launches = _quantise_launches(recipe, quantising, buffer.data_ptr(), k_at, v_at)
     driver.launch(recipe.device, torch._C._cuda_getCurrentRawStream(recipe.device), launches)
-    return QuantizedKV(problem, plan, buffer, recipe.workspace)
+    return QuantizedKV(problem, plan, buffer)
 
 
 def attend_all(q: torch.Tensor, kv: QuantizedKV, problem: Problem, mask: torch.Tensor | None) -> Result:
     """Attend every head of `q` to K and V that were quantised before."""
     out, lse = result_like(q, problem)
     recipe = _recipe(problem, kv.plan, True)
-    q_tokens, to = _tokens(q, problem), _tokens(out, problem)
-    launch = _attend_launch(
-        recipe, problem, kv.layout, kv.buffer.data_ptr(), q_tokens, to, 0 if lse is None else lse.data_ptr(), _mask(mask, problem),
-        _aligned(recipe, problem, q_tokens), _aligned(recipe, problem, to), *recipe.groups[0],
-    )  # fmt: skip
+    q_at, out_at, lse_at = q.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr()
+    (attending,) = _attending(recipe, q, out, mask, (q_at | out_at) % 16)
+    launch = _attend_launch(recipe, attending, kv.buffer.data_ptr(), q_at, 0 if mask is None else mask.data_ptr(), out_at, lse_at)
     driver.launch(recipe.device, torch._C._cuda_getCurrentRawStream(recipe.device), ((*launch[:5], False),))
     return out, lse
 
@@ -136,33 +144,25 @@ def attend_all(q: torch.Tensor, kv: QuantizedKV, problem: Problem, mask: torch.T
 # --- launches ---------------------------------------------------------------------------------------------------------------------
 
 
-def _quantise_launches(
-    r: Recipe, p: Problem, plan: Plan, w: Workspace, base: int, k: tuple, v: tuple, vectors: int, first: int, pairs: int
-):  # fmt: skip
-    shape = first, pairs, p.heads_kv, p.len_kv, p.head_dim, _DTYPES[p.dtype], vectors
-    stats = _pack_stats(
-        *k, *v, base + w.v_amax_parts, base + w.k_mean_parts, base + w.k_scale_max, *shape,
-        r.splits, r.split_tokens, r.k_splits, r.samples, r.sample_step,
-    )  # fmt: skip
+def _quantise_launches(r: Recipe, group: _Quantising, base: int, k: int, v: int) -> tuple[Launch, Launch]:
+    """The first two launches of a group whose workspace starts at `base`."""
+    w, (k_strides, v_strides, stats_tail), quantise_tail = r.workspace, group.stats, group.quantise
+    v_amax_parts, k_mean_parts, k_scale_max = base + w.v_amax_parts, base + w.k_mean_parts, base + w.k_scale_max
+    stats = _pack_stats(k, k_strides, v, v_strides, v_amax_parts, k_mean_parts, k_scale_max, stats_tail)
     quantise = _pack_quantise(
-        *k, *v, base + w.v_amax_parts, base + w.k_mean_parts, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean,
-        base + w.anchor, *shape,
-        r.splits, r.k_splits, r.tiles, r.runs, plan.scheme.v_max,
+        k, k_strides, v, v_strides, v_amax_parts, k_mean_parts, base + w.kv, k_scale_max, base + w.v_amax, base + w.v_mean,
+        base + w.anchor, quantise_tail,
     )  # fmt: skip
-    return (r.stats, pairs * r.splits, 1, 1, stats, False), (r.quantise, pairs * r.runs, 1, 1, quantise, True)
+    return (r.stats, group.stats_blocks, 1, 1, stats, False), (r.quantise, group.quantise_blocks, 1, 1, quantise, True)
 
 
-def _attend_launch(
-    r: Recipe, p: Problem, w: Workspace, base: int, q: tuple, out: tuple, lse: int, mask: tuple, q_vectors: int, out_vectors: int,
-    first: int, pairs: int,
-):  # fmt: skip
-    ratio = p.heads_q // p.heads_kv
+def _attend_launch(r: Recipe, group: _Attending, base: int, q: int, mask: int, out: int, lse: int) -> Launch:
+    w, (q_strides, mask_strides, out_strides, tail) = r.workspace, group.constants
     params = _pack_attend(
-        *q, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.anchor, *mask[:5], *out, lse,
-        first, pairs, p.heads_kv, ratio, p.len_q, p.len_kv, p.head_dim, _DTYPES[p.dtype], q_vectors, out_vectors,
-        p.causal, mask[5], r.tiles, r.blocks_q, *r.constants,
+        q, q_strides, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.anchor, mask, mask_strides,
+        out, out_strides, lse, tail,
     )  # fmt: skip
-    return r.attend, r.blocks_q * pairs * ratio, 1, 1, params, True
+    return r.attend, group.blocks, 1, 1, params, True
 
 
 def _issue(device: int, chains: list) -> None:
@@ -191,47 +191,104 @@ def _side_stream(device: int) -> torch.cuda.Stream:
     return streams[device]
 
 
-# --- what a tensor contributes ----------------------------------------------------------------------------------------------------
+# --- what strides and alignment add -----------------------------------------------------------------------------------------------
 
 
-def _tokens(t: torch.Tensor, p: Problem) -> tuple[int, int, int, int]:
-    """(address, batch, head and token stride), the `Tokens` struct."""
+class _Quantising(NamedTuple):
+    """A group's quantising launches but for their addresses."""
+
+    stats_blocks: int
+    stats: tuple[bytes, ...]  # K's strides, V's strides, the struct's tail
+    quantise_blocks: int
+    quantise: bytes  # the tail; the strides are those of `stats`
+
+
+class _Attending(NamedTuple):
+    """A group's attention launch but for its addresses."""
+
+    blocks: int
+    constants: tuple[bytes, ...]  # q's strides, the mask's, the output's, the struct's tail
+
+
+class _Form(NamedTuple):
+    """Calls that differ in nothing but addresses."""
+
+    recipe: Recipe
+    quantising: tuple[_Quantising, ...]  # one for each group of heads
+    attending: tuple[_Attending, ...]
+    size: int  # bytes of workspace
+
+
+_forms: dict[tuple, _Form] = {}
+
+
+def _quantising(r: Recipe, k: torch.Tensor, v: torch.Tensor, unaligned: int) -> tuple[_Quantising, ...]:
+    p, strides = r.problem, (_strides(k, r.problem), _strides(v, r.problem))
+    vectors = _vectors(p, unaligned, *strides)
+    groups = []
+    for first, pairs in r.groups:
+        shape = first, pairs, p.heads_kv, p.len_kv, p.head_dim, _DTYPES[p.dtype], vectors
+        stats = _stats_constants(*strides[0], *strides[1], *shape, r.splits, r.split_tokens, r.k_splits, r.samples, r.sample_step)
+        quantise = _quantise_constants(*strides[0], *strides[1], *shape, r.splits, r.k_splits, r.tiles, r.runs, r.v_max)
+        groups.append(_Quantising(pairs * r.splits, stats, pairs * r.runs, quantise[-1]))
+    return tuple(groups)
+
+
+def _attending(r: Recipe, q: torch.Tensor, out: torch.Tensor, mask: torch.Tensor | None, unaligned: int) -> tuple[_Attending, ...]:
+    p = r.problem
+    q_strides, out_strides, mask_strides = _strides(q, p), _strides(out, p), (0, 0, 0, 0)
+    kind, ratio = 0, p.heads_q // p.heads_kv
+    if mask is not None:  # 0 where it broadcasts
+        mask_strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
+        kind = _MASK_KINDS[mask.dtype]
+    vectors = _vectors(p, unaligned, q_strides), _vectors(p, unaligned, out_strides)
+    return tuple(
+        _Attending(
+            r.blocks_q * pairs * ratio,
+            _attend_constants(
+                *q_strides, *mask_strides, *out_strides, first, pairs, p.heads_kv, ratio, p.len_q, p.len_kv, p.head_dim,
+                _DTYPES[p.dtype], *vectors, p.causal, kind, r.tiles, r.blocks_q, *r.constants,
+            ),
+        )
+        for first, pairs in r.groups
+    )  # fmt: skip
+
+
+def _strides(t: torch.Tensor, p: Problem) -> tuple[int, int, int]:
+    """(batch, head, token)"""
     b, x, y, _ = t.stride()
-    return (t.data_ptr(), b, y, x) if p.layout == "NHD" else (t.data_ptr(), b, x, y)
+    return (b, y, x) if p.layout == "NHD" else (b, x, y)
 
 
-def _aligned(r: Recipe, p: Problem, *tensors: tuple[int, int, int, int]) -> int:
+def _vectors(p: Problem, unaligned: int, *strides: tuple[int, int, int]) -> int:
     """1 where rows can be moved in pieces of 16 bytes."""
-    if p.head_dim % 8:
-        return 0
-    bits = 0
-    for data, b, h, n in tensors:
-        bits |= data | (b | h | n) * r.element
-    return int(bits % 16 == 0)
+    per_piece = 16 // (4 if p.dtype == "float32" else 2)
+    return int(not unaligned and p.head_dim % 8 == 0 and not any(s % per_piece for three in strides for s in three))
 
 
-def _mask(mask: torch.Tensor | None, p: Problem) -> tuple[int, int, int, int, int, int]:
-    """(address, four strides, kind) of a 4-D mask; 0 strides where it broadcasts."""
-    if mask is None:
-        return 0, 0, 0, 0, 0, 0
-    strides = (0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
-    return mask.data_ptr(), *strides, _MASK_KINDS[mask.dtype]
+def _mask_form(mask: torch.Tensor | None) -> tuple | None:
+    return None if mask is None else (mask.shape, mask.stride(), mask.dtype)
+
+
+def _keep(cache: dict, key: tuple, value: object) -> None:
+    if len(cache) >= MAX_KEPT:
+        cache.clear()
+    cache[key] = value
 
 
 # --- what the problem decides -----------------------------------------------------------------------------------------------------
 
 
-_recipes: dict[tuple, tuple[Plan, Recipe]] = {}  # the plan is kept alive, so that its id stays its own
+_recipes: dict[tuple, Recipe] = {}
 
 
 def _recipe(p: Problem, plan: Plan, one_group: bool = False) -> Recipe:
     key = p, id(plan), one_group
     known = _recipes.get(key)
     if known is None:
-        if len(_recipes) >= MAX_RECIPES:
-            _recipes.clear()
-        known = _recipes[key] = plan, _new_recipe(p, plan, one_group)
-    return known[1]
+        known = _new_recipe(p, plan, one_group)
+        _keep(_recipes, key, known)
+    return known
 
 
 def _new_recipe(p: Problem, plan: Plan, one_group: bool) -> Recipe:
@@ -254,9 +311,9 @@ def _new_recipe(p: Problem, plan: Plan, one_group: bool) -> Recipe:
     k_splits = min(splits, ANCHOR_SPLITS, samples)
     slots = quantiser.entry(names.quantise_symbol(d)).min_blocks * card.multiprocessors
     return Recipe(
-        *kernels, p.device_index, groups, _workspace(pairs, tiles * names.tile_bytes(d), splits, k_splits, d),
+        p, plan, *kernels, p.device_index, groups, _workspace(pairs, tiles * names.tile_bytes(d), splits, k_splits, d),
         tiles, splits, split_tokens, k_splits, samples, step, _runs(pairs, tiles, slots),
-        -(-p.len_q // plan.tile.block_m), 4 if p.dtype == "float32" else 2,
+        -(-p.len_q // plan.tile.block_m), scheme.v_max,
         (
             min(abs(p.sm_scale) * LOG2E * 4 * d / INT8_MAX, FINITE_MAX), math.copysign(1.0, p.sm_scale),
             max(-FINITE_MAX, min(p.sm_scale, FINITE_MAX)), SCORE_LIMIT / (INT8_MAX**2 * d), 1 / scheme.v_max, math.log2(scheme.p_max),

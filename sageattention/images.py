@@ -7,12 +7,12 @@ spells them: "sm_86" for machine code (a cubin), "compute_80" for PTX, which the
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Iterable, Iterator
 from ctypes import Structure
 from dataclasses import dataclass
 
+from . import settings
 from .errors import Unsupported
 
 FORCE = "SAGEATTENTION_ARCH"
@@ -115,7 +115,7 @@ def forced() -> tuple[int, bool]:
     Raises:
         Unsupported: the variable holds something else.
     """
-    text = os.environ.get(FORCE, "").strip()
+    text = settings.read(FORCE)
     if not text:
         return 0, False
     match = _FORCED.fullmatch(text)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import calibration, capability, images, packed, reference
+from . import calibration, capability, images, packed, reference, settings
 from .capability import Capability
 from .errors import KernelMissing, Unsupported
 from .plan import GROUPS_ALIVE, Plan, plan
@@ -84,7 +83,7 @@ def plan_for(problem: Problem, variant: str, accum: str = "") -> Plan:
         if not isinstance(given, str):
             raise Unsupported(name, f"got {given!r}, accepted is a name")
     if variant == "auto":
-        variant = os.environ.get("SAGEATTENTION_VARIANT") or variant
+        variant = settings.read("SAGEATTENTION_VARIANT") or variant
         if variant != "auto" and variant not in VARIANTS:
             accepted = ", ".join(map(repr, VARIANTS))
             raise Unsupported("SAGEATTENTION_VARIANT", f"the environment variable holds {variant!r}, accepted are 'auto', {accepted}")
@@ -225,6 +224,7 @@ def _run_triton(call: Call) -> Result:
 def _run_cuda(call: Call) -> Result:
     from . import cuda_ops
 
+    _RUNNERS["cuda"] = cuda_ops.run  # an import statement in a function costs each call a microsecond
     return cuda_ops.run(call)
 
 

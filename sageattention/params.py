@@ -6,6 +6,8 @@ A class's name is the C++ struct's name. Pointers are plain integers; strides co
 from __future__ import annotations
 
 import ctypes
+import itertools
+import re
 import struct
 from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_uint64
@@ -66,13 +68,28 @@ class AttendParams(ctypes.Structure):
     ]  # fmt: skip
 
 
-def packer(struct_type: type[ctypes.Structure]) -> Callable[..., bytes]:
-    """A function that packs the fields' values, in order, into the struct's bytes; much faster than filling the structure."""
+def packer(struct_type: type[ctypes.Structure]) -> tuple[Callable[..., bytes], Callable[..., tuple[bytes, ...]]]:
+    """(pack, constants): a struct packed in two steps, because only its pointers change from one call to the next.
+
+    `constants` takes the values of all other fields, in order, and gives the bytes between the pointers, run by run. `pack` takes
+    pointers and runs in the order in which they lie in the struct.
+    """
     codes = {c_uint64: "Q", c_int64: "q", c_int32: "i", c_float: "f"}
 
     def letters(t: type[ctypes.Structure]) -> str:
         return "".join(letters(kind) if issubclass(kind, ctypes.Structure) else codes[kind] for _, kind in t._fields_)
 
-    form = struct.Struct("<" + letters(struct_type))
-    padding = ctypes.sizeof(struct_type) - form.size  # at the end only: the 8-byte fields come first
-    return struct.Struct(f"<{letters(struct_type)}{padding}x").pack
+    fields = letters(struct_type)
+    runs = [struct.Struct("<" + run) for run in re.findall("[^Q]+", fields)]
+    counts = [len(run) for run in re.findall("[^Q]+", fields)]
+    # padding is at the end only: the 8-byte fields come first
+    padding = ctypes.sizeof(struct_type) - struct.calcsize("<" + fields)
+    whole = "<" + re.sub("[^Q]+", lambda run: f"{struct.calcsize('<' + run[0])}s", fields) + f"{padding}x"
+
+    def constants(*values: float) -> tuple[bytes, ...]:
+        if len(values) != sum(counts):
+            raise ValueError(f"{struct_type.__name__} has {sum(counts)} fields beside its pointers, got {len(values)}")
+        rest = iter(values)
+        return tuple(run.pack(*itertools.islice(rest, count)) for run, count in zip(runs, counts))
+
+    return struct.Struct(whole).pack, constants

@@ -29,6 +29,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(autouse=True)
+def environment_is_read_anew():
+    from sageattention import settings
+
+    settings.read.cache_clear()
+    yield
+    settings.read.cache_clear()
+
+
 def _has_gpu() -> bool:
     try:
         import torch

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import sageattention  # noqa: E402
-from sageattention import CudaError, KernelMissing, Unsupported, capability, inputs, sageattn  # noqa: E402
+from sageattention import CudaError, KernelMissing, Unsupported, capability, inputs, sageattn, settings  # noqa: E402
 from sageattention.capability import Capability  # noqa: E402
 from sageattention.reference import oracle  # noqa: E402
 from sageattention.variants import VARIANTS  # noqa: E402
@@ -419,8 +419,10 @@ def test_variant_from_the_environment(monkeypatch):
     assert torch.equal(sageattn(q, k, v), sageattn(q, k, v, variant=QUANTISED))
     assert sageattention.explain(q, k, v, variant="sdpa").variant == "sdpa"  # a name in the call wins
     monkeypatch.setenv("SAGEATTENTION_VARIANT", "")
+    settings.read.cache_clear()
     assert sageattention.explain(q, k, v).variant == "sdpa"
     monkeypatch.setenv("SAGEATTENTION_VARIANT", "fastest")
+    settings.read.cache_clear()
     with pytest.raises(Unsupported, match=r"SAGEATTENTION_VARIANT: .*'fastest'"):
         sageattn(q, k, v)
 
