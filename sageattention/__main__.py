@@ -1,13 +1,17 @@
-"""`python -m sageattention doctor | check | bench`. `doctor` runs without torch; the others say that they need it."""
+"""`python -m sageattention doctor | check | bench`. `doctor` runs without torch; the others say that they need it.
+
+`python path/to/sageattention doctor` is the same for a Python that does not look into the current folder: the embedded one of
+ComfyUI's portable build.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import importlib.util
+import os
+import runpy
 import sys
-
-from .errors import Unsupported
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,6 +44,8 @@ def _names(text: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 2 where it can't be done as asked (an unknown name, or no torch)."""
+    from .errors import Unsupported
+
     args = parser().parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a Windows console of a legacy code page has no '·' or 'ᵀ'
@@ -54,4 +60,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if __package__:
+        sys.exit(main())
+    folder = os.path.dirname(os.path.abspath(__file__))  # run as a folder, which is on the path then: its modules are not to be found so
+    sys.path[:] = [os.path.dirname(folder), *(entry for entry in sys.path if os.path.abspath(entry) != folder)]
+    runpy.run_module(os.path.basename(folder), run_name="__main__", alter_sys=True)

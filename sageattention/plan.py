@@ -102,9 +102,11 @@ def refusal(variant: Variant, capability: Capability, arch: int = 0) -> Unsuppor
             extra = ", or TRITON_INTERPRET=1 (slow, for tests)" if variant.backend == "triton" else ""
             return Unsupported("q", f"is on {capability.device}; {variant.name} needs a tensor on an NVIDIA GPU{extra}")
         if family < variant.min_arch:
-            return Unsupported("q", f"is on an sm_{family} device; {variant.name} needs sm_{variant.min_arch} or newer")
+            needs = f"needs sm_{variant.min_arch} or newer"
+            return Unsupported("q", f"is on an sm_{family} device; {variant.name} {needs}; {_nearest(variant, family)}")
         if variant.archs and family not in variant.archs:
-            return Unsupported("q", f"is on an sm_{family} device; {variant.name} is made for {_archs(variant.archs)} only")
+            only = f"is made for {_archs(variant.archs)} only"
+            return Unsupported("q", f"is on an sm_{family} device; {variant.name} {only}; {_nearest(variant, family)}")
     if variant.backend == "cuda":
         kernels = next((k for d in HEAD_DIMS if (k := variant.choose(family, bool(arch), d))), None)
         try:
@@ -176,6 +178,13 @@ def _heads_per_group(problem: Problem, backend: str, tile_bytes: int, tile: int)
         return heads
     groups = -(-heads // max(1, limit // (GROUPS_ALIVE[backend] * per_head)))
     return -(-heads // groups)
+
+
+def _nearest(variant: Variant, arch: int) -> str:
+    """What of the same kind, P and V in one type before another, an sm_`arch` device can run, in words."""
+    able = [v for v in VARIANTS.values() if v.backend == "cuda" and arch >= v.min_arch and (not v.archs or arch in v.archs)]
+    nearest = min(able, key=lambda v: (v.scheme.pv != variant.scheme.pv, v.scheme.v_bytes != variant.scheme.v_bytes), default=SDPA)
+    return f"the nearest that runs there is {nearest.name}"
 
 
 def _archs(archs: tuple[int, ...]) -> str:

@@ -179,5 +179,5 @@ def _launching(t: torch.Tensor, problem: Problem, plan: Plan) -> Iterator[None]:
         if "[CUDA]" in str(error) or "CUDA error" in str(error):  # how Triton and torch say that the driver refused a call
             raise CudaError(f"{plan.variant.name}: {error}") from error
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        _broken[key] = f"Triton can't build it here ({type(error).__name__}: {first}); choose another variant"
+        _broken[key] = f"Triton can't build it here ({type(error).__name__}: {first}); on Linux it needs a C compiler, such as gcc"
         raise KernelMissing(plan.variant.name, _broken[key]) from error

@@ -39,6 +39,29 @@ def test_times_ratios_memory_and_error(gpu):
     assert rows["wrong"].error == pytest.approx(0.1, rel=0.05)
 
 
+def test_without_cudnn_the_fastest_backend_is_the_baseline(gpu, capsys):
+    rows = run([attention(gpu, "sdpa_flash", 3.0), attention(gpu, "sdpa_efficient", 2.0), attention(gpu, "ours", 1.0)])
+    assert rows["ours"].event_ratio == pytest.approx(2.0) and rows["ours"].baseline == "sdpa_efficient"
+    bench._print_shape(SHAPE, list(rows.values()))
+    assert "× sdpa_efficient" in capsys.readouterr().out
+
+
+def test_a_shape_that_does_not_fit_the_card_is_skipped(gpu, monkeypatch):
+    def full(*arguments, **keywords):
+        raise torch.cuda.OutOfMemoryError("full")
+
+    monkeypatch.setattr(bench.inputs, "make", full)
+    row = run([attention(gpu, "ours", 1.0)])["ours"]
+    assert "memory" in row.skipped and row.event_ms is None
+    bench._print_shape(SHAPE, [row])
+
+
+def test_turing_is_timed_in_fp16(monkeypatch):
+    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert bench._dtype(torch.device("cuda", 0)) == dtype
+
+
 def test_a_refusal_is_a_reason_and_stops_nothing(gpu):
     def refuse(q, k, v):
         raise Unsupported("q", "its head_dim is 512, accepted are 1 to 256")

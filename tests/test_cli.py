@@ -52,6 +52,15 @@ def test_the_others_say_that_they_need_torch(command):
     assert "needs torch" in done.stderr
 
 
+def test_the_folder_runs_in_a_python_that_looks_nowhere_else(tmp_path):
+    """As the embedded Python of ComfyUI's portable build, which has neither the current nor the script's folder on its path."""
+    command = [sys.executable, "-I", str(ROOT / "sageattention"), "doctor", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["sageattention"]
+    assert found["path"] == str(ROOT / "sageattention") and found["module"] == "sageattention"
+
+
 def test_doctor_here(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

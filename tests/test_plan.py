@@ -113,6 +113,21 @@ def test_hopper_only_variant():
             plan(problem(), gpu(arch), "sageattn_qk_int8_pv_fp8_cuda_sm90")
 
 
+@pytest.mark.parametrize(
+    ("arch", "variant", "nearest"),
+    [
+        (86, "sageattn_qk_int8_pv_fp8_cuda", "sageattn_qk_int8_pv_int8_cuda"),
+        (89, "sageattn_qk_int8_pv_fp8_cuda_sm90", "sageattn_qk_int8_pv_fp8_cuda"),
+        (75, "sageattn_qk_int8_pv_fp8_cuda_sm90", "sageattn_qk_int8_pv_int8_cuda"),
+        (61, TRITON, "sdpa"),
+        (61, "sageattn_qk_int8_pv_int8_cuda", "sdpa"),
+    ],
+)
+def test_a_card_that_is_too_old_is_told_what_it_can_run(arch, variant, nearest):
+    with pytest.raises(Unsupported, match=f"the nearest that runs there is {nearest}$"):
+        plan(problem(), gpu(arch), variant)
+
+
 def test_triton_by_name():
     for arch in ARCHS:
         chosen = plan(problem(), gpu(arch), TRITON)

@@ -1,10 +1,11 @@
 """`bench`: the ready variants beside torch's SDPA backends, in one run, from q, k, v to the output.
 
-Every time is the median over repeats in which the candidates take turns, so that clocks and temperature favour nobody. "event"
-is the time between two CUDA events around eager calls, launch gaps included; "graph" is the same calls replayed from a CUDA
-graph, without them (not taken where a call is so long that they don't show). TFLOPS are 4·B·H·Nq·Nk·D over the graph time (the
-event time where there is none); "× cuDNN" compares with torch's cuDNN backend in the same run. "extra" is the peak of allocated
-memory beyond q, k, v and the output. The error is the relative L2 against fp64 on a sample of rows: a fast wrong answer shows.
+Every time is the median over repeats in which the candidates take turns, so that clocks and temperature favour nobody. "event" is the
+time between two CUDA events around eager calls, launch gaps included; "graph" is the same calls replayed from a CUDA graph, without
+them (not taken where a call is so long that they don't show). TFLOPS are 4·B·H·Nq·Nk·D over the graph time (the event time where there
+is none); "× cuDNN" compares with torch's cuDNN backend in the same run, or with the fastest other one on a card that cuDNN does not
+serve. "extra" is the peak of allocated memory beyond q, k, v and the output. The error is the relative L2 against fp64 on a sample of
+rows: a fast wrong answer shows.
 """
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ class Row:
     event_ms: float | None = None
     graph_ms: float | None = None
     tflops: float | None = None
-    event_ratio: float | None = None  # cuDNN's time over this one's
+    event_ratio: float | None = None  # the baseline's time over this one's
     graph_ratio: float | None = None
     extra_mib: float | None = None
     error: float | None = None
     skipped: str = ""
     graph_refused: str = ""
+    baseline: str = ""  # the backend that the ratios compare with
     events: list[float] = field(default_factory=list)
     graphs: list[float] = field(default_factory=list)
 
@@ -79,8 +81,11 @@ def time_shape(shape: Shape, candidates: list[Candidate], device: torch.device, 
     """
     import torch
 
-    q, k, v = inputs.make(kind, shape, device=device)
-    sample, exact = _exact_sample(q, k, v)
+    try:
+        q, k, v = inputs.make(kind, shape, dtype=_dtype(device), device=device)
+        sample, exact = _exact_sample(q, k, v)
+    except torch.cuda.OutOfMemoryError:
+        return [Row(shape.name, candidate.name, skipped="the card's memory is too small for this shape") for candidate in candidates]
     rows, timers = [], []
     for candidate in candidates:
         row = Row(shape.name, candidate.name)
@@ -105,7 +110,8 @@ def time_shape(shape: Shape, candidates: list[Candidate], device: torch.device, 
         if candidate.name == "auto":
             from .. import api
 
-            row.runs = api.explain(q, k, v).variant
+            explanation = api.explain(q, k, v)
+            row.runs = f"{explanation.variant}:{explanation.accum}".rstrip(":")
         row.extra_mib = _extra_memory(candidate, q, k, v)
         timers.append(_Timer(row, candidate, (q, k, v), budget_ms))
     for _ in range(repeats):
@@ -180,12 +186,22 @@ def _summarise(rows: list[Row], shape: Shape) -> None:
         row.graph_ms = statistics.median(row.graphs) if row.graphs else None
         best = row.graph_ms or row.event_ms
         row.tflops = shape.flops / best / 1e9 if best else None
-    base = next((row for row in rows if row.candidate == BASELINE), None)
+    backends = [row for row in rows if row.candidate in SDPA_BACKENDS and row.event_ms]
+    base = min(backends, key=lambda row: (row.candidate != BASELINE, row.event_ms), default=None)
     for row in rows:
-        if base and base.event_ms and row.event_ms:
+        row.baseline = base.candidate if base else ""
+        if base and row.event_ms:
             row.event_ratio = base.event_ms / row.event_ms
         if base and base.graph_ms and row.graph_ms:
             row.graph_ratio = base.graph_ms / row.graph_ms
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    """What models run in: bf16, but fp16 before Ampere, which emulates bf16."""
+    import torch
+
+    turing = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.float16 if turing else torch.bfloat16
 
 
 def _exact_sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
@@ -256,7 +272,8 @@ def main(args: argparse.Namespace) -> int:
     ours = found if named else [variant("auto"), *(c for c in found if c.name not in ("sdpa", "reference"))]
     candidates = [*map(sdpa_backend, SDPA_BACKENDS), *ours]
     kind = "logits6" if args.peaked else "normal"
-    report = {"machine": _machine(device), "kind": kind, "not_run": dict(refused), "host_us": {}, "rows": []}
+    dtype = str(_dtype(device)).removeprefix("torch.")
+    report = {"machine": _machine(device), "kind": kind, "dtype": dtype, "not_run": dict(refused), "host_us": {}, "rows": []}
     for candidate in candidates:
         report["host_us"][candidate.name] = host_time(candidate, device)
     if not args.json:
@@ -321,7 +338,7 @@ def _machine(device: torch.device) -> dict[str, str]:
 
 def _print_head(report: dict) -> None:
     print("; ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    print(f"inputs: {report['kind']}, bf16; times in ms, medians; ratios above 1 are faster than torch's cuDNN backend")
+    print(f"inputs: {report['kind']}, {report['dtype']}; times in ms, medians; ratios above 1 are faster than torch's own attention")
     for name, reason in report["not_run"].items():
         print(f"not run: {name} – {reason}")
     host = [(name, "–" if us is None else f"{us:.0f}") for name, us in report["host_us"].items()]
@@ -330,7 +347,8 @@ def _print_head(report: dict) -> None:
 
 def _print_shape(shape: Shape, rows: list[Row]) -> None:
     print(f"\n{shape}")
-    head = ("candidate", "event", "graph", "TFLOPS", "× cuDNN", "× graph", "extra MiB", "error", "")
+    base = rows[0].baseline.replace(BASELINE, "cuDNN") or "SDPA"
+    head = ("candidate", "event", "graph", "TFLOPS", f"× {base}", "× graph", "extra MiB", "error", "")
     cells = []
     for row in rows:
         figures = (
