@@ -30,8 +30,12 @@ class Record:
         self.fallbacks: Counter[str] = Counter()
 
     def count_run(self, variant: str) -> None:
+        """Count a call that a variant computed; the first one is logged."""
         with self._lock:
             self.ran[variant] += 1
+            first = self.ran[variant] == 1
+        if first:
+            LOG.info("PatchSageAttention: attention runs on %s", variant)
 
     def count_kept(self, reason: str) -> None:
         """Count a call that is the model's own attention's by choice; the first one of a reason is logged."""

@@ -224,7 +224,7 @@ def of_card(card: Capability) -> Calibration | None:
     try:
         return load(card)
     except Ignored as ignored:
-        LOG.warning("calibration ignored: %s", ignored)
+        LOG.warning("sageattention: calibration ignored: %s", ignored)
     return None
 
 

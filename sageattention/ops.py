@@ -115,7 +115,7 @@ def without(call: Call, error: KernelMissing) -> Call:
 
 @functools.cache
 def _say_once(candidate: str, reason: str) -> None:
-    LOG.warning("auto passes by %s: %s", candidate, reason)
+    LOG.warning("sageattention: auto passes by %s: %s", candidate, reason)
 
 
 def machine(problem: Problem) -> Capability:

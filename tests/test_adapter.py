@@ -368,6 +368,14 @@ def test_layer_name(options, name):
     assert adapter.layer_name(options) == name
 
 
+def test_what_runs_is_logged_once(caplog):
+    override = adapter.SageOverride("reference")
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            call(override, OldCore(), *tensors(), HEADS)
+    assert [r.getMessage() for r in caplog.records] == ["PatchSageAttention: attention runs on reference"]
+
+
 def test_reasons_do_not_grow_without_bound(caplog):
     kept = record.Record()
     for i in range(3 * record.MAX_REASONS):
