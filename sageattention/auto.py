@@ -19,7 +19,7 @@ from .variants import CUDA_FP8, CUDA_FP8_SM90, CUDA_FP16, CUDA_INT8, HEAD_DIMS, 
 if TYPE_CHECKING:
     from .calibration import Calibration
 
-# Below this many queries or keys no rule holds: quantising costs more than it saves.
+# Queries and keys from which a rule holds unless it says otherwise: below, quantising costs more than it saves.
 MIN_TOKENS = 1024
 # Queries a block of an attention kernel takes; a rule's `waves` are such blocks per multiprocessor.
 BLOCK = 128
