@@ -157,7 +157,7 @@ def reset() -> list[Path]:
     Raises:
         OSError: one can't be deleted.
     """
-    files = sorted(folder().glob("calibration-*.json"))
+    files = sorted(folder().glob("calibration-*"))  # with what a killed `save` left
     for file in files:
         file.unlink()
     forget()
