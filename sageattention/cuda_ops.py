@@ -16,7 +16,7 @@ import torch
 
 from . import capability, driver
 from .launcher import Kernel, Launch
-from .params import AttendParams, QuantiseParams, StatsParams, packer
+from .params import AttendParams, KeysParams, ValuesParams, packer
 from .plan import Plan
 from .problem import Problem
 from .result import Result, result_like
@@ -26,18 +26,17 @@ from .variants import (
     LOG2E,
     SCORE_LIMIT,
     anchor_stride,
-    stats_symbol,
 )
 
-STATS_MIN_TOKENS = 256  # a block's share of V is at least this
-ANCHOR_SPLITS = 8  # blocks that share the sum of K's sample
+SPLIT_TOKENS, MAX_SPLITS = 256, 64  # of V, for its statistics: a block has at least so many tokens, a head at most so many blocks
+KEYS_SHARE = 2 / 3  # of the multiprocessors' room for blocks: the quantiser of K leaves the rest to the statistics of V
 ALIGN = 256
 MAX_KEPT = 4096  # recipes, and forms
 
 _DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 _MASK_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.bool: 3}
-(_pack_stats, _stats_constants), (_pack_quantise, _quantise_constants), (_pack_attend, _attend_constants) = (
-    packer(p) for p in (StatsParams, QuantiseParams, AttendParams)
+(_pack_keys, _keys_constants), (_pack_values, _values_constants), (_pack_attend, _attend_constants) = (
+    packer(p) for p in (KeysParams, ValuesParams, AttendParams)
 )
 
 
@@ -46,8 +45,8 @@ class Workspace:
     """Byte offsets of one group's buffers; `pairs` (batch, kv head) pairs each."""
 
     kv: int  # [tiles] of the layout's kTileBytes
-    v_amax_parts: int  # [splits, D] fp32
-    k_mean_parts: int  # [k_splits, D] fp32
+    v_parts: int  # [splits, 3, D] fp32
+    k_scale_parts: int  # [key_runs] fp32
     k_scale_max: int  # int32
     v_amax: int  # [D] fp32
     v_mean: int  # [D] fp32
@@ -61,22 +60,20 @@ class Recipe:
 
     problem: Problem
     plan: Plan  # kept alive here, so that its id, by which caches find it, stays its own
-    stats: Kernel
-    quantise: Kernel
+    keys: Kernel
+    values: Kernel
     attend: Kernel
     device: int
     groups: tuple[tuple[int, int], ...]  # (first pair, pairs)
     workspace: Workspace  # for the largest group
     tiles: int
-    splits: int
-    split_tokens: int
-    k_splits: int
-    samples: int
-    sample_step: int
-    runs: int  # blocks of the quantise launch for each pair
+    key_runs: int  # blocks for each pair's keys,
+    splits: int  # its values' statistics,
+    value_runs: int  # its values
     blocks_q: int
-    v_max: float
-    constants: tuple  # the attention struct's tail
+    keys_tail: tuple  # the parameter structs' ends
+    values_tail: tuple
+    attend_tail: tuple
 
 
 @dataclass(frozen=True)
@@ -146,14 +143,13 @@ def attend_all(q: torch.Tensor, kv: QuantizedKV, problem: Problem, mask: torch.T
 
 def _quantise_launches(r: Recipe, group: _Quantising, base: int, k: int, v: int) -> tuple[Launch, Launch]:
     """The first two launches of a group whose workspace starts at `base`."""
-    w, (k_strides, v_strides, stats_tail), quantise_tail = r.workspace, group.stats, group.quantise
-    v_amax_parts, k_mean_parts, k_scale_max = base + w.v_amax_parts, base + w.k_mean_parts, base + w.k_scale_max
-    stats = _pack_stats(k, k_strides, v, v_strides, v_amax_parts, k_mean_parts, k_scale_max, stats_tail)
-    quantise = _pack_quantise(
-        k, k_strides, v, v_strides, v_amax_parts, k_mean_parts, base + w.kv, k_scale_max, base + w.v_amax, base + w.v_mean,
-        base + w.anchor, quantise_tail,
+    w, (k_strides, v_strides, keys_tail) = r.workspace, group.keys
+    kv, k_scale_parts, v_parts = base + w.kv, base + w.k_scale_parts, base + w.v_parts
+    keys = _pack_keys(k, k_strides, v, v_strides, kv, base + w.anchor, k_scale_parts, v_parts, keys_tail)
+    values = _pack_values(
+        v, v_strides, k_scale_parts, v_parts, kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, group.values
     )  # fmt: skip
-    return (r.stats, group.stats_blocks, 1, 1, stats, False), (r.quantise, group.quantise_blocks, 1, 1, quantise, True)
+    return (r.keys, group.key_blocks, 1, 1, keys, False), (r.values, group.value_blocks, 1, 1, values, True)
 
 
 def _attend_launch(r: Recipe, group: _Attending, base: int, q: int, mask: int, out: int, lse: int) -> Launch:
@@ -197,10 +193,10 @@ def _side_stream(device: int) -> torch.cuda.Stream:
 class _Quantising(NamedTuple):
     """A group's quantising launches but for their addresses."""
 
-    stats_blocks: int
-    stats: tuple[bytes, ...]  # K's strides, V's strides, the struct's tail
-    quantise_blocks: int
-    quantise: bytes  # the tail; the strides are those of `stats`
+    key_blocks: int  # those for V's statistics among them
+    keys: tuple[bytes, ...]  # K's strides, V's strides, the struct's tail
+    value_blocks: int
+    values: bytes  # the tail; the strides are those of `keys`
 
 
 class _Attending(NamedTuple):
@@ -228,9 +224,9 @@ def _quantising(r: Recipe, k: torch.Tensor, v: torch.Tensor, unaligned: int) -> 
     groups = []
     for first, pairs in r.groups:
         shape = first, pairs, p.heads_kv, p.len_kv, p.head_dim, _DTYPES[p.dtype], vectors
-        stats = _stats_constants(*strides[0], *strides[1], *shape, r.splits, r.split_tokens, r.k_splits, r.samples, r.sample_step)
-        quantise = _quantise_constants(*strides[0], *strides[1], *shape, r.splits, r.k_splits, r.tiles, r.runs, r.v_max)
-        groups.append(_Quantising(pairs * r.splits, stats, pairs * r.runs, quantise[-1]))
+        keys = _keys_constants(*strides[0], *strides[1], *shape, *r.keys_tail)
+        values = _values_constants(*strides[1], *shape, *r.values_tail)
+        groups.append(_Quantising(pairs * (r.key_runs + r.splits), keys, pairs * r.value_runs, values[-1]))
     return tuple(groups)
 
 
@@ -247,7 +243,7 @@ def _attending(r: Recipe, q: torch.Tensor, out: torch.Tensor, mask: torch.Tensor
             r.blocks_q * pairs * ratio,
             _attend_constants(
                 *q_strides, *mask_strides, *out_strides, first, pairs, p.heads_kv, ratio, p.len_q, p.len_kv, p.head_dim,
-                _DTYPES[p.dtype], *vectors, p.causal, kind, r.tiles, r.blocks_q, *r.constants,
+                _DTYPES[p.dtype], *vectors, p.causal, kind, r.tiles, r.blocks_q, *r.attend_tail,
             ),
         )
         for first, pairs in r.groups
@@ -294,26 +290,28 @@ def _recipe(p: Problem, plan: Plan, one_group: bool = False) -> Recipe:
 def _new_recipe(p: Problem, plan: Plan, one_group: bool) -> Recipe:
     scheme, names, d = plan.scheme, plan.kernels, plan.head_dim
     card = capability.of_device(p.device, p.device_index)
-    quantiser, image = plan.images
+    quantiser, attention = plan.images
+    keys, values = quantiser.entry(names.keys_symbol(d)), quantiser.entry(names.values_symbol(d))
     kernels = (
-        driver.kernel(p.device_index, quantiser, stats_symbol(d), plan.variant.name),
-        driver.kernel(p.device_index, quantiser, names.quantise_symbol(d), plan.variant.name),
-        driver.kernel(p.device_index, image, plan.attend, plan.variant.name),
+        driver.kernel(p.device_index, quantiser, keys.symbol, plan.variant.name),
+        driver.kernel(p.device_index, quantiser, values.symbol, plan.variant.name),
+        driver.kernel(p.device_index, attention, plan.attend, plan.variant.name),
     )
-    all_pairs, tiles = p.batch * p.heads_kv, -(-p.len_kv // plan.tile.block_n)
+    all_pairs, tiles, tile_bytes = p.batch * p.heads_kv, -(-p.len_kv // plan.tile.block_n), names.tile_bytes(d)
     pairs = all_pairs if one_group else plan.heads_per_group
     groups = tuple((first, min(pairs, all_pairs - first)) for first in range(0, all_pairs, pairs))
-    splits = max(1, min(4 * card.multiprocessors // pairs, -(-p.len_kv // STATS_MIN_TOKENS)))
-    split_tokens = -(-p.len_kv // splits)
+    split_tokens = max(SPLIT_TOKENS, -(-p.len_kv // MAX_SPLITS))
     splits = -(-p.len_kv // split_tokens)
     step = anchor_stride(p.len_kv)
-    samples = -(-p.len_kv // step)
-    k_splits = min(splits, ANCHOR_SPLITS, samples)
-    slots = quantiser.entry(names.quantise_symbol(d)).min_blocks * card.multiprocessors
+    keys_all = tiles * plan.tile.block_n
+    units = keys_all // names.unit_keys(d), -(-keys_all * scheme.v_bytes // values.threads)
+    key_runs = _runs(pairs, units[0], keys.min_blocks * card.multiprocessors * KEYS_SHARE)
+    value_runs = _runs(pairs, units[1], values.min_blocks * card.multiprocessors)  # each warp has 32 / v_bytes keys at a time
     return Recipe(
-        p, plan, *kernels, p.device_index, groups, _workspace(pairs, tiles * names.tile_bytes(d), splits, k_splits, d),
-        tiles, splits, split_tokens, k_splits, samples, step, _runs(pairs, tiles, slots),
-        -(-p.len_q // plan.tile.block_m), scheme.v_max,
+        p, plan, *kernels, p.device_index, groups, _workspace(pairs, tiles * tile_bytes, splits, key_runs, d),
+        tiles, key_runs, splits, value_runs, -(-p.len_q // plan.tile.block_m),
+        (tiles, tile_bytes, key_runs, -(-p.len_kv // step), step, splits, split_tokens),
+        (key_runs, splits, tiles, value_runs, scheme.v_mean, scheme.v_max),
         (
             min(abs(p.sm_scale) * LOG2E * 4 * d / INT8_MAX, FINITE_MAX), math.copysign(1.0, p.sm_scale),
             max(-FINITE_MAX, min(p.sm_scale, FINITE_MAX)), SCORE_LIMIT / (INT8_MAX**2 * d), 1 / scheme.v_max, math.log2(scheme.p_max),
@@ -322,14 +320,14 @@ def _new_recipe(p: Problem, plan: Plan, one_group: bool) -> Recipe:
     )  # fmt: skip
 
 
-def _runs(pairs: int, tiles: int, slots: int) -> int:
-    """Blocks per pair of the quantise launch: whole waves, each block paying about a tile and a half to start."""
-    length = min(range(1, tiles + 1), key=lambda n: -(-pairs * -(-tiles // n) // slots) * (n + 1.5))
-    return -(-tiles // length)
+def _runs(pairs: int, units: int, slots: float) -> int:
+    """Blocks per pair of a quantising launch: whole waves, each block paying about two units to start."""
+    length = min(range(1, units + 1), key=lambda n: -(-pairs * -(-units // n) // slots) * (n + 2))
+    return -(-units // length)
 
 
-def _workspace(pairs: int, pair_bytes: int, splits: int, k_splits: int, d: int) -> Workspace:
-    sizes = pair_bytes, splits * d * 4, k_splits * d * 4, 4, d * 4, d * 4, d * 4
+def _workspace(pairs: int, pair_bytes: int, splits: int, key_runs: int, d: int) -> Workspace:
+    sizes = pair_bytes, splits * 3 * d * 4, key_runs * 4, 4, d * 4, d * 4, d * 4
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + -(-pairs * size // ALIGN) * ALIGN)

@@ -21,31 +21,32 @@ class Tokens(ctypes.Structure):
     _fields_ = [("data", POINTER), ("stride_b", c_int64), ("stride_h", c_int64), ("stride_n", c_int64)]
 
 
-class StatsParams(ctypes.Structure):
-    """First launch: V's amax per channel, K's anchor."""
+class KeysParams(ctypes.Structure):
+    """First launch: K → tiles, statistics of V."""
 
     _fields_ = [
         ("k", Tokens), ("v", Tokens),
-        ("v_amax", POINTER), ("k_mean", POINTER), ("k_scale_max", POINTER),
+        ("kv", POINTER), ("anchor", POINTER), ("k_scale_parts", POINTER), ("v_parts", POINTER),
         ("first", c_int32), ("pairs", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("vectors", c_int32),
+        ("tiles", c_int32), ("tile_bytes", c_int32), ("runs", c_int32),
+        ("samples", c_int32), ("sample_step", c_int32),
         ("splits", c_int32), ("split_tokens", c_int32),
-        ("k_splits", c_int32), ("samples", c_int32), ("sample_step", c_int32),
     ]  # fmt: skip
 
 
-class QuantiseParams(ctypes.Structure):
-    """Second launch: K and V → tiles in fragment order."""
+class ValuesParams(ctypes.Structure):
+    """Second launch: V → tiles."""
 
     _fields_ = [
-        ("k", Tokens), ("v", Tokens),
-        ("v_amax_parts", POINTER), ("k_mean_parts", POINTER), ("kv", POINTER),
-        ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("anchor", POINTER),
+        ("v", Tokens),
+        ("k_scale_parts", POINTER), ("v_parts", POINTER), ("kv", POINTER),
+        ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER),
         ("first", c_int32), ("pairs", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("vectors", c_int32),
-        ("splits", c_int32), ("k_splits", c_int32),
+        ("k_runs", c_int32), ("splits", c_int32),
         ("tiles", c_int32), ("runs", c_int32),
-        ("v_max", c_float),
+        ("centred", c_int32), ("v_max", c_float),
     ]  # fmt: skip
 
 

@@ -122,12 +122,15 @@ def quantise_v(v: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Ten
     """V of one head, [N, d], to (values [N, D] rounded to the scheme's type, in fp32; scale [D]; mean [D])."""
     head_dim = pad_head_dim(v.shape[-1])
     x = torch.nn.functional.pad(v.float(), (0, head_dim - v.shape[-1]))
-    mean = (x / x.shape[0]).sum(0) if scheme.v_mean else torch.zeros(head_dim, device=v.device)
+    mean = torch.zeros(head_dim, device=v.device)
     if scheme.v_mean:
-        x = 0.5 * x - 0.5 * mean  # halves: the difference of two values near 3e38 is finite
+        low, high = x.amin(0), x.amax(0)
+        mean = (x / x.shape[0]).sum(0).clamp(low, high)  # however it was rounded
+        mean = mean.where((0.5 * high - 0.5 * low) <= FINITE_MAX, 0.0)  # else V − mean could overflow
+    x = x - mean
     amax = x.abs().amax(0)
     x = x * torch.where(amax > AMAX_MIN, scheme.v_max / amax.clamp_min(AMAX_MIN), 0.0)
-    scale = amax * ((2.0 if scheme.v_mean else 1.0) / scheme.v_max)
+    scale = amax / scheme.v_max
     if scheme.pv == "fp16":
         x = x.half().float()
     elif scheme.pv == "fp8":
@@ -214,9 +217,7 @@ def _attend_head(
         acc, out, m = _accumulate(acc, alpha, p, v[start:stop], scheme), out * alpha, new
         if scheme.promote == 0 or stop % scheme.promote == 0 or stop == tokens:
             out, acc = out + acc * weight, torch.zeros_like(acc)
-    # Halves: a scaled value plus the mean may each be twice what the result is.
-    half = out / l.clamp_min(1e-30) * (0.5 * v_scale) + 0.5 * v_mean
-    out = torch.where(l == 0, 0.0, half * 2)  # not l > 0: a NaN stays one, as in every attention
+    out = torch.where(l == 0, 0.0, out / l.clamp_min(1e-30) * v_scale + v_mean)  # not l > 0: a NaN stays one, as in every attention
     shift = _anchor_score(rotated, unit, anchor, factor)
     lse = torch.where(l == 0, -math.inf, LN2 * (m + torch.log2(l.clamp_min(1e-30) / scheme.p_max)) + shift)
     return out, lse[:, 0]

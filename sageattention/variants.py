@@ -6,11 +6,11 @@ symbol is written down anywhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from .images import Entry, Image
-from .params import AttendParams, QuantiseParams, StatsParams
+from .params import AttendParams, KeysParams, ValuesParams
 
 HEAD_DIMS = (64, 128, 256)  # the compiled head dimensions; a real one is zero-padded to the next of these inside the kernels
 INT8_MAX = 127
@@ -31,8 +31,9 @@ K_SCALE_SHIFT = 2.0**-16
 # eight, t = lane mod 4. So a thread has one K scale a tile and takes its row maxima over integers. .0109 on normal inputs; two scales
 # a tile (8 keys each) give .0104 for twice the products.
 FRAGMENT_KEYS = 64
-# K is shifted by the mean of about this many evenly strided tokens; any constant shift leaves the softmax as it is.
-ANCHOR_TOKENS = 512
+# K is shifted by the mean of about this many evenly strided tokens; any constant shift leaves the softmax as it is. Each block of the
+# quantiser reads them: 128 cost .4 % of accuracy where all that K has in common is noise.
+ANCHOR_TOKENS = 128
 
 
 def anchor_stride(len_kv: int) -> int:
@@ -127,7 +128,8 @@ def find_tile(tiles: Tiles, arch: int, head_dim: int, *kind: str) -> Tile:
 class Kernels:
     """The CUDA kernels for one format of quantised K and V: a quantiser, and attention for each head dimension, mask and accumulator.
 
-    Image `quantise_NAME` holds the quantisers, image `attend_NAME_dD` the attention kernels of one compiled head dimension.
+    Image `attend_NAME_dD` holds the attention kernels of one compiled head dimension. The quantisers of all kernels made for the same
+    devices share an image, and those of the same tile the quantiser of K.
     """
 
     name: str
@@ -149,12 +151,24 @@ class Kernels:
         return tuple(dict.fromkeys(s.accumulate for s in self.schemes.values()))
 
     @property
+    def pv(self) -> str:
+        """The type of P and V."""
+        return next(iter(self.schemes.values())).pv
+
+    @property
     def quantiser(self) -> str:
         """The quantisers' image."""
-        return f"quantise_{self.name}"
+        return f"quantise_{self.name.split('_')[0]}"
 
-    def quantise_symbol(self, head_dim: int) -> str:
-        return f"quantise_{self.name}_d{head_dim}"
+    def unit_keys(self, head_dim: int) -> int:
+        """Keys of K that share scales: kScaleKeys of the layout."""
+        return find_tile(self.tiles, 0, head_dim).block_n // (2 if self.arch else 1)
+
+    def keys_symbol(self, head_dim: int) -> str:
+        return f"keys_{self.name.split('_')[0]}_{find_tile(self.tiles, 0, head_dim).block_n}_d{head_dim}"
+
+    def values_symbol(self, head_dim: int) -> str:
+        return f"values_{self.name}_d{head_dim}"
 
     def attend_image(self, head_dim: int) -> str:
         return f"attend_{self.name}_d{head_dim}"
@@ -274,9 +288,8 @@ def _mma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumulate
         smem += (row_tiles * head_dim // 32 + 1) * 16 * 32 * t.warps
     if mask == "dense":
         smem += t.warps * BIAS_BYTES
-    values = next(iter(kernels.schemes.values())).pv
     config = (
-        f"{head_dim}, Mask::{mask}, Values::{values}, Accumulate::{accumulate}, "
+        f"{head_dim}, Mask::{mask}, Values::{kernels.pv}, Accumulate::{accumulate}, "
         f"{t.warps}, {row_tiles}, {t.stages}, {str(t.query_shared).lower()}"
     )
     symbol = kernels.attend_symbol(head_dim, mask, accumulate)
@@ -340,6 +353,7 @@ CUDA_FP8 = Variant(
     FP8_FP32_MMA,
     min_arch=89,
     accum=MMA_FP8.schemes,
+    kernels=(MMA_FP8,),
 )
 CUDA_FP8_SM90 = Variant(
     "sageattn_qk_int8_pv_fp8_cuda_sm90",
@@ -358,45 +372,44 @@ CUDA_INT8 = Variant(
     INT8_INT32,
     min_arch=75,
     accum=MMA_INT8.schemes,
+    kernels=(MMA_INT8,),
 )
 
 VARIANTS: dict[str, Variant] = {v.name: v for v in (SDPA, REFERENCE, TRITON_FP16, CUDA_FP16, CUDA_FP8, CUDA_FP8_SM90, CUDA_INT8)}
 
 # --- kernel images -------------------------------------------------------------------------------------------------------------
 
-STATS_THREADS = 512
+VALUES_THREADS = 128
+# Threads whose registers fit a multiprocessor, by head dimension; on 12.0 the compiler lacks a few of them for K at 128.
+KEYS_THREADS, VALUES_RESIDENT = {64: 768, 128: 768, 256: 256}, 768
 
 
-def stats_symbol(head_dim: int) -> str:
-    return f"stats_d{head_dim}"
+def _keys_entry(kernels: Kernels, arch: int, head_dim: int) -> Entry:
+    layout = kernels.layout.format(d=head_dim)
+    threads, resident = 4 * kernels.unit_keys(head_dim), 512 if (arch, head_dim) == (120, 128) else KEYS_THREADS[head_dim]
+    return Entry(kernels.keys_symbol(head_dim), f"quantise_keys<{layout}>", KeysParams, threads, resident // threads)
 
 
-def _quantise_entry(kernels: Kernels, arch: int, head_dim: int) -> Entry:
-    threads = 4 * find_tile(kernels.tiles, arch, head_dim).block_n
-    template = "quantise_core" if kernels.arch else "quantise"
-    blocks = 2 if head_dim < 256 and arch > 75 and threads <= 256 else 1  # whose registers the quantiser fits
-    expression = f"{template}<{kernels.layout.format(d=head_dim) if kernels.arch else head_dim}>"
-    return Entry(kernels.quantise_symbol(head_dim), expression, QuantiseParams, threads, blocks, local=MMA_LOCAL[head_dim])
+def _values_entry(kernels: Kernels, head_dim: int) -> Entry:
+    expression = f"quantise_values<{kernels.layout.format(d=head_dim)}, Values::{kernels.pv}>"
+    return Entry(kernels.values_symbol(head_dim), expression, ValuesParams, VALUES_THREADS, VALUES_RESIDENT // VALUES_THREADS)
 
 
-def _images(kernels: Kernels, target: str) -> tuple[Image, ...]:
-    arch = int(target.split("_")[1].rstrip("a"))
-    quantise = Image(
-        kernels.quantiser, target, "kernel/quantise_wgmma.cuh" if kernels.arch else "kernel/quantise.cuh",
-        tuple(Entry(stats_symbol(d), f"stats<{d}>", StatsParams, STATS_THREADS, 2) for d in kernels.head_dims)
-        + tuple(_quantise_entry(kernels, arch, d) for d in kernels.head_dims),
-    )  # fmt: skip
-    return quantise, *(
-        Image(
-            kernels.attend_image(d), target, kernels.source,
-            tuple(kernels.entry(kernels, arch, d, mask, accumulate) for mask in MASKS for accumulate in kernels.accumulators),
-        )
-        for d in kernels.head_dims
-    )  # fmt: skip
+def _images(target: str) -> Iterator[Image]:
+    """Every image for one target of the compiler."""
+    arch, built = int(target.split("_")[1].rstrip("a")), [k for k in KERNELS if k.built_for(target)]
+    for name in dict.fromkeys(k.quantiser for k in built):
+        made = [(k, d) for k in built if k.quantiser == name for d in k.head_dims]
+        keys = {k.keys_symbol(d): _keys_entry(k, arch, d) for k, d in reversed(made)}
+        yield Image(name, target, "kernel/quantise.cuh", (*reversed(keys.values()), *(_values_entry(k, d) for k, d in made)))
+    for k in built:
+        for d in k.head_dims:
+            entries = tuple(k.entry(k, arch, d, mask, accumulate) for mask in MASKS for accumulate in k.accumulators)
+            yield Image(k.attend_image(d), target, k.source, entries)
 
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_75", "compute_80", "compute_89")
 KERNELS: tuple[Kernels, ...] = tuple({k.name: k for v in VARIANTS.values() for k in v.kernels}.values())
 
 # What `csrc/build.py` compiles: every kernel image, for every architecture.
-IMAGES: tuple[Image, ...] = tuple(image for t in TARGETS for k in KERNELS if k.built_for(t) for image in _images(k, t))
+IMAGES: tuple[Image, ...] = tuple(image for target in TARGETS for image in _images(target))

@@ -1,5 +1,6 @@
-"""The CUDA variant's device code without a GPU: csrc/block and csrc/kernel compiled for the host, with the PTX primitives emulated lane
-by lane (tests/lanes), driven by the package's own host side. Each architecture with its own tiles and copies.
+"""The CUDA variants' device code without a GPU: csrc/block and csrc/kernel compiled for the host, with the PTX primitives emulated lane
+by lane (tests/lanes), driven by the package's own host side. Each architecture with its own tiles and copies; of Hopper's own kernels
+the quantisers alone, as wgmma is not emulated.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from sageattention import cuda_ops, driver, images, ops, store
 from sageattention.capability import Capability
 from sageattention.plan import WORKSPACE_LIMIT, plan
 from sageattention.problem import Problem
-from sageattention.reference import emulate, oracle
-from sageattention.variants import CUDA_FP16, IMAGES, MMA_FP16
+from sageattention.reference import emulate, oracle, quantise_k, quantise_v
+from sageattention.variants import CUDA_FP16, IMAGES, K_SCALE_SHIFT, KERNELS, MMA_FP16, VARIANTS, Kernels, find_tile
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
@@ -30,13 +31,12 @@ SHARED = "extern __shared__ __align__(128) u8 stages[];"
 
 
 class Lanes:
-    """A card that runs on the host: an architecture's kernels of one head dimension."""
+    """A card that runs on the host: an architecture's quantisers and mma.sync attention of one head dimension."""
 
     def __init__(self, arch: int, head_dim: int, folder: Path):
         self.capability, self.head_dim = Capability("cuda", arch, 2, "none", "host"), head_dim
-        wanted = MMA_FP16.attend_image(head_dim), MMA_FP16.quantiser
-        chosen = [e for i in IMAGES if i.arch == TARGETS[arch] and i.name in wanted for e in i.entries if f"_d{head_dim}" in e.symbol]
-        self.entries = {entry.symbol: entry for entry in chosen}
+        chosen = [e for i in IMAGES if i.arch == TARGETS[arch] and not i.name.startswith("attend_wgmma") for e in i.entries]
+        self.entries = {entry.symbol: entry for entry in chosen if f"_d{head_dim}" in entry.symbol}
         self.library = ctypes.CDLL(str(self._build(arch, folder)))
 
     def _build(self, arch: int, folder: Path) -> Path:
@@ -75,21 +75,38 @@ def card(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> Lanes:
     monkeypatch.delenv(images.FORCE, raising=False)
     monkeypatch.setattr(store, "missing", lambda image: "")
     monkeypatch.setattr(cuda_ops, "_recipes", {})
+    monkeypatch.setattr(cuda_ops, "_forms", {})
     monkeypatch.setattr(cuda_ops.capability, "of_device", lambda *_: lanes.capability)
     monkeypatch.setattr(driver, "kernel", lambda index, image, symbol, variant: symbol)
+    monkeypatch.setattr(driver, "launch", lanes.launch)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     monkeypatch.setattr(cuda_ops, "_issue", lambda device, chains: [lanes.launch(device, 0, chain) for chain in chains])
+    plan.cache_clear()  # other tests may have planned without images
     return lanes
 
 
-def run(card: Lanes, tensors: dict[str, torch.Tensor], mask: torch.Tensor | None, accum: str, **options) -> tuple:
-    problem = Problem.from_tensors(**tensors, attn_mask=mask, return_lse=True, **options)._replace(device="cuda", device_index=0)
-    plan.cache_clear()  # other tests may have planned without images
-    chosen = plan(problem, card.capability, CUDA_FP16.name, accum, arch=card.capability.arch)
+def on_card(tensors: dict[str, torch.Tensor], **options) -> Problem:
+    return Problem.from_tensors(**tensors, return_lse=True, **options)._replace(device="cuda", device_index=0)
+
+
+def run(card: Lanes, tensors: dict[str, torch.Tensor], mask: torch.Tensor | None, variant: str, accum: str, **options) -> tuple:
+    """The call by mma.sync."""
+    problem = on_card(tensors, attn_mask=mask, **options)
+    if card.capability.arch < VARIANTS[variant].min_arch:
+        pytest.skip(f"{variant} is not for sm_{card.capability.arch}")
+    chosen = plan(problem, card.capability, variant, accum, arch=card.capability.arch)
     out, lse = cuda_ops.run(ops.Call(*tensors.values(), ops._four_dims(mask), problem, chosen))
     return out, lse, chosen.scheme
 
 
-@pytest.mark.parametrize("accum", ["fp32", "fp16+fp32"])
+MMA = {k.name: (v.name, k) for v in VARIANTS.values() for k in v.kernels if not k.arch}
+each_variant = pytest.mark.parametrize("variant", [name for name, _ in MMA.values()], ids=MMA)
+
+
+@pytest.mark.parametrize(
+    "variant, accum",
+    [(name, accum) for name, k in MMA.values() for accum in dict(reversed([(s, a) for a, s in k.schemes.items()])).values()],
+)
 @pytest.mark.parametrize(
     "mask, dtype, layout, heads, lengths",
     [
@@ -101,45 +118,131 @@ def run(card: Lanes, tensors: dict[str, torch.Tensor], mask: torch.Tensor | None
     ],
 )
 def test_kernels_agree_with_the_emulation(
-    card: Lanes, mask: str, dtype: str, layout: str, heads: tuple, lengths: tuple, accum: str
+    card: Lanes, mask: str, dtype: str, layout: str, heads: tuple, lengths: tuple, variant: str, accum: str
 ) -> None:
     head_dim = card.head_dim - 24  # padded inside the kernels
     t, given_mask = matrix.tensors(matrix.Case(head_dim, dtype, layout, mask, *heads, *lengths))
     given = t if layout == "HND" else {name: x.transpose(1, 2).contiguous() for name, x in t.items()}
     causal = "causal" in mask
-    out, lse, scheme = run(card, given, given_mask, accum, tensor_layout=layout, is_causal=causal)
+    out, lse, scheme = run(card, given, given_mask, variant, accum, tensor_layout=layout, is_causal=causal)
     out = out if layout == "HND" else out.transpose(1, 2)
     expected, expected_lse = emulate(**t, scheme=scheme, is_causal=causal, attn_mask=given_mask)
     exact, exact_lse = oracle(**t, is_causal=causal, attn_mask=given_mask)
     assert out.isfinite().all()
-    assert matrix.inputs.relative_l2(out, expected) <= 2e-3 + matrix.OUTPUT_STEP[dtype]
-    assert matrix.inputs.relative_l2(out, exact) <= 0.05
+    assert matrix.inputs.relative_l2(out, expected) <= matrix.EMULATION_BOUND[scheme.pv] + matrix.OUTPUT_STEP[dtype]
+    assert matrix.inputs.relative_l2(out, exact) <= 0.08
     masked = exact_lse == -torch.inf
     assert (out[masked] == 0).all() and (lse[masked] == -torch.inf).all()
     assert (lse - expected_lse)[~masked].abs().mean() <= 2e-3
 
 
+@each_variant
 @pytest.mark.parametrize("size", [0.0, 1e-38, 1e4, 1e30, 3.38e38])
-def test_any_finite_input_gives_finite_output(card: Lanes, size: float) -> None:
+def test_any_finite_input_gives_finite_output(card: Lanes, size: float, variant: str) -> None:
     g = torch.Generator().manual_seed(0)
     q, k, v = (((torch.rand(1, 1, n, card.head_dim, generator=g) * 2 - 1) * size).bfloat16() for n in (20, 70, 70))
     k[0, 0, 3, 5] = v[0, 0, 9, 1] = 3.38e38
-    out, lse, _ = run(card, {"q": q, "k": k, "v": v}, None, "fp32")
+    v[0, 0, :, 7], v[0, 0, 8, 7] = 3.38e38, -3.38e38
+    out, lse, _ = run(card, {"q": q, "k": k, "v": v}, None, variant, "")
     assert out.isfinite().all() and lse.isfinite().all()
 
 
 def test_groups_of_heads_and_halves_give_the_same_bits(card: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     t, _ = matrix.tensors(matrix.Case(card.head_dim, heads_q=4, heads_kv=2, len_q=20, len_kv=100))
-    whole = run(card, t, None, "fp32")
+    whole = run(card, t, None, CUDA_FP16.name, "fp32")
     monkeypatch.setitem(WORKSPACE_LIMIT, "cuda", 2 * 2 * MMA_FP16.tile_bytes(card.head_dim))  # of the four pairs, one a group
-    monkeypatch.setattr(cuda_ops, "_recipes", {})
-    parts = run(card, t, None, "fp32")
+    for cached in (cuda_ops._recipes, cuda_ops._forms):
+        cached.clear()
+    plan.cache_clear()
+    parts = run(card, t, None, CUDA_FP16.name, "fp32")
     (recipe,) = cuda_ops._recipes.values()
     assert recipe.groups == ((0, 1), (1, 1), (2, 1), (3, 1))
     assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
-    monkeypatch.setattr(driver, "launch", card.launch)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
-    problem = Problem.from_tensors(**t, return_lse=True)._replace(device="cuda", device_index=0)
+    problem = on_card(t)
     kv = cuda_ops.quantize(t["k"], t["v"], problem, plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch))
     halves = cuda_ops.attend_all(t["q"], kv, problem, None)
     assert torch.equal(halves[0], whole[0]) and torch.equal(halves[1], whole[1])
+
+
+# --- the quantisers, by the bytes that they write -----------------------------------------------------------------------------------
+
+
+def codes_of_k(kernels: Kernels, tile: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one tile: (magnitudes of K's codes [keys, D], scales [keys]). A code's sign is the lane's view of the rotation (rotate.cuh)."""
+    keys = find_tile(kernels.tiles, 0, head_dim).block_n
+    codes, n = tile[: keys * head_dim].view(torch.int8), torch.arange(keys)
+    if kernels.arch:  # 16-byte chunk 4·c2 + t, key
+        lanes = codes.view(head_dim // 64, 4, keys, 16).permute(2, 0, 1, 3)
+        scales = tile[keys * head_dim :][:64].view(torch.float32).view(4, 4)[:, :2]
+        assert (tile[keys * head_dim :][:64].view(torch.int32).view(4, 4)[:, 2] == -(2**31)).all()
+        scale = scales[n % 8 // 2, n // (keys // 2)]
+    else:  # block 8·c2 + j, lane 4g + t
+        lanes = codes.view(head_dim // 64, 8, 8, 4, 16).permute(1, 2, 0, 3, 4).reshape(keys, head_dim // 64, 4, 16)
+        scale = tile[-16:].view(torch.float32)[n % 8 // 2]
+    by_chunk = lanes.reshape(keys, head_dim // 64, 4, 2, 8).permute(0, 1, 3, 2, 4)  # c2, t, chunk, e → channel 32·c + 8·t + e
+    return by_chunk.reshape(keys, head_dim).int().abs().float(), scale
+
+
+def values_of(kernels: Kernels, tile: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Of one tile: V's numbers [keys, D], the columns of ones checked."""
+    keys = find_tile(kernels.tiles, 0, head_dim).block_n
+    size = 2 if kernels.pv == "fp16" else 1
+    kind = {"fp16": torch.float16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}[kernels.pv]
+    run = 16 // size  # keys of a column in 16 bytes
+    if kernels.arch:
+        chunks = tile[keys * head_dim + 128 :].view(kind).float().view(keys // run, -1, run)
+        assert (chunks[:, head_dim:] == 1).all()
+        columns = chunks[:, :head_dim].permute(0, 2, 1).reshape(keys, head_dim)
+    else:  # block, lane 4g + t, {n-tile 2p: b0, b1; n-tile 2p + 1: b0, b1}
+        blocks = tile[keys * head_dim : -16].view(kind).float().view(-1, head_dim // 16, 8, 4, 2, 2, 4 // size)
+        # c, p, g, t, tile, b, e → (c, b, t, e), (p, tile, g)
+        columns = blocks.permute(0, 5, 3, 6, 1, 4, 2).reshape(keys, head_dim)
+    if size == 1 or not kernels.arch:  # from a lane's order of keys to their own
+        p = torch.arange(keys)
+        if size == 2:  # of sixteen: b, t, e
+            key = p // 16 * 16 + 8 * (p % 16 // 8) + p % 8
+        else:  # of sixteen: t, i
+            key = p // 16 * 16 + 8 * (p % 4 // 2) + 2 * (p % 16 // 4) + p % 2
+        columns = torch.empty_like(columns).index_copy_(0, key, columns)
+    n = torch.arange(head_dim)
+    channel = n // 32 * 32 + 8 * (n % 8 // 2) + 2 * (n // 8 % 4) + n % 2
+    return torch.empty_like(columns).index_copy_(1, channel, columns)
+
+
+@pytest.mark.parametrize("kernels", KERNELS, ids=[k.name for k in KERNELS])
+@pytest.mark.parametrize("dtype, tokens, missing", [("bfloat16", 97, 0), ("float16", 200, 8), ("float32", 33, 3)])
+def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: Kernels, dtype: str, tokens: int, missing: int) -> None:
+    d, arch = card.head_dim, card.capability.arch
+    if d not in kernels.head_dims or not kernels.built_for(TARGETS[arch]):
+        pytest.skip(f"{kernels.name} is not for sm_{arch} or head_dim {d}")
+    t, _ = matrix.tensors(matrix.Case(d - missing, dtype, heads_q=2, heads_kv=2, len_q=1, len_kv=tokens))
+    t["v"][:, 0] += 3  # a mean worth taking out
+    variant = next(v for v in VARIANTS.values() if kernels in v.kernels)
+    problem = on_card(t)
+    chosen = plan(problem, card.capability, variant.name, next(iter(kernels.schemes)), arch=0 if kernels.arch else arch)
+    assert chosen.kernels is kernels
+    kv = cuda_ops.quantize(t["k"], t["v"], problem, chosen)
+    (recipe,) = cuda_ops._recipes.values()
+    w, size = recipe.workspace, kernels.tile_bytes(d)
+
+    def buffer(at: int, kind: torch.dtype, *shape: int) -> torch.Tensor:
+        count = torch.Size(shape).numel() * kind.itemsize
+        return kv.buffer[at : at + count].view(kind).view(shape)
+
+    tiles = buffer(w.kv, torch.uint8, 4, recipe.tiles, size)
+    for pair in range(4):
+        k8, k_scale, _ = quantise_k(t["k"].flatten(0, 1)[pair], chosen.scheme)
+        v8, v_scale, v_mean = quantise_v(t["v"].flatten(0, 1)[pair], chosen.scheme)
+        found = [codes_of_k(kernels, tile.contiguous(), d) for tile in tiles[pair]]
+        codes, scales = torch.cat([c for c, _ in found])[:tokens], torch.cat([s for _, s in found])[:tokens]
+        assert (codes - k8.abs()).abs().max() <= 1 and (codes != k8.abs()).float().mean() <= 1e-2
+        assert torch.allclose(scales, k_scale[:, 0] / K_SCALE_SHIFT, rtol=1e-5)
+        assert buffer(w.k_scale_max, torch.float32, 4)[pair] == scales.max()
+        values = torch.cat([values_of(kernels, tile.contiguous(), d) for tile in tiles[pair]])[:tokens]
+        assert (values - v8).abs().max() <= 2e-3 * v8.abs().max() + (chosen.scheme.pv != "fp16") * 32
+        assert (values != v8).float().mean() <= 2e-2
+        amax, mean = (buffer(at, torch.float32, 4, d)[pair] for at in (w.v_amax, w.v_mean))
+        assert torch.allclose(amax / chosen.scheme.v_max, v_scale, rtol=1e-5)
+        assert torch.allclose(mean, v_mean, atol=1e-6)
+        anchor = t["k"].flatten(0, 1)[pair, :: recipe.keys_tail[4]].float().mean(0)
+        assert torch.allclose(buffer(w.anchor, torch.float32, 4, d)[pair, : d - missing], anchor, rtol=1e-4, atol=1e-5)

@@ -253,7 +253,7 @@ def test_what_a_plan_names_is_in_its_images(name, arch, head_dim, monkeypatch):
                     continue
                 quantiser, attention = chosen.images
                 assert attention.entry(chosen.attend).threads == 32 * chosen.tile.warps
-                assert quantiser.entry(chosen.kernels.quantise_symbol(head_dim))
+                assert quantiser.entry(chosen.kernels.keys_symbol(head_dim)) and quantiser.entry(chosen.kernels.values_symbol(head_dim))
                 assert not (forced and chosen.kernels.arch)
     plan.cache_clear()
 
@@ -288,7 +288,7 @@ def test_importing_the_planner_needs_no_torch():
 def test_a_variant_without_images_says_where_they_were_looked_for(monkeypatch):
     monkeypatch.setattr(store, "missing", lambda image: f"nobody has {image.path}; rebuild")
     plan.cache_clear()
-    with pytest.raises(KernelMissing, match=r"sm_90a/quantise_wgmma_fp16.*rebuild"):
+    with pytest.raises(KernelMissing, match=r"sm_90a/quantise_wgmma.*rebuild"):
         plan(problem(), gpu(90), "sageattn_qk_int8_pv_fp16_cuda")
     plan.cache_clear()
 

@@ -10,7 +10,6 @@ enum class Mask { none, causal, dense };  // compile time; `dense` may be causal
 enum MaskKind : i32 { kMaskF16 = kFloat16, kMaskBf16 = kBfloat16, kMaskF32 = kFloat32, kMaskBool = 3 };
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr float kInf = __builtin_bit_cast(float, 0x7F800000);
 
 // Natural-log bias → base 2. A finite bias stays finite: only −inf masks out.
 __device__ __forceinline__ float bias_to_base2(float bias) {

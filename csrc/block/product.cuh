@@ -11,13 +11,11 @@
 #include "../ptx/copy.cuh"
 #include "../ptx/mma.cuh"
 #include "softmax.cuh"
+#include "values.cuh"
 
 namespace sage {
 
-enum class Values { fp16, fp8, int8 };                // of P and V; int8: P unsigned
-enum class Accumulate { fp32, fp16, fp8, int32 };     // of P·V; fp8: what an FP8 MMA calls fp32
-template <Values kValues>
-constexpr int kValueBytes = kValues == Values::fp16 ? 2 : 1;
+enum class Accumulate { fp32, fp16, fp8, int32 };  // of P·V; fp8: what an FP8 MMA calls fp32
 
 constexpr int kSettleTiles = 8;
 

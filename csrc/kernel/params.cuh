@@ -12,31 +12,33 @@ struct Tokens {
 };
 
 // A launch works on `pairs` (batch, kv head) pairs, the first being number `first`.
-struct StatsParams {
+struct KeysParams {
   Tokens k, v;
-  float* v_amax;   // [pairs, splits, D]: largest |v| of each channel over the split's tokens
-  float* k_mean;   // [pairs, k_splits, D]: sums of k / samples
-  i32* k_scale_max;  // [pairs]: set to 0
+  u8* kv;                // [pairs, tiles, tile_bytes]
+  float* anchor;         // [pairs, D]
+  float* k_scale_parts;  // [pairs, runs]: the largest K scale of each run
+  float* v_parts;        // [pairs, splits, 3, D]: of each channel of V the largest, the smallest, the sum of value / len
   i32 first, pairs, heads, len, head_dim;
-  i32 dtype;          // Dtype
-  i32 vectors;        // 1: rows of k and v are 16-byte aligned, head_dim is a multiple of 8
-  i32 splits, split_tokens;      // split i covers tokens [i·split_tokens, (i+1)·split_tokens)
-  i32 k_splits, samples, sample_step;  // the mean is over the tokens 0, step, 2·step, …: `samples` of them
+  i32 dtype;                      // Dtype
+  i32 vectors;                    // 1: rows of k and v are 16-byte aligned, head_dim is a multiple of 8
+  i32 tiles, tile_bytes, runs;    // a block of K takes ⌈units / runs⌉ consecutive units of kScaleKeys keys
+  i32 samples, sample_step;       // the anchor is the mean of the tokens 0, step, 2·step, …: `samples` of them
+  i32 splits, split_tokens;       // split i of V is the tokens [i·split_tokens, (i+1)·split_tokens)
 };
 
-struct QuantiseParams {
-  Tokens k, v;
-  const float* v_amax_parts;  // [pairs, splits, D]
-  const float* k_mean_parts;  // [pairs, k_splits, D]
-  u8* kv;              // [pairs, tiles, Fragment::kTileBytes]
-  i32* k_scale_max;    // [pairs], the bits of a non-negative float
-  float* v_amax;       // [pairs, D], of V without its mean
-  float* v_mean;       // [pairs, D], 0 where the scheme leaves it in
-  float* anchor;       // [pairs, D]
+struct ValuesParams {
+  Tokens v;
+  const float* k_scale_parts;  // [pairs, k_runs]
+  const float* v_parts;        // [pairs, splits, 3, D]
+  u8* kv;                      // [pairs, tiles, tile_bytes]
+  i32* k_scale_max;            // [pairs], the bits of a non-negative float
+  float* v_amax;               // [pairs, D], of V without its mean
+  float* v_mean;               // [pairs, D], 0 where the scheme leaves it in
   i32 first, pairs, heads, len, head_dim;
   i32 dtype, vectors;
-  i32 splits, k_splits;
-  i32 tiles, runs;     // a block takes ⌈tiles / runs⌉ consecutive tiles
+  i32 k_runs, splits;
+  i32 tiles, runs;     // a block takes ⌈units / runs⌉ consecutive units of as many keys as a warp transposes at once
+  i32 centred;         // 1: the scheme takes the mean out of V
   float v_max;         // what the largest |v| of a channel becomes
 };
 
