@@ -266,8 +266,12 @@ def run_varlen(
 
 def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str, variant: str) -> QuantizedKV:
     """The first half of a call: K and V quantised, all heads at once."""
-    problem = Problem.from_tensors(k, k, v, tensor_layout=tensor_layout)
-    return quantize_planned(k, v, problem, plan_for(problem, variant))
+    problem = Problem.from_kv(k, v, tensor_layout=tensor_layout)
+    try:
+        chosen = plan_for(problem, variant)
+    except Unsupported as error:
+        raise Unsupported("k" if error.parameter == "q" else error.parameter, error.reason) from None
+    return quantize_planned(k, v, problem, chosen)
 
 
 def quantize_planned(k: torch.Tensor, v: torch.Tensor, problem: Problem, chosen: Plan) -> QuantizedKV:

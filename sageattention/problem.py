@@ -92,10 +92,9 @@ class Problem(NamedTuple):
         sm_scale: float | None,
         return_lse: bool,
     ) -> Problem:
-        if tensor_layout not in LAYOUTS:
-            raise Unsupported("tensor_layout", f"got {tensor_layout!r}, accepted are 'HND' [B, H, N, D] and 'NHD' [B, N, H, D]")
+        _check_layout(tensor_layout)
         _check_rank(4, tensor_layout, (("q", q), ("k", k), ("v", v)))
-        _check_alike(q, k, v)
+        _check_alike(("q", q), ("k", k), ("v", v))
         heads, tokens = (1, 2) if tensor_layout == "HND" else (2, 1)
         (batch, head_dim), heads_q, heads_kv = (q.shape[0], q.shape[3]), q.shape[heads], k.shape[heads]
         len_q, len_kv = q.shape[tokens], k.shape[tokens]
@@ -103,7 +102,7 @@ class Problem(NamedTuple):
             raise Unsupported("k", f"its batch is {k.shape[0]}, q's is {batch}; they must be equal")
         _check_kv(k, v)
         _check_heads(heads_q, heads_kv)
-        _check_head_dim(head_dim, k.shape[3])
+        _check_head_dim(("q", q), ("k", k))
         mask = "none"
         if attn_mask is not None:
             mask = _check_mask(attn_mask, (batch, heads_q, len_q, len_kv), q)
@@ -113,6 +112,20 @@ class Problem(NamedTuple):
             -1 if device.index is None else device.index, tensor_layout, bool(is_causal), mask,
             _scale(sm_scale, head_dim), bool(return_lse), needs_grad=_needs_grad(q, k, v, attn_mask),
         )  # fmt: skip
+
+    @classmethod
+    def from_kv(cls, k: torch.Tensor, v: torch.Tensor, *, tensor_layout: str) -> Problem:
+        """K and V alone, for `with_query` to complete.
+
+        Raises:
+            Unsupported: as `from_tensors`, but never of q.
+        """
+        _check_layout(tensor_layout)
+        _check_rank(4, tensor_layout, (("k", k), ("v", v)))
+        _check_alike(("k", k), ("v", v))
+        _check_kv(k, v)
+        _check_head_dim(("k", k))
+        return cls.from_tensors(k, k, v, tensor_layout=tensor_layout)
 
     def with_query(
         self,
@@ -167,10 +180,10 @@ class Problem(NamedTuple):
             Unsupported: as `from_tensors`.
         """
         _check_rank(3, "packed [total, H, D]", (("q", q), ("k", k), ("v", v)))
-        _check_alike(q, k, v)
+        _check_alike(("q", q), ("k", k), ("v", v))
         _check_kv(k, v)
         _check_heads(q.shape[1], k.shape[1])
-        _check_head_dim(q.shape[2], k.shape[2])
+        _check_head_dim(("q", q), ("k", k))
         for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             if not hasattr(cu, "dim"):
                 raise Unsupported(name, f"got {type(cu).__name__}, accepted is a torch.Tensor of int32 or int64")
@@ -257,14 +270,20 @@ def _check_plain(name: str, t: torch.Tensor) -> None:
         raise Unsupported(name, f"is a {type(t).__name__}, which may hold no data of its own; accepted is a plain torch.Tensor")
 
 
-def _check_alike(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    if _dtype_name(q) not in DTYPES:
-        raise Unsupported("q", f"its dtype is {q.dtype}, accepted are {', '.join(DTYPES)}")
-    for name, t in (("k", k), ("v", v)):
-        if t.dtype != q.dtype:
-            raise Unsupported(name, f"its dtype is {t.dtype}, q's is {q.dtype}; they must be equal")
-        if t.device != q.device:
-            raise Unsupported(name, f"is on {t.device}, q is on {q.device}; they must be on one device")
+def _check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise Unsupported("tensor_layout", f"got {layout!r}, accepted are 'HND' [B, H, N, D] and 'NHD' [B, N, H, D]")
+
+
+def _check_alike(first: tuple[str, torch.Tensor], *others: tuple[str, torch.Tensor]) -> None:
+    leader, like = first
+    if _dtype_name(like) not in DTYPES:
+        raise Unsupported(leader, f"its dtype is {like.dtype}, accepted are {', '.join(DTYPES)}")
+    for name, t in others:
+        if t.dtype != like.dtype:
+            raise Unsupported(name, f"its dtype is {t.dtype}, {leader}'s is {like.dtype}; they must be equal")
+        if t.device != like.device:
+            raise Unsupported(name, f"is on {t.device}, {leader} is on {like.device}; they must be on one device")
 
 
 def _check_kv(k: torch.Tensor, v: torch.Tensor) -> None:
@@ -277,11 +296,13 @@ def _check_heads(heads_q: int, heads_kv: int) -> None:
         raise Unsupported("k", f"q has {heads_q} heads and k has {heads_kv}; q's must be a multiple of k's (grouped-query attention)")
 
 
-def _check_head_dim(head_dim: int, head_dim_k: int) -> None:
-    if head_dim_k != head_dim:
-        raise Unsupported("k", f"its head_dim is {head_dim_k}, q's is {head_dim}; they must be equal")
+def _check_head_dim(first: tuple[str, torch.Tensor], *others: tuple[str, torch.Tensor]) -> None:
+    leader, head_dim = first[0], first[1].shape[-1]
+    for name, t in others:
+        if t.shape[-1] != head_dim:
+            raise Unsupported(name, f"its head_dim is {t.shape[-1]}, {leader}'s is {head_dim}; they must be equal")
     if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise Unsupported("q", f"its head_dim is {head_dim}, accepted are 1 to {MAX_HEAD_DIM}")
+        raise Unsupported(leader, f"its head_dim is {head_dim}, accepted are 1 to {MAX_HEAD_DIM}")
 
 
 def _check_mask(mask: torch.Tensor, scores: tuple[int, int, int, int], q: torch.Tensor) -> str:

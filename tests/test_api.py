@@ -338,6 +338,25 @@ def test_a_fake_tensor_gives_a_fake_result_and_is_nothing_to_quantise(variant):
             function(fake, fake, fake, variant=variant)
 
 
+@pytest.mark.parametrize(
+    "changes, fault",
+    [
+        ({"k": torch.zeros(1, 2, 40)}, r"^k: got 3 dimensions"),
+        ({"k": torch.zeros(1, 2, 40, 64, dtype=torch.float64)}, r"^k: its dtype is torch.float64"),
+        ({"v": torch.zeros(1, 2, 40, 64, dtype=torch.float16)}, r"^v: its dtype is torch.float16, k's is torch.float32"),
+        ({"v": torch.zeros(1, 2, 41, 64)}, r"^v: its shape is"),
+        ({"k": torch.zeros(1, 2, 40, 300), "v": torch.zeros(1, 2, 40, 300)}, r"^k: its head_dim is 300"),
+        ({"variant": "sageattn_qk_int8_pv_fp16_cuda"}, r"^k: is on cpu"),
+        ({"tensor_layout": "BHND"}, r"^tensor_layout: got 'BHND'"),
+    ],
+)
+def test_quantising_k_and_v_names_what_is_at_fault(changes, fault):
+    x = torch.zeros(1, 2, 40, 64)
+    given = {"k": x, "v": x, "variant": "sageattn_qk_int8_pv_fp16_triton", **changes}
+    with pytest.raises(Unsupported, match=fault):
+        sageattention.quantize_kv(given.pop("k"), given.pop("v"), **given)
+
+
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 def test_a_traced_call_is_the_operator(mode):
     from torch.fx.experimental.proxy_tensor import make_fx
