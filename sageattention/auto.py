@@ -57,7 +57,8 @@ class Rule:
         head_dims: the compiled head dimensions it is for.
         masks: "none", "causal" or "dense".
         min_q, min_kv: the shortest lengths, in tokens.
-        waves: blocks of queries, over all heads, for each multiprocessor: fewer leave the card half empty.
+        waves: blocks of queries, over all heads, for each multiprocessor. One wave of the shortest call saves about what the
+            quantising launches cost (20 µs).
         cards: a pattern that the card's name has to contain; "" is any card.
     """
 
@@ -69,7 +70,7 @@ class Rule:
     masks: tuple[str, ...] = ("none", "causal", "dense")
     min_q: int = MIN_TOKENS
     min_kv: int = MIN_TOKENS
-    waves: float = 1.0
+    waves: float = 2.0
     cards: str = ""
 
     def miss(self, problem: Problem, card: Capability) -> str:
@@ -129,7 +130,7 @@ def choose(problem: Problem, card: Capability, arch: int, calibration: Calibrati
         return Choice((), f"on {card.device} tensors quantising gains nothing", "")
     if problem.needs_grad:
         return Choice((), "a gradient is asked for, and quantised attention has no backward pass", "")
-    point = calibration.point(problem) if calibration and arch == card.arch and waves(problem, card) >= 1 else None
+    point = calibration.point(problem) if calibration and arch == card.arch else None
     if point:
         return Choice(tuple(point.faster()), f"calibration of {calibration.made_at}, at {point}", "calibrated", tuple(point.slower()))
     miss = ""

@@ -1,7 +1,7 @@
 """What `python -m sageattention bench --calibrate` measured on a card, kept in the user's cache directory. No CUDA at import.
 
     {"format": 1, "made_for": {"card", "arch", "driver", "torch", "sageattention"}, "made_at": "2026-11-22 16:00",
-     "points": [{"head_dim", "mask", "len_q", "len_kv", "sdpa_ms", "ms": {"variant[:pv_accum_dtype]": …}, "off": {…: reason}}]}
+     "points": [{"head_dim", "mask", "heads", "len_q", "len_kv", "sdpa_ms", "ms": {"variant[:pv_accum_dtype]": …}, "off": {…: reason}}]}
 
 `auto` reads a card's file once, when it first chooses for that card. A file made for something else, or one that can't be read, is
 ignored with one logged line; nothing here ever ends a run.
@@ -50,6 +50,7 @@ class Point:
 
     head_dim: int  # compiled
     mask: str  # of `variants.MASKS`
+    heads: int  # over all batches
     len_q: int
     len_kv: int
     sdpa_ms: float
@@ -66,7 +67,7 @@ class Point:
         return list((beaten | self.off).items())
 
     def __str__(self) -> str:
-        return f"head_dim {self.head_dim}, {self.len_q:,} queries, {self.len_kv:,} keys, mask {self.mask}"
+        return f"head_dim {self.head_dim}, {self.heads} heads, {self.len_q:,} queries, {self.len_kv:,} keys, mask {self.mask}"
 
 
 @dataclass(frozen=True, eq=False)  # compared, and hashed, by identity: plans are cached by it
@@ -77,11 +78,12 @@ class Calibration:
     made_at: str
 
     def point(self, problem: Problem) -> Point | None:
-        """The longest call that was timed of the problem's kind and is not longer than it: beyond it a variant only gains."""
-        head_dim = pad_head_dim(problem.head_dim)
+        """The longest call that was timed of the problem's kind and is in no respect larger than it: beyond it a variant only gains."""
+        head_dim, heads = pad_head_dim(problem.head_dim), problem.batch * problem.heads_q
         alike = [
             p for p in self.points
             if (p.head_dim, p.mask) == (head_dim, problem.mask_kind) and p.len_q <= problem.len_q and p.len_kv <= problem.len_kv
+            and p.heads * p.len_q * p.len_kv <= heads * problem.len_q * problem.len_kv
         ]  # fmt: skip
         return max(alike, key=lambda p: p.len_q * p.len_kv, default=None)
 
@@ -205,7 +207,7 @@ def _point(given: dict[str, Any]) -> Point:
     times = [point.sdpa_ms, *point.ms.values()]
     if not all(type(ms) in (int, float) and 0 < ms < float("inf") for ms in times):
         raise ValueError(f"a time of {given} is not above 0")
-    if not all(type(number) is int for number in (point.head_dim, point.len_q, point.len_kv)):
+    if not all(type(number) is int for number in (point.head_dim, point.heads, point.len_q, point.len_kv)):
         raise ValueError(f"a size of {given} is no whole number")
     for candidate in point.ms:
         name, _, accum = candidate.partition(":")

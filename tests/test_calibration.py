@@ -41,7 +41,7 @@ def problem(**changes):
 
 
 def point(ms, sdpa_ms=2.0, length=4096, head_dim=128, mask="none", off=None):
-    return Point(head_dim, mask, length, length, sdpa_ms, ms, off or {})
+    return Point(head_dim, mask, 24, length, length, sdpa_ms, ms, off or {})
 
 
 def kept(*points) -> Calibration:
@@ -122,7 +122,7 @@ def test_one_made_for_something_else_is_ignored_with_one_line(what, monkeypatch,
     assert calibration.state(card).startswith("ignored: ")
 
 
-GOOD = {"head_dim": 128, "mask": "none", "len_q": 4096, "len_kv": 4096, "sdpa_ms": 2.0, "ms": {FP8: 1.0}, "off": {}}
+GOOD = {"head_dim": 128, "mask": "none", "heads": 24, "len_q": 4096, "len_kv": 4096, "sdpa_ms": 2.0, "ms": {FP8: 1.0}, "off": {}}
 BAD_POINTS = [
     {**GOOD, "sdpa_ms": 0},
     {**GOOD, "sdpa_ms": float("nan")},
@@ -201,7 +201,7 @@ def test_auto_takes_what_was_fastest_here():
     known = kept(point({TRITON: 1.1, FP8: 1.5}))
     chosen = plan(problem(), CARD, calibration=known)
     assert chosen.variant.name == TRITON and chosen.basis == "calibrated"
-    assert "calibration of" in chosen.reason and "head_dim 128, 4,096 queries" in chosen.reason
+    assert "calibration of" in chosen.reason and "head_dim 128, 24 heads, 4,096 queries" in chosen.reason
 
 
 def test_auto_takes_nothing_that_was_slower_than_sdpa():
@@ -225,6 +225,9 @@ def test_auto_passes_by_what_has_gone_since():
         ({"len_q": 16384, "len_kv": 5000}, 4096),
         ({"len_q": 3000, "len_kv": 4096}, 1024),
         ({"len_q": 1000, "len_kv": 4096}, None),
+        ({"heads_q": 20}, 1024),  # less work than what was timed at 4096
+        ({"heads_q": 20, "len_q": 5000}, 4096),
+        ({"heads_q": 1, "heads_kv": 1, "len_q": 2048}, None),
         ({"head_dim": 96}, 4096),
         ({"head_dim": 64}, None),
         ({"causal": True}, None),
@@ -252,7 +255,7 @@ def test_a_call_uses_its_card_s(monkeypatch):
     found = explain(q, q, q)
     assert (found.variant, found.basis) == (TRITON, "calibrated")
     calibration.reset()
-    assert explain(q, q, q).basis == "static"
+    assert explain(q, q, q).basis != "calibrated"
 
 
 # --- measuring

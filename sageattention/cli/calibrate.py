@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 LIMIT = 55.0  # seconds
-HEADS = 24
+HEADS = 16  # over all batches, as SD 1.5 has; SDXL has 20, Flux 24
 TURNS, TURN_MS = 3, 15
 HOPELESS = 3.0  # a candidate that takes so many times as long as SDPA is not timed at longer calls
 OFF = 0.1  # relative L2 distance from SDPA; the coarsest variant has .04
@@ -157,7 +157,7 @@ def time_form(form: Form, timed: list[Candidate], device: torch.device, over: Ca
             gpu_ms(repeated(candidate, count))  # untimed: a card's clock follows what it has just been doing
             turns[candidate.name].append(gpu_ms(repeated(candidate, count)) / count)
     ms = {name: statistics.median(times) for name, times in turns.items()}
-    return Point(form.head_dim, form.mask, form.len_q, form.len_kv, ms.pop("sdpa"), ms, off)
+    return Point(form.head_dim, form.mask, heads, form.len_q, form.len_kv, ms.pop("sdpa"), ms, off)
 
 
 def _heads(form: Form, device: torch.device) -> int:
