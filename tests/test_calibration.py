@@ -343,7 +343,7 @@ def test_half_the_heads_where_memory_is_short(monkeypatch):
     form = calibrate.Form(128, "none", 16384, 16384)
     install(monkeypatch, free=8 << 30)
     assert calibrate._heads(form, torch.device("cpu")) == calibrate.HEADS
-    install(monkeypatch, free=800 << 20)
+    install(monkeypatch, free=500 << 20)
     assert calibrate.HEADS / 3 <= calibrate._heads(form, torch.device("cpu")) < calibrate.HEADS
 
 
