@@ -160,7 +160,7 @@ def _fit(problem: Problem, capability: Capability, variant: Variant, accum: str,
     if variant.backend == "cuda":
         kernels = variant.choose(family, bool(arch), head_dim, accum)
         found = _images(variant, kernels, head_dim, capability, arch, ptx)
-        scheme = next(iter(kernels.schemes.values())) if not accum else kernels.schemes[accum]
+        scheme = kernels.schemes[accum or next(iter(variant.accum))]
         mask = problem.mask_kind
         tile = find_tile(kernels.tiles, found[1].tiles_of, head_dim, mask, scheme.accumulate)
         heads = _heads_per_group(problem, variant.backend, kernels.tile_bytes(head_dim), tile.block_n)

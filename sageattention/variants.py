@@ -307,7 +307,7 @@ MMA_FP16 = Kernels(
 )  # fmt: skip
 MMA_FP8 = Kernels(
     "mma_fp8", "kernel/attend_mma.cuh", "Fragment<{d}, 1>", _fragment_bytes(1),
-    {"fp32": FP8_FP32_MMA, "fp32+fp32": FP8_FP32_MMA, "fp32+fp16": FP8_FP16}, MMA_BYTE_TILES, _mma_entry, min_arch=89,
+    {"fp32+fp16": FP8_FP16, "fp32": FP8_FP32_MMA, "fp32+fp32": FP8_FP32_MMA}, MMA_BYTE_TILES, _mma_entry, min_arch=89,
 )  # fmt: skip
 MMA_INT8 = Kernels(
     "mma_int8", "kernel/attend_mma.cuh", "Fragment<{d}, 1>", _fragment_bytes(1), {"int32+fp32": INT8_INT32}, MMA_BYTE_TILES, _mma_entry
@@ -350,7 +350,7 @@ CUDA_FP8 = Variant(
     "sageattn_qk_int8_pv_fp8_cuda",
     "cuda",
     "INT8 QKᵀ, FP8 PV for Ada and Blackwell",
-    FP8_FP32_MMA,
+    FP8_FP16,
     min_arch=89,
     accum=MMA_FP8.schemes,
     kernels=(MMA_FP8,),
@@ -363,12 +363,12 @@ CUDA_FP8_SM90 = Variant(
     min_arch=90,
     archs=(90,),
     # wgmma's FP16 accumulators are no faster than its FP32 ones: every name runs the accurate scheme.
-    accum={"fp32": FP8_FP32, "fp32+fp32": FP8_FP32, "fp32+fp16": FP8_FP32},
+    accum={"fp32+fp32": FP8_FP32, "fp32": FP8_FP32, "fp32+fp16": FP8_FP32},
 )
 CUDA_INT8 = Variant(
     "sageattn_qk_int8_pv_int8_cuda",
     "cuda",
-    "both products in INT8, for cards without FP8",
+    "both products in INT8: the fastest on GeForce cards, by their rates",
     INT8_INT32,
     min_arch=75,
     accum=MMA_INT8.schemes,

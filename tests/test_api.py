@@ -82,6 +82,14 @@ def test_everything_public_is_exported():
     assert torch.torch_version.TorchVersion(sageattention.__version__) >= (2, 1, 1)  # what diffusers asks for
 
 
+@pytest.mark.parametrize("name", CUDA_FUNCTIONS)
+def test_a_variant_by_name_is_its_function_s_default(name):
+    """`variant=name`, as the node says it, and the function of that name round alike."""
+    default = inspect.signature(CUDA_FUNCTIONS[name]).parameters["pv_accum_dtype"].default
+    assert next(iter(VARIANTS[name].accum)) == default and VARIANTS[name].accum[default] == VARIANTS[name].scheme
+    assert all(default in kernels.schemes for kernels in VARIANTS[name].kernels)
+
+
 def test_errors():
     assert issubclass(Unsupported, ValueError)
     assert issubclass(KernelMissing, RuntimeError) and issubclass(CudaError, RuntimeError)
