@@ -1,155 +1,219 @@
 // Third launch on Hopper: softmax(Q·Kᵀ)·V with wgmma – INT8 for the scores, fp16 for P·V, sums in fp32.
 //
 // A block has 128 queries of one head. Its first warpgroup fetches: one thread keeps bulk copies of KV tiles under way. Each of the
-// other two owns 64 queries and walks over the tiles, last tile first: tiles with masked keys, then the long run without. In that
-// run the scores of the next tile are computed while the softmax of this one is; P goes to the tensor cores from registers, as
-// the accumulators of the scores are already the fragments of P.
+// other two owns 64 queries and walks over the tiles, last tile first. While the softmax of a tile is computed, the tensor cores work
+// on the scores of the next one and on P·V of the one before; P goes to them from registers, as the accumulators of the scores are
+// already the fragments of P. The denominator is O's columns of ones.
+//
+// What ptxas makes of it (docs/kernels.md): the shape of `run`'s loop and the places of the waits are what keeps wgmma asynchronous.
 #pragma once
 #include "wgmma_common.cuh"
 
 namespace sage {
 
-// The walk with P·V in fp16. The denominator is O's columns of ones.
 template <class C>
 struct WgmmaWalk : ScoreWalk<C> {
   using Walk = ScoreWalk<C>;
   using typename Walk::Layout, typename Walk::Scores, typename Walk::Weights;
-  using Walk::barrier, Walk::tile, Walk::elected, Walk::issue_scores, Walk::take_scales, Walk::largest, Walk::mask_scores,
-      Walk::move_references, Walk::reference, Walk::ring;
-  static constexpr int kColumns8 = Walk::kColumns8;
+  using Walk::barrier, Walk::tile, Walk::elected, Walk::mask_scores, Walk::reference, Walk::ring, Walk::q_scale, Walk::p, Walk::shared;
+  static constexpr int kHeadDim = C::kHeadDim, kColumns8 = Walk::kColumns8, kSteps = kHeadDim / 32;
+  // Q's A fragments of so many of the scores' steps are in registers: shared memory has less to feed.
+  static constexpr int kHeld = C::kMask == Mask::dense ? 0 : 2;
+  static constexpr bool kAllMasked = C::kMask == Mask::dense;
+  // Whether the exponentials are taken before P·V of the last tile is awaited, and how many of them are tied together: left alone,
+  // the compiler gathers all of a tile in front of all conversions. Both by measurement.
+  static constexpr bool kEarly = kHeadDim == 64;
+  static constexpr int kChain = kHeadDim == 64 ? 8 : 0;
 
   float o[C::kOutRegisters];
+  float limit[2];  // a score above this moves the row's reference
+  u32 q[4 * kHeld + 1];  // + 1: no array is empty
 
-  // O += P·V of the stage that `at` stands on: issued, not awaited.
-  __device__ __forceinline__ void issue_values(const Weights& prob, const Ring<C::kStages>& at) {
-    const u64 v = wgmma_descriptor<Layout::kVPitch>(tile(at.stage) + Layout::kV);
-    mbarrier_wait(barrier(at.stage) + kValuesFull, at.parity);
-    wgmma_hold(o);
+  __device__ __forceinline__ u32 queries() const { return shared + (special_tid_x() / 128 - 1) * C::kQueryBytes; }
+
+  // The A fragments of the last kHeld steps, as wgmma would read them from shared memory.
+  __device__ __forceinline__ void hold_queries() {
+    const int lane = special_tid_x() % 32, warp = special_tid_x() / 32 % 4;
+    const u32 from = queries() + 2 * (kSteps - kHeld) * C::kQueryPitch + (16 * warp + lane / 4) * 16 + lane % 4 * 4;
+#pragma unroll
+    for (int i = 0; i < 4 * kHeld; ++i) q[i] = load_shared(from + i / 2 * C::kQueryPitch + i % 2 * 128);
+  }
+
+  // S = Q·Kᵀ of the stage that `at` stands on: issued, not awaited.
+  __device__ __forceinline__ void issue_scores(Scores& s, const Ring<C::kStages>& at) const {
+    const u64 rows = wgmma_descriptor<C::kQueryPitch>(queries()), keys = wgmma_descriptor<Layout::kKPitch>(tile(at.stage));
+    mbarrier_wait(barrier(at.stage) + kKeysFull, at.parity);
+    wgmma_hold(s);
     wgmma_fence();
 #pragma unroll
-    for (int c = 0; c < C::kTile / 16; ++c) wgmma_f16<true>(o, prob + 4 * c, v + (2 * c * Layout::kVPitch >> 4));
+    for (int c = 0; c < kSteps; ++c) {
+      const u64 b = keys + (2 * c * Layout::kKPitch >> 4);
+      if (c >= kSteps - kHeld)
+        wgmma_s8(s, q + 4 * (c - kSteps + kHeld), b, c > 0);
+      else
+        wgmma_s8(s, rows + (2 * c * C::kQueryPitch >> 4), b, c > 0);
+    }
     wgmma_commit();
   }
 
-  // Waits for every product under way; `at`'s V has been read then.
-  __device__ __forceinline__ void finish_values(const Ring<C::kStages>& at) {
-    wgmma_wait<0>();
+  // O += P·V of the current tile: issued, not awaited.
+  __device__ __forceinline__ void issue_values(const Weights& prob) {
+    const u64 v = wgmma_descriptor<Layout::kVPitch>(tile(ring.stage) + Layout::kV);
     wgmma_hold(o);
-    mbarrier_arrive(elected(), barrier(at.stage) + kValuesFree);
+    wgmma_fence();
+#pragma unroll
+    for (int c = 0; c < C::kTile / 16; ++c) wgmma_f16(o, prob + 4 * c, v + (2 * c * Layout::kVPitch >> 4), true);
+    wgmma_commit();
   }
 
-  // O, which no product may be writing, times the factors: one for the most part.
-  __device__ __forceinline__ void rescale(const float (&factor)[2]) {
-    if (__any_sync(kAllLanes, factor[0] != 1.0f || factor[1] != 1.0f)) {
+  __device__ __forceinline__ void release_values(u32 stage) const { mbarrier_arrive(elected(), barrier(stage) + kValuesFree); }
+
+  // Takes the current tile's K scales, times the rows': scale[half of the tile][row half]. Then K is not needed any more. INT_MIN.
+  __device__ __forceinline__ i32 take_scales(float (&scale)[2][2]) const {
+    const uint4 v = load_shared16(tile(ring.stage) + Layout::kScales + Layout::kScalesPitch * (special_tid_x() % 4));
+    __syncwarp();
+    mbarrier_arrive(elected(), barrier(ring.stage) + kKeysFree);
 #pragma unroll
-      for (int i = 0; i < C::kOutRegisters; ++i) o[i] *= factor[i % 4 / 2];
+    for (int half = 0; half < 2; ++half) {
+      scale[0][half] = q_scale[half] * __uint_as_float(v.x);
+      scale[1][half] = q_scale[half] * __uint_as_float(v.y);
+    }
+    return (i32)v.z;
+  }
+
+  // The largest of the lane's scores in one part of a tile and one row half; `least` is INT_MIN.
+  static __device__ __forceinline__ i32 largest(const Scores& s, int part, int half, i32 least) {
+    i32 a = least, b = least;
+#pragma unroll
+    for (int j = 0; j < kColumns8 / 2; ++j) {
+      const int i = 4 * (part * (kColumns8 / 2) + j) + 2 * half;
+      if (j % 2)
+        b = __vimax3_s32(b, s[i], s[i + 1]);
+      else
+        a = __vimax3_s32(a, s[i], s[i + 1]);
+    }
+    return max(a, b);
+  }
+
+  // Moves the references of rows that outgrew theirs by more than the slack; factor: what O is worth then. Seldom: what a row has
+  // in common with its other three lanes is only asked here.
+  __device__ __forceinline__ void move_references(const float (&top)[2], float (&factor)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float most = row_max(top[half]), old = reference[half];
+      if (most > limit[half]) reference[half] = most - p.log2_p_max, limit[half] = most + p.rescale_slack;
+      factor[half] = exp2_approx(old - (reference[half] == -kInf ? 0.0f : reference[half]));
     }
   }
 
-  // S → P, fp16 pairs in the order of the products' A fragments.
+  __device__ __forceinline__ void rescale(const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < C::kOutRegisters; ++i) o[i] *= factor[i % 4 / 2];
+  }
+
+  // Scores → weights, both in `s`: masked ones are floats already (mask_scores).
   template <bool kMasked>
-  __device__ __forceinline__ void weigh(const Scores& s, const float (&scale)[2][2], Weights& prob) const {
+  __device__ __forceinline__ void exponentials(Scores& s, const float (&scale)[2][2]) const {
     float shift[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      shift[half] = kMasked && reference[half] == -kInf ? 0.0f : -reference[half];
+    for (int half = 0; half < 2; ++half) shift[half] = kMasked && reference[half] == -kInf ? 0.0f : -reference[half];
 #pragma unroll
-    for (int j = 0; j < kColumns8; ++j) {
-      float x[4];
+    for (int i = 0; i < C::kScoreRegisters; ++i) {
+      const int half = i / 2 % 2;
+      if (!kMasked && kChain && i && i % kChain == 0)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int half = i / 2;
-        x[i] = exp2_approx(kMasked ? __int_as_float(s[4 * j + i]) + shift[half]
-                                   : fmaf((float)s[4 * j + i], scale[j >= kColumns8 / 2][half], shift[half]));
-      }
-      prob[2 * j] = pack_f16(x[0], x[1]), prob[2 * j + 1] = pack_f16(x[2], x[3]);
-      // Ties each sixteen keys to the ones before: left alone, the compiler gathers all exponentials in front of all
-      // conversions, and the units take turns idling.
-      if (!kMasked && j % 2) shift[0] = fmaf(x[0], 0.0f, shift[0]), shift[1] = fmaf(x[2], 0.0f, shift[1]);
+        for (int h = 0; h < 2; ++h) shift[h] = fmaf(__int_as_float(s[i - kChain / 2 + 2 * h]), 0.0f, shift[h]);
+      const float x = kMasked ? __int_as_float(s[i]) + shift[half] : fmaf((float)s[i], scale[i >= C::kScoreRegisters / 2][half], shift[half]);
+      s[i] = __float_as_int(exp2_approx(x));
     }
   }
 
-  // A tile with masked keys (or any other), start to end.
-  __device__ __forceinline__ void masked_tile(int n) {
-    Scores s;
-    Weights prob;
-    float scale[2][2], top[2], factor[2];
-    issue_scores(s, ring);
-    wgmma_wait<0>();
-    wgmma_hold(s);
-    take_scales(scale);
-    mask_scores(s, scale, n * C::kTile, top);
-    move_references(top, factor);
-    rescale(factor);
-    weigh<true>(s, scale, prob);
-    issue_values(prob, ring);
-    finish_values(ring);
-    ring.advance();
-  }
-
-  // Softmax of the current tile, whose scores `s` are there already, to `prob`; meanwhile the tensor cores work on the scores of
-  // the tile after it (if kNext) and on the weights `last` of the one before it (if kLast).
-  template <bool kNext, bool kLast>
-  __device__ __forceinline__ void step(Scores& s, Scores& next, Weights& prob, const Weights& last) {
+  // One tile, whose scores are in `s` or under way to it. Meanwhile the tensor cores have the scores of the next tile (if kNext) and
+  // P·V of the one before (if kLast); P·V of this one is left to them at the end, unless it is the last. key0: of a masked tile.
+  template <bool kNext, bool kLast, bool kMasked>
+  __device__ __forceinline__ void step(Scores& s, Scores& next, Weights& prob, int key0) {
     float scale[2][2], top[2], factor[2];
     Ring<C::kStages> after = ring, before = ring;
     after.advance(), before.retreat();
-    if constexpr (kLast) issue_values(last, before);
     if constexpr (kNext) issue_scores(next, after);
-    const i32 least = take_scales(scale);
+    wgmma_wait<kNext ? 1 + kLast : 0>();  // `s`, awaited only here: so the issue above can't sink into the softmax
     wgmma_hold(s);
+    const i32 least = take_scales(scale);
+    if constexpr (kMasked) {
+      mask_scores(s, scale, key0, top);
+    } else {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      top[half] = fmaxf((float)largest(s, 0, half, least) * scale[0][half], (float)largest(s, 1, half, least) * scale[1][half]);
-    move_references(top, factor);
-    weigh<false>(s, scale, prob);
-    if constexpr (kLast)
-      finish_values(before);
-    else
+      for (int half = 0; half < 2; ++half)
+        top[half] = fmaxf((float)largest(s, 0, half, least) * scale[0][half], (float)largest(s, 1, half, least) * scale[1][half]);
+    }
+    const bool outgrown = __any_sync(kAllLanes, top[0] > limit[0] || top[1] > limit[1]);
+    if constexpr (kEarly) {
+      if (outgrown) move_references(top, factor);
+      exponentials<kMasked>(s, scale);
+    }
+    mbarrier_wait(barrier(ring.stage) + kValuesFull, ring.parity);  // a loop: the compiler keeps the next wait behind it
+    if constexpr (kLast) {
+      if constexpr (kNext) wgmma_wait<1>();
+      wgmma_hold(o);
+      release_values(before.stage);
+    }
+    if (outgrown) {
+      if constexpr (!kEarly) move_references(top, factor);
+      rescale(factor);
+    }
+    if constexpr (!kEarly) exponentials<kMasked>(s, scale);
+#pragma unroll
+    for (int i = 0; i < C::kWeightRegisters; ++i) prob[i] = pack_f16(__int_as_float(s[2 * i]), __int_as_float(s[2 * i + 1]));
+    issue_values(prob);
+    if constexpr (!kNext) {
       wgmma_wait<0>();
-    if constexpr (kNext) wgmma_hold(next);
-    rescale(factor);
+      wgmma_hold(o);
+      release_values(ring.stage);
+    }
     ring = after;
   }
 
-  // `count` tiles without masked keys, an even number.
-  __device__ __forceinline__ void run(int count) {
+  // Tile n on its own.
+  __device__ __forceinline__ void single(int n) {
+    Scores s;
+    Weights prob;
+    issue_scores(s, ring);
+    step<false, false, true>(s, s, prob, n * C::kTile);
+  }
+
+  // Tiles n … 0, n > 0. Tile n may have masked keys; of the others, only a dense mask's.
+  __device__ __forceinline__ void run(int n) {
     Scores even, odd;
-    Weights even_prob, odd_prob;
+    Weights prob;
     issue_scores(even, ring);
-    wgmma_wait<0>();
-    wgmma_hold(even);
-    step<true, false>(even, odd, even_prob, odd_prob);
-    for (int n = 2; n < count; n += 2) {
-      step<true, true>(odd, even, odd_prob, even_prob);
-      step<true, true>(even, odd, even_prob, odd_prob);
+    step<true, false, true>(even, odd, prob, n * C::kTile);
+    for (; n > 2; n -= 2) {
+      step<true, true, kAllMasked>(odd, even, prob, (n - 1) * C::kTile);
+      step<true, true, kAllMasked>(even, odd, prob, (n - 2) * C::kTile);
     }
-    step<false, true>(odd, even, odd_prob, even_prob);
-    Ring<C::kStages> last = ring;
-    last.retreat();
-    issue_values(odd_prob, last);
-    finish_values(last);
+    if (n == 2) {
+      step<true, true, kAllMasked>(odd, even, prob, C::kTile);
+      step<false, true, kAllMasked>(even, odd, prob, 0);
+    } else {
+      step<false, true, kAllMasked>(odd, even, prob, 0);
+    }
   }
 
   __device__ __forceinline__ void all(Span span, float (&sums)[2]) {
+    hold_queries();
+    limit[0] = limit[1] = -kInf;
 #pragma unroll
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] = 0.0f;
     wgmma_hold(o);
-    tiles(span);
-    sums[0] = o[C::kHeadDim / 2], sums[1] = o[C::kHeadDim / 2 + 2];  // the columns of ones
-  }
-
-  __device__ __forceinline__ void tiles(Span span) {
     int n = span.tiles - 1;
-    for (; n >= span.full; --n) masked_tile(n);
-    if constexpr (C::kMask == Mask::dense) return;
-    if (n % 2 == 0) masked_tile(n), --n;  // leaves an even number
-    if (n >= 0) run(n + 1);
+    for (; n == 0 || (n > span.full && !kAllMasked); --n) single(n);  // leaves one tile with masked keys
+    if (n > 0) run(n);
+    sums[0] = o[kHeadDim / 2], sums[1] = o[kHeadDim / 2 + 2];  // the columns of ones
   }
 };
 
 template <class C, int kSharedBytes>
-__device__ void attend_wgmma(const AttendParams& p) {
+__device__ __forceinline__ void attend_wgmma(const AttendParams& p) {
   attend_block<C, WgmmaWalk, kSharedBytes>(p);
 }
 

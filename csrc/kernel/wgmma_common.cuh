@@ -31,6 +31,9 @@ struct WgmmaConfig {
   static constexpr int kBias = kBarriers + kStages * kBarrierPitch;
   static constexpr int kBiasTiles = (kTile + kKvTile - 1) / kKvTile, kBiasBytes = kBiasTiles * BiasTile::kBytes;  // a warp's
   static constexpr int kSharedBytes = kBias + (kMask == Mask::dense ? kConsumerWarps * kBiasBytes : 0);
+
+  // Blocks of queries, over all heads. The grid is any number of them: a block goes on with the item gridDim.x further.
+  static __device__ __forceinline__ int items(const AttendParams& p) { return p.blocks_q * p.pairs * p.ratio; }
 };
 
 // A stage's barriers: K has landed, V has landed, K has been read by all consumer warps, V has.
@@ -49,6 +52,12 @@ struct Ring {
   }
 };
 
+// The same number, worked out from here on: what follows from it is not kept in registers over the main loop.
+__device__ __forceinline__ int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Which rows of which head the lane has. Read from the special registers each time: prologue and epilogue each work it out for
 // themselves, so that none of it occupies registers in between.
 template <class C>
@@ -57,13 +66,14 @@ struct Rows {
 
   __device__ __forceinline__ explicit Rows(const AttendParams& p) : Rows(p, special_tid_x() - 128, special_ctaid_x()) {}
 
-  __device__ __forceinline__ Rows(const AttendParams& p, int thread, int index) {
+  __device__ __forceinline__ Rows(const AttendParams& p, int thread, int item) {
     t = thread % 4, g = thread % 32 / 4, warp = thread / 32;
     // Consecutive blocks share a head, so that its K and V stay in L2. Causal: the longest rows first.
-    const int head_in_group = index / p.blocks_q, block = index % p.blocks_q;
-    pair = head_in_group / p.ratio;
-    batch = (p.first + pair) / p.heads_kv, head = (p.first + pair) % p.heads_kv * p.ratio + head_in_group % p.ratio;
-    block_row0 = (C::kMask == Mask::none ? block : p.blocks_q - 1 - block) * C::kBlockM;
+    const int blocks_q = anew(p.blocks_q), ratio = anew(p.ratio), heads_kv = anew(p.heads_kv);
+    const int head_in_group = item / blocks_q, block = item % blocks_q;
+    pair = head_in_group / ratio;
+    batch = (p.first + pair) / heads_kv, head = (p.first + pair) % heads_kv * ratio + head_in_group % ratio;
+    block_row0 = (C::kMask == Mask::none ? block : blocks_q - 1 - block) * C::kBlockM;
     row0 = block_row0 + 16 * warp;
   }
 
@@ -88,29 +98,42 @@ __device__ __forceinline__ Span span_of(const AttendParams& p, int block_row0) {
   return span;
 }
 
-// The producer: K and V of every tile, in the order of the walk.
+// The producer, one warp: K and V of every tile of a head, in the order of the walk.
 template <class C>
-__device__ __forceinline__ void fetch_tiles(const AttendParams& p, u32 shared, int pair, int tiles) {
+__device__ __forceinline__ void fetch_tiles(const AttendParams& p, u32 shared, int pair, int tiles, Ring<C::kStages>& ring) {
   using Layout = typename C::Layout;
   const u8* tile = static_cast<const u8*>(p.kv) + ((i64)pair * p.tiles + tiles - 1) * Layout::kTileBytes;
-  Ring<C::kStages> ring{0, 1};  // every stage is free at first: a wait for the phase before the first returns at once
+  const bool elected = threadIdx.x == 0;
   for (int n = 0; n < tiles; ++n, tile -= Layout::kTileBytes) {
     const u32 stage = shared + C::kStage0 + ring.stage * Layout::kTileBytes;
     const u32 barrier = shared + C::kBarriers + ring.stage * C::kBarrierPitch;
     mbarrier_wait(barrier + kKeysFree, ring.parity);
-    copy_bulk(true, stage, tile, Layout::kKBytes, barrier + kKeysFull);
+    copy_bulk(elected, stage, tile, Layout::kKBytes, barrier + kKeysFull);
     mbarrier_wait(barrier + kValuesFree, ring.parity);
-    copy_bulk(true, stage + Layout::kV, tile + Layout::kV, Layout::kVBytes, barrier + kValuesFull);
+    copy_bulk(elected, stage + Layout::kV, tile + Layout::kV, Layout::kVBytes, barrier + kValuesFull);
     ring.advance();
+  }
+}
+
+// Brings the query rows of an item into L2 before they are wanted. By one warp.
+template <class C>
+__device__ __forceinline__ void prefetch_queries(const AttendParams& p, int item) {
+  if (item >= C::items(p)) return;
+  const Rows<C> at(p, 0, item);
+  const int element = p.dtype == kFloat32 ? 4 : 2;
+  const u8* head = static_cast<const u8*>(p.q.data) + (at.batch * p.q.stride_b + at.head * p.q.stride_h) * element;
+  for (int i = threadIdx.x; i < C::kBlockM; i += 32) {
+    const u8* row = head + min(at.block_row0 + i, p.len_q - 1) * p.q.stride_n * element;
+    for (int byte = 0; byte < p.head_dim * element; byte += 128) prefetch_l2(row + byte);
   }
 }
 
 // Loads, rotates and quantises the warp's rows into shared memory; scale: of the lane's two rows. Up to the wait for the
 // quantise launch, nothing of its results is needed.
 template <class C>
-__device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, float (&scale)[2]) {
+__device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, int item, float (&scale)[2]) {
   constexpr int kHeadDim = C::kHeadDim;
-  const Rows<C> at(p);
+  const Rows<C> at(p, special_tid_x() - 128, item);
   float x[1][2][kHeadDim / 4];
   with_access(p.dtype, p.q_vectors, [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
@@ -129,6 +152,7 @@ __device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, 
   u32 a[kHeadDim / 32][4];
 #pragma unroll
   for (int half = 0; half < 2; ++half) scale[half] = quantise_row<kHeadDim>(x[0][half], signs, at.t, p.score_scale, p.sign, a, half);
+  named_barrier<128>(1 + at.warp / 4);  // the Q before is not read any more
   const u32 row = shared + at.warp / 4 * C::kQueryBytes + (16 * (at.warp % 4) + at.g) * 16;
 #pragma unroll
   for (int half = 0; half < 2; ++half)
@@ -150,9 +174,9 @@ __device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, 
 // O / sum, times V's channel scales, in the output's dtype; LSE. Of o, the first kHeadDim / 2 registers.
 template <class C>
 __device__ __forceinline__ void store_output(const AttendParams& p, const float (&o)[C::kOutRegisters], const float (&sums)[2],
-                                             const float (&reference)[2]) {
+                                             const float (&reference)[2], int item) {
   constexpr int kHeadDim = C::kHeadDim;
-  const Rows<C> at(p);
+  const Rows<C> at(p, special_tid_x() - 128, item);
   float channel_scale[kHeadDim / 4];  // loaded before anything is stored: they wait for memory once
 #pragma unroll
   for (int c = 0; c < kHeadDim / 32; ++c) {
@@ -192,7 +216,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
   });
 }
 
-// What lives in registers during the walk of one consumer warpgroup over the KV tiles, but for O: the scores and their references.
+// What lives in registers during the walk of one consumer warpgroup over the KV tiles, but for scores, weights and O.
 template <class C>
 struct ScoreWalk {
   using Layout = typename C::Layout;
@@ -206,58 +230,15 @@ struct ScoreWalk {
   Ring<C::kStages> ring;
   float reference[2];  // P = 2^(score − reference); log2(p_max) below the maximum that the row was last scaled to
   bool causal;
+  int item;
 
   static __device__ __forceinline__ bool elected() { return special_tid_x() % 32 == 0; }
   __device__ __forceinline__ u32 barrier(u32 stage) const { return shared + C::kBarriers + stage * C::kBarrierPitch; }
   __device__ __forceinline__ u32 tile(u32 stage) const { return shared + C::kStage0 + stage * Layout::kTileBytes; }
 
-  // S = Q·Kᵀ of the stage that `at` stands on: issued, not awaited.
-  __device__ __forceinline__ void issue_scores(Scores& s, const Ring<C::kStages>& at) const {
-    const u64 q = wgmma_descriptor<C::kQueryPitch>(shared + (special_tid_x() / 128 - 1) * C::kQueryBytes);
-    const u64 k = wgmma_descriptor<Layout::kKPitch>(tile(at.stage));
-    mbarrier_wait(barrier(at.stage) + kKeysFull, at.parity);
-    wgmma_hold(s);
-    wgmma_fence();
-#pragma unroll
-    for (int c = 0; c < kHeadDim / 32; ++c) {
-      if (c == 0)
-        wgmma_s8<false>(s, q, k);
-      else
-        wgmma_s8<true>(s, q + (2 * c * C::kQueryPitch >> 4), k + (2 * c * Layout::kKPitch >> 4));
-    }
-    wgmma_commit();
-  }
-
-  // Takes the current tile's K scales, times the rows': scale[half of the tile][row half]. Then K is not needed any more.
-  __device__ __forceinline__ i32 take_scales(float (&scale)[2][2]) const {
-    const uint4 v = load_shared16(tile(ring.stage) + Layout::kScales + Layout::kScalesPitch * (special_tid_x() % 4));
-    __syncwarp();
-    mbarrier_arrive(elected(), barrier(ring.stage) + kKeysFree);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      scale[0][half] = q_scale[half] * __uint_as_float(v.x);
-      scale[1][half] = q_scale[half] * __uint_as_float(v.y);
-    }
-    return (i32)v.z;
-  }
-
-  // The largest of the lane's scores in one part of a tile and one row half; `least` is INT_MIN.
-  static __device__ __forceinline__ i32 largest(const Scores& s, int part, int half, i32 least) {
-    i32 a = least, b = least;
-#pragma unroll
-    for (int j = 0; j < kColumns8 / 2; ++j) {
-      const int i = 4 * (part * (kColumns8 / 2) + j) + 2 * half;
-      if (j % 2)
-        b = __vimax3_s32(b, s[i], s[i + 1]);
-      else
-        a = __vimax3_s32(a, s[i], s[i + 1]);
-    }
-    return max(a, b);
-  }
-
   // The scores themselves of a tile whose first key is key0, −inf where masked out, in place; top: the lane's largest of each half.
   __device__ __forceinline__ void mask_scores(Scores& s, const float (&scale)[2][2], int key0, float (&top)[2]) const {
-    const Rows<C> at(p);
+    const Rows<C> at(p, special_tid_x() - 128, item);
     MaskView mask;
     BiasTile bias[C::kBiasTiles];
     if constexpr (C::kMask == Mask::dense) {
@@ -290,22 +271,13 @@ struct ScoreWalk {
       }
     }
   }
-
-  // Moves the references of rows that outgrew theirs by more than the slack; factor: what O is worth then.
-  __device__ __forceinline__ void move_references(const float (&top)[2], float (&factor)[2]) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float wanted = row_max(top[half]) - p.log2_p_max, old = reference[half];
-      reference[half] = wanted > old + p.rescale_slack ? wanted : old;
-      factor[half] = exp2_approx(old - (reference[half] == -kInf ? 0.0f : reference[half]));
-    }
-  }
 };
 
-// A block. Walk<C> is a ScoreWalk<C> with O in `o` and `all(span, sums)`, which goes over the tiles from the last to the first.
+// A block: one item after another, the tiles of the next already on their way while the last is stored. Walk<C> is a ScoreWalk<C>
+// with O in `o` and `all(span, sums)`, which goes over the tiles from the last to the first.
 // kSharedBytes: the dynamic shared memory that the launch has (sageattention/variants.py).
 template <class C, template <class> class Walk, int kSharedBytes>
-__device__ void attend_block(const AttendParams& p) {
+__device__ __forceinline__ void attend_block(const AttendParams& p) {
   static_assert(kSharedBytes == C::kSharedBytes, "the table of variants and the kernel disagree about shared memory");
   static_assert(C::kBarriers % 8 == 0 && C::kStage0 % 128 == 0 && C::Layout::kTileBytes % 128 == 0, "operands lie on 128 bytes");
   extern __shared__ __align__(128) u8 bytes[];
@@ -321,20 +293,26 @@ __device__ void attend_block(const AttendParams& p) {
   __syncthreads();  // the barriers are initialised
   if (threadIdx.x < 128) {
     registers_shrink<C::kProducerRegisters>();
-    if (threadIdx.x == 0) {
-      const Rows<C> at(p, 0, blockIdx.x);
+    if (threadIdx.x < 32) {
       wait_for_previous_launch();
-      fetch_tiles<C>(p, shared, at.pair, span_of<C>(p, at.block_row0).tiles);
+      Ring<C::kStages> ring{0, 1};  // every stage is free at first: a wait for the phase before the first returns at once
+      for (int item = blockIdx.x; item < C::items(p); item += gridDim.x) {
+        prefetch_queries<C>(p, item + gridDim.x);
+        const Rows<C> at(p, 0, item);
+        fetch_tiles<C>(p, shared, at.pair, span_of<C>(p, at.block_row0).tiles, ring);
+      }
     }
   } else {
     registers_grow<C::kConsumerRegisters>();
     Walk<C> walk{p, shared};
     walk.causal = C::kMask == Mask::causal || (C::kMask == Mask::dense && p.causal);
-    load_queries<C>(p, shared, walk.q_scale);
-    walk.reference[0] = walk.reference[1] = -kInf;
-    float sums[2];
-    walk.all(span_of<C>(p, Rows<C>(p).block_row0), sums);
-    store_output<C>(p, walk.o, sums, walk.reference);
+    for (walk.item = blockIdx.x; walk.item < C::items(p); walk.item += gridDim.x) {
+      load_queries<C>(p, shared, walk.item, walk.q_scale);
+      walk.reference[0] = walk.reference[1] = -kInf;
+      float sums[2];
+      walk.all(span_of<C>(p, Rows<C>(p, 0, walk.item).block_row0), sums);
+      store_output<C>(p, walk.o, sums, walk.reference, walk.item);
+    }
   }
 }
 

@@ -65,6 +65,9 @@ __device__ __forceinline__ void copy_bulk(bool predicate, u32 shared, const void
 #endif
 }
 
+// A hint: the line that `global` is in will be read soon.
+__device__ __forceinline__ void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
 __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
@@ -82,6 +85,12 @@ __device__ __forceinline__ uint4 load_shared16(u32 shared) {
 
 __device__ __forceinline__ void store_shared16(u32 shared, const u32 (&v)[4]) {
   asm volatile("st.shared.v4.u32 [%0],{%1,%2,%3,%4};" ::"r"(shared), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+}
+
+__device__ __forceinline__ u32 load_shared(u32 shared) {
+  u32 x;
+  asm volatile("ld.shared.u32 %0,[%1];" : "=r"(x) : "r"(shared));
+  return x;
 }
 
 __device__ __forceinline__ float load_shared_float(u32 shared) {

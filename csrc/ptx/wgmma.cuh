@@ -99,18 +99,18 @@ __device__ __forceinline__ void named_barrier(int id) {
   asm volatile("{.reg .pred p; setp.ne.b32 p,%" #z ",0; wgmma.mma_async.sync.aligned." shape "." types                    \
                " {" W_##regs "},%" #x ",%" #y ",p;}"                                                                      \
                : W_OUT_##regs(bind)                                                                                       \
-               : "l"(a), "l"(b), "n"((int)kAdd))
+               : "l"(a), "l"(b), "r"((int)add))
 
 // The same with A from registers: fragments as of mma.m16n8k16 (m16n8k32 for bytes), a warp's 16 rows each.
 #define WGMMA_REGISTERS(shape, types, bind, regs, x0, x1, x2, x3, y, z, flags)                                            \
   asm volatile("{.reg .pred p; setp.ne.b32 p,%" #z ",0; wgmma.mma_async.sync.aligned." shape "." types                    \
                " {" W_##regs "},{%" #x0 ",%" #x1 ",%" #x2 ",%" #x3 "},%" #y ",p" flags ";}"                               \
                : W_OUT_##regs(bind)                                                                                       \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"((int)kAdd))
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add))
 
-// d[64, 2·kRegisters] = A[64, 32] · B[2·kRegisters, 32]ᵀ (+ d if kAdd), int8 → int32.
-template <bool kAdd, int kRegisters>
-__device__ __forceinline__ void wgmma_s8(i32 (&d)[kRegisters], u64 a, u64 b) {
+// d[64, 2·kRegisters] = A[64, 32] · B[2·kRegisters, 32]ᵀ (+ d if add, a constant), int8 → int32.
+template <int kRegisters>
+__device__ __forceinline__ void wgmma_s8(i32 (&d)[kRegisters], u64 a, u64 b, bool add) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
   static_assert(kRegisters == 48 || kRegisters == 64, "no such shape is spelt out");
   if constexpr (kRegisters == 48)
@@ -120,9 +120,18 @@ __device__ __forceinline__ void wgmma_s8(i32 (&d)[kRegisters], u64 a, u64 b) {
 #endif
 }
 
-// d[64, 2·kRegisters] = A[64, 16] · B[2·kRegisters, 16]ᵀ (+ d if kAdd), fp16 → fp32.
-template <bool kAdd, int kRegisters>
-__device__ __forceinline__ void wgmma_f16(float (&d)[kRegisters], const u32* a, u64 b) {
+// The same with A from registers.
+template <int kRegisters>
+__device__ __forceinline__ void wgmma_s8(i32 (&d)[kRegisters], const u32* a, u64 b, bool add) {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  static_assert(kRegisters == 48, "no such shape is spelt out");
+  WGMMA_REGISTERS("m64n96k32", "s32.s8.s8", "+r", 48, 48, 49, 50, 51, 52, 53, "");
+#endif
+}
+
+// d[64, 2·kRegisters] = A[64, 16] · B[2·kRegisters, 16]ᵀ (+ d if add), fp16 → fp32.
+template <int kRegisters>
+__device__ __forceinline__ void wgmma_f16(float (&d)[kRegisters], const u32* a, u64 b, bool add) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
   static_assert(kRegisters == 36 || kRegisters == 68, "no such shape is spelt out");
   if constexpr (kRegisters == 36)
@@ -132,9 +141,9 @@ __device__ __forceinline__ void wgmma_f16(float (&d)[kRegisters], const u32* a, 
 #endif
 }
 
-// d[64, 2·kRegisters] = A[64, 32] · B[2·kRegisters, 32]ᵀ (+ d if kAdd), e4m3 → fp32 of about 14 bits.
-template <bool kAdd, int kRegisters>
-__device__ __forceinline__ void wgmma_e4m3(float (&d)[kRegisters], const u32* a, u64 b) {
+// d[64, 2·kRegisters] = A[64, 32] · B[2·kRegisters, 32]ᵀ (+ d if add), e4m3 → fp32 of about 14 bits.
+template <int kRegisters>
+__device__ __forceinline__ void wgmma_e4m3(float (&d)[kRegisters], const u32* a, u64 b, bool add) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
   static_assert(kRegisters == 36 || kRegisters == 68, "no such shape is spelt out");
   if constexpr (kRegisters == 36)
