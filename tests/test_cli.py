@@ -89,6 +89,17 @@ def test_doctor_names_a_variant_variable_that_names_none(monkeypatch, capsys):
     assert "SAGEATTENTION_VARIANT holds 'fastest'" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("needed", [False, True])
+def test_doctor_asks_for_triton_only_where_nothing_else_runs(needed, monkeypatch):
+    from sageattention import capability
+    from sageattention.cli import doctor
+
+    monkeypatch.setattr(capability, "triton_mode", lambda: "none")
+    problems = []
+    doctor._triton(needed, problems)
+    assert len(problems) == needed and all("Triton is not installed" in p for p in problems)
+
+
 def test_doctor_survives_a_torch_that_does_not_load(tmp_path):
     (tmp_path / "torch.py").write_text("raise OSError('DLL load failed while importing _C')\n")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from sageattention.__main__ import main; sys.exit(main(['doctor']))"

@@ -25,7 +25,7 @@ from ..errors import CudaError, KernelMissing, Unsupported
 from ..inputs import SHAPES, Shape
 from ..plan import plan, refusal
 from ..problem import Problem
-from ..variants import IMAGES, VARIANTS
+from ..variants import CUDA_FP16, IMAGES, VARIANTS
 from .text import table
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -58,7 +58,7 @@ def facts() -> dict[str, Any]:
         "torch": torch,
         "driver": driver,
         "gpus": gpus,
-        "triton": _triton(bool(gpus), problems),
+        "triton": _triton(any(refusal(CUDA_FP16, machine) for machine in machines) if gpus else False, problems),
         "launcher": _launcher(driver is not None, problems),
         "images": _images(problems),
         "environment": _environment(problems),
@@ -147,7 +147,8 @@ def _machine(gpu: dict[str, Any]) -> Capability:
     return Capability("cuda", gpu["arch"], gpu["multiprocessors"], capability.triton_mode(), gpu["name"])
 
 
-def _triton(has_gpu: bool, problems: list[str]) -> dict[str, Any]:
+def _triton(needed: bool, problems: list[str]) -> dict[str, Any]:
+    """What there is of Triton. Its absence is a problem only where it is `needed`: no CUDA variant can run."""
     mode = capability.triton_mode()
     versions = {}
     for name in ("triton", "triton-windows", "pytorch-triton"):
@@ -157,9 +158,10 @@ def _triton(has_gpu: bool, problems: list[str]) -> dict[str, Any]:
             continue
     found: dict[str, Any] = {"mode": mode, "distributions": versions}
     if mode == "none":
-        if has_gpu:
-            wanted = "triton-windows" if os.name == "nt" else "triton"
-            problems.append(f"Triton is not installed: `{sys.executable} -m pip install {wanted}` makes the Triton variant available")
+        if needed:
+            pip = f"`{sys.executable} -m pip install triton` makes"
+            remedy = "`install.py --with-triton` in the pack's folder makes" if os.name == "nt" else pip
+            problems.append(f"no CUDA variant can run here, and Triton is not installed: {remedy} the Triton variant available")
         return found
     if mode != "broken":
         found["version"] = importlib.import_module("triton").__version__
@@ -290,11 +292,14 @@ def report(found: dict[str, Any]) -> str:
 
 
 def _auto_text(auto: dict[str, dict[str, str]]) -> str:
-    answers = {(a["variant"], a["reason"]) for a in auto.values()}
+    def chosen(a: dict[str, str]) -> str:
+        return f"{a['variant']}:{a['accum']}".rstrip(":")
+
+    answers = {(chosen(a), a["reason"]) for a in auto.values()}
     if len(answers) == 1:
         variant, reason = answers.pop()
         return f"{variant} for every shape: {reason}"
-    return table(("shape", "variant", "because"), [(str(SHAPES[n]), a["variant"], a["reason"]) for n, a in auto.items()])
+    return table(("shape", "variant", "because"), [(str(SHAPES[n]), chosen(a), a["reason"]) for n, a in auto.items()])
 
 
 def _torch_line(torch: dict[str, Any] | None) -> str:
