@@ -109,10 +109,13 @@ __device__ __forceinline__ void unpack_key(const RawRow<kHeadDim, kDtype>& raw, 
 #pragma unroll
   for (int c = 0; c < kHeadDim / 32; ++c) {
     unpack8<kDtype>(raw.chunk[c], x + kChunk * c);
+    const float4* four = reinterpret_cast<const float4*>(shared.anchor + 32 * c + kChunk * t);
+    const float4 a = four[0], b = four[1];
+    const float anchor[kChunk] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int e = 0; e < kChunk; ++e) {
       float& value = x[kChunk * c + e];
-      value = valid ? fmaf(value, 0.5f / kHeadDim, -shared.anchor[32 * c + kChunk * t + e]) : 0.0f;
+      value = valid ? fmaf(value, 0.5f / kHeadDim, -anchor[e]) : 0.0f;
     }
   }
 }
