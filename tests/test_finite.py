@@ -165,14 +165,14 @@ def test_v_of_any_size(size):
 
 
 def test_v_at_both_ends_of_the_range():
-    """V minus its mean, and the scaled output plus the mean, may each be twice what fits."""
+    """V minus its mean would be more than fits, so the mean stays in: e4m3's half step of 1/16 is what is left."""
     v = torch.full((1, 1, 8, 64), -3.38e38)
     v[:, :, 0] = 2e38
     q, k = torch.ones(1, 1, 2, 64), torch.zeros(1, 1, 8, 64)
     k[:, :, 0] = 10.0  # all the weight on the one that is far from the mean
     check(q, k, v)
     for scheme, name in SCHEMES.items():
-        torch.testing.assert_close(emulate(q, k, v, scheme)[0], v[:, :, :2] * 0 + 2e38, rtol=0.03, atol=0, msg=name)
+        torch.testing.assert_close(emulate(q, k, v, scheme)[0], v[:, :, :2] * 0 + 2e38, rtol=1 / 16, atol=0, msg=name)
 
 
 def test_flat_tail_beside_a_sink_key():
