@@ -247,37 +247,73 @@ MASKS = ("none", "causal", "dense")
 BULK_ARCH = 90  # from here on a tile is one bulk copy, with 16 bytes of barriers a stage
 BIAS_BYTES = 16 * (64 + 8) * 4  # a warp's stage of a dense mask
 
-# mma.sync kernels. On Hopper a warp owns 32 rows where the registers allow it (head_dim ≤ 128): each fragment of K or V it loads then
-# feeds two row tiles, and two blocks of four warps hide each other's softmax. Elsewhere at head_dim 128 (fewer uniform registers, slower
-# MMAs beside the same shared memory) 16 rows a warp do not spill. 8.6, 8.9 and 12.x have 100 KiB of shared memory, Turing 64 and no
-# asynchronous copies; with a dense mask each warp stages 4.5 KiB of bias beside the pipeline. Tried on an H200 and slower: 16 rows a
-# warp, 32-key steps, scores one step ahead, warps taking turns at the tensor cores (docs/kernels.md).
-_TWO, _EIGHT = Tile(128, 64, 4, 3, 2, True), Tile(128, 64, 8, 2, 1)
+# mma.sync kernels; the machine code behind each choice is in docs/kernels.md. What a fragment of K or V costs in shared memory serves
+# 32 rows of a warp where the registers allow it, without a spill in the main loop: head_dim 128 on A100 and Hopper, where shared memory
+# would bind otherwise; two blocks of four such warps hide each other's softmax. Cards with a quarter of the tensor throughput (8.6, 8.9,
+# 12.x, Turing) are bound by it with 16 rows as well, and want as many warps as the registers hold: twelve. At head_dim 64, 16 rows leave
+# room for 16 warps. 8.6, 8.9 and 12.x have 99 KiB of shared memory for a block, Turing 64 and no asynchronous copies; with a dense mask
+# each warp stages 4.5 KiB of bias beside the pipeline.
+_TWO, _EIGHT, _TWELVE = Tile(128, 64, 4, 3, 2, True), Tile(128, 64, 8, 3, 1), Tile(192, 64, 12, 3, 1)
 MMA_TILES: Tiles = {
-    (0, 64): _TWO,
-    (0, 128): _EIGHT,
+    (0, 64): Tile(128, 64, 8, 3, 2),
+    (0, 128): _TWO,
+    (0, 128, "dense", "fp16"): replace(_EIGHT, stages=2),
     (0, 256): Tile(128, 64, 8, 3, 1, True),
     (0, 256, "dense"): Tile(128, 64, 8, 2, 1, True),
     (0, 256, "dense", "fp16"): Tile(128, 64, 8, 1, 1, True),
-    (75, 64): Tile(128, 64, 4, 2, 2),
+    (75, 64): Tile(128, 64, 8, 2, 2),
     (75, 64, "dense"): Tile(64, 64, 4, 2, 1),
-    (75, 128): _EIGHT,
-    (75, 128, "dense"): Tile(128, 64, 8, 1, 1),
-    (75, 256): Tile(128, 64, 8, 1, 1),
+    (75, 128): replace(_EIGHT, stages=2),
+    (75, 128, "dense"): replace(_EIGHT, stages=1),
+    (75, 256): replace(_EIGHT, stages=1),
     (75, 256, "dense"): Tile(32, 64, 2, 1, 1),
+    (80, 128): _TWELVE,
+    (80, 128, "none", "fp32"): _TWO,
+    (80, 128, "dense"): replace(_EIGHT, stages=2),
     (80, 256): Tile(128, 64, 8, 2, 1, True),
     (80, 256, "dense"): Tile(64, 64, 4, 2, 1, True),
-    (90, 128): _TWO,
-    (90, 128, "none", "fp16"): Tile(128, 64, 4, 2, 2, True),
-    (90, 128, "dense", "fp16"): _EIGHT,
+    (100, 128): _TWELVE,
+    (100, 128, "dense"): _EIGHT,
+}
+MMA_BYTE_TILES: Tiles = {
+    (0, 64): Tile(128, 64, 8, 3, 2),
+    (0, 128): replace(_TWO, stages=4),
+    (0, 256): replace(_EIGHT, stages=4),
+    (75, 64): Tile(128, 64, 8, 3, 2),
+    (75, 64, "dense"): replace(_EIGHT, stages=2),
+    (75, 128): _EIGHT,
+    (75, 128, "dense"): replace(_EIGHT, stages=1),
+    (75, 256): replace(_EIGHT, stages=1),
+    (75, 256, "dense"): Tile(64, 64, 4, 1, 1),
+    (80, 128): replace(_TWO, stages=4),
+    (80, 128, "dense"): _EIGHT,
+    (80, 256): _EIGHT,
+    (100, 128): _TWELVE,
+    (100, 128, "dense"): _EIGHT,
 }
 for _arch in (86, 89, 120):
-    MMA_TILES[_arch, 64] = Tile(128, 64, 4, 2, 2, True)
-    MMA_TILES[_arch, 256] = Tile(128, 64, 8, 2, 1) if _arch < 120 else Tile(128, 64, 8, 1, 1, True)
-    MMA_TILES[_arch, 256, "dense"] = Tile(128, 64, 8, 1, 1)
-MMA_BYTE_TILES = dict(MMA_TILES)
+    MMA_TILES[_arch, 64] = MMA_BYTE_TILES[_arch, 64] = Tile(128, 64, 8, 3, 2)
+    MMA_TILES[_arch, 64, "dense"] = MMA_BYTE_TILES[_arch, 64, "dense"] = _EIGHT
+    MMA_TILES[_arch, 128] = MMA_BYTE_TILES[_arch, 128] = _TWELVE
+    MMA_TILES[_arch, 128, "dense"] = MMA_BYTE_TILES[_arch, 128, "dense"] = replace(_EIGHT, stages=2)
+    MMA_TILES[_arch, 256] = MMA_BYTE_TILES[_arch, 256] = replace(_EIGHT, stages=2)
+    MMA_TILES[_arch, 256, "dense"] = MMA_BYTE_TILES[_arch, 256, "dense"] = replace(_EIGHT, stages=1)
+MMA_TILES[120, 128, "causal"] = _EIGHT
+MMA_TILES[120, 256] = Tile(128, 64, 8, 1, 1, True)
+MMA_BYTE_TILES[120, 256, "dense"] = Tile(64, 64, 4, 1, 1, True)
+# Where sums of fp16 or emulated FP8 MMAs take more registers.
+for _mask in MASKS:
+    MMA_TILES[0, 64, _mask, "fp16"] = _TWO
+    MMA_TILES[75, 64, _mask, "fp16"] = MMA_TILES[75, 64, "dense"] if _mask == "dense" else Tile(128, 64, 4, 2, 2)
+    for _sums in ("fp8", "fp16"):
+        MMA_BYTE_TILES[0, 128, _mask, _sums] = MMA_BYTE_TILES[100, 128, _mask, _sums] = _EIGHT
+        MMA_BYTE_TILES[0, 256, _mask, _sums] = replace(_EIGHT, query_shared=True)
+        MMA_BYTE_TILES[120, 128, _mask, _sums] = replace(_EIGHT, stages=2) if _mask == "dense" else _EIGHT
+MMA_TILES[0, 128, "none", "fp16"], MMA_TILES[0, 128, "causal", "fp16"] = replace(_TWO, stages=2), _EIGHT
+MMA_TILES[100, 128, "none", "fp16"] = MMA_TILES[100, 128, "causal", "fp16"] = _EIGHT
+MMA_BYTE_TILES[89, 128, "none", "fp8"] = MMA_BYTE_TILES[89, 128, "causal", "fp8"] = _EIGHT
 # Bytes of local memory a thread may use: at head_dim 256 the accumulators leave the compiler a register or two short.
-MMA_LOCAL = {64: 0, 128: 0, 256: 32}
+MMA_LOCAL = {64: 0, 128: 0, 256: 40}
 
 
 def _mma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:

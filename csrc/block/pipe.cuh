@@ -5,6 +5,7 @@
 // that all warps are done with it. Before Hopper every thread copies its share and the block keeps step with __syncthreads().
 #pragma once
 #include "../ptx/copy.cuh"
+#include "../ptx/special.cuh"
 
 namespace sage {
 
@@ -80,10 +81,10 @@ struct TilePipe {
       copy_bulk(threadIdx.x == 0 && n >= 0, to, from, kTileBytes, full(s));
     } else {
       if (n >= 0) {
-        const int at = 16 * threadIdx.x;
+        const u32 at = 16 * special_tid_x();  // read anew: no register holds it from tile to tile
 #pragma unroll
         for (int c = 0; c < kCopies; ++c) copy16_async(to + at + 16 * kThreads * c, from + at + 16 * kThreads * c);
-        if (threadIdx.x < kTileBytes / 16 - kCopies * kThreads)
+        if (at < kTileBytes - 16 * kThreads * kCopies)
           copy16_async(to + at + 16 * kThreads * kCopies, from + at + 16 * kThreads * kCopies);
       }
       copy_commit();  // also where nothing is left to fetch, so that the waits count the same

@@ -3,10 +3,8 @@
 // Only fp16 with fp32 sums adds to O directly. All others sum one tile in an accumulator of their own and add that to O, times the
 // weight that the tile's P has in its row: exact integers, fp16 sums that must not overflow, FP8 sums that lose bits as they grow.
 //
-// Integer to float for nothing, as in softmax.cuh: the int32 sums start at the bits of 1.5·2^23, so the float that is added to O is
-// kPreset + sum (|sum| ≤ 64·255·127 < 2^21). What O has too much, kPreset times the weights so far, goes off every kSettleTiles
-// tiles: O is at most kSettleTiles·2^24 times the largest weight until then, so the sum is rounded to a few units of P·V's codes,
-// whose own rounding is some seventy.
+// Integer to float: a conversion from sm_86 on. Before, that has an eighth of the rate, and the int32 sums start at the bits of
+// 1.5·2^23 instead, as in softmax.cuh: they read as the float kPreset + sum (|sum| ≤ 64·255·127 < 2^21), from which kPreset goes off.
 #pragma once
 #include "../ptx/copy.cuh"
 #include "../ptx/mma.cuh"
@@ -16,8 +14,6 @@
 namespace sage {
 
 enum class Accumulate { fp32, fp16, fp8, int32 };  // of P·V; fp8: what an FP8 MMA calls fp32
-
-constexpr int kSettleTiles = 8;
 
 // The sums of one n-tile over one tile of keys.
 template <Values kValues, Accumulate kAccumulate>
@@ -48,13 +44,15 @@ template <>
 struct TileSum<Values::int8, Accumulate::int32> {
   u32 c[4];
   __device__ __forceinline__ void add(const u32 (&p)[4], u32 b0, u32 b1, bool first) {
-    const u32 preset[4] = {kPresetBits, kPresetBits, kPresetBits, kPresetBits};
+    constexpr u32 kStart = kFastIntToFloat ? 0 : kPresetBits;
+    const u32 start[4] = {kStart, kStart, kStart, kStart};
     if (first)
-      mma_u8_s8(c, p, b0, b1, preset);
+      mma_u8_s8(c, p, b0, b1, start);
     else
       mma_u8_s8(c, p, b0, b1, c);
   }
-  __device__ __forceinline__ float2 get(int half) const { return {__uint_as_float(c[2 * half]), __uint_as_float(c[2 * half + 1])}; }
+  __device__ __forceinline__ float2 get(int half) const { return {value(c[2 * half]), value(c[2 * half + 1])}; }
+  __device__ __forceinline__ static float value(u32 sum) { return kFastIntToFloat ? (float)(i32)sum : __uint_as_float(sum) - kPreset; }
 };
 
 // P of one row, for a register of an A fragment: two scores of fp16, four of a byte.

@@ -40,8 +40,14 @@ struct Softmax {
     for (int i = 0; i < kRowTiles; ++i) reference[i][0] = reference[i][1] = -kInf, sum[i][0] = sum[i][1] = 0.0f;
   }
 
-  // Given the tile's row maxima, moves the references of rows that outgrew theirs by more than `slack`. Returns whether any row
-  // of the warp moved; then factor[] is what O and the sums so far are worth now.
+  __device__ __forceinline__ void references(float (&out)[kRowTiles][2]) const {
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) out[i / 2][i % 2] = reference[i / 2][i % 2];
+  }
+
+  // Given each lane's own maxima of the tile, moves the references of rows that outgrew theirs by more than `slack`. Returns whether
+  // any row of the warp moved; then factor[] is what O and the sums so far are worth now. As long as none does, the lanes need not
+  // agree on the rows' maxima.
   __device__ __forceinline__ bool update(const float (&top)[kRowTiles][2], float log2_p_max, float slack,
                                          float (&factor)[kRowTiles][2]) {
     bool grew = false;
@@ -51,13 +57,61 @@ struct Softmax {
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
       float& old = reference[i / 2][i % 2];
-      const float now = fmaxf(old, top[i / 2][i % 2] - log2_p_max);
+      const float now = fmaxf(old, row_max(top[i / 2][i % 2]) - log2_p_max);
       factor[i / 2][i % 2] = now == old ? 1.0f : exp2_approx(old - now);  // equal: also two −inf
       sum[i / 2][i % 2] *= factor[i / 2][i % 2];
       old = now;
     }
     return true;
   }
+};
+
+// The same where P is taken against the tile's own maximum: then a tile has a weight in its row, at most 2^slack, and nothing but that
+// depends on the row's reference. Lane t of the four that share their rows keeps the books of one, which saves registers.
+template <int kRowTiles>
+struct TileSoftmax {
+  float reference = -kInf;       // of the lane's row
+  float sum[kRowTiles][2] = {};  // of P, this lane's keys only
+
+  __device__ __forceinline__ static float own(const float (&x)[kRowTiles][2], int t) {
+    const float last = t & 1 ? x[kRowTiles - 1][1] : x[kRowTiles - 1][0];
+    return kRowTiles == 1 || t & 2 ? last : t & 1 ? x[0][1] : x[0][0];
+  }
+
+  // own() undone, in all four lanes.
+  __device__ __forceinline__ static void share(float x, float (&out)[kRowTiles][2]) {
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) out[i / 2][i % 2] = __shfl_sync(kAllLanes, x, i, 4);
+  }
+
+  __device__ __forceinline__ void references(float (&out)[kRowTiles][2]) const { share(reference, out); }
+
+  // As Softmax::update; base: log2(p_max) below the tile's row maxima.
+  __device__ __forceinline__ bool update(const float (&base)[kRowTiles][2], float slack, int t, float (&factor)[kRowTiles][2]) {
+    const float row = own(base, t);
+    if (!__any_sync(kAllLanes, row > reference + slack)) return false;
+    const float now = fmaxf(reference, row), own_factor = now == reference ? 1.0f : exp2_approx(reference - now);
+    reference = now;
+    share(own_factor, factor);
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) sum[i / 2][i % 2] *= factor[i / 2][i % 2];
+    return true;
+  }
+
+  // The tile's weights.
+  __device__ __forceinline__ void weigh(const float (&base)[kRowTiles][2], int t, float (&weight)[kRowTiles][2]) const {
+    const float row = own(base, t);
+    share(row == -kInf ? 0.0f : exp2_approx(row - reference), weight);
+  }
+};
+
+template <bool kTileMaximum, int kRowTiles>
+struct SoftmaxOf {
+  using type = TileSoftmax<kRowTiles>;
+};
+template <int kRowTiles>
+struct SoftmaxOf<false, kRowTiles> {
+  using type = Softmax<kRowTiles>;
 };
 
 // max over the lane's keys of one row, as integers: positive floats order like their bits.

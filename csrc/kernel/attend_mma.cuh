@@ -25,11 +25,11 @@ struct AttendConfig {
   static constexpr Values kValues = kValues_;
   static constexpr Accumulate kAccumulate = kAccumulate_;
   static constexpr bool kTileMaximum = kValues != Values::fp16;  // P is taken against the tile's own row maximum
-  static constexpr bool kPresetSums = kAccumulate == Accumulate::int32;  // O is settled now and then (product.cuh)
   static constexpr int kThreads = 32 * kWarps, kBlockM = 16 * kRowTiles * kWarps;
   using Layout = Fragment<kHeadDim, kValueBytes<kValues>>;
   static constexpr int kOperands = kKvTile / Layout::kValueKeys;  // A fragments of P for a tile
   using Pipe = TilePipe<Layout::kTileBytes, kStages, kWarps>;
+  using RowSoftmax = typename SoftmaxOf<kTileMaximum, kRowTiles>::type;
 };
 
 // Q's A fragments and score scales, in registers or in shared memory, where each lane reads what it wrote itself.
@@ -176,8 +176,10 @@ __device__ __forceinline__ void load_queries(const AttendParams& p, Queries<C>& 
 // O / sum, times V's channel scales, plus V's mean, in the output's dtype; LSE.
 template <class C>
 __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C::kRowTiles][C::kHeadDim / 8][4],
-                                             const Softmax<C::kRowTiles>& softmax) {
+                                             const typename C::RowSoftmax& softmax) {
   const Place<C> at(p);
+  float reference[C::kRowTiles][2];
+  softmax.references(reference);
   float inverse[C::kRowTiles][2];
 #pragma unroll
   for (int i = 0; i < 2 * C::kRowTiles; ++i) {
@@ -186,7 +188,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
     inverse[r][half] = sum > 0.0f ? p.inv_v_max / sum : 0.0f;  // 0: every key masked out
     if (p.lse && at.t == 0 && row < p.len_q) {
       float* lse = at.lse(p, row);
-      *lse = sum > 0.0f ? *lse + (softmax.reference[r][half] + log2_approx(sum)) * kLn2 : -kInf;
+      *lse = sum > 0.0f ? *lse + (reference[r][half] + log2_approx(sum)) * kLn2 : -kInf;
     }
   }
 #pragma unroll
@@ -236,9 +238,8 @@ struct Walk {
   const AttendParams& p;
   typename C::Pipe pipe;
   Queries<C> queries;
-  Softmax<kRowTiles> softmax;
+  typename C::RowSoftmax softmax;
   float o[kRowTiles][kHeadDim / 8][4];
-  float excess[kRowTiles][2];  // kPresetSums: of O, in units of kPreset
   u32 thread16;  // 16 · thread: the lane's place in a block of 512 bytes, and much else
   bool causal;
 
@@ -275,6 +276,15 @@ struct Walk {
     }
   }
 
+  __device__ __forceinline__ void rescale(const float (&factor)[kRowTiles][2]) {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) o[r][n][e] *= factor[r][e / 2];
+  }
+
   // S → P for the current tile, whose first key is key0, and its weights; moves the references, and O with them.
   template <bool kMasked>
   __device__ __forceinline__ void weigh(Scores& s, Weights& prob, float (&weight)[kRowTiles][2], int key0) {
@@ -286,29 +296,26 @@ struct Walk {
       if constexpr (kMasked) mask_scores(s[r], r, scale[r], key0, top[r]);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        top[r][half] = row_max(kMasked ? top[r][half] : score_above(largest_score(s[r], half), scale[r][half]));
+        if constexpr (!kMasked) top[r][half] = score_above(largest_score(s[r], half), scale[r][half]);
     }
 
-    float factor[kRowTiles][2];
-    if (softmax.update(top, p.log2_p_max, p.rescale_slack, factor)) {
+    float factor[kRowTiles][2], base[kRowTiles][2];  // base: what P is taken against
+    if constexpr (C::kTileMaximum) {
 #pragma unroll
-      for (int r = 0; r < kRowTiles; ++r)
-#pragma unroll
-        for (int n = 0; n < kHeadDim / 8; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) o[r][n][e] *= factor[r][e / 2];
-      if constexpr (C::kPresetSums)
-#pragma unroll
-        for (int i = 0; i < 2 * kRowTiles; ++i) excess[i / 2][i % 2] *= factor[i / 2][i % 2];
+      for (int i = 0; i < 2 * kRowTiles; ++i)  // rounded up, so that P never exceeds p_max
+        base[i / 2][i % 2] = __fsub_ru(row_max(top[i / 2][i % 2]), p.log2_p_max);
+      if (softmax.update(base, p.rescale_slack, thread16 / 16 % 4, factor)) rescale(factor);
+      softmax.weigh(base, thread16 / 16 % 4, weight);
+    } else {
+      if (softmax.update(top, p.log2_p_max, p.rescale_slack, factor)) rescale(factor);
+      softmax.references(base);
     }
 
     // A fragments: the accumulator layout of two n-tiles is that of one k16 operand, that of four n-tiles of one k32 operand
 #pragma unroll
     for (int n = 0; n < 2 * kRowTiles; ++n) {
       const int r = n / 2, half = n % 2;
-      // What P is taken against. Never below the tile's maximum, however it is rounded, where P has no head room.
-      const float base = C::kTileMaximum ? __fsub_ru(top[r][half], p.log2_p_max) : softmax.reference[r][half];
-      const float shift = kMasked ? (base == -kInf ? 0.0f : -base) : __fadd_rd(-kPreset * scale[r][half], -base);
+      const float shift = kMasked ? (base[r][half] == -kInf ? 0.0f : -base[r][half]) : __fadd_rd(-kPreset * scale[r][half], -base[r][half]);
       constexpr int kPack = 4 / kValueBytes<C::kValues>;  // scores in a register of P
       u32 sum_codes = 0;
       float sum = 0.0f;
@@ -329,29 +336,8 @@ struct Walk {
           for (int e = 0; e < kPack; e += 2) sum += x[e] + x[e + 1];
       }
       if constexpr (C::kValues == Values::int8) sum = (float)sum_codes;
-      if constexpr (C::kTileMaximum) {
-        weight[r][half] = kMasked && base == -kInf ? 0.0f : exp2_approx(base - softmax.reference[r][half]);
-        // 16 significant bits, so that the few that are added up until O is settled add up exactly
-        if constexpr (C::kPresetSums) weight[r][half] = __uint_as_float((__float_as_uint(weight[r][half]) + 0x80u) & ~0xFFu);
-        sum *= weight[r][half];
-      }
-      softmax.sum[r][half] += sum;
+      softmax.sum[r][half] = C::kTileMaximum ? fmaf(sum, weight[r][half], softmax.sum[r][half]) : softmax.sum[r][half] + sum;
     }
-  }
-
-  // Takes off what the preset sums added to O (product.cuh): every so many tiles, the last of them tile 0.
-  __device__ __forceinline__ void settle(int n, const float (&weight)[kRowTiles][2]) {
-#pragma unroll
-    for (int i = 0; i < 2 * kRowTiles; ++i) excess[i / 2][i % 2] += weight[i / 2][i % 2];
-    if (n % kSettleTiles) return;
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r)
-#pragma unroll
-      for (int m = 0; m < kHeadDim / 8; ++m)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) o[r][m][e] = fmaf(-kPreset, excess[r][e / 2], o[r][m][e]);
-#pragma unroll
-    for (int i = 0; i < 2 * kRowTiles; ++i) excess[i / 2][i % 2] = 0.0f;
   }
 
   template <bool kMasked>
@@ -365,7 +351,6 @@ struct Walk {
     if constexpr (C::kStages == 2) pipe.refill(n);
     weigh<kMasked>(s, prob, weight, n * kKvTile);
     add_values<C>(o, prob, weight, tile);
-    if constexpr (C::kPresetSums) settle(n, weight);
     if constexpr (C::kStages > 2) pipe.refill(n);
     pipe.release();
   }
@@ -397,11 +382,9 @@ __device__ void attend_mma(const AttendParams& p) {
   load_queries<C>(p, walk.queries);
   walk.pipe.start(shared_address(stages), p.kv, at.pair * p.tiles, tiles - 1);
 #pragma unroll
-  for (int r = 0; r < C::kRowTiles; ++r) {
-    walk.excess[r][0] = walk.excess[r][1] = 0.0f;
+  for (int r = 0; r < C::kRowTiles; ++r)
 #pragma unroll
     for (int n = 0; n < C::kHeadDim / 8; ++n) walk.o[r][n][0] = walk.o[r][n][1] = walk.o[r][n][2] = walk.o[r][n][3] = 0.0f;
-  }
   walk.run(tiles, full);
   store_output<C>(p, walk.o, walk.softmax);
 }

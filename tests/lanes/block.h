@@ -121,15 +121,24 @@ inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
   return out;
 }
 
-struct Exchange { float in, out; int lane_mask; };
+struct Exchange { float in, out; int lane; };  // lane: what the index of the other lane is made from
 
 inline float __shfl_xor_sync(unsigned, float x, int lane_mask) {
   Exchange e{x, 0, lane_mask};
   collective(&e, [](void** lanes) {
     for (int i = 0; i < 32; ++i) {
       auto* own = (Exchange*)lanes[i];
-      own->out = ((Exchange*)lanes[i ^ own->lane_mask])->in;
+      own->out = ((Exchange*)lanes[i ^ own->lane])->in;
     }
+  });
+  return e.out;
+}
+
+// lane: of the warp's groups of `width` lanes, which one's value each of them gets.
+inline float __shfl_sync(unsigned, float x, int lane, int width) {
+  Exchange e{x, 0, (int)threadIdx.x % 32 / width * width + lane};
+  collective(&e, [](void** lanes) {
+    for (int i = 0; i < 32; ++i) ((Exchange*)lanes[i])->out = ((Exchange*)lanes[((Exchange*)lanes[i])->lane])->in;
   });
   return e.out;
 }

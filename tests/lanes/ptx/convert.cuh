@@ -9,6 +9,7 @@ inline u32 pack_bf16(float lo, float hi) {
   const u32 a = __float_as_uint(lo), b = __float_as_uint(hi);
   return (a + 0x7FFF + (a >> 16 & 1)) >> 16 | ((b + 0x7FFF + (b >> 16 & 1)) & 0xFFFF0000u);
 }
+constexpr bool kFastIntToFloat = ARCH >= 86;
 inline u32 pack_u8(float x0, float x1, float x2, float x3) {
   u32 r = 0;
   for (float x : {x3, x2, x1, x0}) {
