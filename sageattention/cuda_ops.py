@@ -28,8 +28,8 @@ from .variants import (
     anchor_stride,
 )
 
-SPLIT_TOKENS, MAX_SPLITS = 256, 64  # of V, for its statistics: a block has at least so many tokens, a head at most so many blocks
-KEYS_SHARE = 2 / 3  # of the multiprocessors' room for blocks: the quantiser of K leaves the rest to the statistics of V
+KEYS_SHARE = 2 / 3  # of the multiprocessors' room for blocks: the quantiser of K leaves the rest to the statistics of V,
+SPLIT_TOKENS, MAX_SPLITS = (128, 1024), 64  # whose blocks have so many tokens each; every block of `values` reads all their results
 ALIGN = 256
 MAX_KEPT = 4096  # recipes, and forms
 
@@ -300,12 +300,14 @@ def _new_recipe(p: Problem, plan: Plan, one_group: bool) -> Recipe:
     all_pairs, tiles, tile_bytes = p.batch * p.heads_kv, -(-p.len_kv // plan.tile.block_n), names.tile_bytes(d)
     pairs = all_pairs if one_group else plan.heads_per_group
     groups = tuple((first, min(pairs, all_pairs - first)) for first in range(0, all_pairs, pairs))
-    split_tokens = max(SPLIT_TOKENS, -(-p.len_kv // MAX_SPLITS))
-    splits = -(-p.len_kv // split_tokens)
     step = anchor_stride(p.len_kv)
     keys_all = tiles * plan.tile.block_n
     units = keys_all // names.unit_keys(d), -(-keys_all * scheme.v_bytes // values.threads)
-    key_runs = _runs(pairs, units[0], keys.min_blocks * card.multiprocessors * KEYS_SHARE)
+    slots = keys.min_blocks * card.multiprocessors
+    key_runs = _runs(pairs, units[0], slots * KEYS_SHARE)
+    most, fewest = (min(MAX_SPLITS, -(-p.len_kv // tokens)) for tokens in SPLIT_TOKENS)
+    split_tokens = -(-p.len_kv // max(fewest, min(int(slots * (1 - KEYS_SHARE)) // pairs, most)))
+    splits = -(-p.len_kv // split_tokens)
     value_runs = _runs(pairs, units[1], values.min_blocks * card.multiprocessors)  # each warp has 32 / v_bytes keys at a time
     return Recipe(
         p, plan, *kernels, p.device_index, groups, _workspace(pairs, tiles * tile_bytes, splits, key_runs, d),
