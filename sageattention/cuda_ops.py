@@ -32,6 +32,7 @@ KEYS_SHARE = 2 / 3  # of the multiprocessors' room for blocks: the quantiser of 
 SPLIT_TOKENS, MAX_SPLITS = (128, 1024), 64  # whose blocks have so many tokens each; every block of `values` reads all their results
 ALIGN = 256
 MAX_KEPT = 4096  # recipes, and forms
+MAX_GRID = 2**31 - 1
 
 _DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 _MASK_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.bool: 3}
@@ -71,6 +72,7 @@ class Recipe:
     splits: int  # its values' statistics,
     value_runs: int  # its values
     blocks_q: int
+    grid_limit: int  # attention blocks of a launch, where they go on with what is left over
     keys_tail: tuple  # the parameter structs' ends
     values_tail: tuple
     attend_tail: tuple
@@ -240,7 +242,7 @@ def _attending(r: Recipe, q: torch.Tensor, out: torch.Tensor, mask: torch.Tensor
     vectors = _vectors(p, unaligned, q_strides), _vectors(p, unaligned, out_strides)
     return tuple(
         _Attending(
-            r.blocks_q * pairs * ratio,
+            min(r.blocks_q * pairs * ratio, r.grid_limit),
             _attend_constants(
                 *q_strides, *mask_strides, *out_strides, first, pairs, p.heads_kv, ratio, p.len_q, p.len_kv, p.head_dim,
                 _DTYPES[p.dtype], *vectors, p.causal, kind, r.tiles, r.blocks_q, *r.attend_tail,
@@ -312,6 +314,7 @@ def _new_recipe(p: Problem, plan: Plan, one_group: bool) -> Recipe:
     return Recipe(
         p, plan, *kernels, p.device_index, groups, _workspace(pairs, tiles * tile_bytes, splits, key_runs, d),
         tiles, key_runs, splits, value_runs, -(-p.len_q // plan.tile.block_m),
+        card.multiprocessors if names.persistent and len(groups) == 1 and p.mask == "none" and not p.causal else MAX_GRID,
         (tiles, tile_bytes, key_runs, -(-p.len_kv // step), step, splits, split_tokens),
         (key_runs, splits, tiles, value_runs, scheme.v_mean, scheme.v_max),
         (

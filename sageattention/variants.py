@@ -141,6 +141,7 @@ class Kernels:
     entry: Callable[[Kernels, int, int, str, str], Entry]  # the attention kernel for (arch, head_dim, mask, accumulator)
     arch: int = 0  # compute capability of the only devices it is made for, whose machine code is "sm_XXa"; 0: any from min_arch on
     min_arch: int = 75
+    persistent: bool = False  # a block of the attention kernels goes on with further queries: a grid of any size does all
 
     @property
     def head_dims(self) -> tuple[int, ...]:
@@ -370,7 +371,7 @@ def _core_matrix_bytes(value_bytes: int, tile: int, ones: bool) -> Callable[[int
 
 WGMMA_FP16 = Kernels(
     "wgmma_fp16", "kernel/attend_wgmma.cuh", "CoreMatrix<{d}, 2, 96, true>", _core_matrix_bytes(2, 96, True),
-    {"fp32": FP16_FP32_WGMMA}, WGMMA_TILES, _wgmma_entry, arch=90,
+    {"fp32": FP16_FP32_WGMMA}, WGMMA_TILES, _wgmma_entry, arch=90, persistent=True,
 )  # fmt: skip
 
 CUDA_FP16 = Variant(

@@ -6,9 +6,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import matrix  # noqa: E402
 from stub import CSRC, build, nvrtc  # noqa: E402
 
-from sageattention import inputs, variants  # noqa: E402
+from sageattention import KernelMissing, Unsupported, inputs, ops, variants  # noqa: E402
 from sageattention.reference import emulate, oracle  # noqa: E402
 
 IMAGES = {i.name: i for i in variants.IMAGES if "wgmma" in i.name and not i.name.endswith("d64")}
@@ -33,3 +34,22 @@ def test_scheme_keeps_the_bounds(kind):
     q, k, v = inputs.make(kind, shape)
     error = inputs.relative_l2(emulate(q, k, v, variants.FP16_FP32_WGMMA)[0], oracle(q, k, v)[0])
     assert error <= inputs.KINDS[kind].bounds["fp16"]
+
+
+PERSISTENT = [v.name for v in variants.VARIANTS.values() if any(k.persistent for k in v.kernels)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("variant", PERSISTENT)
+def test_blocks_go_on_with_further_queries(variant, head_dim):
+    case = matrix.Case(head_dim, heads_q=40, heads_kv=20, len_q=600)  # 400 blocks of queries, three a multiprocessor
+    given, _ = matrix.tensors(case, "cuda")
+    options = {"tensor_layout": "HND", "is_causal": False, "attn_mask": None, "sm_scale": None, "return_lse": False}
+    try:
+        call = ops.prepare(**given, **options, variant=variant)
+    except (KernelMissing, Unsupported) as error:
+        pytest.skip(str(error))
+    if not call.plan.kernels.persistent:
+        pytest.skip("this card runs other kernels of the variant")
+    matrix.check(case, variant, device="cuda")

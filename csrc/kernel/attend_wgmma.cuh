@@ -17,8 +17,8 @@ struct WgmmaWalk : ScoreWalk<C> {
   using typename Walk::Layout, typename Walk::Scores, typename Walk::Weights;
   using Walk::barrier, Walk::tile, Walk::elected, Walk::mask_scores, Walk::reference, Walk::ring, Walk::q_scale, Walk::p, Walk::shared;
   static constexpr int kHeadDim = C::kHeadDim, kColumns8 = Walk::kColumns8, kSteps = kHeadDim / 32;
-  // Q's A fragments of so many of the scores' steps are in registers: shared memory has less to feed.
-  static constexpr int kHeld = C::kMask == Mask::dense ? 0 : 2;
+  // Q's A fragments of so many of the scores' steps are in registers, where there are any left: shared memory has less to feed.
+  static constexpr int kHeld = kHeadDim == 64 || C::kMask == Mask::dense ? 0 : 2;
   static constexpr bool kAllMasked = C::kMask == Mask::dense;
   // Whether the exponentials are taken before P·V of the last tile is awaited, and how many of them are tied together: left alone,
   // the compiler gathers all of a tile in front of all conversions. Both by measurement.
