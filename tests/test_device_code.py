@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux")
 
-TARGETS = {75: "sm_75", 80: "sm_80", 90: "sm_90a"}
+TARGETS = {75: "sm_75", 80: "sm_80", 89: "sm_89", 90: "sm_90a"}
 SHARED = "extern __shared__ __align__(128) u8 stages[];"
 
 
@@ -65,7 +65,7 @@ class Lanes:
             getattr(self.library, symbol)(ctypes.create_string_buffer(params, len(params)), ctypes.c_uint(x))
 
 
-@pytest.fixture(scope="module", params=[(75, 128), (80, 256), (90, 64), (90, 128)], ids=lambda p: f"sm{p[0]}-d{p[1]}")
+@pytest.fixture(scope="module", params=[(75, 128), (80, 256), (89, 128), (90, 64), (90, 128)], ids=lambda p: f"sm{p[0]}-d{p[1]}")
 def lanes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lanes:
     return Lanes(*request.param, tmp_path_factory.mktemp("lanes"))
 
