@@ -1,10 +1,11 @@
-"""One line per kernel about its machine code: MMAs, main loop, conversions, local memory, registers, shared memory.
+"""One line per kernel about its machine code: registers, shared memory, resident warps, and its main loop per matrix instruction.
 
     python csrc/sass_report.py [--arch sm_80] [--only NAME] [--symbol PART]    the built images
     python csrc/sass_report.py --mix --symbol PART                             and the main loop's instruction mix
 
 Needs `nvdisasm`: on PATH, or as Triton or NVIDIA's PyPI packages bundle it. The main loop is the innermost backward branch
-with the most matrix instructions in its body. PTX images have no machine code and are left out.
+with the most matrix instructions in its body, what is seldom run inside it included. PTX images have no machine code and are left out.
+Exits with 1 where more than one instruction in a hundred of a main loop touches local memory.
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ BUNDLES = ("triton", "triton-windows", "nvidia-cuda-nvdisasm", "nvidia-cuda-nvcc
 MMA = {"HMMA", "IMMA", "QMMA", "OMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA"}
 CONVERSIONS = {"I2F", "I2FP", "F2I", "F2F", "F2FP", "I2I", "F2IP", "FRND", "I2IP"}
 LOCAL = {"LDL", "STL"}
+LOCAL_LIMIT = 0.01  # of a main loop's instructions
+
+REGISTERS = 65536  # of a multiprocessor, dealt out in units of 256 a warp
+# Shared memory of a multiprocessor in KiB (a block takes 1 KiB more than it asks for from 8.0 on), and resident warps (CUDA C++
+# Programming Guide, "Technical Specifications per Compute Capability").
+SHARED = {75: 64, 80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+WARPS = {75: 32, 80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_]*)([.A-Z0-9_a-z]*)\s*(.*)$")
 _LABEL = re.compile(r"^(\.L_[\w.]+):")
@@ -110,25 +118,37 @@ def parse(listing: str) -> Iterator[Code]:
 
 
 HEADER = (
-    f"{'kernel':56} {'arch':7} {'regs':>4} {'local':>5} {'smem KiB':>8} │ {'all':>6} {'MMA':>4} {'cvt':>4} {'L/STL':>5} │ "
-    f"{'loop':>5} {'MMA':>4} {'per MMA':>7} {'cvt':>4} {'MUFU':>4} {'L/STL':>5}"
+    f"{'kernel':38} {'arch':7} {'regs':>4} {'local':>5} {'smem KiB':>8} {'warps':>6} │ {'loop':>5} {'MMA':>4} {'per MMA: all':>12} "
+    f"{'LDS':>4} {'cvt':>4} {'MUFU':>4} │ {'L/STL':>5}"
 )
+
+
+def resident_warps(arch: int, known: dict) -> int:
+    """Warps of a kernel that a multiprocessor holds at once."""
+    warps = known["threads"] // 32
+    shared = (known["smem_static"] or 0) + known["smem_dynamic"] + (1024 if arch >= 80 else 0)
+    by_registers = REGISTERS // (warps * -(-known["registers"] // 8) * 256)
+    return warps * min(by_registers, WARPS[arch] // warps, SHARED[arch] * 1024 // max(shared, 1))
+
+
+def spills(code: Code) -> bool:
+    """Whether the main loop touches local memory more often than `LOCAL_LIMIT`."""
+    loop = code.main_loop()
+    return loop is not None and code.count(LOCAL, loop) > LOCAL_LIMIT * (loop[1] - loop[0] + 1)
 
 
 def line(code: Code, arch: str, known: dict) -> str:
     """The report of one kernel. `known` is its part of the manifest."""
     smem = ((known["smem_static"] or 0) + known["smem_dynamic"]) / 1024
-    text = (
-        f"{code.symbol:56} {arch:7} {known['registers']:4} {known['spills']:5} {smem:8.1f} │ {len(code.opcodes):6} "
-        f"{code.count(MMA):4} {code.count(CONVERSIONS):4} {code.count(LOCAL):5} │ "
-    )
+    number = int(re.sub(r"\D", "", arch))
+    warps = f"{resident_warps(number, known)}/{WARPS[number]}"
+    text = f"{code.symbol:38} {arch:7} {known['registers']:4} {known['spills']:5} {smem:8.1f} {warps:>6} │ "
     loop = code.main_loop()
     if loop is None:
         return text + f"{'–':>5}"
     size, mma = loop[1] - loop[0] + 1, code.count(MMA, loop)
-    return text + (
-        f"{size:5} {mma:4} {size / mma:7.2f} {code.count(CONVERSIONS, loop):4} {code.count({'MUFU'}, loop):4} {code.count(LOCAL, loop):5}"
-    )
+    lds, cvt, mufu = (code.count(opcodes, loop) / mma for opcodes in ({"LDS", "LDSM"}, CONVERSIONS, {"MUFU"}))
+    return text + f"{size:5} {mma:4} {size / mma:12.2f} {lds:4.2f} {cvt:4.2f} {mufu:4.2f} │ {code.count(LOCAL, loop):5}"
 
 
 def mix(code: Code) -> str:
@@ -162,13 +182,18 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     print(HEADER)
+    spilling = []
     for path, known in chosen:
         for code in parse(disassemble(nvdisasm, lzma.decompress((KERNELS / path).read_bytes()))):
             if args.symbol in code.symbol and code.symbol in known["kernels"]:
                 print(line(code, known["arch"], known["kernels"][code.symbol]))
+                if spills(code):
+                    spilling.append(f"{path}: {code.symbol}")
                 if args.mix:
                     print(mix(code))
-    return 0
+    if spilling:
+        print("local memory in the main loop of\n" + "\n".join(spilling), file=sys.stderr)
+    return int(bool(spilling))
 
 
 if __name__ == "__main__":

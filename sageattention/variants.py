@@ -289,6 +289,9 @@ MMA_BYTE_TILES: Tiles = {
     (80, 128): replace(_TWO, stages=4),
     (80, 128, "dense"): _EIGHT,
     (80, 256): _EIGHT,
+    (100, 64): Tile(128, 64, 8, 3, 2),
+    (100, 64, "none", "fp8"): _EIGHT,
+    (100, 64, "causal", "fp8"): _EIGHT,
     (100, 128): _TWELVE,
     (100, 128, "dense"): _EIGHT,
 }

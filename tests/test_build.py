@@ -236,5 +236,9 @@ extern "C" __global__ void looped(const int* a, int* o, int n) {
     loop = code.main_loop()
     assert code.symbol == "looped" and code.count(sass_report.MMA, loop) == 4
     assert code.count(sass_report.CONVERSIONS, loop) == 2 and code.count(sass_report.LOCAL) == 0
-    known = {"registers": usage["looped"].registers, "spills": 0, "smem_static": 0, "smem_dynamic": 0}
-    assert "  4    2     0 │" in sass_report.line(code, "sm_80", known)
+    known = {"registers": 168, "spills": 0, "smem_static": 0, "smem_dynamic": 48 * 1024, "threads": 384}
+    assert sass_report.resident_warps(80, known) == 12 and sass_report.resident_warps(80, known | {"threads": 96}) == 9
+    assert " 12/64 │" in sass_report.line(code, "sm_80", known) and sass_report.line(code, "sm_80", known).endswith(" 0.50 0.00 │     0")
+    assert not sass_report.spills(code)
+    code.opcodes[loop[0]] = "LDL"
+    assert sass_report.spills(code)
