@@ -51,6 +51,7 @@ class Workspace:
     k_scale_max: int  # int32
     v_amax: int  # [D] fp32
     v_mean: int  # [D] fp32
+    v_codes: int  # [D] int32
     anchor: int  # [D] fp32
     size: int
 
@@ -147,9 +148,9 @@ def _quantise_launches(r: Recipe, group: _Quantising, base: int, k: int, v: int)
     """The first two launches of a group whose workspace starts at `base`."""
     w, (k_strides, v_strides, keys_tail) = r.workspace, group.keys
     kv, k_scale_parts, v_parts = base + w.kv, base + w.k_scale_parts, base + w.v_parts
-    keys = _pack_keys(k, k_strides, v, v_strides, kv, base + w.anchor, k_scale_parts, v_parts, keys_tail)
+    keys = _pack_keys(k, k_strides, v, v_strides, kv, base + w.anchor, k_scale_parts, v_parts, base + w.v_codes, keys_tail)
     values = _pack_values(
-        v, v_strides, k_scale_parts, v_parts, kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, group.values
+        v, v_strides, k_scale_parts, v_parts, kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_codes, group.values
     )  # fmt: skip
     return (r.keys, group.key_blocks, 1, 1, keys, False), (r.values, group.value_blocks, 1, 1, values, True)
 
@@ -157,8 +158,8 @@ def _quantise_launches(r: Recipe, group: _Quantising, base: int, k: int, v: int)
 def _attend_launch(r: Recipe, group: _Attending, base: int, q: int, mask: int, out: int, lse: int) -> Launch:
     w, (q_strides, mask_strides, out_strides, tail) = r.workspace, group.constants
     params = _pack_attend(
-        q, q_strides, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.anchor, mask, mask_strides,
-        out, out_strides, lse, tail,
+        q, q_strides, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_codes, base + w.anchor,
+        mask, mask_strides, out, out_strides, lse, tail,
     )  # fmt: skip
     return r.attend, group.blocks, 1, 1, params, True
 
@@ -332,7 +333,7 @@ def _runs(pairs: int, units: int, slots: float) -> int:
 
 
 def _workspace(pairs: int, pair_bytes: int, splits: int, key_runs: int, d: int) -> Workspace:
-    sizes = pair_bytes, splits * 3 * d * 4, key_runs * 4, 4, d * 4, d * 4, d * 4
+    sizes = pair_bytes, splits * 3 * d * 4, key_runs * 4, 4, d * 4, d * 4, d * 4, d * 4
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + -(-pairs * size // ALIGN) * ALIGN)

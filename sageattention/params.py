@@ -26,7 +26,7 @@ class KeysParams(ctypes.Structure):
 
     _fields_ = [
         ("k", Tokens), ("v", Tokens),
-        ("kv", POINTER), ("anchor", POINTER), ("k_scale_parts", POINTER), ("v_parts", POINTER),
+        ("kv", POINTER), ("anchor", POINTER), ("k_scale_parts", POINTER), ("v_parts", POINTER), ("v_codes", POINTER),
         ("first", c_int32), ("pairs", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("vectors", c_int32),
         ("tiles", c_int32), ("tile_bytes", c_int32), ("runs", c_int32),
@@ -41,7 +41,7 @@ class ValuesParams(ctypes.Structure):
     _fields_ = [
         ("v", Tokens),
         ("k_scale_parts", POINTER), ("v_parts", POINTER), ("kv", POINTER),
-        ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER),
+        ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_codes", POINTER),
         ("first", c_int32), ("pairs", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("vectors", c_int32),
         ("k_runs", c_int32), ("splits", c_int32),
@@ -55,7 +55,7 @@ class AttendParams(ctypes.Structure):
 
     _fields_ = [
         ("q", Tokens),
-        ("kv", POINTER), ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("anchor", POINTER),
+        ("kv", POINTER), ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_codes", POINTER), ("anchor", POINTER),
         ("mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64), ("mask_stride_q", c_int64), ("mask_stride_k", c_int64),
         ("out", POINTER), ("out_stride_b", c_int64), ("out_stride_h", c_int64), ("out_stride_n", c_int64),
         ("lse", POINTER),

@@ -12,7 +12,7 @@ from stub import CSRC, build, nvrtc  # noqa: E402
 from sageattention import KernelMissing, Unsupported, inputs, ops, variants  # noqa: E402
 from sageattention.reference import emulate, oracle  # noqa: E402
 
-IMAGES = {i.name: i for i in variants.IMAGES if "wgmma" in i.name and not i.name.endswith("d64")}
+IMAGES = {i.name: i for i in variants.IMAGES if "wgmma" in i.name}
 
 
 @pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
@@ -28,12 +28,13 @@ def test_compiles_without_spills_or_serialised_wgmma(image):
     assert not any(u.stack or u.spills for u in usage.values())
 
 
+@pytest.mark.parametrize("scheme", [variants.FP16_FP32_WGMMA, variants.FP8_FP32_WGMMA], ids=["fp16", "fp8"])
 @pytest.mark.parametrize("kind", ["normal", "channel_bias", "heavy_tailed", "sink"])
-def test_scheme_keeps_the_bounds(kind):
-    shape = inputs.Shape("small", 1, 1, 256, 2001, 128)
+def test_scheme_keeps_the_bounds(kind, scheme):
+    shape = inputs.KINDS[kind].sized(inputs.Shape("small", 1, 1, 256, 2001, 128))
     q, k, v = inputs.make(kind, shape)
-    error = inputs.relative_l2(emulate(q, k, v, variants.FP16_FP32_WGMMA)[0], oracle(q, k, v)[0])
-    assert error <= inputs.KINDS[kind].bounds["fp16"]
+    error = inputs.relative_l2(emulate(q, k, v, scheme)[0], oracle(q, k, v)[0])
+    assert error <= inputs.KINDS[kind].bounds[scheme.pv]
 
 
 PERSISTENT = [v.name for v in variants.VARIANTS.values() if any(k.persistent for k in v.kernels)]

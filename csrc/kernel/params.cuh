@@ -18,6 +18,7 @@ struct KeysParams {
   float* anchor;         // [pairs, D]
   float* k_scale_parts;  // [pairs, runs]: the largest K scale of each run
   float* v_parts;        // [pairs, splits, 3, D]: of each channel of V the largest, the smallest, the sum of value / len
+  i32* v_codes;          // [pairs, D]: set to 0
   i32 first, pairs, heads, len, head_dim;
   i32 dtype;                      // Dtype
   i32 vectors;                    // 1: rows of k and v are 16-byte aligned, head_dim is a multiple of 8
@@ -34,6 +35,7 @@ struct ValuesParams {
   i32* k_scale_max;            // [pairs], the bits of a non-negative float
   float* v_amax;               // [pairs, D], of V without its mean
   float* v_mean;               // [pairs, D], 0 where the scheme leaves it in
+  i32* v_codes;                // [pairs, D]: 64 times the sum of what V was rounded to, for kernels that make up for it
   i32 first, pairs, heads, len, head_dim;
   i32 dtype, vectors;
   i32 k_runs, splits;
@@ -48,6 +50,7 @@ struct AttendParams {
   const i32* k_scale_max;
   const float* v_amax;  // [pairs, D]: what V's largest |value| stands for, of V without its mean
   const float* v_mean;  // [pairs, D]: to be added to O where any key counts
+  const i32* v_codes;   // [pairs, D], of 64ths
   const float* anchor;
   const void* mask;    // [B, H, Nq, Nk] by strides, 0 where it broadcasts
   i64 mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k;

@@ -6,7 +6,7 @@
 // Each block works out its head's anchor, the mean of a strided sample of K, for itself. The other blocks take V's statistics: they
 // wait for memory where the first compute.
 //
-// Blocks write partial results, which the next launch reduces. No atomics, so no zeroing beforehand, and the same bits on every run.
+// Blocks write partial results, which the next launch reduces: the same bits on every run.
 #pragma once
 #include "../block/core_matrix.cuh"
 #include "../block/fragment.cuh"
@@ -205,6 +205,7 @@ __device__ void quantise_keys(const KeysParams& p) {
       const int part = block - key_blocks, pair = part / p.splits, first = part % p.splits * p.split_tokens;
       const i64 row_bytes = p.v.stride_n * kElementBytes<kDtype>;
       float* to = p.v_parts + (i64)part * 3 * Layout::kHeadDim;
+      if (first == 0 && threadIdx.x < Layout::kHeadDim) p.v_codes[pair * Layout::kHeadDim + threadIdx.x] = 0;
       reduce_rows<Spread, kDtype, decltype(vectors)::value>(
           head_of(p.v, pair) + first * row_bytes, row_bytes, min(p.split_tokens, p.len - first), p.head_dim, 1.0f / p.len, shared,
           [&](int result, int c, float value) { to[result * Layout::kHeadDim + c] = value; });

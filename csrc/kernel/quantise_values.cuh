@@ -26,7 +26,16 @@ struct ValuesShared {
   };
   alignas(16) float mean[kHeadDim];
   alignas(16) float scale[kHeadDim];
+  i32 codes[kHeadDim];
+  bool centred[kHeadDim];
 };
+
+// Whether the attention kernel makes up for the rounding of V: it then needs the mean of what V was rounded to.
+template <class Layout, Values kValues>
+constexpr bool kCountsCodes = false;
+template <int kHeadDim, int kTile, bool kOnes>
+constexpr bool kCountsCodes<CoreMatrix<kHeadDim, 1, kTile, kOnes>, Values::fp8> = true;
+constexpr float kCodeUnits = 64.0f;  // of a code's value 1: a sum of 2 million keys, all rounded by half a step one way, fits 32 bits
 
 // Where V − mean could overflow, the mean stays in (reference.quantise_v).
 constexpr float kWidest = 1e38f;  // variants.FINITE_MAX
@@ -57,11 +66,13 @@ __device__ __forceinline__ void finish_statistics(const ValuesParams& p, int pai
     for (int r = 1; r < kRows; ++r)
       high = fmaxf(high, shared.parts[r][0][c]), low = fminf(low, shared.parts[r][1][c]), mean += shared.parts[r][2][c];
     mean = mean > high ? high : mean < low ? low : mean;  // however it was rounded; NaN stays
-    if (mean == mean && !(p.centred && 0.5f * high - 0.5f * low <= kWidest)) mean = 0.0f;
+    shared.centred[c] = p.centred && 0.5f * high - 0.5f * low <= kWidest;
+    if (mean == mean && !shared.centred[c]) mean = 0.0f;
     float amax = fmaxf(high - mean, mean - low);
     if (amax < kSmallest) amax = 0.0f;
     shared.mean[c] = mean;
     shared.scale[c] = amax == 0.0f ? 0.0f : p.v_max / amax;
+    shared.codes[c] = 0;
     if (keep) p.v_amax[pair * kHeadDim + c] = amax, p.v_mean[pair * kHeadDim + c] = mean;
   }
   if (keep && threadIdx.x < 32) {
@@ -88,6 +99,20 @@ __device__ __forceinline__ void stage8(u8* row, int chunk, const float (&y)[kChu
       const float* z = y + 4 * i;
       *reinterpret_cast<u32*>(to + 16 * i) =
           kValues == Values::fp8 ? pack_e4m3(z[0], z[2], z[1], z[3]) : int8_codes(z[0], z[2], z[1], z[3], 1.0f);
+    }
+  }
+}
+
+// What the eight values that stage8 wrote at `row` were rounded to, over 256, added to `sum`: e4m3's bits in the place of fp16's.
+__device__ __forceinline__ void add_rounded(const u8* row, int chunk, float (&sum)[kChunk]) {
+  const u8* from = row + chunk / 4 * 32 + chunk % 4 * 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const u32 word = *reinterpret_cast<const u32*>(from + 16 * i);
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {  // values 0, 2, 1, 3 of the four
+      const u32 code = word >> 8 * b;
+      sum[4 * i + b / 2 + b % 2 * 2] += f16_to_f32((code & 0x80) << 8 | (code & 0x7F) << 7);
     }
   }
 }
@@ -158,12 +183,27 @@ __device__ __forceinline__ void quantise_run(const ValuesParams& p, int pair, in
         stage8<kValues>(rows + ((pass + i) * kRows + row) * Shared::kPitch, chunk, x);
       }
     }
+    if constexpr (kCountsCodes<Layout, kValues>) {
+      float rounded[kChunk] = {};
+#pragma unroll 2
+      for (int pass = 0; pass < kPasses; ++pass) {
+        const int key = pass * kRows + row;
+        if (unit * Shared::kUnitKeys + key < p.len) add_rounded(rows + key * Shared::kPitch, chunk, rounded);
+      }
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) atomicAdd(shared.codes + chunk * kChunk + i, __float2int_rn(rounded[i] * (256.0f * kCodeUnits)));
+    }
     __syncwarp();  // the unit is staged
     u8* tile = p.kv + ((i64)pair * p.tiles + unit / kUnits) * Layout::kTileBytes;
 #pragma unroll
     for (int n = 0; n < kHeadDim / 16; ++n)
       store_values(Layout{}, tile, unit % kUnits, n, transpose<kValues>(rows, Shared::kPitch, n));
     __syncwarp();  // and has been read
+  }
+  if constexpr (kCountsCodes<Layout, kValues>) {  // integers: the same sum in whatever order
+    __syncthreads();  // every thread's part is there
+    for (int c = threadIdx.x; c < kHeadDim; c += kValuesThreads)
+      if (shared.centred[c]) atomicAdd(p.v_codes + pair * kHeadDim + c, shared.codes[c]);
   }
 }
 

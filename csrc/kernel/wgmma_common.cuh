@@ -29,10 +29,11 @@ struct WgmmaConfig {
   static constexpr int kStage0 = kConsumers * kQueryBytes;
   static constexpr int kBarriers = kStage0 + kStages * Layout::kTileBytes, kBarrierPitch = 32;
   static constexpr int kBias = kBarriers + kStages * kBarrierPitch;
-  static constexpr int kBiasTiles = (kTile + kKvTile - 1) / kKvTile, kBiasBytes = kBiasTiles * BiasTile::kBytes;  // a warp's
+  static constexpr int kBiasBytes = (kTile + kKvTile - 1) / kKvTile * BiasTile::kBytes;  // a warp's
   static constexpr int kSharedBytes = kBias + (kMask == Mask::dense ? kConsumerWarps * kBiasBytes : 0);
 
-  // Blocks of queries, over all heads. The grid is any number of them: a block goes on with the item gridDim.x further.
+  // Blocks of queries, over all heads. Persistent: the grid is any number of them, and a block goes on with the item gridDim.x further.
+  static constexpr bool kPersistent = true;
   static __device__ __forceinline__ int items(const AttendParams& p) { return p.blocks_q * p.pairs * p.ratio; }
 };
 
@@ -177,14 +178,27 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
                                              const float (&reference)[2], int item) {
   constexpr int kHeadDim = C::kHeadDim;
   const Rows<C> at(p, special_tid_x() - 128, item);
-  float channel_scale[kHeadDim / 4];  // loaded before anything is stored: they wait for memory once
+  // Loaded before anything is stored: they wait for memory once. Of wgmma's schemes, those with a byte for V take its mean out.
+  float channel_scale[kHeadDim / 4], mean[kHeadDim / 4] = {};
+  const auto load_channels = [&](const float* all, float (&x)[kHeadDim / 4]) {
 #pragma unroll
-  for (int c = 0; c < kHeadDim / 32; ++c) {
-    const float4* amax = reinterpret_cast<const float4*>(p.v_amax + at.pair * kHeadDim + 32 * c + kChunk * at.t);
-    const float4 a = amax[0], b = amax[1];
-    const float eight[kChunk] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    for (int c = 0; c < kHeadDim / 32; ++c) {
+      const float4* from = reinterpret_cast<const float4*>(all + at.pair * kHeadDim + 32 * c + kChunk * at.t);
+      const float4 a = from[0], b = from[1];
+      const float eight[kChunk] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
-    for (int e = 0; e < kChunk; ++e) channel_scale[kChunk * c + e] = eight[e];
+      for (int e = 0; e < kChunk; ++e) x[kChunk * c + e] = eight[e];
+    }
+  };
+  load_channels(p.v_amax, channel_scale);
+  if constexpr (C::Layout::kValueBytes == 1) {
+    // V as it was rounded has V's mean: that of the codes, which rounding moved off zero, is taken out.
+    float codes[kHeadDim / 4];
+    load_channels(p.v_mean, mean);
+    load_channels(reinterpret_cast<const float*>(p.v_codes), codes);
+    const float unit = p.inv_v_max / (64.0f * p.len_kv);
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 4; ++i) mean[i] = fmaf(-channel_scale[i] * unit, (float)__float_as_int(codes[i]), mean[i]);
   }
   float inverse[2];
 #pragma unroll
@@ -209,7 +223,10 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
       for (int c = 0; c < kHeadDim / 32; ++c) {
         float y[kChunk];
 #pragma unroll
-        for (int e = 0; e < kChunk; ++e) y[e] = o[16 * c + e / 2 * 4 + 2 * half + e % 2] * inverse[half] * channel_scale[kChunk * c + e];
+        for (int e = 0; e < kChunk; ++e) {
+          const float value = o[16 * c + e / 2 * 4 + 2 * half + e % 2] * inverse[half];
+          y[e] = fmaf(value, channel_scale[kChunk * c + e], inverse[half] > 0.0f ? mean[kChunk * c + e] : 0.0f);
+        }
         store8<kDtype, decltype(vectors)::value>(to, 32 * c + kChunk * at.t, p.head_dim, y);
       }
     }
@@ -220,7 +237,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
 template <class C>
 struct ScoreWalk {
   using Layout = typename C::Layout;
-  static constexpr int kHeadDim = C::kHeadDim, kColumns8 = C::kTile / 8;  // groups of eight keys
+  static constexpr int kHeadDim = C::kHeadDim, kColumns8 = C::kScoreRegisters / 4;  // groups of eight keys in one step of the softmax
   using Scores = i32[C::kScoreRegisters];
   using Weights = u32[C::kWeightRegisters];
 
@@ -236,17 +253,20 @@ struct ScoreWalk {
   __device__ __forceinline__ u32 barrier(u32 stage) const { return shared + C::kBarriers + stage * C::kBarrierPitch; }
   __device__ __forceinline__ u32 tile(u32 stage) const { return shared + C::kStage0 + stage * Layout::kTileBytes; }
 
-  // The scores themselves of a tile whose first key is key0, −inf where masked out, in place; top: the lane's largest of each half.
-  __device__ __forceinline__ void mask_scores(Scores& s, const float (&scale)[2][2], int key0, float (&top)[2]) const {
+  // The scores themselves of the keys from key0 on, −inf where masked out, in place; top: the lane's largest of each half. kScales:
+  // how many K scales follow one another along the keys.
+  template <int kScales>
+  __device__ __forceinline__ void mask_scores(Scores& s, const float (&scale)[kScales][2], int key0, float (&top)[2]) const {
     const Rows<C> at(p, special_tid_x() - 128, item);
+    constexpr int kBiasTiles = (kColumns8 + kColumns - 1) / kColumns;
     MaskView mask;
-    BiasTile bias[C::kBiasTiles];
+    BiasTile bias[kBiasTiles];
     if constexpr (C::kMask == Mask::dense) {
       const i64 offset = at.batch * p.mask_stride_b + at.head * p.mask_stride_h;
       mask = {static_cast<const u8*>(p.mask) + offset * (p.mask_kind == kMaskBool ? 1 : p.mask_kind == kMaskF32 ? 4 : 2),
               p.mask_stride_q, p.mask_stride_k, p.mask_kind, p.len_q, p.len_kv};
 #pragma unroll
-      for (int i = 0; i < C::kBiasTiles; ++i) {
+      for (int i = 0; i < kBiasTiles; ++i) {
         bias[i].shared = shared + C::kBias + at.warp * C::kBiasBytes + i * BiasTile::kBytes;
         bias[i].stage(mask, at.row0, key0 + i * kKvTile);
       }
@@ -262,7 +282,7 @@ struct ScoreWalk {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           i32& bits = s[4 * j + 2 * half + e];
-          float score = (float)bits * scale[j >= kColumns8 / 2][half];
+          float score = (float)bits * scale[j * kScales / kColumns8][half];
           if constexpr (C::kMask == Mask::dense) score += e ? add.y : add.x;
           score = 8 * j + e < limit ? score : -kInf;
           top[half] = fmaxf(top[half], score);
@@ -297,9 +317,10 @@ __device__ __forceinline__ void attend_block(const AttendParams& p) {
       wait_for_previous_launch();
       Ring<C::kStages> ring{0, 1};  // every stage is free at first: a wait for the phase before the first returns at once
       for (int item = blockIdx.x; item < C::items(p); item += gridDim.x) {
-        prefetch_queries<C>(p, item + gridDim.x);
+        if constexpr (C::kPersistent) prefetch_queries<C>(p, item + gridDim.x);
         const Rows<C> at(p, 0, item);
         fetch_tiles<C>(p, shared, at.pair, span_of<C>(p, at.block_row0).tiles, ring);
+        if constexpr (!C::kPersistent) break;
       }
     }
   } else {
@@ -312,6 +333,7 @@ __device__ __forceinline__ void attend_block(const AttendParams& p) {
       float sums[2];
       walk.all(span_of<C>(p, Rows<C>(p, 0, walk.item).block_row0), sums);
       store_output<C>(p, walk.o, sums, walk.reference, walk.item);
+      if constexpr (!C::kPersistent) break;
     }
   }
 }

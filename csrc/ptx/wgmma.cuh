@@ -112,8 +112,10 @@ __device__ __forceinline__ void named_barrier(int id) {
 template <int kRegisters>
 __device__ __forceinline__ void wgmma_s8(i32 (&d)[kRegisters], u64 a, u64 b, bool add) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
-  static_assert(kRegisters == 48 || kRegisters == 64, "no such shape is spelt out");
-  if constexpr (kRegisters == 48)
+  static_assert(kRegisters == 32 || kRegisters == 48 || kRegisters == 64, "no such shape is spelt out");
+  if constexpr (kRegisters == 32)
+    WGMMA_SHARED("m64n64k32", "s32.s8.s8", "+r", 32, 32, 33, 34);
+  else if constexpr (kRegisters == 48)
     WGMMA_SHARED("m64n96k32", "s32.s8.s8", "+r", 48, 48, 49, 50);
   else
     WGMMA_SHARED("m64n128k32", "s32.s8.s8", "+r", 64, 64, 65, 66);
@@ -124,8 +126,11 @@ __device__ __forceinline__ void wgmma_s8(i32 (&d)[kRegisters], u64 a, u64 b, boo
 template <int kRegisters>
 __device__ __forceinline__ void wgmma_s8(i32 (&d)[kRegisters], const u32* a, u64 b, bool add) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
-  static_assert(kRegisters == 48, "no such shape is spelt out");
-  WGMMA_REGISTERS("m64n96k32", "s32.s8.s8", "+r", 48, 48, 49, 50, 51, 52, 53, "");
+  static_assert(kRegisters == 32 || kRegisters == 48, "no such shape is spelt out");
+  if constexpr (kRegisters == 32)
+    WGMMA_REGISTERS("m64n64k32", "s32.s8.s8", "+r", 32, 32, 33, 34, 35, 36, 37, "");
+  else
+    WGMMA_REGISTERS("m64n96k32", "s32.s8.s8", "+r", 48, 48, 49, 50, 51, 52, 53, "");
 #endif
 }
 

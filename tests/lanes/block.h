@@ -111,6 +111,7 @@ static void run_grid(unsigned blocks, int threads, std::function<void()> body) {
 
 inline u32 __float_as_uint(float x) { u32 bits; memcpy(&bits, &x, 4); return bits; }
 inline float __uint_as_float(u32 bits) { float x; memcpy(&x, &bits, 4); return x; }
+inline int __float2int_rn(float x) { return (int)rintf(x); }
 inline int __float_as_int(float x) { return (int)__float_as_uint(x); }
 inline float __int_as_float(int bits) { return __uint_as_float((u32)bits); }
 
@@ -153,6 +154,7 @@ inline bool __any_sync(unsigned, bool x) {
   return e.out > 0;
 }
 
+inline int atomicAdd(int* p, int x) { return *p += x, *p - x; }
 inline void atomicMax(int* p, int x) { *p = x > *p ? x : *p; }
 template <class T> T min(T a, T b) { return a < b ? a : b; }
 template <class T> T max(T a, T b) { return a > b ? a : b; }

@@ -1,0 +1,268 @@
+// Third launch on Hopper: softmax(Q·Kᵀ)·V with wgmma – INT8 for the scores, e4m3 for P·V, sums in fp32.
+//
+// A block works as attend_wgmma.cuh says; what differs is what FP8 asks for. The tensor cores keep about 14 bits of an FP8
+// accumulator, so a coherent sum loses up to 1.1e-5 a key: O lives in fp32 registers of its own, and a fresh accumulator is added to
+// it after 256 keys. Two sets of sums fit the registers beside two of scores if a step takes 64 keys at 128 channels
+// (128 at 64). And the products are so fast that the exponentials bind: half of the weights do without one.
+#pragma once
+#include "wgmma_common.cuh"
+
+namespace sage {
+
+template <class Layout_, Mask kMask_, int kStages_>
+struct WgmmaFp8Config : WgmmaConfig<Layout_, kMask_, kStages_> {
+  using Layout = Layout_;
+  static constexpr int kStep = Layout::kHeadDim == 64 ? 128 : 64;  // keys of one step of the softmax
+  static constexpr int kParts = Layout::kTile / kStep, kScales = kStep / Layout::kScaleKeys;
+  static constexpr int kScoreRegisters = kStep / 2, kWeightRegisters = kStep / 8;
+  static constexpr int kOutRegisters = Layout::kHeadDim / 2, kSumRegisters = Layout::kColumns / 2;
+  static constexpr bool kPersistent = Layout::kHeadDim == 64;  // not used; at 64 the compiler finds registers for all only so
+  static_assert(Layout::kTile == 128 && Layout::kOnes && Layout::kValueBytes == 1, "steps and scales are worked out for this tile");
+};
+
+template <class C>
+struct WgmmaFp8Walk : ScoreWalk<C> {
+  using Walk = ScoreWalk<C>;
+  using typename Walk::Layout, typename Walk::Scores, typename Walk::Weights;
+  using Walk::barrier, Walk::tile, Walk::elected, Walk::mask_scores, Walk::reference, Walk::ring, Walk::q_scale, Walk::p, Walk::shared;
+  using Scales = float[C::kScales][2];  // [part of the step][row half]
+  static constexpr int kHeadDim = C::kHeadDim, kParts = C::kParts, kColumns8 = Walk::kColumns8;
+  static constexpr float kLog2Largest = 8.8073549220576f;  // log2(448) = log2_p_max + rescale_slack
+
+  float o[C::kOutRegisters], sum[2];
+  float acc[C::kSumRegisters];  // of the tensor cores: O and, in the columns of ones, the sums, since the last promotion
+
+  __device__ __forceinline__ u32 queries() const { return shared + (special_tid_x() / 128 - 1) * C::kQueryBytes; }
+
+  // S = Q·Kᵀ of one part of the tile that `at` stands on: issued, not awaited.
+  template <int kPart>
+  __device__ __forceinline__ void issue_scores(Scores& s, const Ring<C::kStages>& at) const {
+    const u64 rows = wgmma_descriptor<C::kQueryPitch>(queries());
+    const u64 keys = wgmma_descriptor<Layout::kKPitch>(tile(at.stage)) + (kPart * C::kStep * 16 >> 4);
+    if (kPart == 0) mbarrier_wait(barrier(at.stage) + kKeysFull, at.parity);
+    wgmma_hold(s);
+    wgmma_fence();
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 32; ++c)
+      wgmma_s8(s, rows + (2 * c * C::kQueryPitch >> 4), keys + (2 * c * Layout::kKPitch >> 4), c > 0);
+    wgmma_commit();
+  }
+
+  // acc = P·V (+ acc unless fresh) of one part of the current tile: issued, not awaited.
+  template <int kPart>
+  __device__ __forceinline__ void issue_values(const Weights& prob, bool fresh) {
+    const u64 v = wgmma_descriptor<Layout::kVPitch>(tile(ring.stage) + Layout::kV) + (kPart * C::kStep / 16 * Layout::kVPitch >> 4);
+    if (kPart == 0) mbarrier_wait(barrier(ring.stage) + kValuesFull, ring.parity);
+    wgmma_hold(acc);
+    wgmma_fence();
+#pragma unroll
+    for (int c = 0; c < C::kStep / 32; ++c) wgmma_e4m3(acc, prob + 4 * c, v + (2 * c * Layout::kVPitch >> 4), c > 0 || !fresh);
+    wgmma_commit();
+  }
+
+  // A stage's keys or values have been read. A branch, not a predicate: ptxas takes accumulators for complete from the end of the
+  // basic block that waits for them.
+  __device__ __forceinline__ void release(u32 which, u32 stage) const {
+    __syncwarp();
+    if (elected()) mbarrier_arrive(true, barrier(stage) + which);
+  }
+
+  // K scales of one part of the current tile, times the rows'; returns INT_MIN.
+  template <int kPart>
+  __device__ __forceinline__ i32 take_scales(Scales& scale) const {
+    const uint4 v = load_shared16(tile(ring.stage) + Layout::kScales + Layout::kScalesPitch * (special_tid_x() % 4));
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < C::kScales; ++i) scale[i][half] = q_scale[half] * __uint_as_float(kPart + i ? v.y : v.x);
+    return (i32)v.z;
+  }
+
+  // The largest of the lane's scores in one row half; `least` is INT_MIN.
+  static __device__ __forceinline__ float largest(const Scores& s, const Scales& scale, int half, i32 least) {
+    constexpr int kCount = kColumns8 / C::kScales;
+    float top = 0.0f;
+#pragma unroll
+    for (int part = 0; part < C::kScales; ++part) {
+      i32 a = least, b = least;
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        const int i = 4 * (part * kCount + j) + 2 * half;
+        if (j % 2)
+          b = __vimax3_s32(b, s[i], s[i + 1]);
+        else
+          a = __vimax3_s32(a, s[i], s[i + 1]);
+      }
+      const float x = (float)max(a, b) * scale[part][half];
+      top = part ? fmaxf(top, x) : x;
+    }
+    return top;
+  }
+
+  // Moves the references of rows with a weight beyond e4m3's range; factor: what O is worth then. Seldom: what a row has in common
+  // with its other three lanes is only asked here.
+  __device__ __forceinline__ void move_references(const float (&top)[2], float (&factor)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float most = row_max(top[half]), old = reference[half];
+      if (most > old + kLog2Largest) reference[half] = most - p.log2_p_max;
+      factor[half] = exp2_approx(old - (reference[half] == -kInf ? 0.0f : reference[half]));
+    }
+  }
+
+  __device__ __forceinline__ void rescale(const float (&factor)[2], bool fresh) {
+#pragma unroll
+    for (int i = 0; i < C::kOutRegisters; ++i) o[i] *= factor[i % 4 / 2];
+    sum[0] *= factor[0], sum[1] *= factor[1];
+    if (fresh) return;
+#pragma unroll
+    for (int i = 0; i < C::kSumRegisters; ++i) acc[i] *= factor[i % 4 / 2];
+  }
+
+  __device__ __forceinline__ void promote() {
+#pragma unroll
+    for (int i = 0; i < C::kOutRegisters; ++i) o[i] += acc[i];
+    sum[0] += acc[kHeadDim / 2], sum[1] += acc[kHeadDim / 2 + 2];
+  }
+
+  // Scores → P in e4m3, in the order of the products' A fragments: word w has of keys 16·(w/2) … + 15 the lane's four of row half w%2.
+  // Of every other key, the exponential is a straight line for each octave: added to 1.5·2^15, the exponent and eight bits of the
+  // mantissa come to lie where a shift puts them into place.
+  template <bool kMasked>
+  __device__ __forceinline__ void weigh(const Scores& s, const Scales& scale, Weights& prob) const {
+    constexpr float kMagic = 49152.0f, kExcess = 0.057f;  // the line is too high by this, in base 2, on average
+    float shift[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) shift[half] = kMasked && reference[half] == -kInf ? 0.0f : -reference[half];
+#pragma unroll
+    for (int w = 0; w < C::kWeightRegisters; ++w) {
+      const int half = w % 2;
+      const float unit = kMasked ? 1.0f : scale[w * C::kScales / C::kWeightRegisters][half];
+      float x[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const i32 score = s[w / 2 * 8 + 2 * half + e % 2 + e / 2 * 4];
+        x[e] = kMasked ? __int_as_float(score) : (float)score;
+        if (e % 2 == 0)
+          x[e] = __uint_as_float(__float_as_uint(fmaxf(fmaf(x[e], unit, shift[half] + (kMagic + 127.0f - kExcess)), kMagic)) << 15);
+        else
+          x[e] = exp2_approx(fmaf(x[e], unit, shift[half]));
+      }
+      prob[w] = pack_e4m3(x[0], x[1], x[2], x[3]);
+    }
+  }
+
+  // One step, whose scores are in `s`. Meanwhile the tensor cores have the scores of the next step (if kNext) and
+  // P·V of the one before (if kLast); P·V of this one is left to them at the end, unless it is the last. fresh: a group of steps
+  // begins. tile_key0: first key of a masked tile.
+  template <int kPart, bool kNext, bool kLast, bool kMasked>
+  __device__ __forceinline__ void step(Scores& s, Scores& next, Weights& prob, bool fresh, int tile_key0 = 0) {
+    constexpr bool kTileEnds = kPart == kParts - 1;
+    Scales scale;
+    float top[2], factor[2];
+    Ring<C::kStages> after = ring, before = ring;
+    if (kTileEnds) after.advance();
+    before.retreat();
+    if constexpr (kNext) issue_scores<kTileEnds ? 0 : kPart + 1>(next, after);
+    const i32 least = take_scales<kPart>(scale);
+    wgmma_hold(s);
+    if (kTileEnds) release(kKeysFree, ring.stage);
+    if constexpr (kMasked) {
+      mask_scores(s, scale, tile_key0 + kPart * C::kStep, top);
+    } else {
+      top[0] = largest(s, scale, 0, least), top[1] = largest(s, scale, 1, least);
+    }
+    const bool outgrown = __any_sync(kAllLanes, top[0] > reference[0] + kLog2Largest || top[1] > reference[1] + kLog2Largest);
+    if (outgrown) move_references(top, factor);
+    if constexpr (kLast) {
+      wgmma_wait<kNext>();
+      wgmma_hold(acc);
+      if (kPart == 0) release(kValuesFree, before.stage);
+      if (fresh) promote();
+    }
+    if (outgrown) rescale(factor, fresh);
+    weigh<kMasked>(s, scale, prob);
+    issue_values<kPart>(prob, fresh);
+    if constexpr (kNext) {
+      wgmma_wait<1>();
+      wgmma_hold(next);
+    } else {
+      wgmma_wait<0>();
+      wgmma_hold(acc);
+      if (kTileEnds) release(kValuesFree, ring.stage);
+      promote();
+    }
+    ring = after;
+  }
+
+  // Tile n on its own.
+  __device__ __forceinline__ void single(int n) {
+    Scores s;
+    Weights prob;
+    issue_scores<0>(s, ring);
+    wgmma_wait<0>();
+    step<0, false, false, true>(s, s, prob, true, n * C::kTile);
+    if constexpr (kParts == 2) {
+      issue_scores<1>(s, ring);
+      wgmma_wait<0>();
+      step<1, false, false, true>(s, s, prob, true, n * C::kTile);
+    }
+  }
+
+  // Tiles n … 0 without masked keys, n > 0. ptxas wants the loop followed by a choice of two ends (docs/kernels.md).
+  __device__ __forceinline__ void run(int n) {
+    Scores even, odd;
+    Weights prob;
+    issue_scores<0>(even, ring);
+    wgmma_wait<0>();
+    wgmma_hold(even);
+    step<0, true, false, false>(even, odd, prob, true);
+    if constexpr (kParts == 2) {
+      step<1, true, true, false>(odd, even, prob, false);
+      for (; n > 2; n -= 2) {
+        step<0, true, true, false>(even, odd, prob, true);
+        step<1, true, true, false>(odd, even, prob, false);
+        step<0, true, true, false>(even, odd, prob, false);
+        step<1, true, true, false>(odd, even, prob, false);
+      }
+      if (n == 2) {
+        step<0, true, true, false>(even, odd, prob, true);
+        step<1, true, true, false>(odd, even, prob, false);
+        step<0, true, true, false>(even, odd, prob, false);
+        step<1, false, true, false>(odd, even, prob, false);
+      } else {
+        step<0, true, true, false>(even, odd, prob, true);
+        step<1, false, true, false>(odd, even, prob, false);
+      }
+    } else {
+      for (; n > 2; n -= 2) {
+        step<0, true, true, false>(odd, even, prob, false);
+        step<0, true, true, false>(even, odd, prob, true);
+      }
+      if (n == 2) {
+        step<0, true, true, false>(odd, even, prob, false);
+        step<0, false, true, false>(even, odd, prob, true);
+      } else {
+        step<0, false, true, false>(odd, even, prob, false);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void all(Span span, float (&sums)[2]) {
+#pragma unroll
+    for (int i = 0; i < C::kOutRegisters; ++i) o[i] = 0.0f;
+    sum[0] = sum[1] = 0.0f;
+    int n = span.tiles - 1;
+    for (; n == 0 || n >= span.full; --n) single(n);
+    if constexpr (C::kMask != Mask::dense)
+      if (n > 0) run(n);
+    sums[0] = sum[0], sums[1] = sum[1];
+  }
+};
+
+template <class C, int kSharedBytes>
+__device__ __forceinline__ void attend_wgmma_fp8(const AttendParams& p) {
+  attend_block<C, WgmmaFp8Walk, kSharedBytes>(p);
+}
+
+}  // namespace sage
