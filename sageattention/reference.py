@@ -162,10 +162,28 @@ def _e4m3(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
 
 
-def _linear(p: torch.Tensor) -> torch.Tensor:
-    """P with its logarithm's fraction as mantissa, a straight line for each octave."""
-    whole = (torch.log2(p) - LINEAR_EXCESS).clamp_min(-120.0)
+def _linear(score: torch.Tensor, maximum: torch.Tensor, p_max: float) -> torch.Tensor:
+    """P with its logarithm's fraction as mantissa, a straight line for each octave, of eight bits as the kernel adds them up."""
+    offset = ((math.log2(p_max) - LINEAR_EXCESS - maximum) * 256).round() / 256
+    whole = ((score + offset).clamp(-120.0, 120.0) * 256).round() / 256
     return torch.exp2(whole.floor()) * (1 + whole - whole.floor())
+
+
+def _unmasked_tiles(rows: torch.Tensor, tokens: int, scheme: Scheme, masked: bool, is_causal: bool) -> torch.Tensor:
+    """How many tiles, from the first on, a row's block of 128 queries takes for free of masked keys: none or at least two."""
+    tiles = torch.full_like(rows, 0 if masked else tokens // scheme.kv_tile)
+    if is_causal:
+        tiles = torch.minimum(tiles, rows // 128 * 128 // scheme.kv_tile)
+    return torch.where(tiles < 2, 0, tiles)
+
+
+def _steps(tokens: int, head_dim: int, scheme: Scheme) -> list[tuple[int, int]]:
+    """The keys [start, stop) of each step of the softmax, in order."""
+    tiles = [(start, min(start + scheme.kv_tile, tokens)) for start in range(0, tokens, scheme.kv_tile)]
+    if not scheme.lazy:
+        return tiles
+    size = max(scheme.lazy // head_dim, 1)
+    return [(i, min(i + size, stop)) for start, stop in reversed(tiles) for i in range(start, stop, size)]
 
 
 def _mask_of(mask: torch.Tensor | None, b: int, h: int) -> torch.Tensor | None:
@@ -211,24 +229,27 @@ def _attend_head(
     out = torch.zeros(q.shape[0], head_dim, device=q.device)
     acc = torch.zeros_like(out)  # the MMA accumulator; `out` is what it is promoted to
     rows = torch.arange(q.shape[0], device=q.device)[:, None]
-    for start in range(0, tokens, scheme.kv_tile):
-        stop = min(start + scheme.kv_tile, tokens)
+    steps, held = _steps(tokens, head_dim, scheme), 0
+    unmasked = _unmasked_tiles(rows, tokens, scheme, mask is not None, is_causal)
+    for start, stop in steps:
         s = (q8 @ k8[start:stop].T) * k_scale[start:stop].T * q_scale
         s = _apply_mask(s, None if mask is None else mask[:, start:stop] if mask.shape[1] > 1 else mask, False, LOG2E, MASK_LIMIT)
         if is_causal:
             s = s.masked_fill(rows < torch.arange(start, stop, device=q.device), -math.inf)
         tile_max = s.amax(-1, keepdim=True)
-        new = torch.maximum(m, tile_max)
+        new = torch.where(tile_max > m + scheme.slack, tile_max, m) if scheme.lazy else torch.maximum(m, tile_max)
         alpha = torch.exp2(m - _finite(new))
         exact = torch.exp2(s - _finite(tile_max if scheme.p_tile_max else new)) * scheme.p_max
         if scheme.linear:
-            exact[:, ::2] = _linear(exact[:, ::2])
+            line = _linear(s[:, ::2], _finite(new), scheme.p_max)
+            exact[:, ::2] = torch.where(start // scheme.kv_tile < unmasked, line, exact[:, ::2])
         p = _round_p(exact, scheme)
         weight = torch.exp2(tile_max - _finite(new)) if scheme.p_tile_max else 1.0
         l = l * alpha + (exact if scheme.exact_sum else p).sum(-1, keepdim=True) * weight
         acc, out, m = _accumulate(acc, alpha, p, v[start:stop], scheme), out * alpha, new
-        if scheme.promote == 0 or stop % scheme.promote == 0 or stop == tokens:
-            out, acc = out + acc * weight, torch.zeros_like(acc)
+        held += stop - start
+        if held >= scheme.promote or (start, stop) == steps[-1]:
+            out, acc, held = out + acc * weight, torch.zeros_like(acc), 0
     out = torch.where(l == 0, 0.0, out / l.clamp_min(1e-30) * v_scale + v_mean)  # not l > 0: a NaN stays one, as in every attention
     shift = _anchor_score(rotated, unit, anchor, factor)
     lse = torch.where(l == 0, -math.inf, LN2 * (m + torch.log2(l.clamp_min(1e-30) / scheme.p_max)) + shift)

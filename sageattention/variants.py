@@ -68,6 +68,7 @@ class Scheme:
     kv_tile: int = 64  # keys per step of the online softmax
     fragment_keys: int = FRAGMENT_KEYS  # a "fragment" scale covers a quarter of so many consecutive keys
     linear: bool = False  # P of even keys is on a straight line for each octave
+    lazy: int = 0  # not 0: tiles from the last to the first, in steps of lazy / head_dim keys; a reference moves when it has to (`slack`)
     slack: float = 0.0  # a row's maximum may outgrow its reference by 2^slack before all is rescaled: P reaches p_max · 2^slack
 
     @property
@@ -96,7 +97,9 @@ FP8_FP32 = Scheme("fp8", True, "fragment", p_max=448.0, v_max=448.0, v_mean=True
 # Hopper's wgmma kernel has no time to promote every tile, so P is against the running maximum. What that costs is won back twice over
 # where the mean added back also makes up for the rounding of V: that error is the same for all keys, P's is not (.0395 → .0353).
 # Half of the weights do without an exponential (.0371); a promoted sum is of 256 keys.
-FP8_FP32_WGMMA = replace(FP8_FP32, p_tile_max=False, v_rounded=True, p_max=56.0, slack=3.0, promote=256, linear=True)
+FP8_FP32_WGMMA = replace(
+    FP8_FP32, p_tile_max=False, v_rounded=True, p_max=56.0, slack=3.0, promote=256, linear=True, kv_tile=128, lazy=64 * 128
+)
 FP8_FP32_MMA = replace(FP8_FP32, exact_sum=True, slack=TILE_MAX_SLACK)
 FP8_FP16 = replace(FP8_FP32_MMA, p_max=56.0, v_max=4.5, accumulate="fp16")
 # u8 P against the tile's own row maximum, or the flat tail beside a sink key is lost; s8 V; exact sums inside a tile, which is

@@ -127,7 +127,7 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
 
   // Scores → P in e4m3, in the order of the products' A fragments: word w has of keys 16·(w/2) … + 15 the lane's four of row half w%2.
   // Of every other key, the exponential is a straight line for each octave: added to 1.5·2^15, the exponent and eight bits of the
-  // mantissa come to lie where a shift puts them into place.
+  // mantissa come to lie where a shift puts them into place. Not where a mask may have taken scores and reference far from 0.
   template <bool kMasked>
   __device__ __forceinline__ void weigh(const Scores& s, const Scales& scale, Weights& prob) const {
     constexpr float kMagic = 49152.0f, kExcess = 0.057f;  // the line is too high by this, in base 2, on average
@@ -143,7 +143,7 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
       for (int e = 0; e < 4; ++e) {
         const i32 score = s[w / 2 * 8 + 2 * half + e % 2 + e / 2 * 4];
         x[e] = kMasked ? __int_as_float(score) : (float)score;
-        if (e % 2 == 0)
+        if (!kMasked && e % 2 == 0)
           x[e] = __uint_as_float(__float_as_uint(fmaxf(fmaf(x[e], unit, shift[half] + (kMagic + 127.0f - kExcess)), kMagic)) << 15);
         else
           x[e] = exp2_approx(fmaf(x[e], unit, shift[half]));
