@@ -300,7 +300,9 @@ def sample(table: tuple, number: int) -> list:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Build the kernel images of sageattention.")
-    parser.add_argument("--arch", action="append", help="only this architecture, e.g. sm_80 or compute_80; may be repeated")
+    parser.add_argument(
+        "--arch", action="append", help="only this architecture, e.g. sm_80 or compute_80; may be repeated (default: all of the package)"
+    )
     parser.add_argument("--only", action="append", help="only images of this name; may be repeated")
     parser.add_argument("-j", "--jobs", type=int, default=2, help="processes (2)")
     what = parser.add_mutually_exclusive_group()
@@ -311,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     try:
         table = load_table()
-        chosen = [i for i in table if (not args.arch or i.arch in args.arch) and (not args.only or i.name in args.only)]
+        chosen = [i for i in table if (i.arch in args.arch if args.arch else i.released) and (not args.only or i.name in args.only)]
         if args.sample is not None:
             chosen = sample(tuple(chosen), args.sample)
         if not chosen:

@@ -41,6 +41,7 @@ class Image:
     """One compiled file: kernels of one source for one architecture.
 
     `family` says whose tiles it carries where that differs from `arch`: the sm_80 kernels compiled for sm_90a have family 80.
+    `released` images are part of the package; the others serve tests.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Image:
     entries: tuple[Entry, ...]
     family: int = 0  # 0: that of `arch`
     options: tuple[str, ...] = ()  # for the compiler, beyond the ones common to all
+    released: bool = True
 
     @property
     def is_ptx(self) -> bool:

@@ -64,6 +64,8 @@ def missing(image: Image) -> str:
         listed = image.path in _manifest(KERNELS)
     except Unusable as error:
         return str(error)
+    if not listed and not image.released:
+        return f"{image.path} is for tests and no part of the package (from a checkout: python csrc/build.py --arch {image.arch})"
     return "" if listed else f"{KERNELS / MANIFEST} does not list {image.path}; {remedy()}"
 
 

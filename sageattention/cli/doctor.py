@@ -197,9 +197,9 @@ def _environment(problems: list[str]) -> dict[str, str]:
 
 
 def _images(problems: list[str]) -> dict[str, Any]:
-    """Which of the table's kernel images are in this installation, read and verified."""
+    """Which of the package's kernel images are in this installation, read and verified."""
     present, unusable = [], []
-    for image in IMAGES:
+    for image in (i for i in IMAGES if i.released):
         try:
             store.read(image)
             present.append(image.path)
