@@ -290,7 +290,12 @@ def verify(chosen: list, jobs: int, kernels: Path = KERNELS, csrc: Path = CSRC, 
     return differing
 
 
-def sample(table: tuple, number: int) -> list:
+def released(table: tuple) -> list:
+    """The images that the package holds."""
+    return [image for image in table if image.released]
+
+
+def sample(table: list, number: int) -> list:
     """One image of each architecture, another one for each `number`."""
     by_arch: dict[str, list] = {}
     for image in table:
@@ -313,9 +318,10 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     try:
         table = load_table()
-        chosen = [i for i in table if (i.arch in args.arch if args.arch else i.released) and (not args.only or i.name in args.only)]
+        chosen = [i for i in table if i.arch in args.arch] if args.arch else released(table)
+        chosen = [i for i in chosen if not args.only or i.name in args.only]
         if args.sample is not None:
-            chosen = sample(tuple(chosen), args.sample)
+            chosen = sample(chosen, args.sample)
         if not chosen:
             raise BuildError("no image of variants.IMAGES has that architecture and name")
         if args.check or args.verify or args.sample is not None:
