@@ -55,7 +55,7 @@ class Lanes:
             f'#include "block.h"\n#include "kernel/quantise.cuh"\n#include "kernel/attend_mma.cuh"\nnamespace sage {{\n{functions}}}\n'
         )
         library = folder / "lanes.so"
-        options = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off", f"-DARCH={arch}", f"-I{folder}")
+        options = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off", f"-DARCH={arch}", f"-I{folder}", f"-I{ROOT}")
         subprocess.run([COMPILER, *options, str(unit), "-o", str(library)], check=True)
         return library
 
