@@ -14,6 +14,7 @@ Source of the method: SageAttention (arXiv:2410.02367) and SageAttention2 (arXiv
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ from .errors import KernelMissing, Unsupported
 from .variants import CUDA_FP8, CUDA_FP8_SM90, CUDA_FP16, CUDA_INT8, TRITON_FP16, VARIANTS
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import torch
 
     from .triton_ops import QuantizedKV
@@ -177,13 +180,11 @@ def sageattn_varlen(
     Returns:
         [total_q, Hq, D]. A sequence without keys gives zeros.
     """
-    from . import ops
-
-    if ops.traced(q):
+    if _traced(q):
         from . import operators
 
         return operators.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, sm_scale)
-    return ops.run_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, sm_scale=sm_scale)
+    return _ops().run_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, sm_scale=sm_scale)
 
 
 def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", *, variant: str = "auto") -> QuantizedKV:
@@ -192,9 +193,7 @@ def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", *,
     Raises:
         Unsupported: also where the variant that runs keeps no quantised form ("sdpa", "reference").
     """
-    from . import ops
-
-    return ops.quantize_kv(k, v, tensor_layout, variant)
+    return _ops().quantize_kv(k, v, tensor_layout, variant)
 
 
 def attend(
@@ -207,9 +206,7 @@ def attend(
     attn_mask: torch.Tensor | None = None,
 ) -> Output:
     """Attention of q (in the layout, dtype and on the device of the k and v that were quantised) against a `QuantizedKV`."""
-    from . import ops
-
-    out, lse = ops.attend(q, kv, is_causal=is_causal, sm_scale=sm_scale, return_lse=return_lse, attn_mask=attn_mask)
+    out, lse = _ops().attend(q, kv, is_causal=is_causal, sm_scale=sm_scale, return_lse=return_lse, attn_mask=attn_mask)
     return (out, lse) if return_lse else out
 
 
@@ -281,14 +278,32 @@ def explain(
     variant: str = "auto",
 ) -> Explanation:
     """What `sageattn` would do with this call; nothing runs. Same arguments, same errors."""
-    from . import ops
-
-    call = ops.prepare(
+    call = _ops().prepare(
         q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse,
         variant=variant,
     )  # fmt: skip
     plan = call.plan
-    return Explanation(plan.variant.name, plan.reason, plan.rejected, ops.machine(call.problem).name, plan.basis, plan.accum)
+    return Explanation(plan.variant.name, plan.reason, plan.rejected, _ops().machine(call.problem).name, plan.basis, plan.accum)
+
+
+_loaded: ModuleType | None = None
+
+
+def _ops() -> ModuleType:
+    """`ops`, which imports torch, imported when it is first needed: the statement costs each call that comes past it a microsecond."""
+    global _loaded
+    if _loaded is None:
+        from . import ops as _loaded
+    return _loaded
+
+
+def _traced(q: torch.Tensor) -> bool:
+    """Whether the call is only looked at, and has to be one registered operator.
+
+    Under torch.compile nothing of this module's is read: the graph would be guarded by it, and compiled anew once it is set.
+    """
+    torch = sys.modules.get("torch")
+    return torch is not None and (torch.compiler.is_compiling() or _ops().traced(q))
 
 
 def _check_choice(name: str, given: str, accepted: tuple[str, ...]) -> None:
@@ -309,13 +324,12 @@ def _call(
     variant: str,
     accum: str = "",
 ) -> Output:
-    from . import ops
-
-    if ops.traced(q):
+    if _traced(q):
         from . import operators
 
         call_operator = operators.attention_lse if return_lse else operators.attention
         return call_operator(q, k, v, attn_mask, tensor_layout, is_causal, sm_scale, variant, accum)
+    ops = _ops()
     call = ops.prepare(
         q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse,
         variant=variant, accum=accum,

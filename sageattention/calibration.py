@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import libcuda
+from . import libcuda, settings
 from .capability import Capability
 from .errors import CudaError
 from .problem import Problem
@@ -168,10 +168,8 @@ def reset() -> list[Path]:
 
 def forget() -> None:
     """Let `auto` look again."""
-    from .plan import plan
-
     of_card.cache_clear()
-    plan.cache_clear()
+    settings.planned_anew()
 
 
 def load(card: Capability) -> Calibration | None:

@@ -31,7 +31,7 @@ from .variants import (
 KEYS_SHARE = 2 / 3  # of the multiprocessors' room for blocks: the quantiser of K leaves the rest to the statistics of V,
 SPLIT_TOKENS, MAX_SPLITS = (128, 1024), 64  # whose blocks have so many tokens each; every block of `values` reads all their results
 ALIGN = 256
-MAX_KEPT = 4096  # recipes, and forms
+MAX_RECIPES = 4096
 MAX_GRID = 2**31 - 1
 
 _DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
@@ -93,20 +93,18 @@ class QuantizedKV:
 
 def run(call) -> Result:
     """Quantise and attend."""
-    q, k, v, mask, p, plan = call
+    q, k, v, mask, p, plan, forms = call
     out, lse = result_like(q, p)
     q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
     mask_at = 0 if mask is None else mask.data_ptr()
     unaligned = (q_at | out_at) % 16, (k_at | v_at) % 16
-    key = p, id(plan), unaligned, q.stride(), k.stride(), v.stride(), _mask_form(mask)
-    form = _forms.get(key)
+    form = forms.get(unaligned)
     if form is None:
         recipe = _recipe(p, plan)
-        form = _Form(
+        form = forms[unaligned] = _Form(
             recipe, _quantising(recipe, k, v, unaligned[1]), _attending(recipe, q, out, mask, unaligned[0]),
             recipe.workspace.size * min(2, len(recipe.groups)),
         )  # fmt: skip
-        _keep(_forms, key, form)
     ring = torch.empty(form.size, dtype=torch.uint8, device=q.device)
     base, lse_at = ring.data_ptr(), 0 if lse is None else lse.data_ptr()
     recipe, size = form.recipe, form.recipe.workspace.size
@@ -218,9 +216,6 @@ class _Form(NamedTuple):
     size: int  # bytes of workspace
 
 
-_forms: dict[tuple, _Form] = {}
-
-
 def _quantising(r: Recipe, k: torch.Tensor, v: torch.Tensor, unaligned: int) -> tuple[_Quantising, ...]:
     p, strides = r.problem, (_strides(k, r.problem), _strides(v, r.problem))
     vectors = _vectors(p, unaligned, *strides)
@@ -265,16 +260,6 @@ def _vectors(p: Problem, unaligned: int, *strides: tuple[int, int, int]) -> int:
     return int(not unaligned and p.head_dim % 8 == 0 and not any(s % per_piece for three in strides for s in three))
 
 
-def _mask_form(mask: torch.Tensor | None) -> tuple | None:
-    return None if mask is None else (mask.shape, mask.stride(), mask.dtype)
-
-
-def _keep(cache: dict, key: tuple, value: object) -> None:
-    if len(cache) >= MAX_KEPT:
-        cache.clear()
-    cache[key] = value
-
-
 # --- what the problem decides -----------------------------------------------------------------------------------------------------
 
 
@@ -285,8 +270,9 @@ def _recipe(p: Problem, plan: Plan, one_group: bool = False) -> Recipe:
     key = p, id(plan), one_group
     known = _recipes.get(key)
     if known is None:
-        known = _new_recipe(p, plan, one_group)
-        _keep(_recipes, key, known)
+        if len(_recipes) >= MAX_RECIPES:
+            _recipes.clear()
+        known = _recipes[key] = _new_recipe(p, plan, one_group)
     return known
 
 

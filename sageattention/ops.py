@@ -14,7 +14,7 @@ from . import calibration, capability, images, packed, reference, settings
 from .capability import Capability
 from .errors import KernelMissing, Unsupported
 from .plan import GROUPS_ALIVE, Plan, plan
-from .problem import Problem
+from .problem import Problem, facts
 from .result import Result, result_like
 from .variants import MASK_LIMIT, TRITON_FP16, VARIANTS
 
@@ -37,6 +37,13 @@ class Call(NamedTuple):
     mask: torch.Tensor | None  # broadcastable to [B, H, Nq, Nk], always 4-D
     problem: Problem
     plan: Plan
+    forms: dict  # what a backend has worked out for calls that differ from this one in nothing but addresses
+
+
+# (problem, plan, forms) of the calls that were prepared before, by all that they depend on: a model repeats a handful of calls
+# thousands of times, and checking and planning one anew costs 15 µs.
+_prepared: dict[tuple, tuple[Problem, Plan, dict]] = {}
+MAX_PREPARED = 4096
 
 
 def prepare(
@@ -57,10 +64,22 @@ def prepare(
     Raises:
         Unsupported, KernelMissing: as `Problem.from_tensors` and `plan`.
     """
-    problem = Problem.from_tensors(
-        q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse
-    )
-    return Call(q, k, v, _four_dims(attn_mask), problem, plan_for(problem, variant, accum))
+    given = facts(q, k, v, attn_mask, tensor_layout, is_causal, sm_scale, return_lse)
+    key = given, variant, accum, settings.state
+    try:
+        known = _prepared.get(key)
+    except TypeError:  # symbolic sizes have no hash
+        known = given = None
+    if known is None:
+        problem = Problem.from_tensors(
+            q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse
+        )
+        known = problem, plan_for(problem, variant, accum), {}
+        if given is not None:
+            if len(_prepared) >= MAX_PREPARED:
+                _prepared.clear()
+            _prepared[key] = known
+    return Call(q, k, v, _four_dims(attn_mask), *known)
 
 
 def _four_dims(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -70,9 +89,9 @@ def _four_dims(mask: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def traced(q: torch.Tensor) -> bool:
-    """Whether the call is only looked at – by torch.compile, under a dispatch mode such as FakeTensorMode or make_fx's, or with a fake
-    tensor: then it has to be one registered operator."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    """Whether a call outside of torch.compile is only looked at – under a dispatch mode such as FakeTensorMode or make_fx's, or with a
+    fake tensor: then it has to be one registered operator."""
+    if torch._C._len_torch_dispatch_stack():
         return True
     return type(q) is not torch.Tensor and isinstance(q, FakeTensor)
 
@@ -109,8 +128,9 @@ def without(call: Call, error: KernelMissing) -> Call:
         _absent.clear()
     candidate = f"{call.plan.variant.name}:{call.plan.accum}".rstrip(":")
     _absent[call.problem] = (*_absent.get(call.problem, ()), (candidate, error.reason))
+    settings.planned_anew()
     _say_once(candidate, error.reason)
-    return call._replace(plan=plan_for(call.problem, "auto"))
+    return call._replace(plan=plan_for(call.problem, "auto"), forms={})
 
 
 @functools.cache
@@ -157,13 +177,13 @@ def _empty(q: torch.Tensor, problem: Problem) -> Result:
 
 def _run_sdpa(call: Call) -> Result:
     q, k, v = _to_hnd(call)
-    p = call.problem
-    mask = call.mask
-    if mask is not None and p.mask == "additive":
-        mask = _narrow_mask(mask, q.dtype)
+    p, mask = call.problem, call.mask
     causal = p.causal
-    if causal and mask is not None:
-        mask, causal = _with_causal(mask, p), False
+    if mask is not None:
+        if p.mask == "additive":
+            mask = _narrow_mask(mask, q.dtype)
+        if causal:
+            mask, causal = _with_causal(mask, p), False
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, mask, is_causal=causal, scale=p.sm_scale, enable_gqa=p.heads_q != p.heads_kv
     )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 MAX_HEAD_DIM = 256
 LAYOUTS = ("HND", "NHD")
 DTYPES = ("float16", "bfloat16", "float32")
+_NUMBERS = (float, int, type(None))  # of which a scale usually is
 
 
 class Problem(NamedTuple):
@@ -67,35 +68,10 @@ class Problem(NamedTuple):
         Raises:
             Unsupported: an argument that no variant accepts; it names the argument, what was given, what is accepted.
         """
-        key = _facts(q, k, v, attn_mask, tensor_layout, is_causal, sm_scale, return_lse)
-        try:
-            known = _checked.get(key)
-        except TypeError:  # symbolic sizes have no hash
-            known = key = None
-        if known is None:
-            known = cls._from_tensors(q, k, v, tensor_layout, is_causal, attn_mask, sm_scale, return_lse)
-            if key is not None:
-                if len(_checked) >= 4096:
-                    _checked.clear()
-                _checked[key] = known
-        return known
-
-    @classmethod
-    def _from_tensors(
-        cls,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        tensor_layout: str,
-        is_causal: bool,
-        attn_mask: torch.Tensor | None,
-        sm_scale: float | None,
-        return_lse: bool,
-    ) -> Problem:
         _check_layout(tensor_layout)
         _check_rank(4, tensor_layout, (("q", q), ("k", k), ("v", v)))
         _check_alike(("q", q), ("k", k), ("v", v))
-        heads, tokens = (1, 2) if tensor_layout == "HND" else (2, 1)
+        heads, tokens = _axes(tensor_layout)
         (batch, head_dim), heads_q, heads_kv = (q.shape[0], q.shape[3]), q.shape[heads], k.shape[heads]
         len_q, len_kv = q.shape[tokens], k.shape[tokens]
         if k.shape[0] != batch:
@@ -106,10 +82,8 @@ class Problem(NamedTuple):
         mask = "none"
         if attn_mask is not None:
             mask = _check_mask(attn_mask, (batch, heads_q, len_q, len_kv), q)
-        device = q.device
         return cls(
-            batch, heads_q, heads_kv, len_q, len_kv, head_dim, _dtype_name(q), device.type,
-            -1 if device.index is None else device.index, tensor_layout, bool(is_causal), mask,
+            batch, heads_q, heads_kv, len_q, len_kv, head_dim, _dtype_name(q), *_device(q), tensor_layout, bool(is_causal), mask,
             _scale(sm_scale, head_dim), bool(return_lse), needs_grad=_needs_grad(q, k, v, attn_mask),
         )  # fmt: skip
 
@@ -125,7 +99,12 @@ class Problem(NamedTuple):
         _check_alike(("k", k), ("v", v))
         _check_kv(k, v)
         _check_head_dim(("k", k))
-        return cls.from_tensors(k, k, v, tensor_layout=tensor_layout)
+        heads, tokens = _axes(tensor_layout)
+        batch, heads_kv, len_kv, head_dim = k.shape[0], k.shape[heads], k.shape[tokens], k.shape[3]
+        return cls(
+            batch, heads_kv, heads_kv, len_kv, len_kv, head_dim, _dtype_name(k), *_device(k), tensor_layout,
+            sm_scale=_scale(None, head_dim), needs_grad=_needs_grad(k, v),
+        )  # fmt: skip
 
     def with_query(
         self,
@@ -142,8 +121,8 @@ class Problem(NamedTuple):
             Unsupported: as `from_tensors`.
         """
         _check_rank(4, self.layout, (("q", q),))
-        heads, tokens = (1, 2) if self.layout == "HND" else (2, 1)
-        given = (q.shape[0], q.shape[3], _dtype_name(q), q.device.type, -1 if q.device.index is None else q.device.index)
+        heads, tokens = _axes(self.layout)
+        given = (q.shape[0], q.shape[3], _dtype_name(q), *_device(q))
         quantised = (self.batch, self.head_dim, self.dtype, self.device, self.device_index)
         if given != quantised:
             raise Unsupported("q", f"its (batch, head_dim, dtype, device, index) is {given}, the quantised k and v's is {quantised}")
@@ -199,20 +178,14 @@ class Problem(NamedTuple):
         for name, given in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
             if given is None or given < 0:
                 raise Unsupported(name, f"got {given}, accepted are lengths ≥ 0")
-        device = q.device
         return cls(
             cu_seqlens_q.numel() - 1, q.shape[1], k.shape[1], int(max_seqlen_q), int(max_seqlen_k), q.shape[2], _dtype_name(q),
-            device.type, -1 if device.index is None else device.index, "NHD", bool(is_causal), "none",
+            *_device(q), "NHD", bool(is_causal), "none",
             _scale(sm_scale, q.shape[2]), False, True, _needs_grad(q, k, v),
         )  # fmt: skip
 
 
-# Calls that were found valid, by everything that the checks look at: a model repeats a handful of them thousands of times, and
-# checking one anew costs 12 µs.
-_checked: dict[tuple | None, Problem] = {}
-
-
-def _facts(
+def facts(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -222,15 +195,16 @@ def _facts(
     sm_scale: float | None,
     return_lse: bool,
 ) -> tuple | None:
-    """What the checks of `from_tensors` depend on, or None for arguments of unusual types, which have to be looked at."""
-    if not (type(sm_scale) in (float, int, type(None)) and type(causal) is type(return_lse) is bool and type(layout) is str):
+    """All that the checks of `from_tensors` and a call's launches depend on, addresses aside; None for arguments of unusual types, which
+    have to be looked at. Equal facts, equal calls."""
+    if not (type(sm_scale) in _NUMBERS and type(causal) is type(return_lse) is bool and type(layout) is str):
         return None
     try:
         return (
-            type(q), q.shape, q.dtype, q.device, q.stride(-1), type(k), k.shape, k.dtype, k.device, k.stride(-1),
-            type(v), v.shape, v.dtype, v.device, v.stride(-1),
-            None if mask is None else (type(mask), mask.shape, mask.dtype, mask.device, mask.layout), layout, causal, sm_scale, return_lse,
-            _needs_grad(q, k, v, mask),
+            type(q), q.shape, q.dtype, q.device, q.stride(), type(k), k.shape, k.dtype, k.device, k.stride(),
+            type(v), v.shape, v.dtype, v.device, v.stride(),
+            mask if mask is None else (type(mask), mask.shape, mask.dtype, mask.device, mask.layout, mask.stride()),
+            layout, causal, sm_scale, return_lse, _needs_grad(q, k, v, mask),
         )  # fmt: skip
     except (AttributeError, IndexError, TypeError, RuntimeError):  # not tensors, without dimensions or strides: the checks say so
         return None
@@ -240,12 +214,22 @@ def _dtype_name(t: torch.Tensor) -> str:
     return str(t.dtype)[6:]  # "torch.float16" → "float16"
 
 
-def _needs_grad(*tensors: torch.Tensor | None) -> bool:
-    if not any(t is not None and t.requires_grad for t in tensors):
-        return False
-    import torch
+def _axes(layout: str) -> tuple[int, int]:
+    """Where heads and tokens are."""
+    return (1, 2) if layout == "HND" else (2, 1)
 
-    return torch.is_grad_enabled()
+
+def _device(t: torch.Tensor) -> tuple[str, int]:
+    return t.device.type, -1 if t.device.index is None else t.device.index
+
+
+def _needs_grad(*tensors: torch.Tensor | None) -> bool:
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            import torch
+
+            return torch.is_grad_enabled()
+    return False
 
 
 def _check_rank(rank: int, layout: str, tensors: tuple[tuple[str, torch.Tensor], ...]) -> None:

@@ -33,9 +33,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def environment_is_read_anew():
     from sageattention import settings
 
-    settings.read.cache_clear()
+    settings.forget()
     yield
-    settings.read.cache_clear()
+    settings.forget()
 
 
 def _has_gpu() -> bool:

@@ -236,6 +236,7 @@ def test_auto_tries_its_next_candidate_where_a_kernel_is_missing(core, monkeypat
     monkeypatch.setattr(adapter.ops.capability, "of_device", lambda device, index: card)
     monkeypatch.setattr(auto, "RULES", (auto.Rule((89,), (triton,), "static", "a test", min_q=1, min_kv=1, waves=0),))
     monkeypatch.setattr(adapter.ops, "_absent", {})
+    adapter.ops.settings.forget()
     adapter.ops.plan.cache_clear()
 
     def missing(call):
@@ -250,6 +251,7 @@ def test_auto_tries_its_next_candidate_where_a_kernel_is_missing(core, monkeypat
         assert torch.equal(call(override, core, q, k, v, HEADS), sdpa(q, k, v, HEADS))
     assert len(calls) == 1 and caplog.text.count(f"auto passes by {triton}: no C compiler") == 1
     assert override.record.as_dict() == {"ran": {}, "kept": {f"{triton}: no C compiler": 3}, "fallbacks": {}}
+    adapter.ops.settings.forget()
     adapter.ops.plan.cache_clear()
 
 

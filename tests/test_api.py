@@ -446,10 +446,10 @@ def test_variant_from_the_environment(monkeypatch):
     assert torch.equal(sageattn(q, k, v), sageattn(q, k, v, variant=QUANTISED))
     assert sageattention.explain(q, k, v, variant="sdpa").variant == "sdpa"  # a name in the call wins
     monkeypatch.setenv("SAGEATTENTION_VARIANT", "")
-    settings.read.cache_clear()
+    settings.forget()
     assert sageattention.explain(q, k, v).variant == "sdpa"
     monkeypatch.setenv("SAGEATTENTION_VARIANT", "fastest")
-    settings.read.cache_clear()
+    settings.forget()
     with pytest.raises(Unsupported, match=r"SAGEATTENTION_VARIANT: .*'fastest'"):
         sageattn(q, k, v)
 

@@ -75,7 +75,6 @@ def card(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> Lanes:
     monkeypatch.delenv(images.FORCE, raising=False)
     monkeypatch.setattr(store, "missing", lambda image: "")
     monkeypatch.setattr(cuda_ops, "_recipes", {})
-    monkeypatch.setattr(cuda_ops, "_forms", {})
     monkeypatch.setattr(cuda_ops.capability, "of_device", lambda *_: lanes.capability)
     monkeypatch.setattr(driver, "kernel", lambda index, image, symbol, variant: symbol)
     monkeypatch.setattr(driver, "launch", lanes.launch)
@@ -95,7 +94,7 @@ def run(card: Lanes, tensors: dict[str, torch.Tensor], mask: torch.Tensor | None
     if card.capability.arch < VARIANTS[variant].min_arch:
         pytest.skip(f"{variant} is not for sm_{card.capability.arch}")
     chosen = plan(problem, card.capability, variant, accum, arch=card.capability.arch)
-    out, lse = cuda_ops.run(ops.Call(*tensors.values(), ops._four_dims(mask), problem, chosen))
+    out, lse = cuda_ops.run(ops.Call(*tensors.values(), ops._four_dims(mask), problem, chosen, {}))
     return out, lse, chosen.scheme
 
 
@@ -151,8 +150,7 @@ def test_groups_of_heads_and_halves_give_the_same_bits(card: Lanes, monkeypatch:
     t, _ = matrix.tensors(matrix.Case(card.head_dim, heads_q=4, heads_kv=2, len_q=20, len_kv=100))
     whole = run(card, t, None, CUDA_FP16.name, "fp32")
     monkeypatch.setitem(WORKSPACE_LIMIT, "cuda", 2 * 2 * MMA_FP16.tile_bytes(card.head_dim))  # of the four pairs, one a group
-    for cached in (cuda_ops._recipes, cuda_ops._forms):
-        cached.clear()
+    cuda_ops._recipes.clear()
     plan.cache_clear()
     parts = run(card, t, None, CUDA_FP16.name, "fp32")
     (recipe,) = cuda_ops._recipes.values()

@@ -40,6 +40,7 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """One (batch, kv head) pair a group, two groups alive."""
     monkeypatch.setitem(plan_module.WORKSPACE_LIMIT, "cuda", 1)
     plan.cache_clear()
+    settings.planned_anew()
     yield
     plan.cache_clear()
 
@@ -120,12 +121,14 @@ def test_groups_of_heads_in_a_graph(variant: str, request: pytest.FixtureRequest
 
 
 @each_variant
-def test_the_two_halves_are_the_call(variant: str) -> None:
+@pytest.mark.parametrize("mask", ["none", "causal", "additive", "causal+bool"])
+def test_the_two_halves_are_the_call(mask: str, variant: str) -> None:
     planned(variant)
-    t, mask = matrix.tensors(matrix.Case(80, mask="additive", heads_q=4), "cuda")
-    whole = sageattn(**t, attn_mask=mask, return_lse=True, variant=variant)
+    t, given = matrix.tensors(matrix.Case(80, mask=mask, heads_q=4), "cuda")
+    options = {"is_causal": "causal" in mask, "attn_mask": given, "return_lse": True}
+    whole = sageattn(**t, **options, variant=variant)
     kv = quantize_kv(t["k"], t["v"], variant=variant)
-    halves = attend(t["q"], kv, attn_mask=mask, return_lse=True)
+    halves = attend(t["q"], kv, **options)
     assert torch.equal(whole[0], halves[0]) and torch.equal(whole[1], halves[1])
 
 

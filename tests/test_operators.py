@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import sageattention  # noqa: E402
-from sageattention import Unsupported, operators, ops  # noqa: E402
+from sageattention import Unsupported, api, operators, ops  # noqa: E402
 
 PACKAGE = Path(sageattention.__file__).parent
 
@@ -65,6 +65,20 @@ def test_a_compiled_call_is_one_operator_with_the_eager_bits(name):
     assert [t for t in graphs[0] if "getitem" not in t] == [f"{operators.NAMESPACE}.{operator}.default"]
     for got, want in zip(*((r if isinstance(r, tuple) else (r,)) for r in (compiled, expected))):
         assert torch.equal(got, want) and got.stride() == want.stride() and got.dtype == want.dtype
+
+
+def test_an_eager_call_after_a_compiled_one_compiles_nothing_anew(monkeypatch):
+    monkeypatch.setattr(api, "_loaded", None)  # as in a process whose first call is compiled
+    graphs, (q, k, v) = [], tensors()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda *args: sageattention.sageattn(*args), fullgraph=True, backend=backend)
+    for call in (compiled, sageattention.sageattn, compiled):
+        call(q, k, v)
+    assert len(graphs) == 1 and api._loaded is ops
 
 
 def test_the_legacy_names_compile_to_the_same_operator():

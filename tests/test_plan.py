@@ -350,5 +350,5 @@ def test_halves_are_taken_where_they_save_memory(variant, changes, saves, monkey
     plan.cache_clear()
     p = problem(**changes)
     q = torch.empty(p.batch, p.heads_q, p.len_q, p.head_dim, dtype=torch.bfloat16, device="meta")
-    assert ops.halves_save_memory(ops.Call(q, q, q, None, p, plan(p, gpu(89), variant))) == saves
+    assert ops.halves_save_memory(ops.Call(q, q, q, None, p, plan(p, gpu(89), variant), {})) == saves
     plan.cache_clear()

@@ -35,7 +35,7 @@ def failing_call(monkeypatch: pytest.MonkeyPatch, error: Exception) -> tuple[ops
     t, _ = matrix.tensors(matrix.Case(64))
     problem = Problem.from_tensors(**t)
     chosen = plan(problem, Capability("cuda", 90, triton="native"), TRITON_FP16.name)
-    return ops.Call(t["q"], t["k"], t["v"], None, problem, chosen), launches
+    return ops.Call(t["q"], t["k"], t["v"], None, problem, chosen, {}), launches
 
 
 @pytest.mark.parametrize(
