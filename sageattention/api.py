@@ -224,19 +224,19 @@ def available_variants(device: torch.device | str | None = None) -> list[Availab
     """Every variant, and whether it can run on `device` (default: the current CUDA device, else the CPU) – or why not."""
     import torch
 
-    from . import capability
+    from . import capability, images
     from .plan import refusal
 
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     index = device.index if device.index is not None else torch.cuda.current_device() if device.type == "cuda" else -1
     machine = capability.of_device(device.type, index)
     try:
-        arch, forced = capability.forced_arch() or 0, None
+        forced, malformed = images.forced(), None
     except Unsupported as error:  # a malformed SAGEATTENTION_ARCH: nothing of ours runs, and the list says why
-        arch, forced = 0, error
+        forced, malformed = (0, False), error
     found = []
     for variant in VARIANTS.values():
-        error = refusal(variant, machine, arch) or (forced if variant.backend in ("triton", "cuda") else None)
+        error = refusal(variant, machine, *forced) or (malformed if variant.backend in ("triton", "cuda") else None)
         status = "ready" if error is None else "missing" if isinstance(error, KernelMissing) else "unsupported"
         found.append(Availability(variant.name, variant.summary, status, error.reason if error else ""))
     return found

@@ -146,9 +146,8 @@ def save(card: Capability, points: list[Point]) -> Path:
         with open(handle, "w", encoding="utf-8") as out:
             json.dump(content, out, indent=1)
         os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        Path(temporary).unlink(missing_ok=True)
     forget()
     return file
 

@@ -8,8 +8,6 @@ import importlib.util
 import os
 from typing import NamedTuple
 
-from . import images
-
 
 class Capability(NamedTuple):
     """A device as the planner sees it. `arch` is 10·major + minor of its compute capability, 0 where it has none."""
@@ -19,15 +17,6 @@ class Capability(NamedTuple):
     multiprocessors: int = 0
     triton: str = "none"  # "native", "interpret" (TRITON_INTERPRET=1), "broken" or "none"
     name: str = ""
-
-
-def forced_arch() -> int | None:
-    """The kernel family that `SAGEATTENTION_ARCH` (such as "80", "sm_80" or "compute_80") asks for, for tests and benchmarks.
-
-    Raises:
-        Unsupported: the variable does not hold a compute capability.
-    """
-    return images.forced()[0] or None
 
 
 def triton_mode() -> str:

@@ -123,8 +123,7 @@ def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: Plan) -> 
     buffer = torch.empty(recipe.workspace.size, dtype=torch.uint8, device=k.device)
     k_at, v_at = k.data_ptr(), v.data_ptr()
     (quantising,) = _quantising(recipe, k, v, (k_at | v_at) % 16)
-    launches = _quantise_launches(recipe, quantising, buffer.data_ptr(), k_at, v_at)
-    driver.launch(recipe.device, torch._C._cuda_getCurrentRawStream(recipe.device), launches)
+    _issue(recipe.device, [_quantise_launches(recipe, quantising, buffer.data_ptr(), k_at, v_at)])
     return QuantizedKV(problem, plan, buffer)
 
 
@@ -135,7 +134,7 @@ def attend_all(q: torch.Tensor, kv: QuantizedKV, problem: Problem, mask: torch.T
     q_at, out_at, lse_at = q.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr()
     (attending,) = _attending(recipe, q, out, mask, (q_at | out_at) % 16)
     launch = _attend_launch(recipe, attending, kv.buffer.data_ptr(), q_at, 0 if mask is None else mask.data_ptr(), out_at, lse_at)
-    driver.launch(recipe.device, torch._C._cuda_getCurrentRawStream(recipe.device), ((*launch[:5], False),))
+    _issue(recipe.device, [((*launch[:5], False),)])  # anything may be ahead of it on the stream
     return out, lse
 
 

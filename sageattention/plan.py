@@ -87,8 +87,8 @@ def plan(
     return Plan(SDPA, reason, tuple(rejected), arch or capability.arch, basis=choice.basis, auto=True)
 
 
-def refusal(variant: Variant, capability: Capability, arch: int = 0) -> Unsupported | KernelMissing | None:
-    """Why `variant` cannot run on a machine whatever the call is, or None where it can. `arch` as for `plan`."""
+def refusal(variant: Variant, capability: Capability, arch: int = 0, ptx: bool = False) -> Unsupported | KernelMissing | None:
+    """Why `variant` cannot run on a machine whatever the call is, or None where it can. `arch` and `ptx` as for `plan`."""
     family = arch or capability.arch
     if variant.backend == "triton":
         if capability.triton == "none":
@@ -110,7 +110,7 @@ def refusal(variant: Variant, capability: Capability, arch: int = 0) -> Unsuppor
     if variant.backend == "cuda":
         kernels = next((k for d in HEAD_DIMS if (k := variant.choose(family, bool(arch), d))), None)
         try:
-            _images(variant, kernels, kernels.head_dims[0] if kernels else 0, capability, arch)
+            _images(variant, kernels, kernels.head_dims[0] if kernels else 0, capability, arch, ptx)
         except KernelMissing as error:
             return error
     return None
@@ -144,7 +144,7 @@ def _fit(problem: Problem, capability: Capability, variant: Variant, accum: str,
         if accum not in variant.accum:
             raise Unsupported("pv_accum_dtype", f"got {accum!r}, {variant.name} accepts {', '.join(map(repr, variant.accum))}")
         scheme = variant.accum[accum]
-    error = refusal(variant, capability, arch)
+    error = refusal(variant, capability, arch, ptx)
     if error is not None:
         raise error
     if scheme is None:

@@ -77,8 +77,6 @@ def card(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> Lanes:
     monkeypatch.setattr(cuda_ops, "_recipes", {})
     monkeypatch.setattr(cuda_ops.capability, "of_device", lambda *_: lanes.capability)
     monkeypatch.setattr(driver, "kernel", lambda index, image, symbol, variant: symbol)
-    monkeypatch.setattr(driver, "launch", lanes.launch)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     monkeypatch.setattr(cuda_ops, "_issue", lambda device, chains: [lanes.launch(device, 0, chain) for chain in chains])
     plan.cache_clear()  # other tests may have planned without images
     return lanes
@@ -146,17 +144,18 @@ def test_any_finite_input_gives_finite_output(card: Lanes, size: float, variant:
     assert out.isfinite().all() and lse.isfinite().all()
 
 
-def test_groups_of_heads_and_halves_give_the_same_bits(card: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_groups_of_heads_and_halves_give_the_same_bits(card: Lanes, monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
     t, _ = matrix.tensors(matrix.Case(card.head_dim, heads_q=4, heads_kv=2, len_q=20, len_kv=100))
-    whole = run(card, t, None, CUDA_FP16.name, "fp32")
+    whole = run(card, t, None, CUDA_FP16.name, "fp32", is_causal=causal)
     monkeypatch.setitem(WORKSPACE_LIMIT, "cuda", 2 * 2 * MMA_FP16.tile_bytes(card.head_dim))  # of the four pairs, one a group
     cuda_ops._recipes.clear()
     plan.cache_clear()
-    parts = run(card, t, None, CUDA_FP16.name, "fp32")
+    parts = run(card, t, None, CUDA_FP16.name, "fp32", is_causal=causal)
     (recipe,) = cuda_ops._recipes.values()
     assert recipe.groups == ((0, 1), (1, 1), (2, 1), (3, 1))
     assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
-    problem = on_card(t)
+    problem = on_card(t, is_causal=causal)
     kv = cuda_ops.quantize(t["k"], t["v"], problem, plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch))
     halves = cuda_ops.attend_all(t["q"], kv, problem, None)
     assert torch.equal(halves[0], whole[0]) and torch.equal(halves[1], whole[1])

@@ -124,6 +124,7 @@ def test_too_old_a_card_and_an_unknown_name_get_nothing():
         ("75", (75, False), "compute_75/demo.ptx.xz"),
         ("sm_80", (80, False), "compute_80/demo.ptx.xz"),
         ("8.9", (89, False), "compute_89/demo.ptx.xz"),
+        ("sm_80 ", (80, False), "compute_80/demo.ptx.xz"),
         ("sm_90a", (90, False), "sm_90a/demo.cubin.xz"),
         ("compute_80", (80, True), "compute_80/demo.ptx.xz"),
         ("", (0, False), "sm_90a/demo.cubin.xz"),
@@ -147,11 +148,12 @@ def test_a_family_the_card_cannot_run_is_not_replaced_by_another():
     assert images.select(TABLE, "demo", 80, 89) is None
 
 
-@pytest.mark.parametrize("text", ["hopper", "9", "sm_", "80;90"])
+@pytest.mark.parametrize("text", ["hopper", "9", "sm_", "80;90", "-1"])
 def test_nonsense_in_the_environment_is_refused(monkeypatch, text):
     monkeypatch.setenv(images.FORCE, text)
-    with pytest.raises(Unsupported, match=images.FORCE):
+    with pytest.raises(Unsupported, match=images.FORCE) as caught:
         images.forced()
+    assert repr(text) in caught.value.reason
 
 
 # --- loading ---

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sageattention import KernelMissing, Unsupported, auto, capability, store
+from sageattention import KernelMissing, Unsupported, auto, store
 from sageattention.capability import Capability
 from sageattention.plan import GROUPS_ALIVE, WORKSPACE_LIMIT, plan, refusal
 from sageattention.problem import Problem
@@ -186,18 +186,11 @@ def test_forced_arch_replaces_the_device_s_own():
     assert plan(problem(), gpu(90), arch=89).variant.name == plan(problem(), gpu(89)).variant.name
 
 
-@pytest.mark.parametrize("text, arch", [("80", 80), ("sm_80", 80), ("sm_90a", 90), ("compute_75", 75), ("8.9", 89), ("", None)])
-def test_forced_arch_from_the_environment(monkeypatch, text, arch):
-    monkeypatch.setenv("SAGEATTENTION_ARCH", text)
-    assert capability.forced_arch() == arch
-
-
-@pytest.mark.parametrize("text", ["ada", "sm_", "-1", "eighty"])
-def test_forced_arch_that_is_none(monkeypatch, text):
-    monkeypatch.setenv("SAGEATTENTION_ARCH", text)
-    with pytest.raises(Unsupported, match="SAGEATTENTION_ARCH") as caught:
-        capability.forced_arch()
-    assert repr(text) in caught.value.reason
+def test_a_family_forced_as_ptx_is_refused_where_only_its_cubin_is_here(monkeypatch):
+    monkeypatch.setattr(store, "missing", lambda image: f"{image.path} is absent" if image.is_ptx else "")
+    variant = VARIANTS["sageattn_qk_int8_pv_fp16_cuda"]
+    assert refusal(variant, gpu(80), 80) is None
+    assert "compute_80/quantise_mma.ptx.xz is absent" in refusal(variant, gpu(80), 80, ptx=True).reason
 
 
 # --- what a plan holds

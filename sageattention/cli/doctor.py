@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, calibration, capability, libcuda, store
+from .. import __version__, calibration, capability, images, libcuda, store
 from ..calibration import Calibration
 from ..capability import Capability
 from ..errors import CudaError, KernelMissing, Unsupported
@@ -212,13 +212,13 @@ def _images(problems: list[str]) -> dict[str, Any]:
 def _device(machine: Capability, has_torch: bool, problems: list[str]) -> dict[str, Any]:
     """The variants' table of one device and what `auto` would run there."""
     try:
-        forced = capability.forced_arch() or 0
+        forced = images.forced()
     except Unsupported as error:
         problems.append(str(error))
-        forced = 0
+        forced = 0, False
     rows = []
     for variant in VARIANTS.values():
-        error = refusal(variant, machine, forced)
+        error = refusal(variant, machine, *forced)
         status = "missing" if isinstance(error, KernelMissing) else "unsupported" if error else "ready" if has_torch else "needs torch"
         rows.append({"name": variant.name, "status": status, "summary": variant.summary, "reason": error.reason if error else ""})
     calibrated = has_torch and machine.device == "cuda"  # a calibration holds for one torch
@@ -228,13 +228,15 @@ def _device(machine: Capability, has_torch: bool, problems: list[str]) -> dict[s
     return found | ({"calibration": calibration.state(machine)} if calibrated else {})
 
 
-def auto_choice(shape: Shape, machine: Capability, forced: int = 0, known: Calibration | None = None) -> dict[str, str]:
+def auto_choice(
+    shape: Shape, machine: Capability, forced: tuple[int, bool] = (0, False), known: Calibration | None = None
+) -> dict[str, str]:
     """What `auto` chooses for a bf16 call of `shape` on a machine: {"variant", "accum", "basis", "reason"}."""
     problem = Problem(
         shape.batch, shape.heads, shape.heads, shape.len_q, shape.len_kv, shape.head_dim, "bfloat16", machine.device, 0,
         sm_scale=shape.head_dim**-0.5,
     )  # fmt: skip
-    chosen = plan(problem, machine, "auto", "", forced, known)
+    chosen = plan(problem, machine, "auto", "", forced[0], known, forced[1])
     return {"variant": chosen.variant.name, "accum": chosen.accum, "basis": chosen.basis, "reason": chosen.reason}
 
 
