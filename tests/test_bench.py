@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -93,6 +95,61 @@ def test_what_cannot_be_captured_still_has_its_event_time(gpu):
     row = run([Candidate("eager", call, None)])["eager"]
     assert row.event_ms == pytest.approx(1.0) and row.graph_ms is None
     assert "capturing" in row.graph_refused
+
+
+class Clock:
+    """A host whose time is the calls' own, in µs."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now * 1e-6
+
+    def candidate(self, name: str, us) -> Candidate:
+        """Its n-th call takes `us(n)`."""
+        calls = itertools.count()
+
+        def call(q, k, v):
+            self.now += us(next(calls))
+
+        return Candidate(name, call, None)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_host_time_is_that_of_a_warm_call_whatever_disturbs_some():
+    clock = Clock()
+    steady = clock.candidate("steady", lambda n: 18.0)
+    cold = clock.candidate("cold", lambda n: 2e6 if n == 0 else 300.0 if n < 500 else 30.0)
+    disturbed = clock.candidate("disturbed", lambda n: 5000.0 if n % 37 == 0 else 31.0)
+    found = bench.host_times([steady, cold, disturbed], torch.device("cpu"), clock)
+    assert found == {name: pytest.approx(us) for name, us in (("steady", 18), ("cold", 30), ("disturbed", 31))}
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_candidate_s_own_slow_phase_is_not_its_host_time():
+    """The processor is at half its clock for a quarter of the time, whoever is at work."""
+    clock = Clock()
+    slowed = lambda us: lambda n: us * (2 if clock.now // 50e3 % 4 == 3 else 1)  # noqa: E731
+    found = bench.host_times([clock.candidate("a", slowed(20.0)), clock.candidate("b", slowed(40.0))], torch.device("cpu"), clock)
+    assert found == {"a": pytest.approx(20), "b": pytest.approx(40)}
+
+
+@pytest.mark.usefixtures("gpu")
+def test_host_times_end_and_leave_the_collector_as_it_was():
+    import gc
+
+    clock, calls = Clock(), []
+
+    def refuse(q, k, v):
+        raise Unsupported("q", "no")
+
+    def slow(q, k, v):
+        calls.append(gc.isenabled())
+        clock.now += 50e3
+
+    found = bench.host_times([Candidate("refuses", refuse, None), Candidate("slow", slow, None)], torch.device("cpu"), clock)
+    assert found == {"refuses": None, "slow": pytest.approx(50e3)}
+    assert len(calls) <= 10 * (1 + 1 + 2 + 1) and not any(calls) and gc.isenabled()
 
 
 def test_the_text_has_every_candidate(gpu, capsys):
