@@ -174,7 +174,8 @@ def sageattn_varlen(
     Args:
         q: [total_q, Hq, D]; k, v: [total_k, Hkv, D].
         cu_seqlens_q, cu_seqlens_k: int32 or int64 [batch + 1], the cumulative lengths, starting with 0. A tensor's values are checked
-            when it is first seen, and after it was written to, which waits for the GPU; so reuse it from layer to layer.
+            when it is first seen, and after it was written to, which waits for the GPU; so reuse it from layer to layer. torch does not
+            tell of writes through `.data` or a NumPy array: offsets that are changed so are not checked again, and have to be right.
         max_seqlen_q, max_seqlen_k: the longest sequence's length, or more.
 
     Returns:

@@ -113,6 +113,18 @@ def path(card: str) -> Path:
     return folder() / f"calibration-{re.sub(r'[^A-Za-z0-9]+', '-', card).strip('-')}.json"
 
 
+def place(card: str) -> Path:
+    """The same, in a folder that exists and can be written to.
+
+    Raises:
+        OSError: there can't be one.
+    """
+    file = path(card)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=file.parent).close()
+    return file
+
+
 def made_for(card: Capability) -> dict[str, str]:
     """What a calibration holds for; with anything else it is ignored.
 
@@ -138,8 +150,7 @@ def save(card: Capability, points: list[Point]) -> Path:
     Raises:
         OSError: the folder can't be written.
     """
-    file = path(card.name)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = place(card.name)
     content = {"format": FORMAT, "made_for": made_for(card), "made_at": time.strftime("%Y-%m-%d %H:%M"), "points": [*map(asdict, points)]}
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.stem)
     try:
@@ -202,8 +213,8 @@ def load(card: Capability) -> Calibration | None:
 def _point(given: dict[str, Any]) -> Point:
     point = Point(**given)
     times = [point.sdpa_ms, *point.ms.values()]
-    if not all(type(ms) in (int, float) and 0 < ms < float("inf") for ms in times):
-        raise ValueError(f"a time of {given} is not above 0")
+    if not all(type(ms) in (int, float) and 0 < ms < 1e9 for ms in times):
+        raise ValueError(f"a time of {given} is none")
     if not all(type(number) is int for number in (point.head_dim, point.heads, point.len_q, point.len_kv)):
         raise ValueError(f"a size of {given} is no whole number")
     for candidate in point.ms:

@@ -119,6 +119,8 @@ def run(call) -> Result:
 
 def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: Plan) -> QuantizedKV:
     """Quantise K and V, all heads in one group."""
+    if problem.empty:
+        return QuantizedKV(problem, plan, torch.empty(0, dtype=torch.uint8, device=k.device))
     recipe = _recipe(problem, plan, True)
     buffer = torch.empty(recipe.workspace.size, dtype=torch.uint8, device=k.device)
     k_at, v_at = k.data_ptr(), v.data_ptr()

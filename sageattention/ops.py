@@ -213,7 +213,7 @@ def _lse(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 def _narrow_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """An additive mask in q's dtype, as SDPA wants it. Finite stays finite, also times log2(e) in fp32, which some backends take."""
-    limit = min(torch.finfo(dtype).max, MASK_LIMIT)
+    limit = min(torch.finfo(dtype).max, torch.finfo(mask.dtype).max, MASK_LIMIT)
     return torch.where(mask == -torch.inf, mask, mask.clamp(-limit, limit)).to(dtype)
 
 
@@ -276,12 +276,13 @@ def run_varlen(
     """`sageattn_varlen`: through the Triton variant, the one that reads packed sequences in place."""
     problem = Problem.from_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, sm_scale=sm_scale)
     chosen = plan_for(problem, TRITON_FP16.name)
-    packed.check("cu_seqlens_q", cu_seqlens_q, "q", q.shape[0], "max_seqlen_q", max_seqlen_q)
-    packed.check("cu_seqlens_k", cu_seqlens_k, "k", k.shape[0], "max_seqlen_k", max_seqlen_k)
+    packed.check("cu_seqlens_q", cu_seqlens_q, "q", q.shape[0], "max_seqlen_q", problem.len_q)
+    packed.check("cu_seqlens_k", cu_seqlens_k, "k", k.shape[0], "max_seqlen_k", problem.len_kv)
     if problem.empty:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
     triton_ops = _triton_ops()
-    return triton_ops.run_packed(q, k, v, triton_ops.Packed(cu_seqlens_q, cu_seqlens_k), problem, chosen)
+    offsets = triton_ops.Packed(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())  # the kernels know no strides of theirs
+    return triton_ops.run_packed(q, k, v, offsets, problem, chosen)
 
 
 def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str, variant: str) -> QuantizedKV:
@@ -319,6 +320,8 @@ def attend(
     attn_mask: torch.Tensor | None,
 ) -> Result:
     """The second half: q against a `QuantizedKV`."""
+    if not hasattr(kv, "problem"):
+        raise Unsupported("kv", f"got {type(kv).__name__}, accepted is what quantize_kv returned")
     problem = kv.problem.with_query(q, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse)
     if problem.empty:
         return _empty(q, problem)

@@ -83,8 +83,9 @@ class Problem(NamedTuple):
         if attn_mask is not None:
             mask = _check_mask(attn_mask, (batch, heads_q, len_q, len_kv), q)
         return cls(
-            batch, heads_q, heads_kv, len_q, len_kv, head_dim, _dtype_name(q), *_device(q), tensor_layout, bool(is_causal), mask,
-            _scale(sm_scale, head_dim), bool(return_lse), needs_grad=_needs_grad(q, k, v, attn_mask),
+            batch, heads_q, heads_kv, len_q, len_kv, head_dim, _dtype_name(q), *_device(q), tensor_layout,
+            _flag("is_causal", is_causal), mask,
+            _scale(sm_scale, head_dim), _flag("return_lse", return_lse), needs_grad=_needs_grad(q, k, v, attn_mask),
         )  # fmt: skip
 
     @classmethod
@@ -133,8 +134,8 @@ class Problem(NamedTuple):
         if attn_mask is not None:
             mask = _check_mask(attn_mask, (self.batch, q.shape[heads], q.shape[tokens], self.len_kv), q)
         return self._replace(
-            heads_q=q.shape[heads], len_q=q.shape[tokens], causal=bool(is_causal), mask=mask,
-            sm_scale=_scale(sm_scale, self.head_dim), return_lse=bool(return_lse),
+            heads_q=q.shape[heads], len_q=q.shape[tokens], causal=_flag("is_causal", is_causal), mask=mask,
+            sm_scale=_scale(sm_scale, self.head_dim), return_lse=_flag("return_lse", return_lse),
         )  # fmt: skip
 
     @classmethod
@@ -153,7 +154,7 @@ class Problem(NamedTuple):
     ) -> Problem:
         """Check one call with sequences packed along the tokens, [total, H, D], and describe it.
 
-        `len_q` and `len_kv` of the result are the longest sequence's lengths.
+        `len_q` and `len_kv` of the result are the longest sequence's lengths, as the caller bounds them.
 
         Raises:
             Unsupported: as `from_tensors`.
@@ -175,12 +176,10 @@ class Problem(NamedTuple):
             raise Unsupported(
                 "cu_seqlens_k", f"holds {cu_seqlens_k.numel()} offsets, cu_seqlens_q holds {cu_seqlens_q.numel()}; they must be equal"
             )
-        for name, given in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-            if given is None or given < 0:
-                raise Unsupported(name, f"got {given}, accepted are lengths ≥ 0")
+        longest_q, longest_k = _length("max_seqlen_q", max_seqlen_q), _length("max_seqlen_k", max_seqlen_k)
         return cls(
-            cu_seqlens_q.numel() - 1, q.shape[1], k.shape[1], int(max_seqlen_q), int(max_seqlen_k), q.shape[2], _dtype_name(q),
-            *_device(q), "NHD", bool(is_causal), "none",
+            cu_seqlens_q.numel() - 1, q.shape[1], k.shape[1], min(longest_q, q.shape[0]), min(longest_k, k.shape[0]), q.shape[2],
+            _dtype_name(q), *_device(q), "NHD", _flag("is_causal", is_causal), "none",
             _scale(sm_scale, q.shape[2]), False, True, _needs_grad(q, k, v),
         )  # fmt: skip
 
@@ -320,3 +319,24 @@ def _scale(sm_scale: float | None, head_dim: int) -> float:
     if not math.isfinite(scale):
         raise Unsupported("sm_scale", f"got {scale}, accepted is a finite number")
     return scale
+
+
+def _flag(name: str, given: bool | None) -> bool:
+    """True or False, whatever type it comes in (None is False). Of anything else, such as a text, the truth is not what it says."""
+    try:
+        known = given is None or given in (False, True)
+    except (TypeError, ValueError, RuntimeError):  # of several elements
+        known = False
+    if not known:
+        raise Unsupported(name, f"got {given!r}, accepted are True and False")
+    return bool(given)
+
+
+def _length(name: str, given: int) -> int:
+    try:
+        length = int(given) if given >= 0 else -1
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # no number, infinite, of several elements
+        length = -1
+    if length < 0:
+        raise Unsupported(name, f"got {given!r}, accepted are lengths ≥ 0")
+    return length

@@ -14,6 +14,7 @@ from .images import Entry, Image
 KERNELS = Path(__file__).resolve().parent / "kernels"
 MANIFEST = "manifest.json"
 FORMAT = 1
+RECORD = ("threads", "smem_dynamic", "smem_static", "params")  # what loading a kernel needs to know of it
 
 
 class Unusable(Exception):
@@ -35,11 +36,18 @@ def _manifest(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Unusable(f"{path} is missing, so no kernel can be verified; {remedy()}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Unusable(f"{path} can't be read ({error}); {remedy()}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("images"), dict):
         found = content.get("format") if isinstance(content, dict) else None
         raise Unusable(f"{path} has format {found}, this version reads {FORMAT}; {remedy()}")
+    try:
+        for image in content["images"].values():
+            int(image["sha256"], 16)
+            for kernel in image["kernels"].values():
+                _ = [kernel[key] for key in RECORD]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise Unusable(f"{path} is damaged ({type(error).__name__}: {error}); {remedy()}") from error
     return content["images"]
 
 

@@ -305,6 +305,23 @@ def test_auto_runs_its_next_candidate_where_a_kernel_is_missing(monkeypatch, cap
     plan.plan.cache_clear()
 
 
+@pytest.mark.parametrize("given", [None, (torch.zeros(1, 2, 3, 64),) * 2], ids=["None", "a tuple"])
+def test_what_was_not_quantised_is_not_attended(given):
+    with pytest.raises(Unsupported, match=r"^kv: got .*quantize_kv"):
+        sageattention.attend(qkv()[0], given)
+
+
+@pytest.mark.parametrize("mask", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_an_additive_mask_may_have_another_dtype(dtype, mask):
+    q, k, v = qkv(dtype=getattr(torch, dtype))
+    shape, kind = (q.shape[2], k.shape[2]), getattr(torch, mask)
+    keep = torch.ones(shape, dtype=torch.bool).tril(3)
+    for masked in (-torch.inf, torch.finfo(kind).min):
+        bias = torch.zeros(shape, dtype=kind).masked_fill(~keep, masked)
+        assert torch.allclose(sageattn(q, k, v, attn_mask=bias), sageattn(q, k, v, attn_mask=keep), atol=1e-2)
+
+
 # --- tensors that are looked at only, or hold no data by strides
 
 

@@ -144,6 +144,14 @@ def test_any_finite_input_gives_finite_output(card: Lanes, size: float, variant:
     assert out.isfinite().all() and lse.isfinite().all()
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 0), (2, 0, 5), (0, 1, 5)], ids=str)
+def test_where_there_is_nothing_to_quantise(card: Lanes, shape: tuple[int, int, int]) -> None:
+    k = torch.zeros(*shape, card.head_dim)
+    problem = on_card({"q": k, "k": k, "v": k})
+    kv = cuda_ops.quantize(k, k, problem, plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch))
+    assert kv.buffer.numel() == 0
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_groups_of_heads_and_halves_give_the_same_bits(card: Lanes, monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
     t, _ = matrix.tensors(matrix.Case(card.head_dim, heads_q=4, heads_kv=2, len_q=20, len_kv=100))

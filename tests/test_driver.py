@@ -312,7 +312,15 @@ def test_a_missing_image(cuda):
     assert kernel("compute_89/demo.ptx.xz")
 
 
-@pytest.mark.parametrize("content", [None, "", "{", '{"format": 0, "images": {}}', "[]", '{"format": 1}'])
+BROKEN = ("null", "[]", "{}", '{"sha256": 5, "kernels": {}}', '{"sha256": "00", "kernels": []}', '{"sha256": "00", "kernels": {"k": {}}}')
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, "", "{", "[" * 100_000, '{"format": 0, "images": {}}', "[]", '{"format": 1}']
+    + [f'{{"format": 1, "images": {{"sm_90a/demo.cubin.xz": {image}}}}}' for image in BROKEN],
+    ids=lambda content: "none" if content is None else content[:80],
+)
 def test_a_missing_or_broken_manifest(cuda, content):
     path = store.KERNELS / store.MANIFEST
     path.unlink() if content is None else path.write_text(content)

@@ -75,6 +75,19 @@ def test_a_forgotten_tensor_is_not_kept():
     assert len(packed._read) == 0
 
 
+def test_offsets_with_strides_reach_the_kernels_without(monkeypatch):
+    class Kernels:
+        Packed = staticmethod(lambda *offsets: offsets)
+        run_packed = staticmethod(lambda q, k, v, offsets, problem, plan: offsets)
+
+    monkeypatch.setattr(ops, "plan_for", lambda problem, variant: Plan(TRITON_FP16, "a test"))
+    monkeypatch.setattr(ops, "_triton_ops", lambda: Kernels)
+    q = torch.zeros(12, 2, 64)
+    strided = torch.tensor([0, 99, 5, 99, 12])[::2]
+    for offsets in sageattn_varlen(q, q, q, strided, strided, 7, 7):
+        assert offsets.is_contiguous() and offsets.tolist() == [0, 5, 12]
+
+
 @pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"])
 def test_a_call_checks_both(name, monkeypatch):
     """Before anything runs, also where the longest length says that there is nothing to do."""

@@ -62,6 +62,10 @@ REFUSED = {
     "scale beyond float": ({"sm_scale": 10**400}, "sm_scale", "finite number"),
     "scale of two": ({"sm_scale": torch.ones(2)}, "sm_scale", "finite number"),
     "scale is text": ({"sm_scale": "auto"}, "sm_scale", "'auto' finite number"),
+    "causal is text": ({"is_causal": "False"}, "is_causal", "'False' accepted True"),
+    "causal of two": ({"is_causal": torch.ones(2)}, "is_causal", "tensor accepted True"),
+    "causal is a mask": ({"is_causal": zeros(10, 12)}, "is_causal", "tensor accepted True"),
+    "lse is text": ({"return_lse": "no"}, "return_lse", "'no' accepted True"),
 }
 
 
@@ -74,6 +78,11 @@ def test_refused(changes, parameter, words):
     assert text.startswith(f"{parameter}: ")
     for word in words.split():
         assert word.strip("(),[]") in text, (word, text)
+
+
+@pytest.mark.parametrize("given", [True, 1, torch.tensor(True), None, 0, False], ids=str)
+def test_a_flag_in_other_words(given):
+    assert call(is_causal=given).causal is call(return_lse=given).return_lse is bool(given)
 
 
 def test_unsupported_is_a_value_error():
@@ -175,6 +184,12 @@ PACKED_REFUSED = {
     "different batch": ({"cu_seqlens_k": torch.zeros(4, dtype=torch.int32)}, "cu_seqlens_k"),
     "offsets elsewhere": ({"cu_seqlens_k": torch.zeros(3, dtype=torch.int32, device="meta")}, "cu_seqlens_k"),
     "negative length": ({"max_seqlen_q": -1}, "max_seqlen_q"),
+    "no length": ({"max_seqlen_k": None}, "max_seqlen_k"),
+    "length is text": ({"max_seqlen_k": "7"}, "max_seqlen_k"),
+    "length NaN": ({"max_seqlen_q": float("nan")}, "max_seqlen_q"),
+    "length inf": ({"max_seqlen_q": float("inf")}, "max_seqlen_q"),
+    "lengths": ({"max_seqlen_q": torch.ones(2)}, "max_seqlen_q"),
+    "causal is text": ({"is_causal": "False"}, "is_causal"),
     "scale": ({"sm_scale": float("inf")}, "sm_scale"),
 }
 
@@ -189,6 +204,11 @@ def test_packed_refused(changes, parameter):
 
 def test_packed():
     assert packed() == Problem(2, 4, 2, 7, 7, 64, "bfloat16", "cpu", -1, "NHD", sm_scale=0.125, varlen=True)
+
+
+def test_no_packed_sequence_is_longer_than_all_are():
+    """A bound far above it, such as a model's longest context, is no grid of empty blocks."""
+    assert packed(max_seqlen_q=2**40, max_seqlen_k=torch.tensor(2**40))[3:5] == packed(max_seqlen_q=10, max_seqlen_k=10)[3:5]
 
 
 # --- another q for k and v that are quantised already

@@ -198,7 +198,7 @@ def _calibrate(device: torch.device, as_json: bool) -> int:
     card = capability.of_device("cuda", device.index)
     progress = sys.stderr if as_json else sys.stdout
     print(f"timing on {card.name}, at most {LIMIT:.0f} s; other programs should leave the card alone", file=progress, flush=True)
-    calibration.path(card.name)  # there has to be a place for it
+    calibration.place(card.name)  # there has to be one, before a minute is spent
     with torch.cuda.device(device):
         points = list(measure(device, tell=lambda line: print(line, file=progress, flush=True)))
     torch.cuda.empty_cache()
