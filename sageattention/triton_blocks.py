@@ -5,9 +5,8 @@ import os
 import triton
 import triton.language as tl
 
-from . import hadamard, variants
+from . import variants
 
-SIGN_MULTIPLIER = tl.constexpr(hadamard.SIGN_MULTIPLIER)
 INT8_MAX = tl.constexpr(float(variants.INT8_MAX))
 AMAX_MIN = tl.constexpr(variants.AMAX_MIN)
 LOG2E = tl.constexpr(variants.LOG2E)
@@ -48,7 +47,8 @@ def rotate(x, M: tl.constexpr, D: tl.constexpr):
     its entries are powers of two, so 16-bit inputs are exact; fp32 is split into two TF32 terms (22 bits).
     """
     channel, row = tl.arange(0, D), tl.arange(0, 64)
-    sign = 1.0 - 2.0 * (((channel.to(tl.int64) * SIGN_MULTIPLIER) >> 31) & 1).to(tl.float32)
+    pairs = (channel & (channel >> 3) & 7) ^ (channel & (channel >> 1) & 64)  # hadamard.sign_bits
+    sign = 1.0 - 2.0 * _parity(pairs).to(tl.float32)
     matrix = (1.0 - 2.0 * _parity(row[:, None] & row[None, :]).to(tl.float32)) * (0.5 / D)
     if x.dtype == tl.float32 or INTERPRETED:
         y = (x.to(tl.float32) * sign[None, :]).reshape(M * D // 64, 64)

@@ -437,13 +437,15 @@ VARIANTS: dict[str, Variant] = {v.name: v for v in (SDPA, REFERENCE, TRITON_FP16
 # --- kernel images -------------------------------------------------------------------------------------------------------------
 
 VALUES_THREADS = 128
-# Threads whose registers fit a multiprocessor, by head dimension; on 12.0 the compiler lacks a few of them for K at 128.
-KEYS_THREADS, VALUES_RESIDENT = {64: 768, 128: 768, 256: 256}, 768
+# Threads whose registers fit a multiprocessor, by head dimension; on 7.5, where the whole rotation is in fp32, the compiler lacks two.
+KEYS_THREADS, VALUES_RESIDENT = {64: 768, 128: 768, 256: 512}, 768
 
 
 def _keys_entry(kernels: Kernels, arch: int, head_dim: int) -> Entry:
     layout = kernels.layout.format(d=head_dim)
-    threads, resident = 4 * kernels.unit_keys(head_dim), 512 if (arch, head_dim) == (120, 128) else KEYS_THREADS[head_dim]
+    threads, resident = 4 * kernels.unit_keys(head_dim), KEYS_THREADS[head_dim]
+    if arch == 75 and head_dim > 64:
+        resident -= threads
     return Entry(kernels.keys_symbol(head_dim), f"quantise_keys<{layout}>", KeysParams, threads, resident // threads)
 
 

@@ -173,7 +173,7 @@ def test_groups_of_heads_and_halves_give_the_same_bits(card: Lanes, monkeypatch:
 
 
 def codes_of_k(kernels: Kernels, tile: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one tile: (magnitudes of K's codes [keys, D], scales [keys]). A code's sign is the lane's view of the rotation (rotate.cuh)."""
+    """Of one tile: (K's codes [keys, D], scales [keys])."""
     keys = find_tile(kernels.tiles, 0, head_dim).block_n
     codes, n = tile[: keys * head_dim].view(torch.int8), torch.arange(keys)
     if kernels.arch:  # 16-byte chunk 4·c2 + t, key
@@ -184,8 +184,10 @@ def codes_of_k(kernels: Kernels, tile: torch.Tensor, head_dim: int) -> tuple[tor
     else:  # block 8·c2 + j, lane 4g + t
         lanes = codes.view(head_dim // 64, 8, 8, 4, 16).permute(1, 2, 0, 3, 4).reshape(keys, head_dim // 64, 4, 16)
         scale = tile[-16:].view(torch.float32)[n % 8 // 2]
-    by_chunk = lanes.reshape(keys, head_dim // 64, 4, 2, 8).permute(0, 1, 3, 2, 4)  # c2, t, chunk, e → channel 32·c + 8·t + e
-    return by_chunk.reshape(keys, head_dim).int().abs().float(), scale
+    n = torch.arange(head_dim)  # channels; a code's place is {b7, b1, b6, b5, b2, b0} (at 64 {b1, b5, b2, b0}), its lane t {b4, b3}
+    b = [n >> bit & 1 for bit in range(8)]
+    place = b[0] + 2 * b[2] + 4 * b[5] + (8 * b[1] if head_dim == 64 else 8 * b[6] + 16 * b[1] + 32 * b[7])
+    return lanes[:, place // 16, b[3] + 2 * b[4], place % 16].float(), scale
 
 
 def values_of(kernels: Kernels, tile: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -240,7 +242,7 @@ def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: Ker
         v8, v_scale, v_mean = quantise_v(t["v"].flatten(0, 1)[pair], chosen.scheme)
         found = [codes_of_k(kernels, tile.contiguous(), d) for tile in tiles[pair]]
         codes, scales = torch.cat([c for c, _ in found])[:tokens], torch.cat([s for _, s in found])[:tokens]
-        assert (codes - k8.abs()).abs().max() <= 1 and (codes != k8.abs()).float().mean() <= 1e-2
+        assert (codes - k8).abs().max() <= 1 and (codes != k8).float().mean() <= 1e-2
         assert torch.allclose(scales, k_scale[:, 0] / K_SCALE_SHIFT, rtol=1e-5)
         assert buffer(w.k_scale_max, torch.float32, 4)[pair] == scales.max()
         values = torch.cat([values_of(kernels, tile.contiguous(), d) for tile in tiles[pair]])[:tokens]

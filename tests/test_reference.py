@@ -218,7 +218,8 @@ def test_rotation_is_orthogonal_and_defined_by_its_formula(head_dim):
     r = hadamard.matrix(head_dim)
     assert torch.equal(r @ r.T * hadamard.gain(head_dim), torch.eye(head_dim))
     for i, j in ((0, 0), (1, 1), (3, 5), (head_dim - 1, head_dim - 1)):
-        sign = (i * hadamard.SIGN_MULTIPLIER >> 31 & 1) + bin(i & j).count("1")
+        b = [i >> bit & 1 for bit in range(8)]
+        sign = b[0] * b[3] + b[1] * b[4] + b[2] * b[5] + b[6] * b[7] + bin(i & j).count("1")
         assert r[i, j] == (-1) ** sign / (2 * head_dim)
 
 

@@ -3,8 +3,8 @@
 // wgmma reads its operands in core matrices of 8 rows × 16 bytes; without swizzle a core matrix is 128 contiguous bytes. A tile is
 // {K's codes, scales, V's values of one or two bytes}, one contiguous run of bytes that two bulk copies fetch.
 //
-//   K: 16-byte chunk b of key n at b·16·kTile + 16·n. Chunk 4·c2 + t holds the codes x[16·c2 …] of the lane t that quantised the
-//      key (rotate.cuh): any order of the contracted channels is right as long as Q has the same one.
+//   K: 16-byte chunk b of key n at b·16·kTile + 16·n. Chunk 4·c2 + t holds codes 16·c2 … of those that rotate.cuh (`code_register`)
+//      gives lane t of the four that share a row.
 //   Scales: for t = 0..3, 16 bytes {scale of the tile's first half, of its second, INT_MIN, 0}. Scale t belongs to keys 8j + 2t,
 //      8j + 2t + 1: those of one lane's accumulators. The INT_MIN starts the lane's row maxima: a register that is loaded only
 //      after the next product was issued keeps the compiler from moving the maxima in front of it.

@@ -5,8 +5,7 @@
 // finds there is its B operand of two MMAs. So nothing conflicts in shared memory and no kernel computes a swizzle.
 // Lane = 4·g + t throughout.
 //
-//   K, block 8·c2 + j: key 8j + g, the lane's 16 codes x[16·c2 …] as rotate.cuh orders them: chunks 2·c2 and 2·c2 + 1 of 32
-//      channels, {b0, b1} each. Any order of the contracted channels is right as long as Q has the same one.
+//   K, block 8·c2 + j: key 8j + g, codes 16·c2 … of those that rotate.cuh (`code_register`) gives the lane, {b0, b1} of two MMAs.
 //   V, block (D/16)·c + p: the output columns g of n-tiles 2p and 2p + 1, {b0, b1} each. Its keys are those whose scores an
 //      accumulator of the lane's row holds, so that P needs no shuffle: P's A fragments are the accumulators as they are.
 //      2 bytes, c counting 16 keys: b0 = keys 16c + {2t, 2t+1}, b1 = 16c + {2t+8, 2t+9}.

@@ -17,12 +17,11 @@ struct Raw8 {
 template <int kDtype>
 constexpr int kElementBytes = kDtype == kFloat32 ? 4 : 2;
 
-// Channels [channel, channel + 8) of the row at `row`; those ≥ head_dim are zero. kVectors: the row is 16-byte aligned and
-// head_dim a multiple of 8. Callers branch on that once around all the loads they want under way together.
+// Channels [channel, channel + 8) of the row at `row`; in `raw`, those ≥ head_dim must be and stay zero. kVectors: the row is 16-byte
+// aligned and head_dim a multiple of 8. Callers branch on that once around all the loads they want under way together.
 template <int kDtype, bool kVectors>
-__device__ __forceinline__ Raw8<kDtype> load8(const void* row, int channel, int head_dim) {
+__device__ __forceinline__ void load8(const void* row, int channel, int head_dim, Raw8<kDtype>& raw) {
   constexpr int kBytes = kElementBytes<kDtype>;
-  Raw8<kDtype> raw{};
   const u8* at = static_cast<const u8*>(row) + channel * kBytes;
   if constexpr (kVectors) {
     if (channel < head_dim) {
@@ -39,9 +38,16 @@ __device__ __forceinline__ Raw8<kDtype> load8(const void* row, int channel, int 
       if constexpr (kDtype == kFloat32)
         raw.word[i] = reinterpret_cast<const u32*>(at)[i];
       else
-        raw.word[i / 2] |= (u32) reinterpret_cast<const u16*>(at)[i] << (16 * (i & 1));
+        raw.word[i / 2] = (i & 1 ? raw.word[i / 2] : 0) | (u32) reinterpret_cast<const u16*>(at)[i] << (16 * (i & 1));
     }
   }
+}
+
+// The same; channels ≥ head_dim are zero.
+template <int kDtype, bool kVectors>
+__device__ __forceinline__ Raw8<kDtype> load8(const void* row, int channel, int head_dim) {
+  Raw8<kDtype> raw{};
+  load8<kDtype, kVectors>(row, channel, head_dim, raw);
   return raw;
 }
 

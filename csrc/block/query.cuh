@@ -35,18 +35,18 @@ __device__ __forceinline__ void load_rows(const u8* head, i64 stride, int row0, 
 // x: the row's channels; a: A fragments, of which registers `half` and `half` + 2 are written. Returns the row's score scale:
 // base-2 score = (q8 · k8) · scale · k_scale.
 template <int kHeadDim>
-__device__ __forceinline__ float quantise_row(float (&x)[kHeadDim / 4], const Signs<kHeadDim>& signs, int t, float score_scale,
-                                              float sign, u32 (&a)[kHeadDim / 32][4], int half) {
+__device__ __forceinline__ float quantise_row(float (&x)[kHeadDim / 4], int t, float score_scale, float sign,
+                                              u32 (&a)[kHeadDim / 32][4], int half) {
 #pragma unroll
   for (int i = 0; i < kHeadDim / 4; ++i) x[i] *= 0.5f / kHeadDim;  // first, so that no sum below overflows
-  rotate<kHeadDim>(x, signs, t);
+  rotate<kHeadDim>(x, t);
   const float amax = lanes_max(largest(x));
   const float inverse = int8_inverse(amax) * sign;
 #pragma unroll
   for (int c = 0; c < kHeadDim / 32; ++c) {
-    const float* y = x + kChunk * c;
-    a[c][half] = int8_codes(y[0], y[1], y[2], y[3], inverse);
-    a[c][half + 2] = int8_codes(y[4], y[5], y[6], y[7], inverse);
+    const auto code = [&](int i) { return x[code_register<kHeadDim>(kChunk * c + i)]; };
+    a[c][half] = int8_codes(code(0), code(1), code(2), code(3), inverse);
+    a[c][half + 2] = int8_codes(code(4), code(5), code(6), code(7), inverse);
   }
   return amax * score_scale;
 }

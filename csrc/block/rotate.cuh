@@ -1,56 +1,120 @@
-// The signed Hadamard rotation of a row that four lanes share, and its INT8 codes.
+// The signed Hadamard rotation of rows of Q and K, and their INT8 codes.
 //
 // Rotating Q and K by the same orthogonal matrix leaves q·k alone and spreads outlier channels over all of them, so that one
 // scale per row (or group of rows) wastes little of the INT8 range.
 //
-// Lane t of the four holds channels 32c + 8t + e (c < D/32, e < 8) as x[8c + e]. After `rotate` the same registers hold rotated
-// channels; an output's sign may differ between lanes' views, but always alike for Q and K, so the products agree.
+// With b0 … b7 the bits of a channel's number, the channel is negated where b0·b3 + b1·b4 + b2·b5 + b6·b7 is odd (hadamard.py). So a
+// sign is a constant or a product of one bit of the register and one of the lane, and is done by the butterfly of the first.
+//
+// Lane t of the four that share a row holds channels 32c + 8t + e (c < D/32, e < 8) as x[8c + e]. After `rotate` the same registers
+// hold rotated channels. `Rotation` does the same to eight rows at once, half of it as MMAs.
 #pragma once
+#include "../ptx/mma.cuh"
 #include "load.cuh"
 
 namespace sage {
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
-// Bit i: whether the lane's channel x[i] is negated, the top bit of channel · 0x9E3779B1 (Fibonacci hashing).
+// Which of a lane's registers after `rotate` is number `code` of its codes in K's tile, sixteen of them in 16 bytes. The order of the
+// contracted channels is free as long as Q and K have the same one: this is what `Rotation` leaves of a key in one lane.
 template <int kHeadDim>
-struct Signs {
-  u32 bits[(kHeadDim / 4 + 31) / 32];
+__host__ __device__ constexpr int code_register(int code) {
+  const int bit3 = code >> 3 & 1, bit4 = code >> 4 & 1, bit5 = code >> 5;
+  return (code & 1) + (code >> 1 & 3) * 4 + (kHeadDim == 64 ? 2 * bit3 : 16 * bit3 + 2 * bit4 + 32 * bit5);
+}
 
-  __device__ explicit Signs(int t) : bits{} {
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 4; ++i) {
-      const u32 channel = 32 * (i / kChunk) + kChunk * t + i % kChunk;
-      bits[i / 32] |= (channel * 0x9E3779B1u >> 31) << (i % 32);
-    }
-  }
-
-  __device__ float apply(float x, int i) const {
-    return __uint_as_float(__float_as_uint(x) ^ (bits[i / 32] << (31 - i % 32) & 0x80000000u));
-  }
-};
-
-// x becomes R·x, up to the power of two that the caller has multiplied in: R = diag(signs) · Hadamard.
+// x becomes R·x, up to the power of two that the caller has multiplied in: R = Hadamard · diag(signs).
 template <int kHeadDim>
-__device__ __forceinline__ void rotate(float (&x)[kHeadDim / 4], const Signs<kHeadDim>& signs, int t) {
+__device__ __forceinline__ void rotate(float (&x)[kHeadDim / 4], int t) {
   constexpr int kCount = kHeadDim / 4;
+  const float bit3 = t & 1 ? -1.0f : 1.0f, bit4 = t & 2 ? -1.0f : 1.0f;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) x[i] = signs.apply(x[i], i);
-#pragma unroll
-  for (int step = 1; step < kCount; step *= 2)
+  for (int step = 1; step < kCount; step *= 2)  // bits 0, 1, 2, 5, 6, 7 of the channel
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
       if (!(i & step)) {
+        const float sign = step == 1 ? bit3 : step == 2 ? bit4 : (step == 4 && i & 8) || (step == 16 && i & 32) ? -1.0f : 1.0f;
         const float a = x[i], b = x[i + step];
-        x[i] = a + b, x[i + step] = a - b;
+        x[i] = fmaf(b, sign, a), x[i + step] = fmaf(b, -sign, a);
       }
 #pragma unroll
   for (int lane = 1; lane < 4; lane *= 2) {
-    const float own = t & lane ? -1.0f : 1.0f;
+    const float own = lane == 1 ? bit3 : bit4;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) x[i] = fmaf(x[i], own, __shfl_xor_sync(kAllLanes, x[i], lane));
   }
 }
+
+// R of eight rows by a warp, power of two included, from 16-bit inputs as they lie in memory: lane 4g + t has channels 32c + 8t + e
+// of row g as raw[c], which are operands of MMAs as they are. An MMA contracts over bits 0, 1, 3 and 4 of the channel, butterflies
+// over registers do the rest. Lane 4g + t then has D/8 channels of rows 2t and 2t + 1: a channel's bits 3, 4, 1 are g, and bits
+// 0, 2, 5, 6, 7 its number in y.
+template <int kHeadDim, int kDtype>
+struct Rotation {
+  static_assert(kMma16 && kDtype != kFloat32, "an MMA of the input's type");
+  static constexpr int kMmas = kHeadDim / 16;
+  u32 matrix[4];
+
+  // Of the contracted index k, bits 0 to 3 are bits 0, 3, 4, 1 of the channel; of A's row they are bits 3, 4, 1, 0.
+  __device__ explicit Rotation(int lane) {
+    constexpr u32 kOne = kDtype == kBfloat16 ? 0x3F80 : 0x3C00, kStep = kDtype == kBfloat16 ? 0x80 : 0x400;  // 1.0; one binade
+    constexpr u32 kEntry = kOne - (kHeadDim == 64 ? 7 : kHeadDim == 128 ? 8 : 9) * kStep;                   // 0.5 / D
+    const u32 g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) {
+      const u32 row3 = i & 1, k3 = i >> 1;  // k1, k2 are t's bits
+      const u32 even = (t & g) ^ (t & g) >> 1 ^ k3 * (g >> 2 ^ t >> 1), odd = even ^ row3 ^ t;
+      matrix[i] = (kEntry | kEntry << 16) ^ (even & 1) << 15 ^ odd << 31;
+    }
+  }
+
+  // MMA m adds its channels' part to what start(m, ·) gives.
+  template <class Start>
+  __device__ __forceinline__ void operator()(const Raw8<kDtype> (&raw)[kHeadDim / 32], Start start, float (&y)[2][kHeadDim / 8]) const {
+#pragma unroll
+    for (int m = 0; m < kMmas; ++m) {
+      float c[4];
+      start(m, c);
+      const u32 b0 = raw[m / 2].word[m % 2 * 2], b1 = raw[m / 2].word[m % 2 * 2 + 1];
+      if constexpr (kDtype == kBfloat16)
+        mma_bf16(c, matrix, b0, b1);
+      else
+        mma_f16(c, matrix, b0, b1);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) y[i % 2][2 * m + i / 2] = c[i];
+    }
+#pragma unroll
+    for (int step = 2; step < kHeadDim / 8; step *= 2)  // bits 2, 5, 6, 7
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 8; ++i)
+        if (!(i & step)) {
+          const float sign = (step == 2 && i & 4) || (step == 8 && i & 16) ? -1.0f : 1.0f;
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const float a = y[j][i], b = y[j][i + step];
+            y[j][i] = fmaf(b, sign, a), y[j][i + step] = fmaf(b, -sign, a);
+          }
+        }
+  }
+
+  // Element `row` of what MMA m makes of a vector in fp32 that has the power of two already.
+  static __device__ __forceinline__ float product(const float* x, int m, int row) {
+    float v[16];
+#pragma unroll
+    for (int k = 0; k < 16; ++k) {
+      v[k] = x[m / 2 * 32 + m % 2 * 4 + k % 2 + k / 2 % 4 * 8 + k / 8 * 2];
+      if ((k & k >> 1 & 1) ^ (k >> 2 & k >> 3)) v[k] = -v[k];
+    }
+#pragma unroll
+    for (int bit = 0; bit < 4; ++bit) {  // of k
+      const float sign = row >> (bit + 3) % 4 & 1 ? -1.0f : 1.0f;
+#pragma unroll
+      for (int k = 0; k < 16; k += 2 << bit) v[k] = fmaf(v[k + (1 << bit)], sign, v[k]);
+    }
+    return v[0];
+  }
+};
 
 // The largest |x| of the lane's channels.
 template <int kCount>
@@ -64,9 +128,9 @@ __device__ __forceinline__ float largest(const float (&x)[kCount]) {
 // A magnitude below this counts as zero, so that 127 divided by it is finite (variants.AMAX_MIN).
 constexpr float kSmallest = 7.8886090522101181e-31f;  // 2^-100
 
-__device__ __forceinline__ float int8_inverse(float amax) { return amax < kSmallest ? 0.0f : 127.0f / amax; }
+__device__ __forceinline__ float int8_inverse(float amax) { return amax < kSmallest ? 0.0f : reciprocal_approx(amax * (1.0f / 127)); }
 
-// rint(x · inverse) of four values as bytes. Adding 1.5·2^23 leaves the integer, two's complement, in the low mantissa bits.
+// rint(x · inverse) of four values as bytes, x0 lowest. Adding 1.5·2^23 leaves the integer, two's complement, in the low mantissa bits.
 __device__ __forceinline__ u32 int8_codes(float x0, float x1, float x2, float x3, float inverse) {
   constexpr float kMagic = 12582912.0f;
   const u32 a = __float_as_uint(fmaf(x0, inverse, kMagic)), b = __float_as_uint(fmaf(x1, inverse, kMagic));

@@ -155,13 +155,12 @@ __device__ __forceinline__ void load_queries(const AttendParams& p, Queries<C>& 
       if (row < p.len_q && at.t == 0) *at.lse(p, row) = score;
     }
   }
-  const Signs<kHeadDim> signs(at.t);
 #pragma unroll
   for (int r = 0; r < C::kRowTiles; ++r) {
     u32 a[kHeadDim / 32][4];
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      scale[r][half] = quantise_row<kHeadDim>(x[r][half], signs, at.t, p.score_scale, p.sign, a, half);
+      scale[r][half] = quantise_row<kHeadDim>(x[r][half], at.t, p.score_scale, p.sign, a, half);
     queries.put(r, a);
   }
   wait_for_previous_launch();

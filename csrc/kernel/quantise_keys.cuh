@@ -1,8 +1,8 @@
 // First launch: K → anchor taken off, rotated, INT8, in the attention kernel's tiles; and what must be known of all of V before any of
 // it can be quantised: each channel's largest and smallest value and its mean.
 //
-// The first pairs · runs blocks quantise K. A block works on units of as many keys as share scales; a warp owns eight of them: lane
-// 4g + t has key g and every fourth chunk of its channels, so the codes of its registers are already the lane's piece of the tile.
+// The first pairs · runs blocks quantise K. A block works on units of as many keys as share scales; a warp owns eight of them, and the
+// codes of its lanes' registers are already pieces of the tile.
 // Each block works out its head's anchor, the mean of a strided sample of K, for itself. The other blocks take V's statistics: they
 // wait for memory where the first compute.
 //
@@ -23,6 +23,7 @@ struct KeysShared {
   static_assert(kThreads % kLanes == 0, "a thread keeps its channels from row to row");
   alignas(16) float parts[kThreads][kChunk];
   alignas(16) float anchor[kHeadDim];  // times the rotation's power of two
+  float4 start[kHeadDim / 16][8];      // minus the anchor as an MMA leaves it, by MMA and g
   float k_amax[2][kWarps][4];
 };
 
@@ -90,15 +91,15 @@ __device__ __forceinline__ void reduce_rows(const u8* rows, i64 row_bytes, int c
   }
 }
 
-// One lane's row of K: its channels as they lie in memory.
+// One lane's row of K: its channels as they lie in memory. Those ≥ head_dim are zero from the start.
 template <int kHeadDim, int kDtype>
 struct RawRow {
-  Raw8<kDtype> chunk[kHeadDim / 32];
+  Raw8<kDtype> chunk[kHeadDim / 32]{};
 
   template <bool kVectors>
   __device__ __forceinline__ void load(const void* row, int t, int head_dim) {
 #pragma unroll
-    for (int c = 0; c < kHeadDim / 32; ++c) chunk[c] = load8<kDtype, kVectors>(row, 32 * c + kChunk * t, head_dim);
+    for (int c = 0; c < kHeadDim / 32; ++c) load8<kDtype, kVectors>(row, 32 * c + kChunk * t, head_dim, chunk[c]);
   }
 };
 
@@ -120,68 +121,174 @@ __device__ __forceinline__ void unpack_key(const RawRow<kHeadDim, kDtype>& raw, 
   }
 }
 
-// Rotates the lane's key, agrees on the scales, writes the codes; returns the scale. All threads of the block take part.
-template <class Layout, int kHeadDim, class Shared>
-__device__ __forceinline__ float quantise_unit(float (&x)[kHeadDim / 4], const Signs<kHeadDim>& signs, int unit, int tile_bytes,
-                                               Shared& shared, u8* out) {
+// The block's keys share four scales. amax: the largest magnitude that the lane knows of for the scale number `group`, the warp's if it
+// is `whole`. Writes the scales; the lane gets what codes of scale lane % 4 are to be multiplied by, and that scale in `scale`. All
+// threads of the block take part.
+template <class Layout, class Shared>
+__device__ __forceinline__ float share_scales(float amax, int group, bool whole, int unit, int tile_bytes, Shared& shared, u8* out,
+                                              float& scale) {
   constexpr int kParts = Layout::kTile / Layout::kScaleKeys;  // units of a tile
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, t = lane % 4, part = unit % kParts;
-  rotate<kHeadDim>(x, signs, t);
-  float amax = largest(x);
-#pragma unroll
-  for (int other = 1; other <= 4; other *= 2) amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, other));
-  const int group = lane / 8;  // keys 2·group, 2·group + 1 of each eight
+  const int lane = threadIdx.x % 32, part = unit % kParts;
   float(&k_amax)[Shared::kWarps][4] = shared.k_amax[unit % 2];
-  if (lane % 8 == 0) k_amax[warp][group] = amax;
+  if (whole) k_amax[threadIdx.x / 32][group] = amax;
   __syncthreads();  // every warp's maxima are there; whoever writes the next ones to the same place has seen the barrier after this
+  amax = k_amax[min(lane / 4, Shared::kWarps - 1)][lane % 4];
 #pragma unroll
-  for (int w = 0; w < Shared::kWarps; ++w) amax = fmaxf(amax, k_amax[w][group]);
-  const float inverse = int8_inverse(amax), scale = inverse > 0.0f ? amax / 127.0f : 0.0f;
-  u8* scales = out + Layout::scales(tile_bytes);
-  if (warp == 0 && lane % 8 == 0) *reinterpret_cast<float*>(scales + Layout::kScalesPitch * group + 4 * part) = scale;
-  if (Layout::kLeast && part == 0 && threadIdx.x < 4) *reinterpret_cast<i32*>(scales + Layout::kScalesPitch * threadIdx.x + 8) = Layout::kLeast;
-#pragma unroll
-  for (int c2 = 0; c2 < kHeadDim / 64; ++c2) {
-    const float* y = x + 16 * c2;
-    uint4 codes;
-    codes.x = int8_codes(y[0], y[1], y[2], y[3], inverse), codes.y = int8_codes(y[4], y[5], y[6], y[7], inverse);
-    codes.z = int8_codes(y[8], y[9], y[10], y[11], inverse), codes.w = int8_codes(y[12], y[13], y[14], y[15], inverse);
-    *reinterpret_cast<uint4*>(out + Layout::k_chunk(c2, part * Layout::kScaleKeys + threadIdx.x / 4, t)) = codes;
+  for (int other = 4; other <= 16; other *= 2) amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, other));
+  const float inverse = int8_inverse(amax);
+  scale = inverse > 0.0f ? amax * (1.0f / 127) : 0.0f;
+  if (threadIdx.x < 4) {
+    u8* scales = out + Layout::scales(tile_bytes) + Layout::kScalesPitch * lane;
+    *reinterpret_cast<float*>(scales + 4 * part) = scale;
+    if (Layout::kLeast && part == 0) *reinterpret_cast<i32*>(scales + 8) = Layout::kLeast;
   }
-  return scale;
+  return inverse;
 }
+
+// A warp's keys of a unit: lane 4g + t reads key `row` of the block, its registers the channels that rotate.cuh says. `load` reads the
+// next unit's, where that is to be under way while this one is worked on. All threads of the block take part.
+//
+// By rotate(): in fp32, the lane's key by itself.
+template <class Layout, int kDtype>
+struct LaneKeys {
+  static constexpr int kHeadDim = Layout::kHeadDim;
+  using Shared = KeysShared<Layout>;
+
+  static __device__ __forceinline__ int row() { return threadIdx.x / 4; }
+  __device__ __forceinline__ void prepare(Shared&) {}
+
+  template <class Load>
+  __device__ __forceinline__ float quantise(const RawRow<kHeadDim, kDtype>& raw, Load load, int unit, int first_key, int len, int tile_bytes,
+                                            Shared& shared, u8* out) const {
+    const int lane = threadIdx.x % 32, t = lane % 4;
+    float x[kHeadDim / 4], scale;
+    unpack_key(raw, first_key + row() < len, shared, x);
+    load();
+    rotate<kHeadDim>(x, t);
+    float amax = largest(x);
+#pragma unroll
+    for (int other = 1; other <= 4; other *= 2) amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, other));
+    const float inverse = __shfl_sync(
+        kAllLanes, share_scales<Layout>(amax, lane / 8, lane % 8 == 0, unit, tile_bytes, shared, out, scale), lane / 8, 32);
+    u8* to = out + Layout::k_chunk(0, unit * Layout::kScaleKeys % Layout::kTile + row(), t);
+#pragma unroll
+    for (int c2 = 0; c2 < kHeadDim / 64; ++c2) {
+      const auto codes = [&](int i) {
+        const auto code = [&](int j) { return x[code_register<kHeadDim>(16 * c2 + 4 * i + j)]; };
+        return int8_codes(code(0), code(1), code(2), code(3), inverse);
+      };
+      *reinterpret_cast<uint4*>(to + Layout::k_chunk(c2, 0, 0)) = {codes(0), codes(1), codes(2), codes(3)};
+    }
+    return scale;
+  }
+};
+
+// By a Rotation: the anchor, rotated as far as the MMAs go, is what their sums start at. Lane 4g + t ends up with 16 codes in a row of
+// each of its two keys, which are t and t + 4 of the eight so that stores fill whole sectors.
+template <class Layout, int kDtype>
+struct WarpKeys {
+  static constexpr int kHeadDim = Layout::kHeadDim;
+  using Shared = KeysShared<Layout>;
+  const Rotation<kHeadDim, kDtype> rotation{(int)threadIdx.x % 32};
+
+  static __device__ __forceinline__ int row() { return threadIdx.x / 32 * 8 + threadIdx.x % 8 / 4 * 4 + threadIdx.x % 32 / 8; }
+
+  // After the anchor is complete.
+  __device__ __forceinline__ void prepare(Shared& shared) {
+    for (int i = threadIdx.x; i < kHeadDim; i += Shared::kThreads) {
+      const float x = -rotation.product(shared.anchor, i / 16, i % 16);
+      reinterpret_cast<float2*>(&shared.start[i / 16][i % 8])[i / 8 % 2] = {x, x};
+    }
+    __syncthreads();
+  }
+
+  template <class Load>
+  __device__ __forceinline__ float quantise(const RawRow<kHeadDim, kDtype>& raw, Load load, int unit, int first_key, int len, int tile_bytes,
+                                            Shared& shared, u8* out) const {
+    const int lane = threadIdx.x % 32, t = lane % 4, g = lane / 4, own = threadIdx.x / 32 * 8 + t;
+    float y[2][kHeadDim / 8], scale;
+    const auto start = [&](int m, float(&c)[4]) {
+      const float4 four = shared.start[m][g];
+      c[0] = four.x, c[1] = four.y, c[2] = four.z, c[3] = four.w;
+    };
+    rotation(raw.chunk, start, y);
+    load();
+    bool valid[2];
+    float top[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) valid[j] = first_key + own + 4 * j < len, top[j] = fminf(largest(y[j]), valid[j] ? kInf : 0.0f);
+    // Keys t and t + 1 share a scale, of even t: their maximum goes to lane t, that of keys t + 4 and t + 5 to lane t + 1.
+    float amax = fmaxf(t % 2 ? top[1] : top[0], __shfl_xor_sync(kAllLanes, t % 2 ? top[0] : top[1], 1));
+#pragma unroll
+    for (int other = 4; other <= 16; other *= 2) amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, other));
+    const float inverses = share_scales<Layout>(amax, t / 2 + t % 2 * 2, lane < 4, unit, tile_bytes, shared, out, scale);
+    // Of the lane's first 16 bytes (eight at head_dim 64); the others lie at constant distances.
+    u8* to = out + Layout::k_chunk(kHeadDim == 64 ? 0 : g / 4, unit * Layout::kScaleKeys % Layout::kTile + own, g % 4);
+    if (kHeadDim == 64) to += g / 4 * 8;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      float inverse = __shfl_sync(kAllLanes, inverses, t / 2 + 2 * j, 32);
+      if (!valid[j]) inverse = 0.0f;
+      u32 codes[kHeadDim / 32];
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 32; ++i) codes[i] = int8_codes(y[j][4 * i], y[j][4 * i + 1], y[j][4 * i + 2], y[j][4 * i + 3], inverse);
+      if constexpr (kHeadDim == 64) {
+        *reinterpret_cast<uint2*>(to + Layout::k_chunk(0, 4 * j, 0)) = {codes[0], codes[1]};
+      } else {
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 128; ++i)
+          *reinterpret_cast<uint4*>(to + Layout::k_chunk(2 * i, 4 * j, 0)) = {codes[4 * i], codes[4 * i + 1], codes[4 * i + 2],
+                                                                             codes[4 * i + 3]};
+      }
+    }
+    return scale;
+  }
+};
+
+template <bool kMmas, class Layout, int kDtype>
+struct KeysOf {
+  using Type = LaneKeys<Layout, kDtype>;
+};
+template <class Layout, int kDtype>
+struct KeysOf<true, Layout, kDtype> {
+  using Type = WarpKeys<Layout, kDtype>;
+};
 
 template <class Layout, int kDtype, bool kVectors>
 __device__ __forceinline__ void quantise_run(const KeysParams& p, const u8* k, int pair, int run, KeysShared<Layout>& shared) {
   constexpr int kHeadDim = Layout::kHeadDim, kKeys = Layout::kScaleKeys, kParts = Layout::kTile / kKeys;
+  using Keys = typename KeysOf<kMma16 && kDtype != kFloat32, Layout, kDtype>::Type;
   // The next unit's loads are under way while this one is rotated, where the registers allow it.
   constexpr bool kAhead = kHeadDim <= 128 && kDtype != kFloat32 && kVectors;
   const i64 row_bytes = p.k.stride_n * kElementBytes<kDtype>;
   const int units = kParts * p.tiles, length = (units + p.runs - 1) / p.runs, first = run * length, last = min(first + length, units);
-  const int t = threadIdx.x % 4, row = threadIdx.x / 4;
   RawRow<kHeadDim, kDtype> raw;
-  const auto load = [&](int unit) {  // keys beyond the end repeat the last
-    raw.template load<kVectors>(k + min(unit * kKeys + row, p.len - 1) * row_bytes, t, p.head_dim);
+  const u8* key = k + min(first * kKeys + Keys::row(), p.len - 1) * row_bytes;
+  const auto load = [&] { raw.template load<kVectors>(key, threadIdx.x % 4, p.head_dim); };
+  const auto advance = [&](int unit) {  // instead of a key beyond the end, one that there is
+    if (unit * kKeys + Keys::row() < p.len) key += kKeys * row_bytes;
   };
-  if (kAhead) load(first);
+  if (kAhead) load();
   reduce_rows<Sum, kDtype, kVectors>(k, p.sample_step * row_bytes, p.samples, p.head_dim, 1.0f / p.samples, shared,
                                      [&](int, int c, float mean) {
                                        shared.anchor[c] = mean * (0.5f / kHeadDim);
                                        if (run == 0) p.anchor[pair * kHeadDim + c] = mean;
                                      });
   __syncthreads();  // the anchor is complete
-  const Signs<kHeadDim> signs(t);
+  Keys keys;
+  keys.prepare(shared);
   float top = 0.0f;
   for (int unit = first; unit < last; ++unit) {
-    if (!kAhead) load(unit);
-    float x[kHeadDim / 4];
-    unpack_key(raw, unit * kKeys + row < p.len, shared, x);
-    if (kAhead && unit + 1 < last) load(unit + 1);
+    if (!kAhead) raw = {}, load();  // so that it takes no registers in between
     u8* out = p.kv + ((i64)pair * p.tiles + unit / kParts) * p.tile_bytes;
-    top = fmaxf(top, quantise_unit<Layout>(x, signs, unit, p.tile_bytes, shared, out));
+    const auto load_next = [&] {
+      advance(unit + 1);
+      if (kAhead && unit + 1 < last) load();
+    };
+    top = fmaxf(top, keys.quantise(raw, load_next, unit, unit * kKeys, p.len, p.tile_bytes, shared, out));
   }
-  top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 8));
-  top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 16));
+  top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
+  top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
   if (threadIdx.x == 0) p.k_scale_parts[pair * p.runs + run] = top;
 }
 

@@ -149,10 +149,9 @@ __device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, 
       if (at.row(half) < p.len_q && at.t == 0) *at.lse(p, at.row(half)) = score;
     }
   }
-  const Signs<kHeadDim> signs(at.t);
   u32 a[kHeadDim / 32][4];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) scale[half] = quantise_row<kHeadDim>(x[0][half], signs, at.t, p.score_scale, p.sign, a, half);
+  for (int half = 0; half < 2; ++half) scale[half] = quantise_row<kHeadDim>(x[0][half], at.t, p.score_scale, p.sign, a, half);
   named_barrier<128>(1 + at.warp / 4);  // the Q before is not read any more
   const u32 row = shared + at.warp / 4 * C::kQueryBytes + (16 * (at.warp % 4) + at.g) * 16;
 #pragma unroll

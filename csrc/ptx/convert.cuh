@@ -1,4 +1,4 @@
-// Conversions between fp32 and 16-bit floats, and the hardware's base-2 exponential and logarithm.
+// Conversions between fp32 and 16-bit floats, and the hardware's base-2 exponential and logarithm and its reciprocal.
 #pragma once
 #include "types.cuh"
 
@@ -75,6 +75,12 @@ __device__ __forceinline__ u32 pack_bf16(float lo, float hi) {
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
   return y;
 }
 

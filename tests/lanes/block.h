@@ -14,6 +14,7 @@
 #include "ptx/types.cuh"
 
 struct uint4 { u32 x, y, z, w; };
+struct uint2 { u32 x, y; };
 struct float4 { float x, y, z, w; };
 struct float2 { float x, y; };
 struct Index { unsigned x, y, z; };
