@@ -30,6 +30,21 @@ TARGETS = {75: "sm_75", 80: "sm_80", 89: "sm_89", 90: "sm_90a"}
 SHARED = "extern __shared__ __align__(128) u8 stages[];"
 
 
+def compiled(arch: int, folder: Path, sources: tuple[str, ...], functions: str) -> ctypes.CDLL:
+    """Device code for the host: `functions`, in the namespace of the `sources` that they use."""
+    shutil.copytree(ROOT / "tests" / "lanes", folder, dirs_exist_ok=True)
+    for part in ("block", "kernel"):
+        (folder / part).mkdir()
+        for source in (ROOT / "csrc" / part).glob("*.cuh"):
+            (folder / part / source.name).write_text(source.read_text().replace(SHARED, "u8* stages = dynamic_shared;"))
+    unit, library = folder / "unit.cpp", folder / "lanes.so"
+    includes = "".join(f'#include "{name}"\n' for name in ("block.h", *sources))
+    unit.write_text(f"{includes}namespace sage {{\n{functions}}}\n")
+    options = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off", f"-DARCH={arch}", f"-I{folder}", f"-I{ROOT}")
+    subprocess.run([COMPILER, *options, str(unit), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
 class Lanes:
     """A card that runs on the host: an architecture's quantisers and mma.sync attention of one head dimension."""
 
@@ -37,27 +52,12 @@ class Lanes:
         self.capability, self.head_dim = Capability("cuda", arch, 2, "none", "host"), head_dim
         chosen = [e for i in IMAGES if i.arch == TARGETS[arch] and not i.name.startswith("attend_wgmma") for e in i.entries]
         self.entries = {entry.symbol: entry for entry in chosen if f"_d{head_dim}" in entry.symbol}
-        self.library = ctypes.CDLL(str(self._build(arch, folder)))
-
-    def _build(self, arch: int, folder: Path) -> Path:
-        shutil.copytree(ROOT / "tests" / "lanes", folder, dirs_exist_ok=True)
-        for part in ("block", "kernel"):
-            (folder / part).mkdir()
-            for source in (ROOT / "csrc" / part).glob("*.cuh"):
-                (folder / part / source.name).write_text(source.read_text().replace(SHARED, "u8* stages = dynamic_shared;"))
         functions = "".join(
             f'extern "C" void {e.symbol}(const {e.params.__name__}* p, unsigned blocks) '
             f"{{ run_grid(blocks, {e.threads}, [&] {{ {e.expression}(*p); }}); }}\n"
             for e in self.entries.values()
         )
-        unit = folder / "unit.cpp"
-        unit.write_text(
-            f'#include "block.h"\n#include "kernel/quantise.cuh"\n#include "kernel/attend_mma.cuh"\nnamespace sage {{\n{functions}}}\n'
-        )
-        library = folder / "lanes.so"
-        options = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off", f"-DARCH={arch}", f"-I{folder}", f"-I{ROOT}")
-        subprocess.run([COMPILER, *options, str(unit), "-o", str(library)], check=True)
-        return library
+        self.library = compiled(arch, folder, ("kernel/quantise.cuh", "kernel/attend_mma.cuh"), functions)
 
     def launch(self, device: int, stream: int, launches: tuple) -> None:
         for symbol, x, _, _, params, _ in launches:
@@ -256,3 +256,54 @@ def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: Ker
         assert torch.allclose(mean, v_mean, atol=1e-6)
         anchor = t["k"].flatten(0, 1)[pair, :: recipe.keys_tail[4]].float().mean(0)
         assert torch.allclose(buffer(w.anchor, torch.float32, 4, d)[pair, : d - missing], anchor, rtol=1e-4, atol=1e-5)
+
+
+# --- eight rows of Q by MMAs, as Hopper's own kernels have them, which do not run here -------------------------------------------------
+
+EIGHT = """
+extern "C" void eight_{d}_{dtype}(const u16* rows, float sign, u8* out, float* scales) {{
+  run_grid(1, 32, [&] {{
+    const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+    Raw8<{dtype}> raw[1][{d} / 32];
+    load_raw<{d}, 1, {dtype}, true>((const u8*)rows, {d}, g, 8, t, {d}, raw);
+    u32 codes[2][{d} / 32];
+    scales[lane] = quantise_eight(raw[0], Rotation<{d}, {dtype}>(lane), lane, 127.0f, sign, codes);
+    for (int j = 0; j < 2; ++j)
+      for (int chunk = g; chunk < {d} / 16 || chunk == g; chunk += 8)
+        memcpy(out + (2 * t + j) * {d} + ({d} == 64 ? chunk % 4 * 16 + chunk / 4 * 8 : chunk * 16), &codes[j][chunk / 8 * 4],
+               {d} == 64 ? 8 : 16);
+  }});
+}}
+extern "C" void each_{d}_{dtype}(const u16* rows, float sign, u8* out, float* scales) {{
+  run_grid(1, 32, [&] {{
+    const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+    float x[1][2][{d} / 4];
+    load_rows<{d}, 1, {dtype}, true>((const u8*)rows, {d}, g, 8, t, {d}, x);
+    u32 a[{d} / 32][4];
+    scales[lane] = quantise_row<{d}>(x[0][0], t, 127.0f, sign, a, 0);
+    for (int i = 0; i < {d} / 16; ++i) memcpy(out + g * {d} + (i / 4 * 4 + t) * 16 + i % 4 * 4, &a[i / 4 * 2 + i % 4 / 2][i % 2 * 2], 4);
+  }});
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    functions = "".join(EIGHT.format(d=d, dtype=dtype) for d in (64, 128, 256) for dtype in ("kBfloat16", "kFloat16"))
+    return compiled(90, tmp_path_factory.mktemp("eight"), ("block/query.cuh",), functions)
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0, 6e4, 3.38e38])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_eight_rows_at_once_are_the_same_as_each(eight: ctypes.CDLL, head_dim: int, dtype: str, sign: float, size: float) -> None:
+    kind, g = getattr(torch, dtype), torch.Generator().manual_seed(0)
+    rows = ((torch.rand(8, head_dim, generator=g) * 2 - 1) * min(size, torch.finfo(kind).max)).to(kind)
+    codes, scales = torch.full((2, 8, head_dim), -128, dtype=torch.int8), torch.zeros(2, 32)
+    for i, name in enumerate(("eight", "each")):
+        function = getattr(eight, f"{name}_{head_dim}_k{dtype.capitalize()}")
+        given, found, scale = (ctypes.c_void_p(x.data_ptr()) for x in (rows, codes[i], scales[i]))
+        function(given, ctypes.c_float(sign), found, scale)
+    assert (codes[0].int() - codes[1]).abs().max() <= 1 and (codes[0] != codes[1]).float().mean() <= 1e-2
+    assert torch.allclose(scales[0], scales[1], rtol=1e-6)

@@ -14,22 +14,31 @@ __device__ __forceinline__ float lanes_max(float x) {
   return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 
-// Rows row0 + 16r + 8·half + g, r < kRowTiles, of the head at `head`, in fp32 as rotate.cuh deals out the channels. Rows beyond
-// the end repeat the last.
+// Rows row0 + 8i, i < kRows, of the head at `head`, as rotate.cuh deals out the channels. Rows beyond the end repeat the last.
+template <int kHeadDim, int kRows, int kDtype, bool kVectors>
+__device__ __forceinline__ void load_raw(const u8* head, i64 stride, int row0, int len, int t, int head_dim,
+                                         Raw8<kDtype> (&raw)[kRows][kHeadDim / 32]) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 32; ++c)
+      raw[i][c] = load8<kDtype, kVectors>(head + min(row0 + 8 * i, len - 1) * stride * kElementBytes<kDtype>, 32 * c + kChunk * t, head_dim);
+}
+
+template <int kHeadDim, int kDtype>
+__device__ __forceinline__ void unpack_row(const Raw8<kDtype> (&raw)[kHeadDim / 32], float (&x)[kHeadDim / 4]) {
+#pragma unroll
+  for (int c = 0; c < kHeadDim / 32; ++c) unpack8<kDtype>(raw[c], x + kChunk * c);
+}
+
+// The same in fp32: row row0 + 16r + 8·half as x[r][half].
 template <int kHeadDim, int kRowTiles, int kDtype, bool kVectors>
 __device__ __forceinline__ void load_rows(const u8* head, i64 stride, int row0, int len, int t, int head_dim,
                                           float (&x)[kRowTiles][2][kHeadDim / 4]) {
-  Raw8<kDtype> raw[kRowTiles][2][kHeadDim / 32];
+  Raw8<kDtype> raw[2 * kRowTiles][kHeadDim / 32];
+  load_raw<kHeadDim, 2 * kRowTiles, kDtype, kVectors>(head, stride, row0, len, t, head_dim, raw);
 #pragma unroll
-  for (int i = 0; i < 2 * kRowTiles; ++i)
-#pragma unroll
-    for (int c = 0; c < kHeadDim / 32; ++c)
-      raw[i / 2][i % 2][c] = load8<kDtype, kVectors>(head + min(row0 + 8 * i, len - 1) * stride * kElementBytes<kDtype>,
-                                                     32 * c + kChunk * t, head_dim);
-#pragma unroll
-  for (int i = 0; i < 2 * kRowTiles; ++i)
-#pragma unroll
-    for (int c = 0; c < kHeadDim / 32; ++c) unpack8<kDtype>(raw[i / 2][i % 2][c], x[i / 2][i % 2] + kChunk * c);
+  for (int i = 0; i < 2 * kRowTiles; ++i) unpack_row<kHeadDim>(raw[i], x[i / 2][i % 2]);
 }
 
 // x: the row's channels; a: A fragments, of which registers `half` and `half` + 2 are written. Returns the row's score scale:
@@ -49,6 +58,27 @@ __device__ __forceinline__ float quantise_row(float (&x)[kHeadDim / 4], int t, f
     a[c][half + 2] = int8_codes(code(4), code(5), code(6), code(7), inverse);
   }
   return amax * score_scale;
+}
+
+// The same for eight rows at once, by a Rotation. Lane 4g + t gives channels of row g, gets codes of rows 2t and 2t + 1 – at head_dim 64
+// eight of 16-byte chunk g % 4, from 8 · (g / 4) on, at 128 chunk g, at 256 chunks g and g + 8 – and row g's score scale.
+template <int kHeadDim, int kDtype>
+__device__ __forceinline__ float quantise_eight(const Raw8<kDtype> (&raw)[kHeadDim / 32], const Rotation<kHeadDim, kDtype>& rotation,
+                                                int lane, float score_scale, float sign, u32 (&codes)[2][kHeadDim / 32]) {
+  float y[2][kHeadDim / 8], amax[2];
+  rotation(raw, [](int, float(&c)[4]) { c[0] = c[1] = c[2] = c[3] = 0.0f; }, y);
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    amax[j] = largest(y[j]);
+#pragma unroll
+    for (int other = 4; other <= 16; other *= 2) amax[j] = fmaxf(amax[j], __shfl_xor_sync(kAllLanes, amax[j], other));
+    const float inverse = int8_inverse(amax[j]) * sign;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 32; ++i)
+      codes[j][i] = int8_codes(y[j][4 * i], y[j][4 * i + 1], y[j][4 * i + 2], y[j][4 * i + 3], inverse);
+    amax[j] = __shfl_sync(kAllLanes, amax[j], lane / 8, 32);
+  }
+  return (lane & 4 ? amax[1] : amax[0]) * score_scale;
 }
 
 // sm_scale · (q · anchor), in every lane of the four: what the shift of K takes out of each score of the row. Both operands are

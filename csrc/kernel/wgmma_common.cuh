@@ -135,32 +135,59 @@ template <class C>
 __device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, int item, float (&scale)[2]) {
   constexpr int kHeadDim = C::kHeadDim;
   const Rows<C> at(p, special_tid_x() - 128, item);
-  float x[1][2][kHeadDim / 4];
-  with_access(p.dtype, p.q_vectors, [&](auto type, auto vectors) {
+  with_dtype(p.dtype, [&](auto type) {
     constexpr int kDtype = decltype(type)::value;
     const u8* head = static_cast<const u8*>(p.q.data) + (at.batch * p.q.stride_b + at.head * p.q.stride_h) * kElementBytes<kDtype>;
-    load_rows<kHeadDim, 1, kDtype, decltype(vectors)::value>(head, p.q.stride_n, at.row(0), p.len_q, at.t, p.head_dim, x);
+    Raw8<kDtype> raw[2][kHeadDim / 32];
+    if (p.q_vectors)
+      load_raw<kHeadDim, 2, kDtype, true>(head, p.q.stride_n, at.row(0), p.len_q, at.t, p.head_dim, raw);
+    else
+      load_raw<kHeadDim, 2, kDtype, false>(head, p.q.stride_n, at.row(0), p.len_q, at.t, p.head_dim, raw);
+    if (p.lse) {  // what the shift of K takes out of a row's LSE waits in its place: registers are short in the main loop
+      wait_for_previous_launch();
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float x[kHeadDim / 4];
+        unpack_row<kHeadDim>(raw[half], x);
+        const float score = anchor_score<kHeadDim>(x, p.anchor + at.pair * kHeadDim, at.t, p.sm_scale);
+        if (at.row(half) < p.len_q && at.t == 0) *at.lse(p, at.row(half)) = score;
+      }
+    }
+    const u32 row0 = shared + at.warp / 4 * C::kQueryBytes + 16 * (at.warp % 4) * 16;
+    const auto wait = [&] { named_barrier<128>(1 + at.warp / 4); };  // the Q before is not read any more
+    if constexpr (kDtype == kFloat32) {
+      u32 a[kHeadDim / 32][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float x[kHeadDim / 4];
+        unpack_row<kHeadDim>(raw[half], x);
+        scale[half] = quantise_row<kHeadDim>(x, at.t, p.score_scale, p.sign, a, half);
+      }
+      wait();
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int c2 = 0; c2 < kHeadDim / 64; ++c2)
+          store_shared16(row0 + (4 * c2 + at.t) * C::kQueryPitch + (8 * half + at.g) * 16,
+                         {a[2 * c2][half], a[2 * c2][half + 2], a[2 * c2 + 1][half], a[2 * c2 + 1][half + 2]});
+    } else {
+      const Rotation<kHeadDim, kDtype> rotation(4 * at.g + at.t);
+      u32 codes[2][2][kHeadDim / 32];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        scale[half] = quantise_eight(raw[half], rotation, 4 * at.g + at.t, p.score_scale, p.sign, codes[half]);
+      wait();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const auto& own = codes[i / 2][i % 2];
+        const u32 to = row0 + (8 * (i / 2) + 2 * at.t + i % 2) * 16;
+        if constexpr (kHeadDim == 64)
+          store_shared8(to + at.g % 4 * C::kQueryPitch + at.g / 4 * 8, own[0], own[1]);
+        else
+          store_shared16(to + at.g * C::kQueryPitch, own);
+      }
+    }
   });
-  if (p.lse) {  // what the shift of K takes out of a row's LSE waits in its place: registers are short in the main loop
-    wait_for_previous_launch();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float score = anchor_score<kHeadDim>(x[0][half], p.anchor + at.pair * kHeadDim, at.t, p.sm_scale);
-      if (at.row(half) < p.len_q && at.t == 0) *at.lse(p, at.row(half)) = score;
-    }
-  }
-  u32 a[kHeadDim / 32][4];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) scale[half] = quantise_row<kHeadDim>(x[0][half], at.t, p.score_scale, p.sign, a, half);
-  named_barrier<128>(1 + at.warp / 4);  // the Q before is not read any more
-  const u32 row = shared + at.warp / 4 * C::kQueryBytes + (16 * (at.warp % 4) + at.g) * 16;
-#pragma unroll
-  for (int half = 0; half < 2; ++half)
-#pragma unroll
-    for (int c2 = 0; c2 < kHeadDim / 64; ++c2) {
-      const u32 codes[4] = {a[2 * c2][half], a[2 * c2][half + 2], a[2 * c2 + 1][half], a[2 * c2 + 1][half + 2]};
-      store_shared16(row + (4 * c2 + at.t) * C::kQueryPitch + half * 128, codes);
-    }
   fence_async_proxy();
   named_barrier<128>(1 + at.warp / 4);  // the warpgroup's Q is complete in shared memory
   wait_for_previous_launch();

@@ -87,6 +87,10 @@ __device__ __forceinline__ void store_shared16(u32 shared, const u32 (&v)[4]) {
   asm volatile("st.shared.v4.u32 [%0],{%1,%2,%3,%4};" ::"r"(shared), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
 }
 
+__device__ __forceinline__ void store_shared8(u32 shared, u32 x, u32 y) {
+  asm volatile("st.shared.v2.u32 [%0],{%1,%2};" ::"r"(shared), "r"(x), "r"(y) : "memory");
+}
+
 __device__ __forceinline__ u32 load_shared(u32 shared) {
   u32 x;
   asm volatile("ld.shared.u32 %0,[%1];" : "=r"(x) : "r"(shared));
