@@ -17,7 +17,7 @@ import torch
 from . import capability, driver
 from .launcher import Kernel, Launch
 from .params import AttendParams, KeysParams, ValuesParams, packer
-from .plan import Plan
+from .plan import WORKSPACE_LIMIT, Plan
 from .problem import Problem
 from .result import Result, result_like
 from .variants import (
@@ -53,6 +53,8 @@ class Workspace:
     v_mean: int  # [D] fp32
     v_codes: int  # [D] int32
     anchor: int  # [D] fp32
+    partials: int  # of the whole group: [blocks] of Kernels.partial_bytes
+    partials_done: int  # [blocks, 2] int32
     size: int
 
 
@@ -74,6 +76,7 @@ class Recipe:
     value_runs: int  # its values
     blocks_q: int
     grid_limit: int  # attention blocks of a launch, where they go on with what is left over
+    dones: int  # 0, or the blocks share out by tiles what does not fill a wave, and tell each other by so many words
     keys_tail: tuple  # the parameter structs' ends
     values_tail: tuple
     attend_tail: tuple
@@ -147,7 +150,9 @@ def _quantise_launches(r: Recipe, group: _Quantising, base: int, k: int, v: int)
     """The first two launches of a group whose workspace starts at `base`."""
     w, (k_strides, v_strides, keys_tail) = r.workspace, group.keys
     kv, k_scale_parts, v_parts = base + w.kv, base + w.k_scale_parts, base + w.v_parts
-    keys = _pack_keys(k, k_strides, v, v_strides, kv, base + w.anchor, k_scale_parts, v_parts, base + w.v_codes, keys_tail)
+    keys = _pack_keys(
+        k, k_strides, v, v_strides, kv, base + w.anchor, k_scale_parts, v_parts, base + w.v_codes, base + w.partials_done, keys_tail
+    )  # fmt: skip
     values = _pack_values(
         v, v_strides, k_scale_parts, v_parts, kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_codes, group.values
     )  # fmt: skip
@@ -158,6 +163,7 @@ def _attend_launch(r: Recipe, group: _Attending, base: int, q: int, mask: int, o
     w, (q_strides, mask_strides, out_strides, tail) = r.workspace, group.constants
     params = _pack_attend(
         q, q_strides, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_codes, base + w.anchor,
+        base + w.partials if r.dones else 0, base + w.partials_done,
         mask, mask_strides, out, out_strides, lse, tail,
     )  # fmt: skip
     return r.attend, group.blocks, 1, 1, params, True
@@ -237,16 +243,20 @@ def _attending(r: Recipe, q: torch.Tensor, out: torch.Tensor, mask: torch.Tensor
         mask_strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
         kind = _MASK_KINDS[mask.dtype]
     vectors = _vectors(p, unaligned, q_strides), _vectors(p, unaligned, out_strides)
-    return tuple(
-        _Attending(
-            min(r.blocks_q * pairs * ratio, r.grid_limit),
+
+    def group(first: int, pairs: int) -> _Attending:
+        items = r.blocks_q * pairs * ratio
+        blocks = min(items, r.grid_limit)
+        rounds = items // blocks - 1 if r.dones else -(-items // blocks)
+        return _Attending(
+            blocks,
             _attend_constants(
                 *q_strides, *mask_strides, *out_strides, first, pairs, p.heads_kv, ratio, p.len_q, p.len_kv, p.head_dim,
-                _DTYPES[p.dtype], *vectors, p.causal, kind, r.tiles, r.blocks_q, *r.attend_tail,
+                _DTYPES[p.dtype], *vectors, p.causal, kind, r.tiles, r.blocks_q, rounds, *r.attend_tail,
             ),
-        )
-        for first, pairs in r.groups
-    )  # fmt: skip
+        )  # fmt: skip
+
+    return tuple(group(*g) for g in r.groups)
 
 
 def _strides(t: torch.Tensor, p: Problem) -> tuple[int, int, int]:
@@ -299,11 +309,20 @@ def _new_recipe(p: Problem, plan: Plan, one_group: bool) -> Recipe:
     split_tokens = -(-p.len_kv // max(fewest, min(int(slots * (1 - KEYS_SHARE)) // pairs, most)))
     splits = -(-p.len_kv // split_tokens)
     value_runs = _runs(pairs, units[1], values.min_blocks * card.multiprocessors)  # each warp has 32 / v_bytes keys at a time
+    blocks_q = -(-p.len_q // plan.tile.block_m)
+    persistent = names.persistent and len(groups) == 1 and p.mask == "none" and not p.causal
+    limit = card.multiprocessors if persistent else MAX_GRID
+    items = blocks_q * pairs * (p.heads_q // p.heads_kv)
+    shared = not one_group and items > limit and items % limit and 2 * limit**2 * tiles < 2**32
+    partial_bytes = names.partial_bytes(d) * limit * shared
+    if tiles * tile_bytes * pairs + partial_bytes > WORKSPACE_LIMIT["cuda"]:
+        shared = partial_bytes = 0
+    dones = 2 * limit * shared
     return Recipe(
-        p, plan, *kernels, p.device_index, groups, _workspace(pairs, tiles * tile_bytes, splits, key_runs, d),
-        tiles, key_runs, splits, value_runs, -(-p.len_q // plan.tile.block_m),
-        card.multiprocessors if names.persistent and len(groups) == 1 and p.mask == "none" and not p.causal else MAX_GRID,
-        (tiles, tile_bytes, key_runs, -(-p.len_kv // step), step, splits, split_tokens),
+        p, plan, *kernels, p.device_index, groups,
+        _workspace(pairs, (tiles * tile_bytes, splits * 3 * d * 4, key_runs * 4, 4, d * 4, d * 4, d * 4, d * 4), (partial_bytes, dones * 4)),
+        tiles, key_runs, splits, value_runs, blocks_q, limit, dones,
+        (tiles, tile_bytes, key_runs, -(-p.len_kv // step), step, dones, splits, split_tokens),
         (key_runs, splits, tiles, value_runs, scheme.v_mean, scheme.v_max),
         (
             min(abs(p.sm_scale) * LOG2E * 4 * d / INT8_MAX, FINITE_MAX), math.copysign(1.0, p.sm_scale),
@@ -319,9 +338,9 @@ def _runs(pairs: int, units: int, slots: float) -> int:
     return -(-units // length)
 
 
-def _workspace(pairs: int, pair_bytes: int, splits: int, key_runs: int, d: int) -> Workspace:
-    sizes = pair_bytes, splits * 3 * d * 4, key_runs * 4, 4, d * 4, d * 4, d * 4, d * 4
+def _workspace(pairs: int, each: tuple[int, ...], once: tuple[int, ...]) -> Workspace:
+    """Buffers of so many bytes for each pair, then others."""
     offsets = [0]
-    for size in sizes:
-        offsets.append(offsets[-1] + -(-pairs * size // ALIGN) * ALIGN)
+    for size in *(pairs * size for size in each), *once:
+        offsets.append(offsets[-1] + -(-size // ALIGN) * ALIGN)
     return Workspace(*offsets)

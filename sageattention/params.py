@@ -27,11 +27,12 @@ class KeysParams(ctypes.Structure):
     _fields_ = [
         ("k", Tokens), ("v", Tokens),
         ("kv", POINTER), ("anchor", POINTER), ("k_scale_parts", POINTER), ("v_parts", POINTER), ("v_codes", POINTER),
+        ("partials_done", POINTER),
         ("first", c_int32), ("pairs", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("vectors", c_int32),
         ("tiles", c_int32), ("tile_bytes", c_int32), ("runs", c_int32),
         ("samples", c_int32), ("sample_step", c_int32),
-        ("splits", c_int32), ("split_tokens", c_int32),
+        ("dones", c_int32), ("splits", c_int32), ("split_tokens", c_int32),
     ]  # fmt: skip
 
 
@@ -56,6 +57,7 @@ class AttendParams(ctypes.Structure):
     _fields_ = [
         ("q", Tokens),
         ("kv", POINTER), ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_codes", POINTER), ("anchor", POINTER),
+        ("partials", POINTER), ("partials_done", POINTER),
         ("mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64), ("mask_stride_q", c_int64), ("mask_stride_k", c_int64),
         ("out", POINTER), ("out_stride_b", c_int64), ("out_stride_h", c_int64), ("out_stride_n", c_int64),
         ("lse", POINTER),
@@ -63,7 +65,7 @@ class AttendParams(ctypes.Structure):
         ("len_q", c_int32), ("len_kv", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("q_vectors", c_int32), ("out_vectors", c_int32),
         ("causal", c_int32), ("mask_kind", c_int32),
-        ("tiles", c_int32), ("blocks_q", c_int32),
+        ("tiles", c_int32), ("blocks_q", c_int32), ("rounds", c_int32),
         ("score_scale", c_float), ("sign", c_float), ("sm_scale", c_float), ("score_limit", c_float),
         ("inv_v_max", c_float), ("log2_p_max", c_float), ("rescale_slack", c_float),
     ]  # fmt: skip

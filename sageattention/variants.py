@@ -150,7 +150,13 @@ class Kernels:
     entry: Callable[[Kernels, int, int, str, str], Entry]  # the attention kernel for (arch, head_dim, mask, accumulator)
     arch: int = 0  # compute capability of the only devices it is made for, whose machine code is "sm_XXa"; 0: any from min_arch on
     min_arch: int = 75
-    persistent: bool = False  # a block of the attention kernels goes on with further queries: a grid of any size does all
+    # Without a mask, a block goes on with further queries, and may share its last ones with another: what it then leaves to that one.
+    partial_bytes: Callable[[int], int] | None = None
+
+    @property
+    def persistent(self) -> bool:
+        """Whether a grid of any size does all unmasked work."""
+        return self.partial_bytes is not None
 
     @property
     def head_dims(self) -> tuple[int, ...]:
@@ -325,8 +331,10 @@ for _mask in MASKS:
 MMA_TILES[0, 128, "none", "fp16"], MMA_TILES[0, 128, "causal", "fp16"] = replace(_TWO, stages=2), _EIGHT
 MMA_TILES[100, 128, "none", "fp16"] = MMA_TILES[100, 128, "causal", "fp16"] = _EIGHT
 MMA_BYTE_TILES[89, 128, "none", "fp8"] = MMA_BYTE_TILES[89, 128, "causal", "fp8"] = _EIGHT
-# Bytes of local memory a thread may use: at head_dim 256 the accumulators leave the compiler a register or two short.
+# Bytes of local memory a thread may use: at head_dim 256 the accumulators leave the compiler a register or two short, on Hopper the
+# masks at 128. sass_report.py sees to it that main loops have next to nothing of it.
 MMA_LOCAL = {64: 0, 128: 0, 256: 40}
+WGMMA_LOCAL = {"none": 0, "causal": 8, "dense": 32}
 
 
 def _mma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
@@ -369,13 +377,15 @@ WGMMA_TILES: Tiles = {(0, d): Tile(128, 96, 12, 4) for d in (64, 128)} | {(0, d,
 
 def _wgmma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
     t = find_tile(kernels.tiles, arch, head_dim, mask, accumulate)
-    smem = t.block_m * head_dim + t.stages * (kernels.tile_bytes(head_dim) + 32)
+    smem = t.block_m * head_dim + t.stages * (kernels.tile_bytes(head_dim) + 32) + 16 + 2 * (2 * head_dim + 4) * 4
     if mask == "dense":
         smem += t.block_m // 16 * -(-t.block_n // 64) * BIAS_BYTES
+    else:
+        smem += t.block_m * (2 * head_dim + 64)  # queries as they come
     form = "" if kernels.pv == "fp16" else "_fp8"
     config = f"Wgmma{form[1:].capitalize()}Config<{kernels.layout.format(d=head_dim)}, Mask::{mask}, {t.stages}>"
     expression = f"attend_wgmma{form}<{config}, {smem}>"
-    return Entry(kernels.attend_symbol(head_dim, mask, accumulate), expression, AttendParams, 32 * t.warps, 1, smem)
+    return Entry(kernels.attend_symbol(head_dim, mask, accumulate), expression, AttendParams, 32 * t.warps, 1, smem, WGMMA_LOCAL[mask])
 
 
 def _core_matrix_bytes(value_bytes: int, tile: int, ones: bool) -> Callable[[int], int]:
@@ -383,15 +393,20 @@ def _core_matrix_bytes(value_bytes: int, tile: int, ones: bool) -> Callable[[int
     return lambda head_dim: tile * head_dim + 128 + tile * (head_dim + 8 * ones) * value_bytes
 
 
+def _partial_bytes(head_dim: int) -> int:
+    """O, sums and references of 128 queries in fp32 (csrc/kernel/wgmma_common.cuh, Partial)."""
+    return 256 * (head_dim // 2 + 4) * 4
+
+
 WGMMA_FP16 = Kernels(
     "wgmma_fp16", "kernel/attend_wgmma.cuh", "CoreMatrix<{d}, 2, 96, true>", _core_matrix_bytes(2, 96, True),
-    {"fp32": FP16_FP32_WGMMA}, WGMMA_TILES, _wgmma_entry, arch=90, persistent=True,
+    {"fp32": FP16_FP32_WGMMA}, WGMMA_TILES, _wgmma_entry, arch=90, partial_bytes=_partial_bytes,
 )  # fmt: skip
 
 WGMMA_FP8 = Kernels(
     "wgmma_fp8", "kernel/attend_wgmma_fp8.cuh", "CoreMatrix<{d}, 1, 128, true>", _core_matrix_bytes(1, 128, True),
     {"fp32+fp32": FP8_FP32_WGMMA, "fp32": FP8_FP32_WGMMA, "fp32+fp16": FP8_FP32_WGMMA},  # fp16 accumulators are no faster
-    {(0, d): Tile(128, 128, 12, 4) for d in (64, 128)}, _wgmma_entry, arch=90,
+    {(0, d): Tile(128, 128, 12, 4) for d in (64, 128)}, _wgmma_entry, arch=90, partial_bytes=_partial_bytes,
 )  # fmt: skip
 
 CUDA_FP16 = Variant(

@@ -97,10 +97,15 @@ def test_groups_of_heads_change_nothing(variant: str, request: pytest.FixtureReq
     t, _ = matrix.tensors(matrix.Case(128, heads_q=10, heads_kv=5, len_q=500, len_kv=3000), "cuda")
     whole = sageattn(**t, return_lse=True, variant=variant)
     request.getfixturevalue("small_groups")
+    chosen = ops.plan_for(Problem.from_tensors(**t, return_lse=True), variant)
+    first = sageattn(**t, return_lse=True, variant=variant)
     for _ in range(20):
         parts = sageattn(**t, return_lse=True, variant=variant)
-        assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
-    chosen = ops.plan_for(Problem.from_tensors(**t, return_lse=True), variant)
+        assert torch.equal(parts[0], first[0]) and torch.equal(parts[1], first[1])
+    if chosen.scheme.v_mean:  # a sum over tokens whose order depends on how many blocks there are for a head
+        assert inputs.relative_l2(first[0], whole[0]) <= 2e-3 and torch.allclose(first[1], whole[1], atol=1e-3)
+    else:
+        assert torch.equal(first[0], whole[0]) and torch.equal(first[1], whole[1])
     recipe = next(r for r in cuda_ops._recipes.values() if r.plan is chosen)
     assert len(recipe.groups) == 10
 

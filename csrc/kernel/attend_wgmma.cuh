@@ -15,7 +15,8 @@ template <class C>
 struct WgmmaWalk : ScoreWalk<C> {
   using Walk = ScoreWalk<C>;
   using typename Walk::Layout, typename Walk::Scores, typename Walk::Weights;
-  using Walk::barrier, Walk::tile, Walk::elected, Walk::mask_scores, Walk::reference, Walk::ring, Walk::q_scale, Walk::p, Walk::shared;
+  using Walk::barrier, Walk::tile, Walk::elected, Walk::mask_scores, Walk::reference, Walk::ring, Walk::q_scale, Walk::queries,
+      Walk::p, Walk::shared;
   static constexpr int kHeadDim = C::kHeadDim, kColumns8 = Walk::kColumns8, kSteps = kHeadDim / 32;
   // Q's A fragments of so many of the scores' steps are in registers, where there are any left: shared memory has less to feed.
   static constexpr int kHeld = kHeadDim == 64 || C::kMask == Mask::dense ? 0 : 2;
@@ -29,19 +30,17 @@ struct WgmmaWalk : ScoreWalk<C> {
   float limit[2];  // a score above this moves the row's reference
   u32 q[4 * kHeld + 1];  // + 1: no array is empty
 
-  __device__ __forceinline__ u32 queries() const { return shared + (special_tid_x() / 128 - 1) * C::kQueryBytes; }
-
   // The A fragments of the last kHeld steps, as wgmma would read them from shared memory.
   __device__ __forceinline__ void hold_queries() {
     const int lane = special_tid_x() % 32, warp = special_tid_x() / 32 % 4;
-    const u32 from = queries() + 2 * (kSteps - kHeld) * C::kQueryPitch + (16 * warp + lane / 4) * 16 + lane % 4 * 4;
+    const u32 from = queries + 2 * (kSteps - kHeld) * C::kQueryPitch + (16 * warp + lane / 4) * 16 + lane % 4 * 4;
 #pragma unroll
     for (int i = 0; i < 4 * kHeld; ++i) q[i] = load_shared(from + i / 2 * C::kQueryPitch + i % 2 * 128);
   }
 
   // S = Q·Kᵀ of the stage that `at` stands on: issued, not awaited.
   __device__ __forceinline__ void issue_scores(Scores& s, const Ring<C::kStages>& at) const {
-    const u64 rows = wgmma_descriptor<C::kQueryPitch>(queries()), keys = wgmma_descriptor<Layout::kKPitch>(tile(at.stage));
+    const u64 rows = wgmma_descriptor<C::kQueryPitch>(queries), keys = wgmma_descriptor<Layout::kKPitch>(tile(at.stage));
     mbarrier_wait(barrier(at.stage) + kKeysFull, at.parity);
     wgmma_hold(s);
     wgmma_fence();
@@ -56,17 +55,20 @@ struct WgmmaWalk : ScoreWalk<C> {
     wgmma_commit();
   }
 
-  // O += P·V of the current tile: issued, not awaited.
+  // O += P·V of the current tile, of its first kChunks times sixteen keys: issued, not awaited.
+  template <int kChunks = C::kTile / 16>
   __device__ __forceinline__ void issue_values(const Weights& prob) {
     const u64 v = wgmma_descriptor<Layout::kVPitch>(tile(ring.stage) + Layout::kV);
     wgmma_hold(o);
     wgmma_fence();
 #pragma unroll
-    for (int c = 0; c < C::kTile / 16; ++c) wgmma_f16(o, prob + 4 * c, v + (2 * c * Layout::kVPitch >> 4), true);
+    for (int c = 0; c < kChunks; ++c) wgmma_f16(o, prob + 4 * c, v + (2 * c * Layout::kVPitch >> 4), true);
     wgmma_commit();
   }
 
-  __device__ __forceinline__ void release_values(u32 stage) const { mbarrier_arrive(elected(), barrier(stage) + kValuesFree); }
+  __device__ __forceinline__ void release_values(u32 stage, bool really = true) const {
+    mbarrier_arrive(elected() && really, barrier(stage) + kValuesFree);
+  }
 
   // Takes the current tile's K scales, times the rows': scale[half of the tile][row half]. Then K is not needed any more. INT_MIN.
   __device__ __forceinline__ i32 take_scales(float (&scale)[2][2]) const {
@@ -128,16 +130,10 @@ struct WgmmaWalk : ScoreWalk<C> {
     }
   }
 
-  // One tile, whose scores are in `s` or under way to it. Meanwhile the tensor cores have the scores of the next tile (if kNext) and
-  // P·V of the one before (if kLast); P·V of this one is left to them at the end, unless it is the last. key0: of a masked tile.
-  template <bool kNext, bool kLast, bool kMasked>
-  __device__ __forceinline__ void step(Scores& s, Scores& next, Weights& prob, int key0) {
+  // The scores' maxima, then the weights for P·V; rows whose maximum asks for it are rescaled. await(): until O is complete.
+  template <bool kMasked, class Await>
+  __device__ __forceinline__ void weigh(Scores& s, Weights& prob, int key0, Await await) {
     float scale[2][2], top[2], factor[2];
-    Ring<C::kStages> after = ring, before = ring;
-    after.advance(), before.retreat();
-    if constexpr (kNext) issue_scores(next, after);
-    wgmma_wait<kNext ? 1 + kLast : 0>();  // `s`, awaited only here: so the issue above can't sink into the softmax
-    wgmma_hold(s);
     const i32 least = take_scales(scale);
     if constexpr (kMasked) {
       mask_scores(s, scale, key0, top);
@@ -152,11 +148,7 @@ struct WgmmaWalk : ScoreWalk<C> {
       exponentials<kMasked>(s, scale);
     }
     mbarrier_wait(barrier(ring.stage) + kValuesFull, ring.parity);  // a loop: the compiler keeps the next wait behind it
-    if constexpr (kLast) {
-      if constexpr (kNext) wgmma_wait<1>();
-      wgmma_hold(o);
-      release_values(before.stage);
-    }
+    await();
     if (outgrown) {
       if constexpr (!kEarly) move_references(top, factor);
       rescale(factor);
@@ -164,13 +156,33 @@ struct WgmmaWalk : ScoreWalk<C> {
     if constexpr (!kEarly) exponentials<kMasked>(s, scale);
 #pragma unroll
     for (int i = 0; i < C::kWeightRegisters; ++i) prob[i] = pack_f16(__int_as_float(s[2 * i]), __int_as_float(s[2 * i + 1]));
-    issue_values(prob);
-    if constexpr (!kNext) {
-      wgmma_wait<0>();
+  }
+
+  // One tile, whose scores are under way to `s`. Meanwhile the tensor cores have the scores of the next tile and P·V of the one
+  // before, and afterwards P·V of this one. last: there is no next tile, and this one's scores are taken again, for nothing: one loop
+  // without other ends is worth more, its instructions stay in the multiprocessor's cache. key0: of a masked tile.
+  __device__ __forceinline__ void step(Scores& s, Scores& next, Weights& prob, bool first, bool last, int key0) {
+    Ring<C::kStages> after = ring, before = ring;
+    if (!last) after.advance();
+    before.retreat();
+    issue_scores(next, after);
+    wgmma_wait<2>();  // `s`, awaited only here: so the issue above can't sink into the softmax
+    wgmma_hold(s);
+    weigh<kAllMasked>(s, prob, key0, [&] {
+      wgmma_wait<1>();
       wgmma_hold(o);
-      release_values(ring.stage);
-    }
+      release_values(before.stage, !first);
+    });
+    issue_values(prob);
     ring = after;
+  }
+
+  // The end of a run: P·V of its last tile.
+  __device__ __forceinline__ void finish() {
+    wgmma_wait<0>();
+    wgmma_hold(o);
+    release_values(ring.stage);
+    ring.advance();
   }
 
   // Tile n on its own.
@@ -178,24 +190,34 @@ struct WgmmaWalk : ScoreWalk<C> {
     Scores s;
     Weights prob;
     issue_scores(s, ring);
-    step<false, false, true>(s, s, prob, n * C::kTile);
+    wgmma_wait<0>();
+    wgmma_hold(s);
+    weigh<true>(s, prob, n * C::kTile, [] {});
+    issue_values(prob);
+    finish();
   }
 
-  // Tiles n … 0, n > 0. Tile n may have masked keys; of the others, only a dense mask's.
-  __device__ __forceinline__ void run(int n) {
+  // `tiles` of them, without masked keys but for a dense mask's, where they are the first ones of all. ptxas wants two ends
+  // (docs/kernels.md).
+  __device__ __forceinline__ void run(int tiles) {
     Scores even, odd;
     Weights prob;
     issue_scores(even, ring);
-    step<true, false, true>(even, odd, prob, n * C::kTile);
-    for (; n > 2; n -= 2) {
-      step<true, true, kAllMasked>(odd, even, prob, (n - 1) * C::kTile);
-      step<true, true, kAllMasked>(even, odd, prob, (n - 2) * C::kTile);
-    }
-    if (n == 2) {
-      step<true, true, kAllMasked>(odd, even, prob, C::kTile);
-      step<false, true, kAllMasked>(even, odd, prob, 0);
-    } else {
-      step<false, true, kAllMasked>(odd, even, prob, 0);
+#pragma unroll
+    for (int i = 0; i < C::kWeightRegisters; ++i) prob[i] = 0;
+    mbarrier_wait(barrier(ring.stage) + kValuesFull, ring.parity);
+    issue_values<1>(prob);  // nothing: so the loop is entered as it is repeated
+    for (bool first = true;; first = false, tiles -= 2) {
+      step(even, odd, prob, first, tiles == 1, (tiles - 1) * C::kTile);
+      if (tiles == 1) {
+        finish();
+        return;
+      }
+      step(odd, even, prob, false, tiles == 2, (tiles - 2) * C::kTile);
+      if (tiles == 2) {
+        finish();
+        return;
+      }
     }
   }
 
@@ -205,9 +227,9 @@ struct WgmmaWalk : ScoreWalk<C> {
 #pragma unroll
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] = 0.0f;
     wgmma_hold(o);
-    int n = span.tiles - 1;
-    for (; n == 0 || (n > span.full && !kAllMasked); --n) single(n);  // leaves one tile with masked keys
-    if (n > 0) run(n);
+    int n = span.last - 1;
+    for (; !kAllMasked && n >= span.first && n >= span.full; --n) single(n);
+    if (n >= span.first) run(n - span.first + 1);
     sums[0] = o[kHeadDim / 2], sums[1] = o[kHeadDim / 2 + 2];  // the columns of ones
   }
 };

@@ -16,7 +16,6 @@ struct WgmmaFp8Config : WgmmaConfig<Layout_, kMask_, kStages_> {
   static constexpr int kParts = Layout::kTile / kStep, kScales = kStep / Layout::kScaleKeys;
   static constexpr int kScoreRegisters = kStep / 2, kWeightRegisters = kStep / 8;
   static constexpr int kOutRegisters = Layout::kHeadDim / 2, kSumRegisters = Layout::kColumns / 2;
-  static constexpr bool kPersistent = Layout::kHeadDim == 64;  // not used; at 64 the compiler finds registers for all only so
   static_assert(Layout::kTile == 128 && Layout::kOnes && Layout::kValueBytes == 1, "steps and scales are worked out for this tile");
 };
 
@@ -24,7 +23,8 @@ template <class C>
 struct WgmmaFp8Walk : ScoreWalk<C> {
   using Walk = ScoreWalk<C>;
   using typename Walk::Layout, typename Walk::Scores, typename Walk::Weights;
-  using Walk::barrier, Walk::tile, Walk::elected, Walk::mask_scores, Walk::reference, Walk::ring, Walk::q_scale, Walk::p, Walk::shared;
+  using Walk::barrier, Walk::tile, Walk::elected, Walk::mask_scores, Walk::reference, Walk::ring, Walk::q_scale, Walk::queries,
+      Walk::p, Walk::shared;
   using Scales = float[C::kScales][2];  // [part of the step][row half]
   static constexpr int kHeadDim = C::kHeadDim, kParts = C::kParts, kColumns8 = Walk::kColumns8;
   static constexpr float kLog2Largest = 8.8073549220576f;  // log2(448) = log2_p_max + rescale_slack
@@ -32,12 +32,11 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
   float o[C::kOutRegisters], sum[2];
   float acc[C::kSumRegisters];  // of the tensor cores: O and, in the columns of ones, the sums, since the last promotion
 
-  __device__ __forceinline__ u32 queries() const { return shared + (special_tid_x() / 128 - 1) * C::kQueryBytes; }
 
   // S = Q·Kᵀ of one part of the tile that `at` stands on: issued, not awaited.
   template <int kPart>
   __device__ __forceinline__ void issue_scores(Scores& s, const Ring<C::kStages>& at) const {
-    const u64 rows = wgmma_descriptor<C::kQueryPitch>(queries());
+    const u64 rows = wgmma_descriptor<C::kQueryPitch>(queries);
     const u64 keys = wgmma_descriptor<Layout::kKPitch>(tile(at.stage)) + (kPart * C::kStep * 16 >> 4);
     if (kPart == 0) mbarrier_wait(barrier(at.stage) + kKeysFull, at.parity);
     wgmma_hold(s);
@@ -130,7 +129,7 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
   // mantissa come to lie where a shift puts them into place. Not where a mask may have taken scores and reference far from 0.
   template <bool kMasked>
   __device__ __forceinline__ void weigh(const Scores& s, const Scales& scale, Weights& prob) const {
-    constexpr float kMagic = 49152.0f, kExcess = 0.057f;  // the line is too high by this, in base 2, on average
+    constexpr float kMagic = 49152.0f, kExcess = 15.0f / 256;  // the line is too high by this, in base 2, on average
     float shift[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) shift[half] = kMasked && reference[half] == -kInf ? 0.0f : -reference[half];
@@ -152,98 +151,112 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
     }
   }
 
-  // One step, whose scores are in `s`. Meanwhile the tensor cores have the scores of the next step (if kNext) and
-  // P·V of the one before (if kLast); P·V of this one is left to them at the end, unless it is the last. fresh: a group of steps
-  // begins. tile_key0: first key of a masked tile.
-  template <int kPart, bool kNext, bool kLast, bool kMasked>
-  __device__ __forceinline__ void step(Scores& s, Scores& next, Weights& prob, bool fresh, int tile_key0 = 0) {
+  // One step, whose scores are in `s`. Meanwhile the tensor cores have the scores of the next step and P·V of the one before, and
+  // afterwards P·V of this one. fresh: a group of steps begins. last: there is no next tile, and this one's scores are taken again, for
+  // nothing: one loop without other ends is worth more, its instructions stay in the multiprocessor's cache.
+  template <int kPart>
+  __device__ __forceinline__ void step(Scores& s, Scores& next, Weights& prob, bool fresh, bool first, bool last) {
     constexpr bool kTileEnds = kPart == kParts - 1;
     Scales scale;
     float top[2], factor[2];
     Ring<C::kStages> after = ring, before = ring;
-    if (kTileEnds) after.advance();
+    if (kTileEnds && !last) after.advance();
     before.retreat();
-    if constexpr (kNext) issue_scores<kTileEnds ? 0 : kPart + 1>(next, after);
+    issue_scores<kTileEnds ? 0 : kPart + 1>(next, after);
     const i32 least = take_scales<kPart>(scale);
     wgmma_hold(s);
     if (kTileEnds) release(kKeysFree, ring.stage);
-    if constexpr (kMasked) {
-      mask_scores(s, scale, tile_key0 + kPart * C::kStep, top);
-    } else {
-      top[0] = largest(s, scale, 0, least), top[1] = largest(s, scale, 1, least);
-    }
+    top[0] = largest(s, scale, 0, least), top[1] = largest(s, scale, 1, least);
     const bool outgrown = __any_sync(kAllLanes, top[0] > reference[0] + kLog2Largest || top[1] > reference[1] + kLog2Largest);
     if (outgrown) move_references(top, factor);
-    if constexpr (kLast) {
-      wgmma_wait<kNext>();
-      wgmma_hold(acc);
-      if (kPart == 0) release(kValuesFree, before.stage);
-      if (fresh) promote();
-    }
+    wgmma_wait<1>();
+    wgmma_hold(acc);
+    if (kPart == 0 && !first) release(kValuesFree, before.stage);
+    if (fresh) promote();
     if (outgrown) rescale(factor, fresh);
-    weigh<kMasked>(s, scale, prob);
+    weigh<false>(s, scale, prob);
     issue_values<kPart>(prob, fresh);
-    if constexpr (kNext) {
-      wgmma_wait<1>();
-      wgmma_hold(next);
-    } else {
-      wgmma_wait<0>();
-      wgmma_hold(acc);
-      if (kTileEnds) release(kValuesFree, ring.stage);
-      promote();
-    }
+    wgmma_wait<1>();
+    wgmma_hold(next);
     ring = after;
   }
 
   // Tile n on its own.
-  __device__ __forceinline__ void single(int n) {
-    Scores s;
+  template <int kPart>
+  __device__ __forceinline__ void masked_step(Scores& s, int key0) {
+    Scales scale;
     Weights prob;
-    issue_scores<0>(s, ring);
+    float top[2], factor[2];
+    issue_scores<kPart>(s, ring);
     wgmma_wait<0>();
-    step<0, false, false, true>(s, s, prob, true, n * C::kTile);
-    if constexpr (kParts == 2) {
-      issue_scores<1>(s, ring);
-      wgmma_wait<0>();
-      step<1, false, false, true>(s, s, prob, true, n * C::kTile);
-    }
+    take_scales<kPart>(scale);
+    wgmma_hold(s);
+    if (kPart == kParts - 1) release(kKeysFree, ring.stage);
+    mask_scores(s, scale, key0, top);
+    const bool outgrown = __any_sync(kAllLanes, top[0] > reference[0] + kLog2Largest || top[1] > reference[1] + kLog2Largest);
+    if (outgrown) move_references(top, factor), rescale(factor, true);
+    weigh<true>(s, scale, prob);
+    issue_values<kPart>(prob, true);
+    wgmma_wait<0>();
+    wgmma_hold(acc);
+    promote();
   }
 
-  // Tiles n … 0 without masked keys, n > 0. ptxas wants the loop followed by a choice of two ends (docs/kernels.md).
-  __device__ __forceinline__ void run(int n) {
+  __device__ __forceinline__ void single(int n) {
+    Scores s;
+    masked_step<0>(s, n * C::kTile);
+    if constexpr (kParts == 2) masked_step<1>(s, n * C::kTile + C::kStep);
+    release(kValuesFree, ring.stage);
+    ring.advance();
+  }
+
+  // The end of a run: P·V of its last step.
+  __device__ __forceinline__ void finish() {
+    wgmma_wait<0>();
+    wgmma_hold(acc);
+    release(kValuesFree, ring.stage);
+    promote();
+    ring.advance();
+  }
+
+  // `tiles` of them without masked keys. ptxas wants two ends (docs/kernels.md).
+  __device__ __forceinline__ void run(int tiles) {
     Scores even, odd;
     Weights prob;
     issue_scores<0>(even, ring);
+#pragma unroll
+    for (int i = 0; i < C::kWeightRegisters; ++i) prob[i] = 0;
     wgmma_wait<0>();
     wgmma_hold(even);
-    step<0, true, false, false>(even, odd, prob, true);
+    issue_values<0>(prob, true);  // sums of 0: so the loop is entered as it is repeated
     if constexpr (kParts == 2) {
-      step<1, true, true, false>(odd, even, prob, false);
-      for (; n > 2; n -= 2) {
-        step<0, true, true, false>(even, odd, prob, true);
-        step<1, true, true, false>(odd, even, prob, false);
-        step<0, true, true, false>(even, odd, prob, false);
-        step<1, true, true, false>(odd, even, prob, false);
-      }
-      if (n == 2) {
-        step<0, true, true, false>(even, odd, prob, true);
-        step<1, true, true, false>(odd, even, prob, false);
-        step<0, true, true, false>(even, odd, prob, false);
-        step<1, false, true, false>(odd, even, prob, false);
-      } else {
-        step<0, true, true, false>(even, odd, prob, true);
-        step<1, false, true, false>(odd, even, prob, false);
+      for (bool first = true;; first = false, tiles -= 2) {
+        step<0>(even, odd, prob, true, first, false);
+        step<1>(odd, even, prob, false, false, tiles == 1);
+        if (tiles == 1) {
+          finish();
+          return;
+        }
+        step<0>(even, odd, prob, false, false, false);
+        step<1>(odd, even, prob, false, false, tiles == 2);
+        if (tiles == 2) {
+          finish();
+          return;
+        }
       }
     } else {
-      for (; n > 2; n -= 2) {
-        step<0, true, true, false>(odd, even, prob, false);
-        step<0, true, true, false>(even, odd, prob, true);
+      step<0>(even, odd, prob, true, true, false);
+      for (; tiles > 3; tiles -= 2) {
+        step<0>(odd, even, prob, false, false, false);
+        step<0>(even, odd, prob, true, false, false);
       }
-      if (n == 2) {
-        step<0, true, true, false>(odd, even, prob, false);
-        step<0, false, true, false>(even, odd, prob, true);
+      if (tiles == 3) {
+        step<0>(odd, even, prob, false, false, false);
+        step<0>(even, odd, prob, true, false, true);
+        finish();
       } else {
-        step<0, false, true, false>(odd, even, prob, false);
+        step<0>(odd, even, prob, false, false, true);
+        finish();
       }
     }
   }
@@ -252,10 +265,10 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
 #pragma unroll
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] = 0.0f;
     sum[0] = sum[1] = 0.0f;
-    int n = span.tiles - 1;
-    for (; n == 0 || n >= span.full; --n) single(n);
+    int n = span.last - 1;
+    for (; n == span.first || (n > span.first && n >= span.full); --n) single(n);
     if constexpr (C::kMask != Mask::dense)
-      if (n > 0) run(n);
+      if (n > span.first) run(n - span.first + 1);
     sums[0] = sum[0], sums[1] = sum[1];
   }
 };

@@ -19,11 +19,13 @@ struct KeysParams {
   float* k_scale_parts;  // [pairs, runs]: the largest K scale of each run
   float* v_parts;        // [pairs, splits, 3, D]: of each channel of V the largest, the smallest, the sum of value / len
   i32* v_codes;          // [pairs, D]: set to 0
+  i32* partials_done;    // [dones]: likewise
   i32 first, pairs, heads, len, head_dim;
   i32 dtype;                      // Dtype
   i32 vectors;                    // 1: rows of k and v are 16-byte aligned, head_dim is a multiple of 8
   i32 tiles, tile_bytes, runs;    // a block of K takes ⌈units / runs⌉ consecutive units of kScaleKeys keys
   i32 samples, sample_step;       // the anchor is the mean of the tokens 0, step, 2·step, …: `samples` of them
+  i32 dones;
   i32 splits, split_tokens;       // split i of V is the tokens [i·split_tokens, (i+1)·split_tokens)
 };
 
@@ -52,6 +54,8 @@ struct AttendParams {
   const float* v_mean;  // [pairs, D]: to be added to O where any key counts
   const i32* v_codes;   // [pairs, D], of 64ths
   const float* anchor;
+  void* partials;       // of the blocks that begin within an item, or null: every block works on whole items
+  i32* partials_done;   // 0 before the launch and after it
   const void* mask;    // [B, H, Nq, Nk] by strides, 0 where it broadcasts
   i64 mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k;
   void* out;           // as q
@@ -62,7 +66,8 @@ struct AttendParams {
   i32 dtype, q_vectors, out_vectors;
   i32 causal;          // 1: key ≤ query index (also with a dense mask)
   i32 mask_kind;       // MaskKind
-  i32 tiles, blocks_q;  // of 64 keys; blocks of queries
+  i32 tiles, blocks_q;  // of the layout's keys; blocks of queries
+  i32 rounds;           // so many of these does a block work on whole, where it goes on with others
   float score_scale;   // |sm_scale|·log2(e)·4D / 127
   float sign;          // of sm_scale
   float sm_scale;

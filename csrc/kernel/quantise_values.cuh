@@ -103,17 +103,19 @@ __device__ __forceinline__ void stage8(u8* row, int chunk, const float (&y)[kChu
   }
 }
 
-// What the eight values that stage8 wrote at `row` were rounded to, over 256, added to `sum`: e4m3's bits in the place of fp16's.
-__device__ __forceinline__ void add_rounded(const u8* row, int chunk, float (&sum)[kChunk]) {
-  const u8* from = row + chunk / 4 * 32 + chunk % 4 * 4;
+// What the eight values that stage8 wrote at `row` and at `other` were rounded to, over 256, added to `sum`: e4m3's bits in the place
+// of fp16's. The sum of two is rounded to eleven bits, always of the same two keys.
+__device__ __forceinline__ void add_rounded(const u8* row, const u8* other, int chunk, bool counts, bool other_counts,
+                                            float (&sum)[kChunk]) {
+  const int from = chunk / 4 * 32 + chunk % 4 * 4;
+  const auto halves = [](u32 bytes) { return (bytes & 0x80008000u) | (bytes & 0x7F007F00u) >> 1; };  // of bytes 1 and 3
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const u32 word = *reinterpret_cast<const u32*>(from + 16 * i);
-#pragma unroll
-    for (int b = 0; b < 4; ++b) {  // values 0, 2, 1, 3 of the four
-      const u32 code = word >> 8 * b;
-      sum[4 * i + b / 2 + b % 2 * 2] += f16_to_f32((code & 0x80) << 8 | (code & 0x7F) << 7);
-    }
+    const u32 a = counts ? *reinterpret_cast<const u32*>(row + from + 16 * i) : 0;
+    const u32 b = other_counts ? *reinterpret_cast<const u32*>(other + from + 16 * i) : 0;
+    const float2 odd = unpack_f16(add_f16(halves(a), halves(b))), even = unpack_f16(add_f16(halves(a << 8), halves(b << 8)));
+    float* to = sum + 4 * i;  // the bytes are values 0, 2, 1, 3 of the four
+    to[0] += even.x, to[2] += odd.x, to[1] += even.y, to[3] += odd.y;
   }
 }
 
@@ -164,6 +166,11 @@ __device__ __forceinline__ void quantise_run(const ValuesParams& p, int pair, in
   float mean[kChunk], scale[kChunk];
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) mean[i] = shared.mean[chunk * kChunk + i], scale[i] = shared.scale[chunk * kChunk + i];
+  // Of 16-bit values, the spread is too large against the mean for one FMA to lose anything.
+  constexpr bool kOneStep = kDtype != kFloat32;
+  if (kOneStep)
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) mean[i] *= -scale[i];
   __syncthreads();  // the statistics have been read: `rows` lies where their parts were
   for (int unit = first + warp; unit < last; unit += kValuesWarps) {
 #pragma unroll 1
@@ -179,16 +186,17 @@ __device__ __forceinline__ void quantise_run(const ValuesParams& p, int pair, in
         float x[kChunk];
         unpack8<kDtype>(raw[i], x);
 #pragma unroll
-        for (int e = 0; e < kChunk; ++e) x[e] = (x[e] - mean[e]) * scale[e];
+        for (int e = 0; e < kChunk; ++e) x[e] = kOneStep ? fmaf(x[e], scale[e], mean[e]) : (x[e] - mean[e]) * scale[e];
         stage8<kValues>(rows + ((pass + i) * kRows + row) * Shared::kPitch, chunk, x);
       }
     }
     if constexpr (kCountsCodes<Layout, kValues>) {
       float rounded[kChunk] = {};
 #pragma unroll 2
-      for (int pass = 0; pass < kPasses; ++pass) {
-        const int key = pass * kRows + row;
-        if (unit * Shared::kUnitKeys + key < p.len) add_rounded(rows + key * Shared::kPitch, chunk, rounded);
+      for (int pass = 0; pass < kPasses; pass += 2) {
+        const u8* at = rows + (pass * kRows + row) * Shared::kPitch;
+        const int beyond = p.len - unit * Shared::kUnitKeys - pass * kRows - row;  // keys beyond the end do not count
+        add_rounded(at, at + kRows * Shared::kPitch, chunk, beyond > 0, beyond > kRows, rounded);
       }
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) atomicAdd(shared.codes + chunk * kChunk + i, __float2int_rn(rounded[i] * (256.0f * kCodeUnits)));

@@ -28,17 +28,23 @@ struct WgmmaConfig {
   static constexpr int kQueryPitch = 64 * 16, kQueryBytes = 64 * kHeadDim;
   static constexpr int kStage0 = kConsumers * kQueryBytes;
   static constexpr int kBarriers = kStage0 + kStages * Layout::kTileBytes, kBarrierPitch = 32;
-  static constexpr int kBias = kBarriers + kStages * kBarrierPitch;
+  // …, what the channels of the output are made of, for two turns, and Q as it lies in memory where there is no bias
+  static constexpr int kTurnBarriers = kBarriers + kStages * kBarrierPitch;
+  static constexpr int kChannels = kTurnBarriers + 16, kChannelsBytes = (2 * kHeadDim + 4) * 4;
+  static constexpr int kBias = kChannels + 2 * kChannelsBytes;
   static constexpr int kBiasBytes = (kTile + kKvTile - 1) / kKvTile * BiasTile::kBytes;  // a warp's
-  static constexpr int kSharedBytes = kBias + (kMask == Mask::dense ? kConsumerWarps * kBiasBytes : 0);
+  static constexpr bool kStagesQueries = kMask != Mask::dense;
+  static constexpr int kRawQueries = kBias, kRawPitch = 2 * kHeadDim + 64;  // a row's bytes; the 64 keep reads free of bank conflicts
+  static constexpr int kSharedBytes = kBias + (kMask == Mask::dense ? kConsumerWarps * kBiasBytes : kBlockM * kRawPitch);
 
-  // Blocks of queries, over all heads. Persistent: the grid is any number of them, and a block goes on with the item gridDim.x further.
-  static constexpr bool kPersistent = true;
-  static __device__ __forceinline__ int items(const AttendParams& p) { return p.blocks_q * p.pairs * p.ratio; }
+  static constexpr bool kTurns = kMask == Mask::none;  // the grid may have fewer blocks than there are items
+  static __device__ __forceinline__ int items(const AttendParams& p) { return p.blocks_q * p.pairs * p.ratio; }  // blocks of queries
 };
 
 // A stage's barriers: K has landed, V has landed, K has been read by all consumer warps, V has.
 enum StageBarrier : u32 { kKeysFull = 0, kValuesFull = 8, kKeysFree = 16, kValuesFree = 24 };
+// What a turn needs besides has landed; its queries have been taken by all consumer warps.
+enum TurnBarrier : u32 { kTurnFull = 0, kTurnFree = 8 };
 
 // A position in the ring of stages.
 template <int kStages>
@@ -84,28 +90,54 @@ struct Rows {
   }
 };
 
-// Which tiles a block visits: [0, tiles), last first; those of [0, full) hold no masked key.
+// A piece of work: the tiles [first, last) of an item, last one first.
+struct Work {
+  int item, first, last;
+};
+
+// What a block does in its turn number 0, 1, …; false: nothing any more. With a mask, one item. Without, first p.rounds items, gridDim.x apart. If p.partials, the
+// tiles of those that are left over are dealt out in equal shares: at least as many as an item has, so that no more than two blocks
+// work on one item.
+template <class C>
+__device__ __forceinline__ bool take_turn(const AttendParams& p, int turn, Work& work) {
+  const int blocks = gridDim.x, block = blockIdx.x, items = C::items(p);
+  work = {block + turn * blocks, 0, p.tiles};
+  if (!C::kTurns) return turn == 0;
+  if (turn < p.rounds) return work.item < items;
+  if (!p.partials) return false;
+  const unsigned tiles = p.tiles, share = (items - p.rounds * blocks) * tiles;
+  const unsigned begin = share * block / blocks, end = share * (block + 1) / blocks;
+  const unsigned from = turn == p.rounds ? begin : (begin / tiles + turn - p.rounds) * tiles;
+  if (from >= end) return false;
+  const unsigned number = from / tiles, item_end = (number + 1) * tiles;
+  work.item = p.rounds * blocks + number, work.first = item_end - min(end, item_end), work.last = item_end - from;
+  return true;
+}
+
+// Which tiles a piece of work visits: [first, last), last one first; those of [0, full) hold no masked key.
 struct Span {
-  int tiles, full;
+  int first, last, full;
 };
 
 template <class C>
-__device__ __forceinline__ Span span_of(const AttendParams& p, int block_row0) {
-  Span span{p.tiles, C::kMask == Mask::dense ? 0 : p.len_kv / C::kTile};
+__device__ __forceinline__ Span span_of(const AttendParams& p, const Work& work) {
+  Span span{work.first, work.last, C::kMask == Mask::dense ? 0 : p.len_kv / C::kTile};
   if (C::kMask == Mask::causal || (C::kMask == Mask::dense && p.causal)) {
-    span.tiles = min(span.tiles, (block_row0 + C::kBlockM - 1) / C::kTile + 1);
-    span.full = min(span.full, (block_row0 + 1) / C::kTile);
+    const int row0 = Rows<C>(p, 0, work.item).block_row0;
+    span.last = min(span.last, (row0 + C::kBlockM - 1) / C::kTile + 1);
+    span.full = min(span.full, (row0 + 1) / C::kTile);
   }
   return span;
 }
 
-// The producer, one warp: K and V of every tile of a head, in the order of the walk.
+// The producer, one warp: K and V of every tile of the work, in the order of the walk.
 template <class C>
-__device__ __forceinline__ void fetch_tiles(const AttendParams& p, u32 shared, int pair, int tiles, Ring<C::kStages>& ring) {
+__device__ __forceinline__ void fetch_tiles(const AttendParams& p, u32 shared, const Work& work, Ring<C::kStages>& ring) {
   using Layout = typename C::Layout;
-  const u8* tile = static_cast<const u8*>(p.kv) + ((i64)pair * p.tiles + tiles - 1) * Layout::kTileBytes;
+  const Span span = span_of<C>(p, work);
+  const u8* tile = static_cast<const u8*>(p.kv) + ((i64)Rows<C>(p, 0, work.item).pair * p.tiles + span.last - 1) * Layout::kTileBytes;
   const bool elected = threadIdx.x == 0;
-  for (int n = 0; n < tiles; ++n, tile -= Layout::kTileBytes) {
+  for (int n = span.last; n > span.first; --n, tile -= Layout::kTileBytes) {
     const u32 stage = shared + C::kStage0 + ring.stage * Layout::kTileBytes;
     const u32 barrier = shared + C::kBarriers + ring.stage * C::kBarrierPitch;
     mbarrier_wait(barrier + kKeysFree, ring.parity);
@@ -116,33 +148,94 @@ __device__ __forceinline__ void fetch_tiles(const AttendParams& p, u32 shared, i
   }
 }
 
-// Brings the query rows of an item into L2 before they are wanted. By one warp.
+// Whether Q's rows can be fetched by bulk copies: 16-bit, aligned, a multiple of 16 bytes.
 template <class C>
-__device__ __forceinline__ void prefetch_queries(const AttendParams& p, int item) {
-  if (item >= C::items(p)) return;
-  const Rows<C> at(p, 0, item);
-  const int element = p.dtype == kFloat32 ? 4 : 2;
-  const u8* head = static_cast<const u8*>(p.q.data) + (at.batch * p.q.stride_b + at.head * p.q.stride_h) * element;
-  for (int i = threadIdx.x; i < C::kBlockM; i += 32) {
-    const u8* row = head + min(at.block_row0 + i, p.len_q - 1) * p.q.stride_n * element;
-    for (int byte = 0; byte < p.head_dim * element; byte += 128) prefetch_l2(row + byte);
+__device__ __forceinline__ bool stages_queries(const AttendParams& p) {
+  return C::kStagesQueries && p.dtype != kFloat32 && p.q_vectors;
+}
+
+// Two warps beside the producer fetch what a turn needs, so that no consumer waits for memory between two walks. One: Q as it is.
+template <class C>
+__device__ __forceinline__ void fetch_queries(const AttendParams& p, u32 shared) {
+  const u32 barrier = shared + C::kTurnBarriers;
+  Work work;
+  for (int turn = 0; take_turn<C>(p, turn, work); ++turn) {
+    mbarrier_wait(barrier + kTurnFree, (turn & 1) ^ 1);  // the queries of the turn before have been taken
+    if (stages_queries<C>(p)) {
+      const Rows<C> at(p, 0, work.item);
+      const u8* head = static_cast<const u8*>(p.q.data) + (at.batch * p.q.stride_b + at.head * p.q.stride_h) * 2;
+      mbarrier_expect(special_tid_x() % 32 == 0, barrier + kTurnFull, C::kBlockM * p.head_dim * 2);
+      __syncwarp();
+#pragma unroll 1  // registers are few here
+      for (int i = special_tid_x() % 32; i < C::kBlockM; i += 32)
+        copy_bulk_counted(shared + C::kRawQueries + i * C::kRawPitch, head + min(at.block_row0 + i, p.len_q - 1) * p.q.stride_n * 2,
+                          p.head_dim * 2, barrier + kTurnFull);
+    }
+    mbarrier_arrive(special_tid_x() % 32 == 0, barrier + kTurnFull);
+    if constexpr (!C::kTurns) break;
   }
 }
 
-// Loads, rotates and quantises the warp's rows into shared memory; scale: of the lane's two rows. Up to the wait for the
-// quantise launch, nothing of its results is needed.
+// The other: of each channel what O is multiplied with and what is added to it; and the largest scale of a query.
 template <class C>
-__device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, int item, float (&scale)[2]) {
+__device__ __forceinline__ void fetch_channels(const AttendParams& p, u32 shared) {
+  const u32 barrier = shared + C::kTurnBarriers;
+  Work work;
+  wait_for_previous_launch();
+  for (int turn = 0; take_turn<C>(p, turn, work); ++turn) {
+    mbarrier_wait(barrier + kTurnFree, (turn & 1) ^ 1);
+    const int pair = Rows<C>(p, 0, work.item).pair;
+    const u32 to = shared + C::kChannels + turn % 2 * C::kChannelsBytes;
+#pragma unroll 1
+    for (int c = special_tid_x() % 32; c < C::kHeadDim; c += 32) {
+      const float scale = p.v_amax[pair * C::kHeadDim + c];
+      store_shared_float(to + 4 * c, scale);
+      if constexpr (C::Layout::kValueBytes == 1) {
+        // V as it was rounded has V's mean: that of the codes, which rounding moved off zero, is taken out.
+        const float codes = (float)p.v_codes[pair * C::kHeadDim + c], unit = p.inv_v_max / (64.0f * p.len_kv);
+        store_shared_float(to + 4 * (C::kHeadDim + c), fmaf(-scale * unit, codes, p.v_mean[pair * C::kHeadDim + c]));
+      }
+    }
+    // No score may leave the range in which the softmax works. A largest K scale of 0 (all keys alike) must not make the bound
+    // infinite; the scores are 0 then whatever it is.
+    store_shared_float(to + 8 * C::kHeadDim, p.score_limit / fmaxf(__int_as_float(p.k_scale_max[pair]), 7.5e-37f));
+    __syncwarp();
+    mbarrier_arrive(special_tid_x() % 32 == 0, barrier + kTurnFull);
+    if constexpr (!C::kTurns) break;
+  }
+}
+
+// The lane's two rows of what was fetched, as load_raw would load them.
+template <class C, int kDtype>
+__device__ __forceinline__ void take_raw(u32 shared, const Rows<C>& at, int head_dim, Raw8<kDtype> (&raw)[2][C::kHeadDim / 32]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int c = 0; c < C::kHeadDim / 32; ++c) {
+      const u32 from = shared + C::kRawQueries + (16 * at.warp + 8 * half + at.g) * C::kRawPitch + 64 * c + 16 * at.t;
+      const uint4 v = 32 * c + kChunk * at.t < head_dim ? load_shared16(from) : uint4{};
+      raw[half][c].word[0] = v.x, raw[half][c].word[1] = v.y, raw[half][c].word[2] = v.z, raw[half][c].word[3] = v.w;
+    }
+}
+
+// Rotates and quantises the warp's rows into shared memory; scale: of the lane's two rows.
+template <class C>
+__device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, int turn, int item, float (&scale)[2]) {
   constexpr int kHeadDim = C::kHeadDim;
   const Rows<C> at(p, special_tid_x() - 128, item);
   with_dtype(p.dtype, [&](auto type) {
     constexpr int kDtype = decltype(type)::value;
     const u8* head = static_cast<const u8*>(p.q.data) + (at.batch * p.q.stride_b + at.head * p.q.stride_h) * kElementBytes<kDtype>;
     Raw8<kDtype> raw[2][kHeadDim / 32];
-    if (p.q_vectors)
+    mbarrier_wait(shared + C::kTurnBarriers + kTurnFull, turn & 1);
+    if (kDtype != kFloat32 && stages_queries<C>(p))
+      take_raw<C>(shared, at, p.head_dim, raw);
+    else if (p.q_vectors)
       load_raw<kHeadDim, 2, kDtype, true>(head, p.q.stride_n, at.row(0), p.len_q, at.t, p.head_dim, raw);
     else
       load_raw<kHeadDim, 2, kDtype, false>(head, p.q.stride_n, at.row(0), p.len_q, at.t, p.head_dim, raw);
+    __syncwarp();
+    mbarrier_arrive(special_tid_x() % 32 == 0, shared + C::kTurnBarriers + kTurnFree);
     if (p.lse) {  // what the shift of K takes out of a row's LSE waits in its place: registers are short in the main loop
       wait_for_previous_launch();
 #pragma unroll
@@ -190,10 +283,7 @@ __device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, 
   });
   fence_async_proxy();
   named_barrier<128>(1 + at.warp / 4);  // the warpgroup's Q is complete in shared memory
-  wait_for_previous_launch();
-  // No score may leave the range in which the softmax works. A largest K scale of 0 (all keys alike) must not make the bound
-  // infinite; the scores are 0 then whatever it is.
-  const float max_scale = p.score_limit / fmaxf(__int_as_float(p.k_scale_max[at.pair]), 7.5e-37f);
+  const float max_scale = load_shared_float(shared + C::kChannels + turn % 2 * C::kChannelsBytes + 8 * kHeadDim);
 #pragma unroll
   for (int half = 0; half < 2; ++half) scale[half] = fminf(scale[half], max_scale);
 }
@@ -201,31 +291,9 @@ __device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, 
 // O / sum, times V's channel scales, in the output's dtype; LSE. Of o, the first kHeadDim / 2 registers.
 template <class C>
 __device__ __forceinline__ void store_output(const AttendParams& p, const float (&o)[C::kOutRegisters], const float (&sums)[2],
-                                             const float (&reference)[2], int item) {
+                                             const float (&reference)[2], u32 shared, int turn, int item) {
   constexpr int kHeadDim = C::kHeadDim;
   const Rows<C> at(p, special_tid_x() - 128, item);
-  // Loaded before anything is stored: they wait for memory once. Of wgmma's schemes, those with a byte for V take its mean out.
-  float channel_scale[kHeadDim / 4], mean[kHeadDim / 4] = {};
-  const auto load_channels = [&](const float* all, float (&x)[kHeadDim / 4]) {
-#pragma unroll
-    for (int c = 0; c < kHeadDim / 32; ++c) {
-      const float4* from = reinterpret_cast<const float4*>(all + at.pair * kHeadDim + 32 * c + kChunk * at.t);
-      const float4 a = from[0], b = from[1];
-      const float eight[kChunk] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-#pragma unroll
-      for (int e = 0; e < kChunk; ++e) x[kChunk * c + e] = eight[e];
-    }
-  };
-  load_channels(p.v_amax, channel_scale);
-  if constexpr (C::Layout::kValueBytes == 1) {
-    // V as it was rounded has V's mean: that of the codes, which rounding moved off zero, is taken out.
-    float codes[kHeadDim / 4];
-    load_channels(p.v_mean, mean);
-    load_channels(reinterpret_cast<const float*>(p.v_codes), codes);
-    const float unit = p.inv_v_max / (64.0f * p.len_kv);
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 4; ++i) mean[i] = fmaf(-channel_scale[i] * unit, (float)__float_as_int(codes[i]), mean[i]);
-  }
   float inverse[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -237,27 +305,87 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
       *lse = sum > 0.0f ? *lse + (reference[half] + log2_approx(sum)) * kLn2 : -kInf;
     }
   }
+  const u32 channels = shared + C::kChannels + turn % 2 * C::kChannelsBytes + 4 * kChunk * at.t;
+  const auto take = [&](u32 from, float (&x)[kChunk]) {
+#pragma unroll
+    for (int i = 0; i < kChunk; i += 4) {
+      const uint4 v = load_shared16(from + 4 * i);
+      x[i] = __uint_as_float(v.x), x[i + 1] = __uint_as_float(v.y), x[i + 2] = __uint_as_float(v.z), x[i + 3] = __uint_as_float(v.w);
+    }
+  };
   with_access(p.dtype, p.out_vectors, [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
+    u8* head = static_cast<u8*>(p.out) + (at.batch * p.out_stride_b + at.head * p.out_stride_h) * kElementBytes<kDtype>;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = at.row(half);
-      if (row >= p.len_q) continue;
-      u8* to = static_cast<u8*>(p.out) +
-               (at.batch * p.out_stride_b + at.head * p.out_stride_h + row * p.out_stride_n) * kElementBytes<kDtype>;
+    for (int c = 0; c < kHeadDim / 32; ++c) {
+      float scale[kChunk], mean[kChunk] = {};
+      take(channels + 128 * c, scale);
+      if constexpr (C::Layout::kValueBytes == 1) take(channels + 4 * kHeadDim + 128 * c, mean);
 #pragma unroll
-      for (int c = 0; c < kHeadDim / 32; ++c) {
+      for (int half = 0; half < 2; ++half) {
+        if (at.row(half) >= p.len_q) continue;
         float y[kChunk];
 #pragma unroll
-        for (int e = 0; e < kChunk; ++e) {
-          const float value = o[16 * c + e / 2 * 4 + 2 * half + e % 2] * inverse[half];
-          y[e] = fmaf(value, channel_scale[kChunk * c + e], inverse[half] > 0.0f ? mean[kChunk * c + e] : 0.0f);
-        }
-        store8<kDtype, decltype(vectors)::value>(to, 32 * c + kChunk * at.t, p.head_dim, y);
+        for (int e = 0; e < kChunk; ++e)
+          y[e] = fmaf(o[16 * c + e / 2 * 4 + 2 * half + e % 2] * inverse[half], scale[e], inverse[half] > 0.0f ? mean[e] : 0.0f);
+        store8<kDtype, decltype(vectors)::value>(head + at.row(half) * p.out_stride_n * kElementBytes<kDtype>, 32 * c + kChunk * at.t,
+                                                 p.head_dim, y);
       }
     }
   });
 }
+
+// What two blocks that share an item have found about their tiles, joined: O, its sums and what they are relative to. The block that
+// begins with such an item's later tiles writes them down, the one before it, which has its earlier tiles at the end, takes them up.
+// Every thread finds the other's registers that are its own.
+template <class C>
+struct Partial {
+  static constexpr int kCount = C::kHeadDim / 2, kFours = kCount / 4 + 1, kThreads = 128 * C::kConsumers;
+
+  float4* to;
+  i32* done;
+  int warpgroup;
+
+  __device__ __forceinline__ Partial(const AttendParams& p, int block) {
+    const int thread = special_tid_x() - 128;
+    warpgroup = thread / 128;
+    to = reinterpret_cast<float4*>(p.partials) + (i64)block * kFours * kThreads + thread;
+    done = p.partials_done + block * C::kConsumers + warpgroup;
+  }
+
+  __device__ __forceinline__ void write(const float (&o)[C::kOutRegisters], const float (&sums)[2], const float (&reference)[2]) const {
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) __stcg(to + i * kThreads, make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]));
+    __stcg(to + kCount / 4 * kThreads, make_float4(sums[0], sums[1], reference[0], reference[1]));
+    __threadfence();
+    named_barrier<128>(1 + warpgroup);  // all have written
+    if (special_tid_x() % 128 == 0) store_release(done, 1);
+  }
+
+  // And leaves `done` as it was before the launch.
+  __device__ __forceinline__ void join(float (&o)[C::kOutRegisters], float (&sums)[2], float (&reference)[2]) const {
+    while (!load_acquire(done)) {
+    }
+    named_barrier<128>(1 + warpgroup);  // all have seen it
+    if (special_tid_x() % 128 == 0) store_release(done, 0);
+    const float4 rest = __ldcg(to + kCount / 4 * kThreads);
+    const float other_sum[2] = {rest.x, rest.y}, other_reference[2] = {rest.z, rest.w};
+    float own[2], other[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float most = fmaxf(reference[half], other_reference[half]), base = most == -kInf ? 0.0f : most;
+      own[half] = exp2_approx(reference[half] - base), other[half] = exp2_approx(other_reference[half] - base);
+      sums[half] = fmaf(other[half], other_sum[half], own[half] * sums[half]);
+      reference[half] = most;
+    }
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) {
+      const float4 x = __ldcg(to + i * kThreads);
+      o[4 * i] = fmaf(other[0], x.x, own[0] * o[4 * i]), o[4 * i + 1] = fmaf(other[0], x.y, own[0] * o[4 * i + 1]);
+      o[4 * i + 2] = fmaf(other[1], x.z, own[1] * o[4 * i + 2]), o[4 * i + 3] = fmaf(other[1], x.w, own[1] * o[4 * i + 3]);
+    }
+  }
+};
 
 // What lives in registers during the walk of one consumer warpgroup over the KV tiles, but for scores, weights and O.
 template <class C>
@@ -268,7 +396,7 @@ struct ScoreWalk {
   using Weights = u32[C::kWeightRegisters];
 
   const AttendParams& p;
-  u32 shared;
+  u32 shared, queries;  // the warpgroup's
   float q_scale[2];
   Ring<C::kStages> ring;
   float reference[2];  // P = 2^(score − reference); log2(p_max) below the maximum that the row was last scaled to
@@ -319,8 +447,8 @@ struct ScoreWalk {
   }
 };
 
-// A block: one item after another, the tiles of the next already on their way while the last is stored. Walk<C> is a ScoreWalk<C>
-// with O in `o` and `all(span, sums)`, which goes over the tiles from the last to the first.
+// A block: one piece of work after another, the tiles of the next already on their way while the last is stored. Walk<C> is a
+// ScoreWalk<C> with O in `o` and `all(span, sums)`, which goes over the tiles from the last to the first.
 // kSharedBytes: the dynamic shared memory that the launch has (sageattention/variants.py).
 template <class C, template <class> class Walk, int kSharedBytes>
 __device__ __forceinline__ void attend_block(const AttendParams& p) {
@@ -334,32 +462,47 @@ __device__ __forceinline__ void attend_block(const AttendParams& p) {
       mbarrier_init(barrier + kKeysFull, 1), mbarrier_init(barrier + kValuesFull, 1);
       mbarrier_init(barrier + kKeysFree, C::kConsumerWarps), mbarrier_init(barrier + kValuesFree, C::kConsumerWarps);
     }
+    mbarrier_init(shared + C::kTurnBarriers + kTurnFull, 2);
+    mbarrier_init(shared + C::kTurnBarriers + kTurnFree, C::kConsumerWarps);
     fence_async_proxy();
   }
   __syncthreads();  // the barriers are initialised
+  Work work;
   if (threadIdx.x < 128) {
     registers_shrink<C::kProducerRegisters>();
     if (threadIdx.x < 32) {
       wait_for_previous_launch();
       Ring<C::kStages> ring{0, 1};  // every stage is free at first: a wait for the phase before the first returns at once
-      for (int item = blockIdx.x; item < C::items(p); item += gridDim.x) {
-        if constexpr (C::kPersistent) prefetch_queries<C>(p, item + gridDim.x);
-        const Rows<C> at(p, 0, item);
-        fetch_tiles<C>(p, shared, at.pair, span_of<C>(p, at.block_row0).tiles, ring);
-        if constexpr (!C::kPersistent) break;
+      for (int turn = 0; take_turn<C>(p, turn, work); ++turn) {
+        fetch_tiles<C>(p, shared, work, ring);
+        if constexpr (!C::kTurns) break;
       }
+    } else if (threadIdx.x < 64) {
+      fetch_queries<C>(p, shared);
+    } else if (threadIdx.x < 96) {
+      fetch_channels<C>(p, shared);
     }
   } else {
     registers_grow<C::kConsumerRegisters>();
-    Walk<C> walk{p, shared};
+    // The shuffle tells the compiler that all lanes have the same: descriptors are made in uniform registers.
+    Walk<C> walk{p, shared, shared + __shfl_sync(kAllLanes, special_tid_x() / 128 - 1, 0) * C::kQueryBytes};
     walk.causal = C::kMask == Mask::causal || (C::kMask == Mask::dense && p.causal);
-    for (walk.item = blockIdx.x; walk.item < C::items(p); walk.item += gridDim.x) {
-      load_queries<C>(p, shared, walk.item, walk.q_scale);
+    for (int turn = 0; take_turn<C>(p, turn, work); ++turn) {
+      walk.item = work.item;
+      load_queries<C>(p, shared, turn, work.item, walk.q_scale);
       walk.reference[0] = walk.reference[1] = -kInf;
       float sums[2];
-      walk.all(span_of<C>(p, Rows<C>(p, 0, walk.item).block_row0), sums);
-      store_output<C>(p, walk.o, sums, walk.reference, walk.item);
-      if constexpr (!C::kPersistent) break;
+      walk.all(span_of<C>(p, work), sums);
+      if constexpr (C::kTurns) {
+        take_turn<C>(p, anew(turn), work);  // again: it was not kept
+        if (p.partials && work.last < p.tiles) {
+          Partial<C>(p, special_ctaid_x()).write(walk.o, sums, walk.reference);
+          continue;
+        }
+        if (work.first > 0) Partial<C>(p, special_ctaid_x() + 1).join(walk.o, sums, walk.reference);
+      }
+      store_output<C>(p, walk.o, sums, walk.reference, shared, turn, walk.item);
+      if constexpr (!C::kTurns) break;
     }
   }
 }

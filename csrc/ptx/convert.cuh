@@ -10,6 +10,12 @@ __device__ __forceinline__ float f16_to_f32(u32 low16) {
   return f;
 }
 
+__device__ __forceinline__ u32 add_f16(u32 pair, u32 other) {
+  u32 sum;
+  asm("add.f16x2 %0,%1,%2;" : "=r"(sum) : "r"(pair), "r"(other));
+  return sum;
+}
+
 __device__ __forceinline__ float2 unpack_f16(u32 pair) {
   float2 f;
   asm("{.reg .b16 a,b; mov.b32 {a,b},%2; cvt.f32.f16 %0,a; cvt.f32.f16 %1,b;}" : "=f"(f.x), "=f"(f.y) : "r"(pair));

@@ -65,8 +65,31 @@ __device__ __forceinline__ void copy_bulk(bool predicate, u32 shared, const void
 #endif
 }
 
-// A hint: the line that `global` is in will be read soon.
-__device__ __forceinline__ void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+// The same in two parts: the phase waits for so many bytes more, to which copies count that do not arrive.
+__device__ __forceinline__ void mbarrier_expect(bool predicate, u32 barrier, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{.reg .pred p; setp.ne.u32 p,%0,0; @p mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%1],%2;}" ::"r"((u32)predicate),
+               "r"(barrier), "r"(bytes)
+               : "memory");
+#endif
+}
+
+__device__ __forceinline__ void copy_bulk_counted(u32 shared, const void* global, u32 bytes, u32 barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(shared), "l"(global),
+               "r"(bytes), "r"(barrier)
+               : "memory");
+#endif
+}
+
+// A word by which one block tells another that what it has written before is there.
+__device__ __forceinline__ void store_release(i32* to, i32 x) { asm volatile("st.release.gpu.s32 [%0],%1;" ::"l"(to), "r"(x) : "memory"); }
+
+__device__ __forceinline__ i32 load_acquire(const i32* from) {
+  i32 x;
+  asm volatile("ld.acquire.gpu.s32 %0,[%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
+}
 
 __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
 #if __CUDA_ARCH__ >= 900

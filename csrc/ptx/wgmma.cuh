@@ -77,6 +77,12 @@ __device__ __forceinline__ void named_barrier(int id) {
   asm volatile("bar.sync %0,%1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
+// The same without waiting.
+template <int kThreads>
+__device__ __forceinline__ void named_barrier_arrive(int id) {
+  asm volatile("bar.arrive %0,%1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+
 // One instruction names up to 136 registers one by one. W_n: the text "%0,…" of n accumulators; W_OUT_n: their operands.
 #define W_8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define W_16 W_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
