@@ -300,7 +300,7 @@ __device__ void quantise_keys(const KeysParams& p) {
   let_next_launch_start();
   const int key_blocks = p.pairs * p.runs, block = blockIdx.x;
   if (block == 0)
-    for (int i = threadIdx.x; i < p.dones; i += blockDim.x) p.partials_done[i] = 0;
+    for (int i = threadIdx.x; i < p.dones; i += KeysShared<Layout>::kThreads) p.partials_done[i] = 0;
   with_access(p.dtype, p.vectors, [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
     const auto head_of = [&](const Tokens& x, int pair) {

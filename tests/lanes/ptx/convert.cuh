@@ -5,6 +5,10 @@ namespace sage {
 inline float f16_to_f32(u32 low16) { return half_to_float(low16); }
 inline float2 unpack_f16(u32 pair) { return {half_to_float(pair), half_to_float(pair >> 16)}; }
 inline u32 pack_f16(float lo, float hi) { return float_to_half(lo) | float_to_half(hi) << 16; }
+inline u32 add_f16(u32 pair, u32 other) {
+  const float2 a = unpack_f16(pair), b = unpack_f16(other);
+  return pack_f16(a.x + b.x, a.y + b.y);
+}
 inline u32 pack_bf16(float lo, float hi) {
   const u32 a = __float_as_uint(lo), b = __float_as_uint(hi);
   return (a + 0x7FFF + (a >> 16 & 1)) >> 16 | ((b + 0x7FFF + (b >> 16 & 1)) & 0xFFFF0000u);
