@@ -310,17 +310,18 @@ def _new_recipe(p: Problem, plan: Plan, one_group: bool) -> Recipe:
     splits = -(-p.len_kv // split_tokens)
     value_runs = _runs(pairs, units[1], values.min_blocks * card.multiprocessors)  # each warp has 32 / v_bytes keys at a time
     blocks_q = -(-p.len_q // plan.tile.block_m)
-    persistent = names.persistent and len(groups) == 1 and p.mask == "none" and not p.causal
-    limit = card.multiprocessors if persistent else MAX_GRID
-    items = blocks_q * pairs * (p.heads_q // p.heads_kv)
-    shared = not one_group and items > limit and items % limit and 2 * limit**2 * tiles < 2**32
-    partial_bytes = names.partial_bytes(d) * limit * shared
+    limit, partial_bytes = MAX_GRID, 0
+    if names.persistent and len(groups) == 1 and p.mask == "none" and not p.causal:
+        limit = card.multiprocessors
+        items, leftover_tiles = blocks_q * pairs * (p.heads_q // p.heads_kv), 2 * limit * tiles
+        if not one_group and items > limit and items % limit and leftover_tiles * limit < 2**32:  # the kernel counts in 32 bits
+            partial_bytes = names.partial_bytes(d) * limit
     if tiles * tile_bytes * pairs + partial_bytes > WORKSPACE_LIMIT["cuda"]:
-        shared = partial_bytes = 0
-    dones = 2 * limit * shared
+        partial_bytes = 0
+    dones = 2 * limit if partial_bytes else 0
     return Recipe(
         p, plan, *kernels, p.device_index, groups,
-        _workspace(pairs, (tiles * tile_bytes, splits * 3 * d * 4, key_runs * 4, 4, d * 4, d * 4, d * 4, d * 4), (partial_bytes, dones * 4)),
+        _workspace(pairs, (tiles * tile_bytes, splits * 3 * d * 4, key_runs * 4, 4, *[d * 4] * 4), (partial_bytes, dones * 4)),
         tiles, key_runs, splits, value_runs, blocks_q, limit, dones,
         (tiles, tile_bytes, key_runs, -(-p.len_kv // step), step, dones, splits, split_tokens),
         (key_runs, splits, tiles, value_runs, scheme.v_mean, scheme.v_max),

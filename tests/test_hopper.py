@@ -41,10 +41,12 @@ PERSISTENT = [v.name for v in variants.VARIANTS.values() if any(k.persistent for
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("len_q", [300, 600])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("variant", PERSISTENT)
-def test_blocks_go_on_with_further_queries(variant, head_dim):
-    case = matrix.Case(head_dim, heads_q=40, heads_kv=20, len_q=600)  # 400 blocks of queries, three a multiprocessor
+def test_blocks_go_on_with_further_queries(variant, head_dim, len_q):
+    """240 and 400 blocks of queries on some 132 multiprocessors: all of one and a part of the other are shared out by tiles."""
+    case = matrix.Case(head_dim, heads_q=40, heads_kv=20, len_q=len_q, len_kv=1100)
     given, _ = matrix.tensors(case, "cuda")
     options = {"tensor_layout": "HND", "is_causal": False, "attn_mask": None, "sm_scale": None, "return_lse": False}
     try:
