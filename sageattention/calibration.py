@@ -33,6 +33,9 @@ FORMAT = 1
 COMMAND = "python -m sageattention bench --calibrate"
 # A variant has to be this much faster than SDPA to be chosen: times vary by a few per cent from run to run.
 MARGIN = 1.03
+# Tokens of the longest call that is timed. Where SDPA won at a shorter one and time was up before the next, that says nothing about
+# calls of more than REACH times its queries times keys.
+LONGEST, REACH = 16384, 4
 
 LOG = logging.getLogger("sageattention")
 
@@ -78,14 +81,19 @@ class Calibration:
     made_at: str
 
     def point(self, problem: Problem) -> Point | None:
-        """The longest call that was timed of the problem's kind and is in no respect larger than it: beyond it a variant only gains."""
+        """The longest call that was timed of the problem's kind and is in no respect larger than it: beyond it a variant only gains.
+
+        None where there is none, or where SDPA won at one so much shorter that a variant may have overtaken it since.
+        """
         head_dim, heads = pad_head_dim(problem.head_dim), problem.batch * problem.heads_q
         alike = [
             p for p in self.points
             if (p.head_dim, p.mask) == (head_dim, problem.mask_kind) and p.len_q <= problem.len_q and p.len_kv <= problem.len_kv
             and p.heads * p.len_q * p.len_kv <= heads * problem.len_q * problem.len_kv
         ]  # fmt: skip
-        return max(alike, key=lambda p: p.len_q * p.len_kv, default=None)
+        longest = max(alike, key=lambda p: p.len_q * p.len_kv, default=None)
+        lost_early = longest and not longest.faster() and longest.len_q < LONGEST
+        return None if lost_early and problem.len_q * problem.len_kv >= REACH * longest.len_q * longest.len_kv else longest
 
 
 def folder(environ: Mapping[str, str] = os.environ, system: str = "", home: str = "~") -> Path:

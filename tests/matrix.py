@@ -95,8 +95,12 @@ def run(case: Case, variant: str, accum: str = "", device: str = "cpu") -> dict[
     }  # fmt: skip
 
 
-def check(case: Case, variant: str, accum: str = "", device: str = "cpu", output_step: float | None = None) -> None:
-    """Assert that a variant gives its emulation's numbers, is close to the oracle, and that masked rows are 0 and −inf."""
+def check(case: Case, variant: str, accum: str = "", device: str = "cpu", output_step: float | None = None, joined: bool = False) -> None:
+    """Assert that a variant gives its emulation's numbers, is close to the oracle, and that masked rows are 0 and −inf.
+
+    joined: two blocks may share a row's keys. Each then rounds P against a reference of its own, which is not the emulation's: FP8
+    rounds other weights up or down, as far from the oracle as the emulation.
+    """
     r = run(case, variant, accum, device)
     assert r["out"].isfinite().all()
     step = OUTPUT_STEP[case.dtype] if output_step is None else output_step
@@ -104,7 +108,10 @@ def check(case: Case, variant: str, accum: str = "", device: str = "cpu", output
         assert not r["out"].any() and (r["lse"] == -torch.inf).all()
         return
     error = inputs.relative_l2(r["out"], r["emulated"])
-    assert error <= EMULATION_BOUND[r["pv"]] + step, f"{error:.2e} off the emulation"
+    if joined and r["pv"] == "fp8":
+        assert inputs.relative_l2(r["out"], r["exact"]) <= 1.05 * inputs.relative_l2(r["emulated"], r["exact"]) + step
+    else:
+        assert error <= EMULATION_BOUND[r["pv"]] + step, f"{error:.2e} off the emulation"
     masked = r["exact_lse"] == -torch.inf
     assert (r["lse"][masked] == -torch.inf).all() and (r["out"][masked] == 0).all()
     off = (r["lse"] - r["emulated_lse"])[~masked].abs()

@@ -240,6 +240,16 @@ def test_the_longest_call_that_is_not_longer_counts(changes, length):
     assert (found and found.len_q) == length
 
 
+@pytest.mark.parametrize(
+    ("timed", "length", "counts"),
+    [(2048, 4000, True), (2048, 4096, False), (2048, 4608, False), (4096, 7000, True), (16384, 65536, True)],
+)
+def test_where_sdpa_won_counts_for_calls_of_about_that_length(timed, length, counts):
+    found = kept(point({FP8: 9.0}, length=timed)).point(problem(len_q=length, len_kv=length))
+    assert (found is not None) == counts
+    assert kept(point({FP8: 1.0}, length=timed)).point(problem(len_q=length, len_kv=length)).faster() == [FP8]
+
+
 def test_beyond_what_was_timed_the_table_decides():
     known = kept(point({TRITON: 1.0}))
     for other in (problem(head_dim=64), problem(mask="bool"), problem(heads_q=1, heads_kv=1)):

@@ -55,4 +55,4 @@ def test_blocks_go_on_with_further_queries(variant, head_dim, len_q):
         pytest.skip(str(error))
     if not call.plan.kernels.persistent:
         pytest.skip("this card runs other kernels of the variant")
-    matrix.check(case, variant, device="cuda")
+    matrix.check(case, variant, device="cuda", joined=True)

@@ -50,7 +50,7 @@ class Form:
 FORMS = tuple(
     sorted(
         (
-            *(Form(d, "none", n, n) for d in (64, 128) for n in (1024, 2048, 4096, 16384)),
+            *(Form(d, "none", n, n) for d in (64, 128) for n in (1024, 2048, 4096, calibration.LONGEST)),
             *(Form(d, "none", 8192, 512) for d in (64, 128)),
             *(Form(d, mask, 4096, 4096) for d in (64, 128) for mask in ("causal", "dense")),
             Form(256, "none", 4096, 4096),
