@@ -1,6 +1,6 @@
 // Third launch on Hopper: softmax(Q·Kᵀ)·V with wgmma – INT8 for the scores, fp16 for P·V, sums in fp32.
 //
-// A block has 128 queries of one head. Its first warpgroup fetches: one thread keeps bulk copies of KV tiles under way. Each of the
+// A block has 128 queries of one head at a time. Its first warpgroup fetches: KV tiles, queries, channel scales. Each of the
 // other two owns 64 queries and walks over the tiles, last tile first. While the softmax of a tile is computed, the tensor cores work
 // on the scores of the next one and on P·V of the one before; P goes to them from registers, as the accumulators of the scores are
 // already the fragments of P. The denominator is O's columns of ones.
@@ -83,20 +83,6 @@ struct WgmmaWalk : ScoreWalk<C> {
     return (i32)v.z;
   }
 
-  // The largest of the lane's scores in one part of a tile and one row half; `least` is INT_MIN.
-  static __device__ __forceinline__ i32 largest(const Scores& s, int part, int half, i32 least) {
-    i32 a = least, b = least;
-#pragma unroll
-    for (int j = 0; j < kColumns8 / 2; ++j) {
-      const int i = 4 * (part * (kColumns8 / 2) + j) + 2 * half;
-      if (j % 2)
-        b = __vimax3_s32(b, s[i], s[i + 1]);
-      else
-        a = __vimax3_s32(a, s[i], s[i + 1]);
-    }
-    return max(a, b);
-  }
-
   // Moves the references of rows that outgrew theirs by more than the slack; factor: what O is worth then. Seldom: what a row has
   // in common with its other three lanes is only asked here.
   __device__ __forceinline__ void move_references(const float (&top)[2], float (&factor)[2]) {
@@ -140,7 +126,8 @@ struct WgmmaWalk : ScoreWalk<C> {
     } else {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        top[half] = fmaxf((float)largest(s, 0, half, least) * scale[0][half], (float)largest(s, 1, half, least) * scale[1][half]);
+        top[half] = fmaxf((float)Walk::template largest<2>(s, 0, half, least) * scale[0][half],
+                          (float)Walk::template largest<2>(s, 1, half, least) * scale[1][half]);
     }
     const bool outgrown = __any_sync(kAllLanes, top[0] > limit[0] || top[1] > limit[1]);
     if constexpr (kEarly) {

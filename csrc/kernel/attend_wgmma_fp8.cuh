@@ -77,22 +77,12 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
     return (i32)v.z;
   }
 
-  // The largest of the lane's scores in one row half; `least` is INT_MIN.
+  // The largest of the lane's scores in one row half, in base 2; `least` is INT_MIN.
   static __device__ __forceinline__ float largest(const Scores& s, const Scales& scale, int half, i32 least) {
-    constexpr int kCount = kColumns8 / C::kScales;
     float top = 0.0f;
 #pragma unroll
     for (int part = 0; part < C::kScales; ++part) {
-      i32 a = least, b = least;
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        const int i = 4 * (part * kCount + j) + 2 * half;
-        if (j % 2)
-          b = __vimax3_s32(b, s[i], s[i + 1]);
-        else
-          a = __vimax3_s32(a, s[i], s[i + 1]);
-      }
-      const float x = (float)max(a, b) * scale[part][half];
+      const float x = (float)Walk::template largest<C::kScales>(s, part, half, least) * scale[part][half];
       top = part ? fmaxf(top, x) : x;
     }
     return top;

@@ -71,8 +71,6 @@ template <class C>
 struct Rows {
   int t, g, warp, pair, batch, head, block_row0, row0;  // row0: of the warp's sixteen
 
-  __device__ __forceinline__ explicit Rows(const AttendParams& p) : Rows(p, special_tid_x() - 128, special_ctaid_x()) {}
-
   __device__ __forceinline__ Rows(const AttendParams& p, int thread, int item) {
     t = thread % 4, g = thread % 32 / 4, warp = thread / 32;
     // Consecutive blocks share a head, so that its K and V stay in L2. Causal: the longest rows first.
@@ -95,9 +93,9 @@ struct Work {
   int item, first, last;
 };
 
-// What a block does in its turn number 0, 1, …; false: nothing any more. With a mask, one item. Without, first p.rounds items, gridDim.x apart. If p.partials, the
-// tiles of those that are left over are dealt out in equal shares: at least as many as an item has, so that no more than two blocks
-// work on one item.
+// What a block does in its turn number 0, 1, …; false: nothing any more. With a mask, one item. Without, first p.rounds items, gridDim.x
+// apart; if p.partials, the tiles of those that are left over are then dealt out in equal shares: at least as many as an item has, so
+// that no more than two blocks work on one item.
 template <class C>
 __device__ __forceinline__ bool take_turn(const AttendParams& p, int turn, Work& work) {
   const int blocks = gridDim.x, block = blockIdx.x, items = C::items(p);
@@ -402,6 +400,22 @@ struct ScoreWalk {
   float reference[2];  // P = 2^(score − reference); log2(p_max) below the maximum that the row was last scaled to
   bool causal;
   int item;
+
+  // The largest of the lane's scores in one of kParts parts of the keys and one row half; `least` is INT_MIN.
+  template <int kParts>
+  static __device__ __forceinline__ i32 largest(const Scores& s, int part, int half, i32 least) {
+    constexpr int kCount = kColumns8 / kParts;
+    i32 a = least, b = least;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const int i = 4 * (part * kCount + j) + 2 * half;
+      if (j % 2)
+        b = __vimax3_s32(b, s[i], s[i + 1]);
+      else
+        a = __vimax3_s32(a, s[i], s[i + 1]);
+    }
+    return max(a, b);
+  }
 
   static __device__ __forceinline__ bool elected() { return special_tid_x() % 32 == 0; }
   __device__ __forceinline__ u32 barrier(u32 stage) const { return shared + C::kBarriers + stage * C::kBarrierPitch; }
