@@ -251,7 +251,9 @@ def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: Ker
         amax, mean = (buffer(at, torch.float32, 4, d)[pair] for at in (w.v_amax, w.v_mean))
         assert torch.allclose(amax / chosen.scheme.v_max, v_scale, rtol=1e-5)
         if chosen.scheme.v_rounded:  # the attention kernel's share of it: codes that the two round differently may not count here
-            assert torch.allclose(buffer(w.v_codes, torch.int32, 4, d)[pair].float(), 64 * values.sum(0), atol=tokens / 16)
+            summed = buffer(w.v_codes, torch.int32, 4, d)[pair] / 64
+            off = 2.0**-11 * values.abs().sum(0) + tokens / 1024  # two keys at a time in fp16; what a thread has, to 64ths
+            assert ((summed - values.sum(0)).abs() <= off).all()
             v_mean = v_mean + v_scale * (v8 / tokens).sum(0)
         assert torch.allclose(mean, v_mean, atol=1e-6)
         anchor = t["k"].flatten(0, 1)[pair, :: recipe.keys_tail[4]].float().mean(0)
