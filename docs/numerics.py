@@ -55,6 +55,7 @@ PRODUCT_QK = (
     Choice("per token, not rotated", replace(FP16_FP32, rotate=False)),
     Choice("per 16 keys, not rotated", replace(FP16_FP32_MMA, rotate=False)),
 )
+INT8_PLAIN = replace(INT8_INT32, v_mean=False, v_rounded=False)
 PRODUCT_PV = (
     Choice("fp16, fp32 accumulator", FP16_FP32_MMA, "fp16 `fp32`"),
     Choice("fp16, fp16 accumulator, promoted every tile", FP16_FP16_FP32, "fp16 `fp16+fp32`, `fp16`"),
@@ -69,9 +70,10 @@ PRODUCT_PV = (
     Choice("— the same, half of P on a line", FP8_FP32_WGMMA, "sm90"),
     Choice("fp8, fp16 accumulator, P to 56, V to 4.5", FP8_FP16, "fp8 `fp32+fp16`"),
     Choice("— P to 448, V to .5625", replace(FP8_FP16, p_max=448.0, v_max=0.5625)),
-    Choice("int8, running maximum", replace(INT8_INT32, p_tile_max=False)),
-    Choice("int8, tile maximum", INT8_INT32, "int8"),
-    Choice("— the same, V mean removed", replace(INT8_INT32, v_mean=True)),
+    Choice("int8, running maximum", replace(INT8_PLAIN, p_tile_max=False)),
+    Choice("int8, tile maximum", INT8_PLAIN),
+    Choice("int8, tile maximum, V mean removed", replace(INT8_PLAIN, v_mean=True)),
+    Choice("int8, tile maximum, V mean removed, mean right for V as rounded", INT8_INT32, "int8"),
     Choice("— the same, tile of 32 keys", replace(INT8_INT32, kv_tile=32)),
     Choice("— the same, tile of 128 keys", replace(INT8_INT32, kv_tile=128)),
     Choice("— the same, a K scale per 8 keys", INT8_INT32, fragment_keys=32),

@@ -135,12 +135,10 @@ def quantise_v(v: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Ten
     scale = amax / scheme.v_max
     if scheme.pv == "fp16":
         x = x.half().float()
-    elif scheme.pv == "fp8":
-        x = _e4m3(x)
-        if scheme.v_mean and scheme.v_rounded:
-            mean = mean - torch.where(centred, scale * (x / x.shape[0]).sum(0), 0.0)
     else:
-        x = x.round()
+        x = _e4m3(x) if scheme.pv == "fp8" else x.round()
+    if scheme.v_mean and scheme.v_rounded:
+        mean = mean - torch.where(centred, scale * (x / x.shape[0]).sum(0), 0.0)
     return x, scale, mean
 
 

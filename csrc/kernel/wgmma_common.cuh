@@ -6,6 +6,7 @@
 #include "../block/mask.cuh"
 #include "../block/query.cuh"
 #include "../block/softmax.cuh"
+#include "../block/values.cuh"
 #include "../ptx/copy.cuh"
 #include "../ptx/special.cuh"
 #include "../ptx/wgmma.cuh"
@@ -189,9 +190,9 @@ __device__ __forceinline__ void fetch_channels(const AttendParams& p, u32 shared
       const float scale = p.v_amax[pair * C::kHeadDim + c];
       store_shared_float(to + 4 * c, scale);
       if constexpr (C::Layout::kValueBytes == 1) {
-        // V as it was rounded has V's mean: that of the codes, which rounding moved off zero, is taken out.
-        const float codes = (float)p.v_codes[pair * C::kHeadDim + c], unit = p.inv_v_max / (64.0f * p.len_kv);
-        store_shared_float(to + 4 * (C::kHeadDim + c), fmaf(-scale * unit, codes, p.v_mean[pair * C::kHeadDim + c]));
+        const float mean = p.v_mean[pair * C::kHeadDim + c];
+        const i32 codes = p.v_codes[pair * C::kHeadDim + c];
+        store_shared_float(to + 4 * (C::kHeadDim + c), mean_beside_codes<Values::fp8>(mean, scale, codes, p.inv_v_max, p.len_kv));
       }
     }
     // No score may leave the range in which the softmax works. A largest K scale of 0 (all keys alike) must not make the bound
