@@ -193,7 +193,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
   }
 #pragma unroll
   for (int c = 0; c < C::kHeadDim / 32; ++c) {
-    __syncwarp();  // a few channels at a time: the compiler would have all of them in registers
+    if constexpr (C::kHeadDim == 256) __syncwarp();  // or the compiler loads more of them at once than there are registers
     const float4* amax = reinterpret_cast<const float4*>(p.v_amax + at.pair * C::kHeadDim + 32 * c + kChunk * at.t);
     const float4 a = amax[0], b = amax[1];
     const float channel_scale[kChunk] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
@@ -215,6 +215,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
   }
   with_access(p.dtype, p.out_vectors, [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
+    const Place<C> at(p);
 #pragma unroll
     for (int i = 0; i < 2 * C::kRowTiles; ++i) {
       const int r = i / 2, half = i % 2, row = at.row(r, half);
