@@ -31,12 +31,6 @@ struct ValuesShared {
   bool centred[kHeadDim];
 };
 
-// Whether the attention kernel makes up for the rounding of V: it then needs the mean of what V was rounded to.
-template <class Layout, Values kValues>
-constexpr bool kCountsCodes = kValues == Values::int8;
-template <int kHeadDim, int kTile, bool kOnes>
-constexpr bool kCountsCodes<CoreMatrix<kHeadDim, 1, kTile, kOnes>, Values::fp8> = true;
-
 // Where V − mean could overflow, the mean stays in (reference.quantise_v).
 constexpr float kWidest = 1e38f;  // variants.FINITE_MAX
 
@@ -209,7 +203,7 @@ __device__ __forceinline__ void quantise_run(const ValuesParams& p, int pair, in
         stage8<kValues>(rows + ((pass + i) * kRows + row) * Shared::kPitch, chunk, x);
       }
     }
-    if constexpr (kCountsCodes<Layout, kValues> && kValues == Values::fp8) {
+    if constexpr (kValues == Values::fp8) {
       float rounded[kChunk] = {};
 #pragma unroll 2
       for (int pass = 0; pass < kPasses; pass += 2) {
@@ -256,7 +250,7 @@ __device__ void quantise_values(const ValuesParams& p) {
   with_access(p.dtype, p.vectors, [&](auto type, auto vectors) {
     quantise_run<Layout, kValues, decltype(type)::value, decltype(vectors)::value>(p, pair, run, shared);
   });
-  if constexpr (kCountsCodes<Layout, kValues>) add_sums(p, shared);
+  if constexpr (kValues != Values::fp16) add_sums(p, shared);  // the attention kernel makes up for the rounding of bytes
 }
 
 }  // namespace sage
