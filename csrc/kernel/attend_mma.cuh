@@ -193,17 +193,18 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
   }
 #pragma unroll
   for (int c = 0; c < C::kHeadDim / 32; ++c) {
-    if constexpr (C::kHeadDim == 256) __syncwarp();  // or the compiler loads more of them at once than there are registers
     const float4* amax = reinterpret_cast<const float4*>(p.v_amax + at.pair * C::kHeadDim + 32 * c + kChunk * at.t);
     const float4 a = amax[0], b = amax[1];
     const float channel_scale[kChunk] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
     float mean[kChunk] = {};
-    if constexpr (C::kValues != Values::fp16)
+    if constexpr (C::kValues != Values::fp16) {
+      if (C::kHeadDim == 256) __syncwarp();  // or the compiler loads more of them at once than there are registers
 #pragma unroll
       for (int e = 0; e < kChunk; ++e) {
         const int channel = at.pair * C::kHeadDim + 32 * c + kChunk * at.t + e;
         mean[e] = mean_beside_codes<C::kValues>(p.v_mean[channel], channel_scale[e], p.v_codes[channel], p.inv_v_max, p.len_kv);
       }
+    }
 #pragma unroll
     for (int i = 0; i < 2 * C::kRowTiles; ++i)
 #pragma unroll
