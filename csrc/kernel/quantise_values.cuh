@@ -27,7 +27,9 @@ struct ValuesShared {
   };
   alignas(16) float mean[kHeadDim];
   alignas(16) float scale[kHeadDim];
-  i32 codes[4][kHeadDim + 2];  // sums to be added up: lanes that meet in a channel have one each; the 2 keep them off the same bank
+  // Sums to be added up, of bytes only: lanes that meet in a channel have one each. The 2 keep them off the same bank.
+  static constexpr int kSums = Layout::kValueBytes == 1 ? 4 : 1;
+  i32 codes[kSums][kHeadDim + 2];
   bool centred[kHeadDim];
 };
 
@@ -66,7 +68,8 @@ __device__ __forceinline__ void finish_statistics(const ValuesParams& p, int pai
     if (amax < kSmallest) amax = 0.0f;
     shared.mean[c] = mean;
     shared.scale[c] = amax == 0.0f ? 0.0f : p.v_max / amax;
-    shared.codes[0][c] = shared.codes[1][c] = shared.codes[2][c] = shared.codes[3][c] = 0;
+#pragma unroll
+    for (int i = 0; i < ValuesShared<Layout>::kSums; ++i) shared.codes[i][c] = 0;
     if (keep) p.v_amax[pair * kHeadDim + c] = amax, p.v_mean[pair * kHeadDim + c] = mean;
   }
   if (keep && threadIdx.x < 32) {
