@@ -14,7 +14,8 @@ from . import calibration, capability, images, packed, reference, settings
 from .capability import Capability
 from .errors import KernelMissing, Unsupported
 from .plan import GROUPS_ALIVE, Plan, plan
-from .problem import Problem, facts, needs_grad
+from .problem import Problem, facts
+from .problem import needs_grad as needs_grad  # for the adapter
 from .result import Result, result_like
 from .variants import MASK_LIMIT, TRITON_FP16, VARIANTS
 
@@ -88,10 +89,13 @@ def _four_dims(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
 
 
+_modes, _is_tracing, _transform = torch._C._len_torch_dispatch_stack, torch._C._is_tracing, torch._C._functorch.peek_interpreter_stack
+
+
 def traced(q: torch.Tensor) -> bool:
     """Whether a call outside of torch.compile is only looked at – under a dispatch mode such as FakeTensorMode or make_fx's, `transformed`,
     or with a fake tensor: then it has to be one registered operator."""
-    if torch._C._len_torch_dispatch_stack() or transformed():
+    if _modes() or transformed():
         return True
     return type(q) is not torch.Tensor and isinstance(q, FakeTensor)
 
@@ -99,7 +103,7 @@ def traced(q: torch.Tensor) -> bool:
 def transformed() -> bool:
     """Whether torch.jit.trace, or a transform of torch.func such as vmap, sees only torch's own operators: a kernel would escape the one
     and find no memory in the other's tensors."""
-    return torch._C._is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
+    return _is_tracing() or _transform() is not None
 
 
 def _refuse_transforms(name: str) -> None:

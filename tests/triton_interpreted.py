@@ -92,7 +92,7 @@ def finite(device: str = "cpu") -> None:
 def any_size() -> None:
     """The property of `extremes`, on few tokens; on a GPU `test_gpu_behaviour` has it with more."""
 
-    @extremes.finite_outputs(examples=60, len_q=20, len_kv=20, derandomize=True, database=None)
+    @extremes.finite_outputs(examples=40, len_q=20, len_kv=20, derandomize=True, database=None)
     def holds(**call) -> None:
         extremes.check(TRITON_FP16.name, "cpu", **call)
 
@@ -102,7 +102,7 @@ def any_size() -> None:
 def tiles() -> None:
     """Every architecture's launch shape gives the emulation's numbers, whatever number of tiles the keys fill."""
     for (arch, head_dim), tile in TRITON_FP16.tiles.items():
-        for len_kv in (1, tile.block_n, 2 * tile.block_n + 1):
+        for len_kv in (1, 2 * tile.block_n + 1):
             case = matrix.Case(head_dim, "float32", len_q=tile.block_m + 1, len_kv=len_kv)
             t, _ = matrix.tensors(case)
             call = ops.prepare(
