@@ -18,6 +18,7 @@ struct KeysParams {
   float* anchor;         // [pairs, D]
   float* k_scale_parts;  // [pairs, runs]: the largest K scale of each run
   float* v_parts;        // [pairs, splits, 3, D]: of each channel of V the largest, the smallest, the sum of value / len
+  i32* v_parts_done;     // [pairs, splits]: 1 where they are there
   i32* v_codes;          // [pairs, D]: set to 0
   i32* partials_done;    // [dones]: likewise
   i32 first, pairs, heads, len, head_dim;
@@ -33,6 +34,7 @@ struct ValuesParams {
   Tokens v;
   const float* k_scale_parts;  // [pairs, k_runs]
   const float* v_parts;        // [pairs, splits, 3, D]
+  const i32* v_parts_done;     // [pairs, splits]
   u8* kv;                      // [pairs, tiles, tile_bytes]
   i32* k_scale_max;            // [pairs], the bits of a non-negative float
   float* v_amax;               // [pairs, D], of V without its mean

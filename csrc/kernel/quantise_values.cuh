@@ -1,4 +1,5 @@
-// Second launch: V → its mean taken out where the scheme says so, scaled, narrowed, transposed, in the attention kernel's tiles.
+// Second launch: V → its mean taken out where the scheme says so, scaled, narrowed, transposed, in the attention kernel's tiles. Its blocks
+// start while the first one's quantise K, and wait for their head's statistics alone.
 //
 // A warp works on its own: it stages a unit of 16 keys (of 32 where values are bytes) in shared memory, where ldmatrix transposes it.
 // Bytes travel as pairs: what ldmatrix takes for one 16-bit element are the same column of n-tiles 2p and 2p + 1.
@@ -36,13 +37,17 @@ struct ValuesShared {
 // Where V − mean could overflow, the mean stays in (reference.quantise_v).
 constexpr float kWidest = 1e38f;  // variants.FINITE_MAX
 
-// Reduces the partial results of the first launch. The head's first block keeps them for the attention kernel.
+// Reduces the partial results of the first launch, once they are there. The head's first block keeps them for the attention kernel.
 template <class Layout>
 __device__ __forceinline__ void finish_statistics(const ValuesParams& p, int pair, bool keep, ValuesShared<Layout>& shared) {
   constexpr int kHeadDim = Layout::kHeadDim, kRows = ValuesShared<Layout>::kRows;
   const int channel = threadIdx.x % (kHeadDim / 4) * 4, row = threadIdx.x / (kHeadDim / 4);
   float most[4] = {-kInf, -kInf, -kInf, -kInf}, least[4] = {kInf, kInf, kInf, kInf}, sum[4] = {};
   const float* parts = p.v_parts + ((i64)pair * p.splits) * 3 * kHeadDim + channel;
+  for (int s = threadIdx.x; s < p.splits; s += kValuesThreads)
+    while (!load_acquire(p.v_parts_done + pair * p.splits + s)) {
+    }
+  __syncthreads();  // every part is there
 #pragma unroll 4
   for (int s = row; s < p.splits; s += kRows) {
     const float4 a = *reinterpret_cast<const float4*>(parts + s * 3 * kHeadDim);
@@ -72,14 +77,20 @@ __device__ __forceinline__ void finish_statistics(const ValuesParams& p, int pai
     for (int i = 0; i < ValuesShared<Layout>::kSums; ++i) shared.codes[i][c] = 0;
     if (keep) p.v_amax[pair * kHeadDim + c] = amax, p.v_mean[pair * kHeadDim + c] = mean;
   }
-  if (keep && threadIdx.x < 32) {
-    float top = 0.0f;
-    for (int r = threadIdx.x; r < p.k_runs; r += 32) top = fmaxf(top, p.k_scale_parts[pair * p.k_runs + r]);
-#pragma unroll
-    for (int other = 1; other < 32; other *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, other));
-    if (threadIdx.x == 0) p.k_scale_max[pair] = __float_as_int(top);
-  }
   __syncthreads();  // mean and scale are complete
+}
+
+// What is left to do once K is quantised. As each head's first block waits for the whole of the first launch here, so does who waits for
+// this one.
+__device__ __forceinline__ void finish_keys(const ValuesParams& p) {
+  const int pair = special_ctaid_x() / p.runs;
+  if (special_ctaid_x() % p.runs != 0 || special_tid_x() >= 32) return;
+  wait_for_previous_launch();
+  float top = 0.0f;
+  for (int r = special_tid_x(); r < p.k_runs; r += 32) top = fmaxf(top, p.k_scale_parts[pair * p.k_runs + r]);
+#pragma unroll
+  for (int other = 1; other < 32; other *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, other));
+  if (special_tid_x() == 0) p.k_scale_max[pair] = __float_as_int(top);
 }
 
 // Eight channels of a token, narrowed, into its row in the order of V's n-tiles (fragment.cuh).
@@ -247,13 +258,13 @@ __device__ void quantise_values(const ValuesParams& p) {
   static_assert(kValueBytes<kValues> == Layout::kValueBytes, "the tile has room for other values");
   __shared__ ValuesShared<Layout> shared;
   const int pair = blockIdx.x / p.runs, run = blockIdx.x % p.runs;
-  wait_for_previous_launch();
   let_next_launch_start();
   finish_statistics<Layout>(p, pair, run == 0, shared);
   with_access(p.dtype, p.vectors, [&](auto type, auto vectors) {
     quantise_run<Layout, kValues, decltype(type)::value, decltype(vectors)::value>(p, pair, run, shared);
   });
   if constexpr (kValues != Values::fp16) add_sums(p, shared);  // the attention kernel makes up for the rounding of bytes
+  finish_keys(p);
 }
 
 }  // namespace sage
