@@ -397,18 +397,20 @@ struct ScoreWalk {
   const AttendParams& p;
   u32 shared, queries;  // the warpgroup's
   float q_scale[2];
+  uint2 k_scales;  // of the current tile
   Ring<C::kStages> ring;
   float reference[2];  // P = 2^(score − reference); log2(p_max) below the maximum that the row was last scaled to
   bool causal;
   int item;
 
-  // The largest of the lane's scores in one of kParts parts of the keys and one row half; `least` is INT_MIN.
+  // The largest of the lane's scores in one of kParts parts of the keys and one row half.
   template <int kParts>
-  static __device__ __forceinline__ i32 largest(const Scores& s, int part, int half, i32 least) {
+  static __device__ __forceinline__ i32 largest(const Scores& s, int part, int half) {
     constexpr int kCount = kColumns8 / kParts;
-    i32 a = least, b = least;
+    const int i0 = 4 * part * kCount + 2 * half;
+    i32 a = max(s[i0], s[i0 + 1]), b = max(s[i0 + 4], s[i0 + 5]);
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
+    for (int j = 2; j < kCount; ++j) {
       const int i = 4 * (part * kCount + j) + 2 * half;
       if (j % 2)
         b = __vimax3_s32(b, s[i], s[i + 1]);
@@ -416,6 +418,12 @@ struct ScoreWalk {
         a = __vimax3_s32(a, s[i], s[i + 1]);
     }
     return max(a, b);
+  }
+
+  // K scales of the tile in `stage`, ahead of their use.
+  __device__ __forceinline__ void fetch_scales(u32 stage) {
+    const uint4 v = load_shared16(tile(stage) + Layout::kScales + Layout::kScalesPitch * (special_tid_x() % 4u));
+    k_scales = {v.x, v.y};
   }
 
   static __device__ __forceinline__ bool elected() { return special_tid_x() % 32 == 0; }
