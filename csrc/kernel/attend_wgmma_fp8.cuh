@@ -28,7 +28,7 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
   using Scales = float[C::kScales][2];  // [part of the step][row half]
   static constexpr int kHeadDim = C::kHeadDim, kParts = C::kParts;
   static constexpr float kLog2Largest = 8.8073549220576f;  // log2(448) = log2_p_max + rescale_slack
-  static constexpr float kNone = -1e30f;                   // a reference below all scores that is a number
+  static constexpr float kNone = -3e38f;                   // a reference below all scores, and a number
 
   // P is 2^(score − near), O and the sums are relative to `reference` as everywhere.
   float o[C::kOutRegisters], sum[2];

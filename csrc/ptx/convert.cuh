@@ -88,6 +88,28 @@ __device__ __forceinline__ u32 pack_bf16(float lo, float hi) {
 #endif
 }
 
+// The same, and beyond the range: the largest finite value.
+__device__ __forceinline__ u32 pack_f16_finite(float lo, float hi) {
+#if __CUDA_ARCH__ >= 800
+  u32 r;
+  asm("cvt.rn.satfinite.f16x2.f32 %0,%2,%1;" : "=r"(r) : "f"(lo), "f"(hi));
+  return r;
+#else
+  return pack_f16(fminf(fmaxf(lo, -65504.0f), 65504.0f), fminf(fmaxf(hi, -65504.0f), 65504.0f));
+#endif
+}
+
+__device__ __forceinline__ u32 pack_bf16_finite(float lo, float hi) {
+#if __CUDA_ARCH__ >= 800
+  u32 r;
+  asm("cvt.rn.satfinite.bf16x2.f32 %0,%2,%1;" : "=r"(r) : "f"(lo), "f"(hi));
+  return r;
+#else
+  constexpr float kTop = 3.38953139e38f;
+  return pack_bf16(fminf(fmaxf(lo, -kTop), kTop), fminf(fmaxf(hi, -kTop), kTop));
+#endif
+}
+
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
