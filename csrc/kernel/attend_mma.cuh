@@ -123,10 +123,9 @@ struct Place {
   __device__ __forceinline__ Place(const AttendParams& p, int thread, int index) {
     t = thread % 4, g = thread % 32 / 4, warp = thread / 32;
     // Consecutive blocks share a head, so that its K and V stay in L2. Causal: the longest rows first.
-    const auto [head_in_group, block] = divide(index, p.blocks_q, p.per_blocks_q);
-    const auto [own_pair, head_of_pair] = divide(head_in_group, p.ratio, p.per_ratio);
-    const auto [own_batch, head_kv] = divide(p.first + own_pair, p.heads_kv, p.per_heads_kv);
-    pair = own_pair, batch = own_batch, head = head_kv * p.ratio + head_of_pair;
+    const int head_in_group = index / p.blocks_q, block = index % p.blocks_q;
+    pair = head_in_group / p.ratio;
+    batch = (p.first + pair) / p.heads_kv, head = (p.first + pair) % p.heads_kv * p.ratio + head_in_group % p.ratio;
     block_row0 = (C::kMask == Mask::none ? block : p.blocks_q - 1 - block) * C::kBlockM;
     row0 = block_row0 + warp * (16 * C::kRowTiles);
   }
