@@ -341,7 +341,7 @@ MMA_BYTE_TILES[89, 128, "none", "fp8"] = MMA_BYTE_TILES[89, 128, "causal", "fp8"
 # Bytes of local memory a thread may use: at head_dim 256 the accumulators leave the compiler a register or two short, on Hopper the
 # masks at 128. sass_report.py sees to it that main loops have next to nothing of it.
 MMA_LOCAL = {64: 0, 128: 0, 256: 40}
-WGMMA_LOCAL = {"none": 8, "causal": 8, "dense": 32}
+WGMMA_LOCAL = {"none": 16, "causal": 8, "dense": 32}
 
 
 def _mma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:

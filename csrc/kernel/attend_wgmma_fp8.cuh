@@ -113,8 +113,9 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
       reference[half] = fmaxf(old, near[half]);
       if (most > reference[half] + kLog2Largest) reference[half] = most - p.log2_p_max;
       factor[half] = exp2_approx(old - reference[half]);
-      sum[half] *= factor[half];
     }
+    if (!__any_sync(kAllLanes, sum[0] + sum[1] > 0.0f)) return;  // O is 0
+    sum[0] *= factor[0], sum[1] *= factor[1];
 #pragma unroll
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] *= factor[i % 4 / 2];
   }
@@ -198,16 +199,18 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
       else
         move_near(top, factor);
     }
+    if (kTileEnds) fetch_scales(after.stage);
     wgmma_wait<1>();
     wgmma_hold(acc);
     if (kPart == 0 && !first) release(kValuesFree, before.stage);
-    if (fresh)
-      promote(), begin_group(top);
-    else if (moves)
+    if (fresh) {
+      if (!first) promote();
+      begin_group(top);
+    } else if (moves) {
       rescale(factor);
+    }
     weigh<false>(s, scale, prob);
     issue_values<kPart>(prob, fresh);
-    if (kTileEnds) fetch_scales(after.stage);
     wgmma_wait<1>();
     wgmma_hold(next);
     ring = after;
