@@ -67,7 +67,7 @@ class Scheme:
     promote: int = 0  # keys after which the accumulator is added to fp32 registers; 0: after every KV tile
     kv_tile: int = 64  # keys per step of the online softmax
     fragment_keys: int = FRAGMENT_KEYS  # a "fragment" scale covers a quarter of so many consecutive keys
-    linear: bool = False  # P of even keys is on a straight line for each octave
+    linear: bool = False  # P of the first eight of every sixteen keys is on a straight line for each octave
     lazy: int = 0  # not 0: tiles from the last to the first, in steps of lazy / head_dim keys; a reference moves when it has to (`slack`)
     slack: float = 0.0  # a row's maximum may outgrow its reference by 2^slack before all is rescaled: P reaches p_max · 2^slack
 
