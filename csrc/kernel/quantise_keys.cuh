@@ -12,7 +12,6 @@
 #include "../block/fragment.cuh"
 #include "../block/rotate.cuh"
 #include "../ptx/copy.cuh"
-#include "../ptx/special.cuh"
 #include "params.cuh"
 
 namespace sage {
@@ -289,7 +288,7 @@ __device__ __forceinline__ void quantise_run(const KeysParams& p, const u8* k, i
   }
   top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
   top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
-  if (threadIdx.x == 0) p.k_scale_parts[special_ctaid_x() - p.pairs * p.splits] = top;  // of this block: nothing is kept for it
+  if (threadIdx.x == 0) p.k_scale_parts[blockIdx.x - p.pairs * p.splits] = top;
 }
 
 // Layout: with V of either size.
