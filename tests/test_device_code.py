@@ -189,7 +189,6 @@ def codes_of_k(kernels: Kernels, tile: torch.Tensor, head_dim: int) -> tuple[tor
     if kernels.arch:  # 16-byte chunk 4·c2 + t, key
         lanes = codes.view(head_dim // 64, 4, keys, 16).permute(2, 0, 1, 3)
         scales = tile[keys * head_dim :][:64].view(torch.float32).view(4, 4)[:, :2]
-        assert (tile[keys * head_dim :][:64].view(torch.int32).view(4, 4)[:, 2] == -(2**31)).all()
         scale = scales[n % 8 // 2, n // (keys // 2)]
     else:  # block 8·c2 + j, lane 4g + t
         lanes = codes.view(head_dim // 64, 8, 8, 4, 16).permute(1, 2, 0, 3, 4).reshape(keys, head_dim // 64, 4, 16)
