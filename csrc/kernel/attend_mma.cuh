@@ -17,10 +17,12 @@
 namespace sage {
 
 template <int kHeadDim_, Mask kMask_, Values kValues_, Accumulate kAccumulate_, int kWarps_, int kRowTiles_, int kStages_,
-          bool kQueryShared_>
+          bool kQueryShared_, bool kFrugal_>
 struct AttendConfig {
   static constexpr int kHeadDim = kHeadDim_, kWarps = kWarps_, kRowTiles = kRowTiles_, kStages = kStages_;
   static constexpr bool kQueryShared = kQueryShared_;  // Q's fragments wait in shared memory: 16 or 32 registers less
+  static constexpr bool kFrugal = kFrugal_;  // what a tile needs once or twice waits in shared memory or is worked out anew
+  static constexpr bool kScalesShared = kQueryShared || kFrugal;  // and so do its scales
   static constexpr Mask kMask = kMask_;
   static constexpr Values kValues = kValues_;
   static constexpr Accumulate kAccumulate = kAccumulate_;
@@ -28,7 +30,7 @@ struct AttendConfig {
   static constexpr int kThreads = 32 * kWarps, kBlockM = 16 * kRowTiles * kWarps;
   using Layout = Fragment<kHeadDim, kValueBytes<kValues>>;
   static constexpr int kOperands = kKvTile / Layout::kValueKeys;  // A fragments of P for a tile
-  using Pipe = TilePipe<Layout::kTileBytes, kStages, kWarps>;
+  using Pipe = TilePipe<Layout::kTileBytes, kStages, kWarps, kFrugal>;
   using RowSoftmax = typename SoftmaxOf<kTileMaximum, kRowTiles>::type;
 };
 
@@ -36,11 +38,17 @@ struct AttendConfig {
 template <class C>
 struct Queries {
   static constexpr int kChunks32 = C::kHeadDim / 32, kPitch = 16 * C::kThreads;
-  static constexpr int kBytes = C::kQueryShared ? (C::kRowTiles * kChunks32 + 1) * kPitch : 0;
+  static constexpr int kFragmentBytes = C::kQueryShared ? C::kRowTiles * kChunks32 * kPitch : 0;
+  static constexpr int kBytes = kFragmentBytes + (C::kScalesShared ? 8 * C::kRowTiles * C::kThreads : 0);
 
   u32 fragments[C::kQueryShared ? 1 : C::kRowTiles][kChunks32][4];
-  float scales[C::kQueryShared ? 1 : C::kRowTiles][2];
-  u32 shared;  // of this thread's first 16 bytes
+  float scales[C::kScalesShared ? 1 : C::kRowTiles][2];
+  u32 shared, scales_shared;  // of this thread's first 16 bytes, of its scales
+
+  // base: of all threads' part.
+  __device__ __forceinline__ void place(u32 base, u32 thread16) {
+    shared = base + thread16, scales_shared = C::kRowTiles == 2 ? shared + kFragmentBytes : base + kFragmentBytes + thread16 / 2;
+  }
 
   __device__ __forceinline__ void put(int r, const u32 (&a)[kChunks32][4]) {
 #pragma unroll
@@ -64,17 +72,23 @@ struct Queries {
     u32 bits[4] = {};
 #pragma unroll
     for (int i = 0; i < 2 * C::kRowTiles; ++i)
-      if constexpr (C::kQueryShared)
+      if constexpr (C::kScalesShared)
         bits[i] = __float_as_uint(x[i / 2][i % 2]);
       else
         scales[i / 2][i % 2] = x[i / 2][i % 2];
-    if constexpr (C::kQueryShared) store_shared16(shared + C::kRowTiles * kChunks32 * kPitch, bits);
+    if constexpr (C::kScalesShared && C::kRowTiles == 1)
+      store_shared8(scales_shared, bits[0], bits[1]);
+    else if constexpr (C::kScalesShared)
+      store_shared16(scales_shared, bits);
   }
 
   // out = the rows' scales · k_scale
   __device__ __forceinline__ void get_scales(float (&out)[C::kRowTiles][2], float k_scale) const {
-    if constexpr (C::kQueryShared) {
-      const uint4 v = load_shared16(shared + C::kRowTiles * kChunks32 * kPitch);
+    if constexpr (C::kScalesShared && C::kRowTiles == 1) {
+      const float2 v = load_shared_float2(scales_shared);
+      out[0][0] = v.x * k_scale, out[0][1] = v.y * k_scale;
+    } else if constexpr (C::kScalesShared) {
+      const uint4 v = load_shared16(scales_shared);
       const u32 bits[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int i = 0; i < 2 * C::kRowTiles; ++i) out[i / 2][i % 2] = __uint_as_float(bits[i]) * k_scale;
@@ -341,6 +355,7 @@ struct Walk {
 
   template <bool kMasked>
   __device__ __forceinline__ void step(int n) {
+    if constexpr (C::kFrugal) thread16 = 16 * special_tid_x(), queries.place(pipe.shared + C::Pipe::kBytes, thread16);
     Scores s;
     Weights prob;
     float weight[kRowTiles][2];
@@ -357,7 +372,7 @@ struct Walk {
   // From the last tile to the first; tiles [0, full) hold no masked key.
   __device__ __forceinline__ void run(int tiles, int full) {
     int n = tiles - 1;
-    for (; n >= full; --n) step<true>(n);
+    for (; n >= (C::kFrugal && C::kMask == Mask::dense ? 0 : full); --n) step<true>(n);
     if constexpr (C::kMask != Mask::dense)
       for (; n >= 0; --n) step<false>(n);
   }
@@ -377,13 +392,20 @@ __device__ void attend_mma(const AttendParams& p) {
   // Tiles [0, tiles) hold a key that some row of the block sees; of them, [0, full) hold no key that any row does not see.
   int tiles = p.tiles, full = C::kMask == Mask::dense ? 0 : p.len_kv / kKvTile;
   if (walk.causal) tiles = min(tiles, (at.block_row0 + C::kBlockM - 1) / kKvTile + 1), full = min(full, (at.block_row0 + 1) / kKvTile);
-  walk.queries.shared = shared_address(stages) + C::Pipe::kBytes + walk.thread16;
+  walk.queries.place(shared_address(stages) + C::Pipe::kBytes, walk.thread16);
   load_queries<C>(p, walk.queries);
   walk.pipe.start(shared_address(stages), p.kv, at.pair * p.tiles, tiles - 1);
 #pragma unroll
   for (int r = 0; r < C::kRowTiles; ++r)
 #pragma unroll
     for (int n = 0; n < C::kHeadDim / 8; ++n) walk.o[r][n][0] = walk.o[r][n][1] = walk.o[r][n][2] = walk.o[r][n][3] = 0.0f;
+  if constexpr (C::kFrugal) {  // a product of nothing, so that O has aligned registers, as MMAs give them: between single ones there
+    const u32 none[4] = {};    // is no room for the operands, though enough are free
+#pragma unroll
+    for (int r = 0; r < C::kRowTiles; ++r)
+#pragma unroll
+      for (int n = 0; n < C::kHeadDim / 8; ++n) mma_f16(walk.o[r][n], none, 0, 0);
+  }
   walk.run(tiles, full);
   store_output<C>(p, walk.o, walk.softmax);
 }
