@@ -5,7 +5,7 @@
 
 Needs `nvdisasm`: on PATH, or as Triton or NVIDIA's PyPI packages bundle it. The main loop is the innermost backward branch
 with the most matrix instructions in its body, what is seldom run inside it included. PTX images have no machine code and are left out.
-Exits with 1 where more than one instruction in a hundred of a main loop touches local memory.
+Exits with 1 where an instruction of a main loop touches local memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ BUNDLES = ("triton", "triton-windows", "nvidia-cuda-nvdisasm", "nvidia-cuda-nvcc
 MMA = {"HMMA", "IMMA", "QMMA", "OMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA"}
 CONVERSIONS = {"I2F", "I2FP", "F2I", "F2F", "F2FP", "I2I", "F2IP", "FRND", "I2IP"}
 LOCAL = {"LDL", "STL"}
-LOCAL_LIMIT = 0.01  # of a main loop's instructions
 
 REGISTERS = 65536  # of a multiprocessor, dealt out in units of 256 a warp
 # Shared memory of a multiprocessor in KiB (a block takes 1 KiB more than it asks for from 8.0 on), and resident warps (CUDA C++
@@ -132,9 +131,9 @@ def resident_warps(arch: int, known: dict) -> int:
 
 
 def spills(code: Code) -> bool:
-    """Whether the main loop touches local memory more often than `LOCAL_LIMIT`."""
+    """Whether the main loop touches local memory."""
     loop = code.main_loop()
-    return loop is not None and code.count(LOCAL, loop) > LOCAL_LIMIT * (loop[1] - loop[0] + 1)
+    return loop is not None and code.count(LOCAL, loop) > 0
 
 
 def line(code: Code, arch: str, known: dict) -> str:
