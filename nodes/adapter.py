@@ -97,7 +97,9 @@ class SageOverride:
         if low_precision_attention is False:
             self.record.count_kept("the model asks for full precision in some layers")
             return None
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if ops.transformed():
+            raise Unsupported("q", "torch.jit.trace or a torch.func transform is at work, which only torch's own attention can follow")
+        if ops.needs_grad(q, k, v):
             raise Unsupported("q", "a gradient is asked for, and quantised attention has none; training needs the model's own")
         if heads is None:
             raise Unsupported("heads", "the call does not say how many there are")

@@ -184,7 +184,8 @@ def sageattn_varlen(
     if _traced(q):
         from . import operators
 
-        return operators.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, sm_scale)
+        call_operator = operators.varlen_untraced if operators.compiled_with_grad(q, k, v) else operators.varlen
+        return call_operator(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, sm_scale)
     return _ops().run_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, sm_scale=sm_scale)
 
 
@@ -328,7 +329,10 @@ def _call(
     if _traced(q):
         from . import operators
 
-        call_operator = operators.attention_lse if return_lse else operators.attention
+        if operators.compiled_with_grad(q, k, v, attn_mask):
+            call_operator = operators.attention_lse_untraced if return_lse else operators.attention_untraced
+        else:
+            call_operator = operators.attention_lse if return_lse else operators.attention
         return call_operator(q, k, v, attn_mask, tensor_layout, is_causal, sm_scale, variant, accum)
     ops = _ops()
     call = ops.prepare(

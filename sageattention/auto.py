@@ -138,7 +138,7 @@ def choose(problem: Problem, card: Capability, arch: int, calibration: Calibrati
     if card.device != "cuda":
         return Choice((), f"on {card.device} tensors quantising gains nothing", "")
     if problem.needs_grad:
-        return Choice((), "a gradient is asked for, and quantised attention has no backward pass", "")
+        return Choice((), "a gradient is asked for, and quantised attention has none", "")
     point = calibration.point(problem) if calibration and arch == card.arch else None
     if point:
         return Choice(tuple(point.faster()), f"calibration of {calibration.made_at}, at {point}", "calibrated", tuple(point.slower()))

@@ -29,7 +29,7 @@ from .variants import (
 )
 
 KEYS_SHARE = 2 / 3  # of the multiprocessors' room for blocks: the quantiser of K leaves the rest to the statistics of V,
-SPLIT_TOKENS, MAX_SPLITS = (128, 1024), 64  # whose blocks have so many tokens each; every block of `values` reads all their results
+SPLIT_TOKENS, MAX_SPLITS = (128, 512), 64  # whose blocks have so many tokens each; every block of `values` reads all their results
 ALIGN = 256
 MAX_RECIPES = 4096
 MAX_GRID = 2**31 - 1
@@ -47,6 +47,7 @@ class Workspace:
 
     kv: int  # [tiles] of the layout's kTileBytes
     v_parts: int  # [splits, 3, D] fp32
+    v_parts_done: int  # [splits] int32
     k_scale_parts: int  # [key_runs] fp32
     k_scale_max: int  # int32
     v_amax: int  # [D] fp32
@@ -149,12 +150,13 @@ def attend_all(q: torch.Tensor, kv: QuantizedKV, problem: Problem, mask: torch.T
 def _quantise_launches(r: Recipe, group: _Quantising, base: int, k: int, v: int) -> tuple[Launch, Launch]:
     """The first two launches of a group whose workspace starts at `base`."""
     w, (k_strides, v_strides, keys_tail) = r.workspace, group.keys
-    kv, k_scale_parts, v_parts = base + w.kv, base + w.k_scale_parts, base + w.v_parts
+    kv, k_scale_parts, v_parts, done = base + w.kv, base + w.k_scale_parts, base + w.v_parts, base + w.v_parts_done
     keys = _pack_keys(
-        k, k_strides, v, v_strides, kv, base + w.anchor, k_scale_parts, v_parts, base + w.v_codes, base + w.partials_done, keys_tail
+        k, k_strides, v, v_strides, kv, base + w.anchor, k_scale_parts, v_parts, done, base + w.v_codes, base + w.partials_done, keys_tail
     )  # fmt: skip
     values = _pack_values(
-        v, v_strides, k_scale_parts, v_parts, kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_codes, group.values
+        v, v_strides, k_scale_parts, v_parts, done, kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_codes,
+        group.values,
     )  # fmt: skip
     return (r.keys, group.key_blocks, 1, 1, keys, False), (r.values, group.value_blocks, 1, 1, values, True)
 
@@ -321,7 +323,7 @@ def _new_recipe(p: Problem, plan: Plan, one_group: bool) -> Recipe:
     dones = 2 * limit if partial_bytes else 0
     return Recipe(
         p, plan, *kernels, p.device_index, groups,
-        _workspace(pairs, (tiles * tile_bytes, splits * 3 * d * 4, key_runs * 4, 4, *[d * 4] * 4), (partial_bytes, dones * 4)),
+        _workspace(pairs, (tiles * tile_bytes, splits * 3 * d * 4, splits * 4, key_runs * 4, 4, *[d * 4] * 4), (partial_bytes, dones * 4)),
         tiles, key_runs, splits, value_runs, blocks_q, limit, dones,
         (tiles, tile_bytes, key_runs, -(-p.len_kv // step), step, dones, splits, split_tokens),
         (key_runs, splits, tiles, value_runs, scheme.v_mean, scheme.v_max),

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import ops
+from .problem import needs_grad
 
+_is_exporting = getattr(torch.compiler, "is_exporting", bool)  # torch < 2.7 does not tell
 # Inputs keep the strides the caller gave them (the last must stay 1).
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _CALL = "Tensor q, Tensor k, Tensor v, Tensor? mask, str layout, bool causal, float? sm_scale, str variant, str accum"
@@ -89,6 +95,25 @@ def _free_namespace() -> str:
     raise AssertionError("itertools.count ends")
 
 
+def _below_autograd(name: str, impl: Callable[..., Any]) -> Callable[..., Any]:
+    """What autograd runs as the operator. It has no gradient, and would drop one in silence: a call that asks for one is refused, or runs
+    SDPA, as in eager mode. Tensors without data, of torch.export for one, are only looked at."""
+
+    def run(*arguments: Any) -> Any:
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+        if not isinstance(tensors[0], (FakeTensor, FunctionalTensor)) and needs_grad(*tensors):
+            return impl(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(getattr(torch.ops, NAMESPACE), name).default(*arguments)
+
+    return run
+
+
+def compiled_with_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether torch.compile meets a call that asks for a gradient: such a call breaks the graph. An exported one is for inference."""
+    return torch.compiler.is_dynamo_compiling() and not _is_exporting() and needs_grad(*tensors)
+
+
 NAMESPACE = _free_namespace()
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")  # kept: the operators go with it
 for _name, _schema, _impl, _fake in (
@@ -98,8 +123,11 @@ for _name, _schema, _impl, _fake in (
 ):
     _library.define(_name + _schema, tags=_TAGS)
     _library.impl(_name, _impl, "CompositeExplicitAutograd")
+    _library.impl(_name, _below_autograd(_name, _impl), "Autograd")
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 attention = getattr(torch.ops, NAMESPACE).attention.default
 attention_lse = getattr(torch.ops, NAMESPACE).attention_lse.default
 varlen = getattr(torch.ops, NAMESPACE).varlen.default
+# What `compiled_with_grad` calls run instead.
+attention_untraced, attention_lse_untraced, varlen_untraced = map(torch.compiler.disable, (_attention, _attention_lse, _varlen))

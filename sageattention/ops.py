@@ -15,6 +15,7 @@ from .capability import Capability
 from .errors import KernelMissing, Unsupported
 from .plan import GROUPS_ALIVE, Plan, plan
 from .problem import Problem, facts
+from .problem import needs_grad as needs_grad  # for the adapter
 from .result import Result, result_like
 from .variants import MASK_LIMIT, TRITON_FP16, VARIANTS
 
@@ -88,12 +89,26 @@ def _four_dims(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
 
 
+_modes, _is_tracing, _transform = torch._C._len_torch_dispatch_stack, torch._C._is_tracing, torch._C._functorch.peek_interpreter_stack
+
+
 def traced(q: torch.Tensor) -> bool:
-    """Whether a call outside of torch.compile is only looked at – under a dispatch mode such as FakeTensorMode or make_fx's, or with a
-    fake tensor: then it has to be one registered operator."""
-    if torch._C._len_torch_dispatch_stack():
+    """Whether a call outside of torch.compile is only looked at – under a dispatch mode such as FakeTensorMode or make_fx's, `transformed`,
+    or with a fake tensor: then it has to be one registered operator."""
+    if _modes() or transformed():
         return True
     return type(q) is not torch.Tensor and isinstance(q, FakeTensor)
+
+
+def transformed() -> bool:
+    """Whether torch.jit.trace, or a transform of torch.func such as vmap, sees only torch's own operators: a kernel would escape the one
+    and find no memory in the other's tensors."""
+    return _is_tracing() or _transform() is not None
+
+
+def _refuse_transforms(name: str) -> None:
+    if transformed():
+        raise Unsupported(name, "is under torch.jit.trace or a transform of torch.func, which can't follow a call in halves; call sageattn")
 
 
 def plan_for(problem: Problem, variant: str, accum: str = "") -> Plan:
@@ -185,7 +200,7 @@ def _run_sdpa(call: Call) -> Result:
         if causal:
             mask, causal = _with_causal(mask, p), False
     out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=causal, scale=p.sm_scale, enable_gqa=p.heads_q != p.heads_kv
+        q, k, v, mask, is_causal=causal, scale=float(p.sm_scale), enable_gqa=bool(p.heads_q != p.heads_kv)
     )
     if mask is not None:  # not every backend gives 0 for a fully masked row
         kept = mask if mask.dtype == torch.bool else mask != -torch.inf
@@ -287,6 +302,7 @@ def run_varlen(
 
 def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str, variant: str) -> QuantizedKV:
     """The first half of a call: K and V quantised, all heads at once."""
+    _refuse_transforms("k")
     problem = Problem.from_kv(k, v, tensor_layout=tensor_layout)
     try:
         chosen = plan_for(problem, variant)
@@ -322,6 +338,7 @@ def attend(
     """The second half: q against a `QuantizedKV`."""
     if not hasattr(kv, "problem"):
         raise Unsupported("kv", f"got {type(kv).__name__}, accepted is what quantize_kv returned")
+    _refuse_transforms("q")
     problem = kv.problem.with_query(q, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse)
     if problem.empty:
         return _empty(q, problem)

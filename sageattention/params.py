@@ -22,12 +22,12 @@ class Tokens(ctypes.Structure):
 
 
 class KeysParams(ctypes.Structure):
-    """First launch: K → tiles, statistics of V."""
+    """First launch: statistics of V, K → tiles."""
 
     _fields_ = [
         ("k", Tokens), ("v", Tokens),
-        ("kv", POINTER), ("anchor", POINTER), ("k_scale_parts", POINTER), ("v_parts", POINTER), ("v_codes", POINTER),
-        ("partials_done", POINTER),
+        ("kv", POINTER), ("anchor", POINTER), ("k_scale_parts", POINTER), ("v_parts", POINTER), ("v_parts_done", POINTER),
+        ("v_codes", POINTER), ("partials_done", POINTER),
         ("first", c_int32), ("pairs", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("vectors", c_int32),
         ("tiles", c_int32), ("tile_bytes", c_int32), ("runs", c_int32),
@@ -41,7 +41,7 @@ class ValuesParams(ctypes.Structure):
 
     _fields_ = [
         ("v", Tokens),
-        ("k_scale_parts", POINTER), ("v_parts", POINTER), ("kv", POINTER),
+        ("k_scale_parts", POINTER), ("v_parts", POINTER), ("v_parts_done", POINTER), ("kv", POINTER),
         ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_codes", POINTER),
         ("first", c_int32), ("pairs", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("vectors", c_int32),

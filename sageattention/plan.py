@@ -150,7 +150,8 @@ def _fit(problem: Problem, capability: Capability, variant: Variant, accum: str,
     if scheme is None:
         return Plan(variant, reason, arch=family)
     if problem.needs_grad:
-        raise Unsupported("q", f"a gradient is asked for; {variant.name} has no backward pass (under torch.no_grad() it runs)")
+        lacks = f"{variant.name} has no backward pass and no forward mode"
+        raise Unsupported("q", f"a gradient is asked for; {lacks} (under torch.no_grad() and without tangents it runs)")
     head_dim = pad_head_dim(problem.head_dim)
     if variant.backend == "triton":
         tile = find_tile(variant.tiles, family, head_dim)

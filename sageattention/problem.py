@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import Unsupported
@@ -38,7 +39,7 @@ class Problem(NamedTuple):
     sm_scale: float = 1.0
     return_lse: bool = False
     varlen: bool = False
-    needs_grad: bool = False  # autograd records this call
+    needs_grad: bool = False  # autograd records this call, backward or forward
 
     @property
     def empty(self) -> bool:
@@ -85,7 +86,7 @@ class Problem(NamedTuple):
         return cls(
             batch, heads_q, heads_kv, len_q, len_kv, head_dim, _dtype_name(q), *_device(q), tensor_layout,
             _flag("is_causal", is_causal), mask,
-            _scale(sm_scale, head_dim), _flag("return_lse", return_lse), needs_grad=_needs_grad(q, k, v, attn_mask),
+            _scale(sm_scale, head_dim), _flag("return_lse", return_lse), needs_grad=needs_grad(q, k, v, attn_mask),
         )  # fmt: skip
 
     @classmethod
@@ -104,7 +105,7 @@ class Problem(NamedTuple):
         batch, heads_kv, len_kv, head_dim = k.shape[0], k.shape[heads], k.shape[tokens], k.shape[3]
         return cls(
             batch, heads_kv, heads_kv, len_kv, len_kv, head_dim, _dtype_name(k), *_device(k), tensor_layout,
-            sm_scale=_scale(None, head_dim), needs_grad=_needs_grad(k, v),
+            sm_scale=_scale(None, head_dim), needs_grad=needs_grad(k, v),
         )  # fmt: skip
 
     def with_query(
@@ -128,8 +129,8 @@ class Problem(NamedTuple):
         if given != quantised:
             raise Unsupported("q", f"its (batch, head_dim, dtype, device, index) is {given}, the quantised k and v's is {quantised}")
         _check_heads(q.shape[heads], self.heads_kv)
-        if _needs_grad(q, attn_mask):
-            raise Unsupported("q", "a gradient is asked for; attention to quantised k and v has no backward pass")
+        if needs_grad(q, attn_mask):
+            raise Unsupported("q", "a gradient is asked for, and attention to quantised k and v has none")
         mask = "none"
         if attn_mask is not None:
             mask = _check_mask(attn_mask, (self.batch, q.shape[heads], q.shape[tokens], self.len_kv), q)
@@ -180,7 +181,7 @@ class Problem(NamedTuple):
         return cls(
             cu_seqlens_q.numel() - 1, q.shape[1], k.shape[1], min(longest_q, q.shape[0]), min(longest_k, k.shape[0]), q.shape[2],
             _dtype_name(q), *_device(q), "NHD", _flag("is_causal", is_causal), "none",
-            _scale(sm_scale, q.shape[2]), False, True, _needs_grad(q, k, v),
+            _scale(sm_scale, q.shape[2]), False, True, needs_grad(q, k, v),
         )  # fmt: skip
 
 
@@ -203,7 +204,7 @@ def facts(
             type(q), q.shape, q.dtype, q.device, q.stride(), type(k), k.shape, k.dtype, k.device, k.stride(),
             type(v), v.shape, v.dtype, v.device, v.stride(),
             mask if mask is None else (type(mask), mask.shape, mask.dtype, mask.device, mask.layout, mask.stride()),
-            layout, causal, sm_scale, return_lse, _needs_grad(q, k, v, mask),
+            layout, causal, sm_scale, return_lse, needs_grad(q, k, v, mask),
         )  # fmt: skip
     except (AttributeError, IndexError, TypeError, RuntimeError):  # not tensors, without dimensions or strides: the checks say so
         return None
@@ -222,13 +223,19 @@ def _device(t: torch.Tensor) -> tuple[str, int]:
     return t.device.type, -1 if t.device.index is None else t.device.index
 
 
-def _needs_grad(*tensors: torch.Tensor | None) -> bool:
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd records a call with these: for a backward pass, or with a tangent beside it (forward mode)."""
     for t in tensors:
         if t is not None and t.requires_grad:
             import torch
 
-            return torch.is_grad_enabled()
-    return False
+            if torch.is_grad_enabled():
+                return True
+            break
+    forward = sys.modules.get("torch.autograd.forward_ad")
+    if forward is None or forward._current_level < 0:  # as its `unpack_dual` asks first, each time
+        return False
+    return any(t is not None and forward.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _check_rank(rank: int, layout: str, tensors: tuple[tuple[str, torch.Tensor], ...]) -> None:

@@ -27,7 +27,8 @@ from .variants import (
 
 LN2 = math.log(2.0)
 E4M3_MAX = 448.0
-LINEAR_EXCESS = 15 / 256  # in base 2, of the line over the exponential on average: a whole step of the kernel's line
+LINEAR_EXCESS = 15 / 256  # in base 2, of the line over the exponential on average
+FAR, RAISE = 3.0, 4.0  # a row whose scores begin a group so far (base 2) below its reference has its weights raised by so much
 # An FP8 MMA cuts each product off below the accumulator's leading bits. Cutting the sum off after every second key, at this many
 # significand bits, gives the shrinkage that was measured on Hopper: 1.1e-5 a key of a coherent sum (.98, .815, .70 at 2k, 16k, 32k).
 FP8_ACCUMULATOR_BITS = 14
@@ -135,12 +136,10 @@ def quantise_v(v: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Ten
     scale = amax / scheme.v_max
     if scheme.pv == "fp16":
         x = x.half().float()
-    elif scheme.pv == "fp8":
-        x = _e4m3(x)
-        if scheme.v_mean and scheme.v_rounded:
-            mean = mean - torch.where(centred, scale * (x / x.shape[0]).sum(0), 0.0)
     else:
-        x = x.round()
+        x = _e4m3(x) if scheme.pv == "fp8" else x.round()
+    if scheme.v_mean and scheme.v_rounded:
+        mean = mean - torch.where(centred, scale * (x / x.shape[0]).sum(0), 0.0)
     return x, scale, mean
 
 
@@ -163,10 +162,9 @@ def _e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def _linear(score: torch.Tensor, maximum: torch.Tensor, p_max: float) -> torch.Tensor:
-    """P with its logarithm's fraction as mantissa, a straight line for each octave, of eight bits as the kernel adds them up."""
-    offset = ((math.log2(p_max) - LINEAR_EXCESS - maximum) * 256).round() / 256
-    whole = ((score + offset).clamp(-120.0, 120.0) * 256).round() / 256
-    return torch.exp2(whole.floor()) * (1 + whole - whole.floor())
+    """P in e4m3, its logarithm's fraction as mantissa: a straight line for each octave. Below 2^-6 the line goes on to 0 at 2^-7."""
+    code = ((score - maximum) * 8 + 8 * (math.log2(p_max) + 7 - LINEAR_EXCESS)).round().clamp(0, 126)
+    return code.to(torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def _unmasked_tiles(rows: torch.Tensor, tokens: int, scheme: Scheme, masked: bool, is_causal: bool) -> torch.Tensor:
@@ -175,6 +173,12 @@ def _unmasked_tiles(rows: torch.Tensor, tokens: int, scheme: Scheme, masked: boo
     if is_causal:
         tiles = torch.minimum(tiles, rows // 128 * 128 // scheme.kv_tile)
     return torch.where(tiles < 2, 0, tiles)
+
+
+def _begins_group(start: int, unmasked: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Whether the accumulator is empty before the step at `start`: after `promote` keys of tiles without masked ones, always in others."""
+    before = unmasked - 1 - start // scheme.kv_tile  # of those tiles, the last comes first
+    return (before < 0) | ((start % scheme.kv_tile == 0) & (before % (scheme.promote // scheme.kv_tile) == 0))
 
 
 def _steps(tokens: int, head_dim: int, scheme: Scheme) -> list[tuple[int, int]]:
@@ -224,32 +228,50 @@ def _attend_head(
     largest = k_scale.amax().clamp_min(AMAX_MIN)
     q_scale = torch.minimum(unit * factor * (LOG2E / K_SCALE_SHIFT), SCORE_LIMIT / (INT8_MAX**2 * head_dim) / largest)
 
-    m = torch.full_like(q_scale, -math.inf)
+    # `out` and the sums l are relative to the maximum m; P, the accumulator `acc` and its sums `acc_l` to `near`.
+    m = near = torch.full_like(q_scale, -math.inf)
     l = torch.zeros_like(q_scale)
     out = torch.zeros(q.shape[0], head_dim, device=q.device)
-    acc = torch.zeros_like(out)  # the MMA accumulator; `out` is what it is promoted to
+    acc, acc_l = torch.zeros_like(out), torch.zeros_like(l)
     rows = torch.arange(q.shape[0], device=q.device)[:, None]
-    steps, held = _steps(tokens, head_dim, scheme), 0
+    held = scheme.promote
     unmasked = _unmasked_tiles(rows, tokens, scheme, mask is not None, is_causal)
-    for start, stop in steps:
+    for start, stop in _steps(tokens, head_dim, scheme):
         s = (q8 @ k8[start:stop].T) * k_scale[start:stop].T * q_scale
         s = _apply_mask(s, None if mask is None else mask[:, start:stop] if mask.shape[1] > 1 else mask, False, LOG2E, MASK_LIMIT)
         if is_causal:
             s = s.masked_fill(rows < torch.arange(start, stop, device=q.device), -math.inf)
-        tile_max = s.amax(-1, keepdim=True)
-        new = torch.where(tile_max > m + scheme.slack, tile_max, m) if scheme.lazy else torch.maximum(m, tile_max)
+        top = s.amax(-1, keepdim=True)
+        lines = (start // scheme.kv_tile < unmasked) & scheme.linear
+        if scheme.lazy:
+            begins = _begins_group(start, unmasked, scheme)
+            base = torch.maximum(m, near)
+            new = torch.where(begins, torch.where(top > base + scheme.slack, top, base), m)
+            moved = torch.where(top > near + scheme.slack, torch.where(top > m + scheme.slack, top, m), near)
+            far = lines & (top < new - math.log2(scheme.p_max) - FAR)
+            to = torch.where(begins, torch.where(far, new - RAISE, new), moved)
+        else:
+            begins = torch.full_like(lines, held >= scheme.promote)
+            new = torch.maximum(m, top)
+            to = top if scheme.p_tile_max else new
+        held = stop - start + (0 if held >= scheme.promote else held)
         alpha = torch.exp2(m - _finite(new))
-        exact = torch.exp2(s - _finite(tile_max if scheme.p_tile_max else new)) * scheme.p_max
-        if scheme.linear:
-            line = _linear(s[:, ::2], _finite(new), scheme.p_max)
-            exact[:, ::2] = torch.where(start // scheme.kv_tile < unmasked, line, exact[:, ::2])
+        l, out = l * alpha, out * alpha
+        worth = torch.where(begins, torch.exp2(near - _finite(new)), 0.0)
+        out, l = torch.where(begins, out + acc * worth, out), torch.where(begins, l + acc_l * worth, l)
+        exact = torch.exp2(s - _finite(to)) * scheme.p_max
         p = _round_p(exact, scheme)
-        weight = torch.exp2(tile_max - _finite(new)) if scheme.p_tile_max else 1.0
-        l = l * alpha + (exact if scheme.exact_sum else p).sum(-1, keepdim=True) * weight
-        acc, out, m = _accumulate(acc, alpha, p, v[start:stop], scheme), out * alpha, new
-        held += stop - start
-        if held >= scheme.promote or (start, stop) == steps[-1]:
-            out, acc, held = out + acc * weight, torch.zeros_like(acc), 0
+        if scheme.linear:
+            on_line = lines & (torch.arange(start, stop, device=q.device) % 16 < 8)
+            p = torch.where(on_line, _linear(s, _finite(to), scheme.p_max), p)
+        shrink = torch.where(begins, 0.0, torch.exp2(near - _finite(to)))
+        acc_l = acc_l * shrink + (exact if scheme.exact_sum else p).sum(-1, keepdim=True)
+        acc = _accumulate(acc, shrink, p, v[start:stop], scheme)
+        m, near = new, to
+    new = torch.maximum(m, near) if scheme.lazy else m
+    alpha = torch.exp2(m - _finite(new))
+    worth = torch.exp2(near - _finite(new))
+    m, l, out = new, l * alpha + acc_l * worth, out * alpha + acc * worth
     out = torch.where(l == 0, 0.0, out / l.clamp_min(1e-30) * v_scale + v_mean)  # not l > 0: a NaN stays one, as in every attention
     shift = _anchor_score(rotated, unit, anchor, factor)
     lse = torch.where(l == 0, -math.inf, LN2 * (m + torch.log2(l.clamp_min(1e-30) / scheme.p_max)) + shift)

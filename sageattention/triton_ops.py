@@ -104,15 +104,16 @@ def quantize(
     maxima = empty(heads, SPLITS, d)
     cu_seqlens = packed.cu_seqlens_k if packed else kv.k_scale_max
     strides = (*_strides(k, problem), *_strides(v, problem))
+    per_program = min(ROWS, tile.block_n)
     shape = {"HEAD_DIM": problem.head_dim, "D": d, "BLOCK_N": tile.block_n, "SPLITS": SPLITS, "VARLEN": packed is not None}
     with _launching(k, problem, plan):
         statistics[SPLITS + 1, heads](
             k, v, kv.anchor, maxima, kv.k_scale_max, cu_seqlens, *strides, head0, problem.heads_kv, problem.len_kv, slots,
             BLOCK=STATISTICS_BLOCK, **shape,
         )  # fmt: skip
-        quantise[2 * (-(-problem.len_kv // tile.block_n) * tile.block_n // ROWS), heads](
+        quantise[2 * -(-problem.len_kv // tile.block_n) * (tile.block_n // per_program), heads](
             k, v, kv.anchor, maxima, kv.k8, kv.k_scale, kv.k_scale_max, kv.v16, kv.v_scale, cu_seqlens, *strides,
-            head0, problem.heads_kv, problem.len_kv, slots, V_MAX=plan.scheme.v_max, ROWS=ROWS, **shape,
+            head0, problem.heads_kv, problem.len_kv, slots, V_MAX=plan.scheme.v_max, ROWS=per_program, **shape,
         )  # fmt: skip
     return kv
 

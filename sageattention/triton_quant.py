@@ -15,7 +15,7 @@ from . import variants
 from .triton_blocks import AMAX_MIN, K_SCALE_SHIFT, rotate, round_rows
 
 SPLITS = 16  # programs per head that share V in `statistics`; one more has the sample of K
-ROWS = 64  # tokens per program in `quantise`; divides every tile's block_n
+ROWS = 64  # tokens per program in `quantise`, at most: a program's are all of one tile
 ANCHOR_TOKENS = tl.constexpr(variants.ANCHOR_TOKENS)
 
 
@@ -63,8 +63,8 @@ def statistics(
             x = tl.load(ptrs, mask=(sample < samples)[:, None] & inside[None, :], other=0.0).to(tl.float32)
             total += x * weight
         mean = tl.sum(total, 0)
-        # An MMA wants 16 rows: rotate 16 copies and average them, which is exact.
-        tl.store(anchor + at, tl.sum(rotate(tl.broadcast_to(mean[None, :], (16, D)), 16, D), 0) * (1.0 / 16))
+        # An MMA wants 16 rows: rotate 16 copies and take any, which a maximum of equal numbers is. Their sum could overflow.
+        tl.store(anchor + at, tl.max(rotate(tl.broadcast_to(mean[None, :], (16, D)), 16, D), 0))
         tl.store(k_scale_max + group, 0.0)
     else:
         v += batch * v_stride_b + head * v_stride_h

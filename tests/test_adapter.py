@@ -289,6 +289,30 @@ def test_training_keeps_its_gradient():
     assert override.record.ran == {"reference": 1}
 
 
+def test_a_forward_mode_gradient_is_the_model_s_own():
+    q, k, v = tensors(dtype=torch.float64)  # which SDPA has a formula for
+    override = adapter.SageOverride("reference")
+    with torch.autograd.forward_ad.dual_level(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        out = call(override, OldCore(), torch.autograd.forward_ad.make_dual(q, q), k, v, HEADS)
+        assert torch.autograd.forward_ad.unpack_dual(out).tangent is not None
+    assert "gradient" in reasons(override)[0]
+
+
+@pytest.mark.parametrize("variant", ["auto", "reference"])
+def test_tracing_and_torch_func_see_the_model_s_own_attention(variant):
+    q, k, v = tensors()
+    override, core = adapter.SageOverride(variant), OldCore()
+
+    def layer(q, k, v):
+        return call(override, core, q, k, v, HEADS)
+
+    traced, exact = torch.jit.trace(layer, (q, k, v), check_trace=False), sdpa(q, k, v, HEADS)
+    torch.testing.assert_close(traced(q, k, v), exact)
+    mapped = torch.func.vmap(layer, (0, None, None))(torch.stack([q, q]), k, v)
+    torch.testing.assert_close(mapped[1], exact)
+    assert not override.record.ran and len(reasons(override)) == 1 and "torch.func" in reasons(override)[0]
+
+
 def contained(*given: torch.Tensor) -> list[Container]:
     return [Container(t) for t in given]
 

@@ -204,6 +204,41 @@ def test_gradients_flow_through_auto_and_are_refused_by_quantised_variants():
         sageattn(q, k, v, variant=QUANTISED)
 
 
+def with_tangent(*tensors):
+    return [torch.autograd.forward_ad.make_dual(t, torch.ones_like(t)) for t in tensors]
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v", "attn_mask"])
+def test_a_forward_mode_gradient_is_refused_and_never_dropped(which):
+    q, k, v = qkv(dtype=torch.float32)
+    given = {"q": q, "k": k, "v": v, "attn_mask": torch.zeros(q.shape[2], k.shape[2])}
+    expected = sageattn(**given, variant=QUANTISED)
+    with torch.autograd.forward_ad.dual_level():
+        assert torch.equal(sageattn(**given, variant=QUANTISED), expected)  # nothing here has a tangent
+        (given[which],) = with_tangent(given[which])
+        for context in (torch.enable_grad(), torch.no_grad()):  # which is about the other mode
+            with context, pytest.raises(Unsupported, match="gradient"):
+                sageattn(**given, variant=QUANTISED)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            tangent = torch.autograd.forward_ad.unpack_dual(sageattn(**given)).tangent
+        assert tangent is not None and tangent.isfinite().all()
+
+
+def test_torch_func_finds_a_gradient_or_a_refusal():
+    q, k, v = qkv(dtype=torch.float32)
+    for variant in ("auto", QUANTISED):
+        mapped = torch.func.vmap(lambda q: sageattn(q, k, v, variant=variant))(torch.stack([q, 2 * q]))  # noqa: B023
+        for one, scale in zip(mapped, (1, 2)):
+            torch.testing.assert_close(one, sageattn(scale * q, k, v, variant=variant))
+    assert torch.func.grad(lambda q: sageattn(q, k, v).square().sum())(q).abs().sum() > 0
+    with pytest.raises(Unsupported, match="gradient"):
+        torch.func.grad(lambda q: sageattn(q, k, v, variant=QUANTISED).sum())(q)
+    with pytest.raises(Unsupported, match="gradient"):
+        torch.func.jvp(lambda q: sageattn(q, k, v, variant=QUANTISED), (q,), (q,))
+    with pytest.raises(Unsupported, match=r"k: .*torch\.func"):
+        torch.func.vmap(lambda k: sageattention.quantize_kv(k, k, variant=QUANTISED))(torch.stack([k, k]))
+
+
 # --- refusals, before anything runs
 
 
@@ -392,6 +427,39 @@ def test_a_traced_call_is_the_operator(mode):
     graph = make_fx(lambda q, k, v: sageattn(q, k, v, variant=QUANTISED), tracing_mode=mode)(q, k, v)
     assert len(graph.graph.find_nodes(op="call_function", target=operators.attention)) == 1
     assert torch.equal(graph(q, k, v), sageattn(q, k, v, variant=QUANTISED))
+
+
+@pytest.mark.parametrize("variant", ["auto", QUANTISED])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_a_call_under_jit_trace_is_the_operator_for_any_length(variant, return_lse):
+    q, k, v = qkv()
+
+    def call(q, k, v):
+        return sageattn(q, k, v, variant=variant, return_lse=return_lse)
+
+    traced = torch.jit.trace(call, (q, k, v))
+    assert [n.kind() for n in traced.graph.nodes() if "attention" in n.kind()] == [f"sageattention::attention{'_lse' * return_lse}"]
+    q = torch.cat([q, q], 2)
+    for got, want in zip(*((r if return_lse else (r,)) for r in (traced(q, k, v), call(q, k, v)))):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_layer_with_weights_is_traced_with_its_gradient_or_refused():
+    q, k, v = qkv(dtype=torch.float32)
+
+    class Layer(torch.nn.Module):
+        def __init__(self, variant):
+            super().__init__()
+            self.variant, self.linear = variant, torch.nn.Linear(q.shape[-1], q.shape[-1])
+
+        def forward(self, q, k, v):
+            return sageattn(self.linear(q), k, v, variant=self.variant)
+
+    traced = torch.jit.trace(Layer("auto"), (q, k, v))
+    traced(q, k, v).sum().backward()
+    assert traced.linear.weight.grad.abs().sum() > 0
+    with pytest.raises(Unsupported, match="gradient"):
+        torch.jit.trace(Layer(QUANTISED), (q, k, v))
 
 
 # --- explain, available_variants, the environment

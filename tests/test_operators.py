@@ -92,6 +92,42 @@ def test_the_legacy_names_compile_to_the_same_operator():
     assert isinstance(caught.value, Unsupported) or isinstance(caught.value.__cause__, Unsupported)
 
 
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_a_compiled_call_keeps_its_gradient_or_refuses_it(return_lse):
+    """An operator has no gradient; behind AOTAutograd, as in every real compilation, it would give none in silence."""
+    q, k, v = tensors()
+    q.requires_grad_()
+
+    def call(q, k, v, variant):
+        out = sageattention.sageattn(q, k, v, variant=variant, return_lse=return_lse)
+        return (out[0] if return_lse else out) * 2
+
+    compiled = torch.compile(call, backend="aot_eager")
+    expected = torch.autograd.grad(call(q, k, v, "auto").square().sum(), q)[0]
+    assert torch.equal(torch.autograd.grad(compiled(q, k, v, "auto").square().sum(), q)[0], expected)
+    with pytest.raises(Unsupported, match="gradient"):
+        compiled(q, k, v, "reference")
+    with torch.no_grad():
+        assert torch.equal(compiled(q, k, v, "reference"), call(q, k, v, "reference"))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_takes_weights_for_constants(strict):
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(40, 40)
+
+        def forward(self, q, k, v):
+            return sageattention.sageattn(self.linear(q), k, v, variant="reference")
+
+    q, k, v = tensors()
+    layer = Layer()
+    exported = torch.export.export(layer, (q, k, v), strict=strict)
+    with torch.no_grad():
+        assert torch.equal(exported.module()(q, k, v), layer(q, k, v))
+
+
 def test_eager_calls_do_not_pass_through_the_operator(monkeypatch):
     monkeypatch.setattr(operators, "attention", None)
     q, k, v = tensors()

@@ -72,7 +72,7 @@ def compile_all(arch: int) -> list[dict]:
         tile = find_tile(TRITON_FP16.tiles, arch, d)
         shape = {"HEAD_DIM": d, "D": d, "BLOCK_N": tile.block_n, "SPLITS": SPLITS, "VARLEN": False}
         built.append(compile_kernel(statistics, arch, {"BLOCK": 64, **shape}, {}))
-        built.append(compile_kernel(quantise, arch, {"V_MAX": TRITON_FP16.scheme.v_max, "ROWS": ROWS, **shape}, {}))
+        built.append(compile_kernel(quantise, arch, {"V_MAX": TRITON_FP16.scheme.v_max, "ROWS": min(ROWS, tile.block_n), **shape}, {}))
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         built.append(compile_kernel(attend, arch, attend_constants(d, tile, arch), options))
         if d == 128:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import extremes
 import matrix
 import torch
 
@@ -86,3 +87,29 @@ def finite(device: str = "cpu") -> None:
         for q, k, v, scale in extremes:
             out, lse = sageattn_qk_int8_pv_fp16_triton(q.to(dtype), k.to(dtype), v.to(dtype), sm_scale=scale, return_lse=True)
             assert out.isfinite().all() and lse.isfinite().all(), (q, k, v, scale, out, lse)
+
+
+def any_size() -> None:
+    """The property of `extremes`, on few tokens; on a GPU `test_gpu_behaviour` has it with more."""
+
+    @extremes.finite_outputs(examples=40, len_q=20, len_kv=20, derandomize=True, database=None)
+    def holds(**call) -> None:
+        extremes.check(TRITON_FP16.name, "cpu", **call)
+
+    holds()
+
+
+def tiles() -> None:
+    """Every architecture's launch shape gives the emulation's numbers, whatever number of tiles the keys fill."""
+    for (arch, head_dim), tile in TRITON_FP16.tiles.items():
+        for len_kv in (1, 2 * tile.block_n + 1):
+            case = matrix.Case(head_dim, "float32", len_q=tile.block_m + 1, len_kv=len_kv)
+            t, _ = matrix.tensors(case)
+            call = ops.prepare(
+                **t, tensor_layout="HND", is_causal=False, attn_mask=None, sm_scale=None, return_lse=True, variant=TRITON_FP16.name
+            )
+            scheme = replace(call.plan.scheme, kv_tile=tile.block_n)
+            out, lse = triton_ops.run(call._replace(plan=replace(call.plan, arch=arch, tile=tile, scheme=scheme)))
+            expected, expected_lse = reference.emulate(**t, scheme=scheme)
+            assert inputs.relative_l2(out, expected) <= matrix.EMULATION_BOUND["fp16"], (arch, head_dim, len_kv)
+            assert (lse - expected_lse).abs().max() <= 0.1, (arch, head_dim, len_kv)

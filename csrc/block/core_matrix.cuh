@@ -32,7 +32,6 @@ struct CoreMatrix {
   static constexpr int kVBytes = kTile * kColumns * kValueBytes;
   static constexpr int kTileBytes = kKBytes + kVBytes;
   static constexpr int kKPitch = kTile * 16, kVPitch = kColumns * 16;  // between neighbours along k
-  static constexpr i32 kLeast = -2147483647 - 1;
   static __host__ __device__ constexpr int scales(int) { return kScales; }
   static __host__ __device__ constexpr int k_chunk(int c2, int key, int t) { return (4 * c2 + t) * kKPitch + key * 16; }
 };

@@ -36,7 +36,6 @@ struct Fragment {
   static __host__ __device__ constexpr int k_block(int c2, int j) { return (8 * c2 + j) * kBlockBytes; }
   static __host__ __device__ constexpr int v_block(int c, int p) { return kV + (kHeadDim / 16 * c + p) * kBlockBytes; }
   // What follows is all that the quantiser of K knows of a tile; it is the same for both sizes of V.
-  static constexpr i32 kLeast = 0;  // none
   static __host__ __device__ constexpr int scales(int tile_bytes) { return tile_bytes - kScalesPerTile * kScalesPitch; }
   // Of the 16 codes that lane t of the four has of a key.
   static __host__ __device__ constexpr int k_chunk(int c2, int key, int t) { return k_block(c2, key / 8) + (key % 8 * 4 + t) * 16; }

@@ -11,6 +11,7 @@
 #include "../block/product.cuh"
 #include "../block/query.cuh"
 #include "../block/softmax.cuh"
+#include "../block/values.cuh"
 #include "../ptx/special.cuh"
 #include "params.cuh"
 
@@ -210,9 +211,14 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
     const float4 a = amax[0], b = amax[1];
     const float channel_scale[kChunk] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
     float mean[kChunk] = {};
-    if constexpr (C::kValues == Values::fp8)  // the only schemes with a mean
+    if constexpr (C::kValues != Values::fp16) {
+      if (C::kHeadDim == 256) __syncwarp();  // or the compiler loads more of them at once than there are registers
 #pragma unroll
-      for (int e = 0; e < kChunk; ++e) mean[e] = p.v_mean[at.pair * C::kHeadDim + 32 * c + kChunk * at.t + e];
+      for (int e = 0; e < kChunk; ++e) {
+        const int channel = at.pair * C::kHeadDim + 32 * c + kChunk * at.t + e;
+        mean[e] = mean_beside_codes<C::kValues>(p.v_mean[channel], channel_scale[e], p.v_codes[channel], p.inv_v_max, p.len_kv);
+      }
+    }
 #pragma unroll
     for (int i = 0; i < 2 * C::kRowTiles; ++i)
 #pragma unroll
@@ -224,6 +230,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
   }
   with_access(p.dtype, p.out_vectors, [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
+    const Place<C> at(p);
 #pragma unroll
     for (int i = 0; i < 2 * C::kRowTiles; ++i) {
       const int r = i / 2, half = i % 2, row = at.row(r, half);

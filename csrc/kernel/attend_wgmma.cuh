@@ -15,7 +15,7 @@ template <class C>
 struct WgmmaWalk : ScoreWalk<C> {
   using Walk = ScoreWalk<C>;
   using typename Walk::Layout, typename Walk::Scores, typename Walk::Weights;
-  using Walk::barrier, Walk::tile, Walk::elected, Walk::mask_scores, Walk::reference, Walk::ring, Walk::q_scale, Walk::queries,
+  using Walk::barrier, Walk::tile, Walk::elected, Walk::mask_scores, Walk::reference, Walk::ring, Walk::k_scales, Walk::fetch_scales, Walk::q_scale, Walk::queries,
       Walk::p, Walk::shared;
   static constexpr int kHeadDim = C::kHeadDim, kColumns8 = Walk::kColumns8, kSteps = kHeadDim / 32;
   // Q's A fragments of so many of the scores' steps are in registers, where there are any left: shared memory has less to feed.
@@ -70,17 +70,15 @@ struct WgmmaWalk : ScoreWalk<C> {
     mbarrier_arrive(elected() && really, barrier(stage) + kValuesFree);
   }
 
-  // Takes the current tile's K scales, times the rows': scale[half of the tile][row half]. Then K is not needed any more. INT_MIN.
-  __device__ __forceinline__ i32 take_scales(float (&scale)[2][2]) const {
-    const uint4 v = load_shared16(tile(ring.stage) + Layout::kScales + Layout::kScalesPitch * (special_tid_x() % 4));
+  // Takes the current tile's K scales, times the rows': scale[half of the tile][row half]. Then K is not needed any more.
+  __device__ __forceinline__ void take_scales(float (&scale)[2][2]) const {
     __syncwarp();
     mbarrier_arrive(elected(), barrier(ring.stage) + kKeysFree);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      scale[0][half] = q_scale[half] * __uint_as_float(v.x);
-      scale[1][half] = q_scale[half] * __uint_as_float(v.y);
+      scale[0][half] = q_scale[half] * __uint_as_float(k_scales.x);
+      scale[1][half] = q_scale[half] * __uint_as_float(k_scales.y);
     }
-    return (i32)v.z;
   }
 
   // Moves the references of rows that outgrew theirs by more than the slack; factor: what O is worth then. Seldom: what a row has
@@ -120,14 +118,14 @@ struct WgmmaWalk : ScoreWalk<C> {
   template <bool kMasked, class Await>
   __device__ __forceinline__ void weigh(Scores& s, Weights& prob, int key0, Await await) {
     float scale[2][2], top[2], factor[2];
-    const i32 least = take_scales(scale);
+    take_scales(scale);
     if constexpr (kMasked) {
       mask_scores(s, scale, key0, top);
     } else {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        top[half] = fmaxf((float)Walk::template largest<2>(s, 0, half, least) * scale[0][half],
-                          (float)Walk::template largest<2>(s, 1, half, least) * scale[1][half]);
+        top[half] = fmaxf((float)Walk::template largest<2>(s, 0, half) * scale[0][half],
+                          (float)Walk::template largest<2>(s, 1, half) * scale[1][half]);
     }
     const bool outgrown = __any_sync(kAllLanes, top[0] > limit[0] || top[1] > limit[1]);
     if constexpr (kEarly) {
@@ -161,6 +159,7 @@ struct WgmmaWalk : ScoreWalk<C> {
       release_values(before.stage, !first);
     });
     issue_values(prob);
+    fetch_scales(after.stage);
     ring = after;
   }
 
@@ -177,6 +176,7 @@ struct WgmmaWalk : ScoreWalk<C> {
     Scores s;
     Weights prob;
     issue_scores(s, ring);
+    fetch_scales(ring.stage);
     wgmma_wait<0>();
     wgmma_hold(s);
     weigh<true>(s, prob, n * C::kTile, [] {});
@@ -190,6 +190,7 @@ struct WgmmaWalk : ScoreWalk<C> {
     Scores even, odd;
     Weights prob;
     issue_scores(even, ring);
+    fetch_scales(ring.stage);
 #pragma unroll
     for (int i = 0; i < C::kWeightRegisters; ++i) prob[i] = 0;
     mbarrier_wait(barrier(ring.stage) + kValuesFull, ring.parity);

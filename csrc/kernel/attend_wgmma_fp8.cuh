@@ -23,15 +23,17 @@ template <class C>
 struct WgmmaFp8Walk : ScoreWalk<C> {
   using Walk = ScoreWalk<C>;
   using typename Walk::Layout, typename Walk::Scores, typename Walk::Weights;
-  using Walk::barrier, Walk::tile, Walk::elected, Walk::mask_scores, Walk::reference, Walk::ring, Walk::q_scale, Walk::queries,
+  using Walk::barrier, Walk::tile, Walk::elected, Walk::mask_scores, Walk::reference, Walk::ring, Walk::k_scales, Walk::fetch_scales, Walk::q_scale, Walk::queries,
       Walk::p, Walk::shared;
   using Scales = float[C::kScales][2];  // [part of the step][row half]
-  static constexpr int kHeadDim = C::kHeadDim, kParts = C::kParts, kColumns8 = Walk::kColumns8;
+  static constexpr int kHeadDim = C::kHeadDim, kParts = C::kParts;
   static constexpr float kLog2Largest = 8.8073549220576f;  // log2(448) = log2_p_max + rescale_slack
+  static constexpr float kNone = -1e30f;                   // a reference below all scores that is a number
 
+  // P is 2^(score − near), O and the sums are relative to `reference` as everywhere.
   float o[C::kOutRegisters], sum[2];
-  float acc[C::kSumRegisters];  // of the tensor cores: O and, in the columns of ones, the sums, since the last promotion
-
+  float acc[C::kSumRegisters];  // of the tensor cores: O and, in the columns of ones, the sums, of the current group of steps
+  float near[2];
 
   // S = Q·Kᵀ of one part of the tile that `at` stands on: issued, not awaited.
   template <int kPart>
@@ -66,63 +68,90 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
     if (elected()) mbarrier_arrive(true, barrier(stage) + which);
   }
 
-  // K scales of one part of the current tile, times the rows'; returns INT_MIN.
+  // K scales of one part of the current tile, times the rows'.
   template <int kPart>
-  __device__ __forceinline__ i32 take_scales(Scales& scale) const {
-    const uint4 v = load_shared16(tile(ring.stage) + Layout::kScales + Layout::kScalesPitch * (special_tid_x() % 4));
+  __device__ __forceinline__ void take_scales(Scales& scale) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int i = 0; i < C::kScales; ++i) scale[i][half] = q_scale[half] * __uint_as_float(kPart + i ? v.y : v.x);
-    return (i32)v.z;
+      for (int i = 0; i < C::kScales; ++i) scale[i][half] = q_scale[half] * __uint_as_float(kPart + i ? k_scales.y : k_scales.x);
   }
 
-  // The largest of the lane's scores in one row half, in base 2; `least` is INT_MIN.
-  static __device__ __forceinline__ float largest(const Scores& s, const Scales& scale, int half, i32 least) {
+  // The largest of the lane's scores in one row half, in base 2.
+  static __device__ __forceinline__ float largest(const Scores& s, const Scales& scale, int half) {
     float top = 0.0f;
 #pragma unroll
     for (int part = 0; part < C::kScales; ++part) {
-      const float x = (float)Walk::template largest<C::kScales>(s, part, half, least) * scale[part][half];
+      const float x = (float)Walk::template largest<C::kScales>(s, part, half) * scale[part][half];
       top = part ? fmaxf(top, x) : x;
     }
     return top;
   }
 
-  // Moves the references of rows with a weight beyond e4m3's range; factor: what O is worth then. Seldom: what a row has in common
+  // Moves what P is relative to in rows with a weight beyond e4m3's range, within a group of steps. Seldom: what a row has in common
   // with its other three lanes is only asked here.
-  __device__ __forceinline__ void move_references(const float (&top)[2], float (&factor)[2]) {
+  __device__ __forceinline__ void move_near(const float (&top)[2], float (&factor)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float most = row_max(top[half]), old = reference[half];
-      if (most > old + kLog2Largest) reference[half] = most - p.log2_p_max;
-      factor[half] = exp2_approx(old - (reference[half] == -kInf ? 0.0f : reference[half]));
+      const float most = row_max(top[half]), old = near[half];
+      if (most > old + kLog2Largest) near[half] = most > reference[half] + kLog2Largest ? most - p.log2_p_max : reference[half];
+      factor[half] = exp2_approx(old - near[half]);
     }
   }
 
-  __device__ __forceinline__ void rescale(const float (&factor)[2], bool fresh) {
-#pragma unroll
-    for (int i = 0; i < C::kOutRegisters; ++i) o[i] *= factor[i % 4 / 2];
-    sum[0] *= factor[0], sum[1] *= factor[1];
-    if (fresh) return;
+  __device__ __forceinline__ void rescale(const float (&factor)[2]) {
 #pragma unroll
     for (int i = 0; i < C::kSumRegisters; ++i) acc[i] *= factor[i % 4 / 2];
   }
 
-  __device__ __forceinline__ void promote() {
+  // O's reference follows P's, and the scores of a step that begins a group.
+  __device__ __forceinline__ void move_reference(const float (&top)[2]) {
+    float factor[2];
 #pragma unroll
-    for (int i = 0; i < C::kOutRegisters; ++i) o[i] += acc[i];
-    sum[0] += acc[kHeadDim / 2], sum[1] += acc[kHeadDim / 2 + 2];
+    for (int half = 0; half < 2; ++half) {
+      const float most = row_max(top[half]), old = reference[half];
+      reference[half] = fmaxf(old, near[half]);
+      if (most > reference[half] + kLog2Largest) reference[half] = most - p.log2_p_max;
+      factor[half] = exp2_approx(old - reference[half]);
+      sum[half] *= factor[half];
+    }
+#pragma unroll
+    for (int i = 0; i < C::kOutRegisters; ++i) o[i] *= factor[i % 4 / 2];
+  }
+
+  // A group of steps is complete: acc into O.
+  __device__ __forceinline__ void promote() {
+    float worth[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      worth[half] = exp2_approx(near[half] - reference[half]);
+      sum[half] = fmaf(acc[kHeadDim / 2 + 2 * half], worth[half], sum[half]);
+    }
+#pragma unroll
+    for (int i = 0; i < C::kOutRegisters; ++i) o[i] = fmaf(acc[i], worth[i % 4 / 2], o[i]);
+  }
+
+  // What P of a group that begins is relative to. A flat tail far below a row's reference must not be lost on the lines of `weigh`:
+  // where all of a row's scores are, its weights are raised.
+  __device__ __forceinline__ void begin_group(const float (&top)[2]) {
+    constexpr float kFar = 3.0f, kRaise = 4.0f;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const u32 far = __ballot_sync(kAllLanes, top[half] < reference[half] - kFar) >> (special_tid_x() & 28);
+      near[half] = (far & 15) == 15 ? reference[half] - kRaise : reference[half];  // the row's four lanes
+    }
   }
 
   // Scores → P in e4m3, in the order of the products' A fragments: word w has of keys 16·(w/2) … + 15 the lane's four of row half w%2.
-  // Of every other key, the exponential is a straight line for each octave: added to 1.5·2^15, the exponent and eight bits of the
-  // mantissa come to lie where a shift puts them into place. Not where a mask may have taken scores and reference far from 0.
+  // The last two of them get an exponential. The others are on a straight line for each octave, which is to say that their codes are a
+  // linear function of the score: down to 2^-6, below which e4m3 has no exponents. Not where a mask may have taken scores and
+  // reference far from 0.
   template <bool kMasked>
   __device__ __forceinline__ void weigh(const Scores& s, const Scales& scale, Weights& prob) const {
-    constexpr float kMagic = 49152.0f, kExcess = 15.0f / 256;  // the line is too high by this, in base 2, on average
+    constexpr float kExcess = 15.0f / 256;  // the line is too high by this, in base 2, on average
     float shift[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) shift[half] = kMasked && reference[half] == -kInf ? 0.0f : -reference[half];
+    for (int half = 0; half < 2; ++half) shift[half] = -near[half];
 #pragma unroll
     for (int w = 0; w < C::kWeightRegisters; ++w) {
       const int half = w % 2;
@@ -132,12 +161,12 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
       for (int e = 0; e < 4; ++e) {
         const i32 score = s[w / 2 * 8 + 2 * half + e % 2 + e / 2 * 4];
         x[e] = kMasked ? __int_as_float(score) : (float)score;
-        if (!kMasked && e % 2 == 0)
-          x[e] = __uint_as_float(__float_as_uint(fmaxf(fmaf(x[e], unit, shift[half] + (kMagic + 127.0f - kExcess)), kMagic)) << 15);
+        if (!kMasked && e < 2)
+          x[e] = fmaf(x[e], 8 * unit, fmaf(shift[half], 8.0f, 8 * (7 - kExcess)));
         else
           x[e] = exp2_approx(fmaf(x[e], unit, shift[half]));
       }
-      prob[w] = pack_e4m3(x[0], x[1], x[2], x[3]);
+      prob[w] = kMasked ? pack_e4m3(x[0], x[1], x[2], x[3]) : pack_e4m3_codes(x[0], x[1], x[2], x[3]);
     }
   }
 
@@ -152,20 +181,33 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
     Ring<C::kStages> after = ring, before = ring;
     if (kTileEnds && !last) after.advance();
     before.retreat();
-    issue_scores<kTileEnds ? 0 : kPart + 1>(next, after);
-    const i32 least = take_scales<kPart>(scale);
+    take_scales<kPart>(scale);
     wgmma_hold(s);
-    if (kTileEnds) release(kKeysFree, ring.stage);
-    top[0] = largest(s, scale, 0, least), top[1] = largest(s, scale, 1, least);
-    const bool outgrown = __any_sync(kAllLanes, top[0] > reference[0] + kLog2Largest || top[1] > reference[1] + kLog2Largest);
-    if (outgrown) move_references(top, factor);
+    bool moves = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      top[half] = largest(s, scale, half);
+      moves |= top[half] > near[half] + kLog2Largest || (fresh && near[half] > reference[half]);
+    }
+    moves = __any_sync(kAllLanes, moves);
+    issue_scores<kTileEnds ? 0 : kPart + 1>(next, after);
+    if (kTileEnds) release(kKeysFree, ring.stage);  // not before: the last step waits for the same keys again
+    if (moves) {
+      if (fresh)
+        move_reference(top);
+      else
+        move_near(top, factor);
+    }
     wgmma_wait<1>();
     wgmma_hold(acc);
     if (kPart == 0 && !first) release(kValuesFree, before.stage);
-    if (fresh) promote();
-    if (outgrown) rescale(factor, fresh);
+    if (fresh)
+      promote(), begin_group(top);
+    else if (moves)
+      rescale(factor);
     weigh<false>(s, scale, prob);
     issue_values<kPart>(prob, fresh);
+    if (kTileEnds) fetch_scales(after.stage);
     wgmma_wait<1>();
     wgmma_hold(next);
     ring = after;
@@ -176,15 +218,16 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
   __device__ __forceinline__ void masked_step(Scores& s, int key0) {
     Scales scale;
     Weights prob;
-    float top[2], factor[2];
+    float top[2];
     issue_scores<kPart>(s, ring);
+    if (kPart == 0) fetch_scales(ring.stage);
     wgmma_wait<0>();
     take_scales<kPart>(scale);
     wgmma_hold(s);
     if (kPart == kParts - 1) release(kKeysFree, ring.stage);
     mask_scores(s, scale, key0, top);
-    const bool outgrown = __any_sync(kAllLanes, top[0] > reference[0] + kLog2Largest || top[1] > reference[1] + kLog2Largest);
-    if (outgrown) move_references(top, factor), rescale(factor, true);
+    if (__any_sync(kAllLanes, top[0] > reference[0] + kLog2Largest || top[1] > reference[1] + kLog2Largest)) move_reference(top);
+    near[0] = reference[0], near[1] = reference[1];
     weigh<true>(s, scale, prob);
     issue_values<kPart>(prob, true);
     wgmma_wait<0>();
@@ -205,6 +248,7 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
     wgmma_wait<0>();
     wgmma_hold(acc);
     release(kValuesFree, ring.stage);
+    if (__any_sync(kAllLanes, near[0] > reference[0] || near[1] > reference[1])) move_reference({kNone, kNone});
     promote();
     ring.advance();
   }
@@ -214,6 +258,7 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
     Scores even, odd;
     Weights prob;
     issue_scores<0>(even, ring);
+    fetch_scales(ring.stage);
 #pragma unroll
     for (int i = 0; i < C::kWeightRegisters; ++i) prob[i] = 0;
     wgmma_wait<0>();
@@ -255,6 +300,7 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
 #pragma unroll
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] = 0.0f;
     sum[0] = sum[1] = 0.0f;
+    reference[0] = reference[1] = near[0] = near[1] = kNone;
     int n = span.last - 1;
     for (; n == span.first || (n > span.first && n >= span.full); --n) single(n);
     if constexpr (C::kMask != Mask::dense)

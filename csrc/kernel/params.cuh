@@ -18,6 +18,7 @@ struct KeysParams {
   float* anchor;         // [pairs, D]
   float* k_scale_parts;  // [pairs, runs]: the largest K scale of each run
   float* v_parts;        // [pairs, splits, 3, D]: of each channel of V the largest, the smallest, the sum of value / len
+  i32* v_parts_done;     // [pairs, splits]: 1 where they are there
   i32* v_codes;          // [pairs, D]: set to 0
   i32* partials_done;    // [dones]: likewise
   i32 first, pairs, heads, len, head_dim;
@@ -33,11 +34,12 @@ struct ValuesParams {
   Tokens v;
   const float* k_scale_parts;  // [pairs, k_runs]
   const float* v_parts;        // [pairs, splits, 3, D]
+  const i32* v_parts_done;     // [pairs, splits]
   u8* kv;                      // [pairs, tiles, tile_bytes]
   i32* k_scale_max;            // [pairs], the bits of a non-negative float
   float* v_amax;               // [pairs, D], of V without its mean
   float* v_mean;               // [pairs, D], 0 where the scheme leaves it in
-  i32* v_codes;                // [pairs, D]: 64 times the sum of what V was rounded to, for kernels that make up for it
+  i32* v_codes;                // [pairs, D]: the sum of what V was rounded to, in kCodeUnits, for kernels that make up for it
   i32 first, pairs, heads, len, head_dim;
   i32 dtype, vectors;
   i32 k_runs, splits;
@@ -52,7 +54,7 @@ struct AttendParams {
   const i32* k_scale_max;
   const float* v_amax;  // [pairs, D]: what V's largest |value| stands for, of V without its mean
   const float* v_mean;  // [pairs, D]: to be added to O where any key counts
-  const i32* v_codes;   // [pairs, D], of 64ths
+  const i32* v_codes;   // [pairs, D], in kCodeUnits
   const float* anchor;
   void* partials;       // of the blocks that begin within an item, or null: every block works on whole items
   i32* partials_done;   // 0 before the launch and after it

@@ -1,10 +1,10 @@
 // First launch: K → anchor taken off, rotated, INT8, in the attention kernel's tiles; and what must be known of all of V before any of
 // it can be quantised: each channel's largest and smallest value and its mean.
 //
-// The first pairs · runs blocks quantise K. A block works on units of as many keys as share scales; a warp owns eight of them, and the
-// codes of its lanes' registers are already pieces of the tile.
-// Each block works out its head's anchor, the mean of a strided sample of K, for itself. The other blocks take V's statistics: they
-// wait for memory where the first compute.
+// The first pairs · splits blocks take V's statistics. The next launch needs nothing else of this one: it begins as soon as there is room
+// and those of its head are there. The other blocks quantise K: they compute where the first, and the next launch, wait for memory.
+// Such a block works on units of as many keys as share scales; a warp owns eight of them, and the codes of its lanes' registers are
+// already pieces of the tile. It works out its head's anchor, the mean of a strided sample of K, for itself.
 //
 // Blocks write partial results, which the next launch reduces: the same bits on every run.
 #pragma once
@@ -140,7 +140,6 @@ __device__ __forceinline__ float share_scales(float amax, int group, bool whole,
   if (threadIdx.x < 4) {
     u8* scales = out + Layout::scales(tile_bytes) + Layout::kScalesPitch * lane;
     *reinterpret_cast<float*>(scales + 4 * part) = scale;
-    if (Layout::kLeast && part == 0) *reinterpret_cast<i32*>(scales + 8) = Layout::kLeast;
   }
   return inverse;
 }
@@ -296,9 +295,13 @@ __device__ __forceinline__ void quantise_run(const KeysParams& p, const u8* k, i
 template <class Layout>
 __device__ void quantise_keys(const KeysParams& p) {
   __shared__ KeysShared<Layout> shared;
+  const int parts = p.pairs * p.splits, block = blockIdx.x;
   wait_for_previous_launch();
-  let_next_launch_start();
-  const int key_blocks = p.pairs * p.runs, block = blockIdx.x;
+  if (threadIdx.x == 0) {
+    if (block < parts) p.v_parts_done[block] = 0;
+    __threadfence();  // no block of the next launch starts before all of this one have come here
+    let_next_launch_start();
+  }
   if (block == 0)
     for (int i = threadIdx.x; i < p.dones; i += KeysShared<Layout>::kThreads) p.partials_done[i] = 0;
   with_access(p.dtype, p.vectors, [&](auto type, auto vectors) {
@@ -307,17 +310,20 @@ __device__ void quantise_keys(const KeysParams& p) {
       const int batch = (p.first + pair) / p.heads, head = (p.first + pair) % p.heads;
       return static_cast<const u8*>(x.data) + (batch * x.stride_b + head * x.stride_h) * kElementBytes<kDtype>;
     };
-    if (block < key_blocks) {
-      const int pair = block / p.runs;
-      quantise_run<Layout, kDtype, decltype(vectors)::value>(p, head_of(p.k, pair), pair, block % p.runs, shared);
+    if (block >= parts) {
+      const int pair = (block - parts) / p.runs, run = (block - parts) % p.runs;
+      quantise_run<Layout, kDtype, decltype(vectors)::value>(p, head_of(p.k, pair), pair, run, shared);
     } else {
-      const int part = block - key_blocks, pair = part / p.splits, first = part % p.splits * p.split_tokens;
+      const int pair = block / p.splits, first = block % p.splits * p.split_tokens;
       const i64 row_bytes = p.v.stride_n * kElementBytes<kDtype>;
-      float* to = p.v_parts + (i64)part * 3 * Layout::kHeadDim;
+      float* to = p.v_parts + (i64)block * 3 * Layout::kHeadDim;
       if (first == 0 && threadIdx.x < Layout::kHeadDim) p.v_codes[pair * Layout::kHeadDim + threadIdx.x] = 0;
       reduce_rows<Spread, kDtype, decltype(vectors)::value>(
           head_of(p.v, pair) + first * row_bytes, row_bytes, min(p.split_tokens, p.len - first), p.head_dim, 1.0f / p.len, shared,
           [&](int result, int c, float value) { to[result * Layout::kHeadDim + c] = value; });
+      __threadfence();
+      __syncthreads();  // all has been written
+      if (threadIdx.x == 0) store_release(p.v_parts_done + block, 1);
     }
   });
 }

@@ -1,4 +1,5 @@
-// Second launch: V → its mean taken out where the scheme says so, scaled, narrowed, transposed, in the attention kernel's tiles.
+// Second launch: V → its mean taken out where the scheme says so, scaled, narrowed, transposed, in the attention kernel's tiles. Its blocks
+// start while the first one's quantise K, and wait for their head's statistics alone.
 //
 // A warp works on its own: it stages a unit of 16 keys (of 32 where values are bytes) in shared memory, where ldmatrix transposes it.
 // Bytes travel as pairs: what ldmatrix takes for one 16-bit element are the same column of n-tiles 2p and 2p + 1.
@@ -9,6 +10,7 @@
 #include "../block/rotate.cuh"
 #include "../block/values.cuh"
 #include "../ptx/copy.cuh"
+#include "../ptx/special.cuh"
 #include "params.cuh"
 
 namespace sage {
@@ -26,27 +28,26 @@ struct ValuesShared {
   };
   alignas(16) float mean[kHeadDim];
   alignas(16) float scale[kHeadDim];
-  i32 codes[kHeadDim];
+  // Sums to be added up, of bytes only: lanes that meet in a channel have one each. The 2 keep them off the same bank.
+  static constexpr int kSums = Layout::kValueBytes == 1 ? 4 : 1;
+  i32 codes[kSums][kHeadDim + 2];
   bool centred[kHeadDim];
 };
-
-// Whether the attention kernel makes up for the rounding of V: it then needs the mean of what V was rounded to.
-template <class Layout, Values kValues>
-constexpr bool kCountsCodes = false;
-template <int kHeadDim, int kTile, bool kOnes>
-constexpr bool kCountsCodes<CoreMatrix<kHeadDim, 1, kTile, kOnes>, Values::fp8> = true;
-constexpr float kCodeUnits = 64.0f;  // of a code's value 1: a sum of 2 million keys, all rounded by half a step one way, fits 32 bits
 
 // Where V − mean could overflow, the mean stays in (reference.quantise_v).
 constexpr float kWidest = 1e38f;  // variants.FINITE_MAX
 
-// Reduces the partial results of the first launch. The head's first block keeps them for the attention kernel.
+// Reduces the partial results of the first launch, once they are there. The head's first block keeps them for the attention kernel.
 template <class Layout>
 __device__ __forceinline__ void finish_statistics(const ValuesParams& p, int pair, bool keep, ValuesShared<Layout>& shared) {
   constexpr int kHeadDim = Layout::kHeadDim, kRows = ValuesShared<Layout>::kRows;
   const int channel = threadIdx.x % (kHeadDim / 4) * 4, row = threadIdx.x / (kHeadDim / 4);
   float most[4] = {-kInf, -kInf, -kInf, -kInf}, least[4] = {kInf, kInf, kInf, kInf}, sum[4] = {};
   const float* parts = p.v_parts + ((i64)pair * p.splits) * 3 * kHeadDim + channel;
+  for (int s = threadIdx.x; s < p.splits; s += kValuesThreads)
+    while (!load_acquire(p.v_parts_done + pair * p.splits + s)) {
+    }
+  __syncthreads();  // every part is there
 #pragma unroll 4
   for (int s = row; s < p.splits; s += kRows) {
     const float4 a = *reinterpret_cast<const float4*>(parts + s * 3 * kHeadDim);
@@ -72,17 +73,24 @@ __device__ __forceinline__ void finish_statistics(const ValuesParams& p, int pai
     if (amax < kSmallest) amax = 0.0f;
     shared.mean[c] = mean;
     shared.scale[c] = amax == 0.0f ? 0.0f : p.v_max / amax;
-    shared.codes[c] = 0;
+#pragma unroll
+    for (int i = 0; i < ValuesShared<Layout>::kSums; ++i) shared.codes[i][c] = 0;
     if (keep) p.v_amax[pair * kHeadDim + c] = amax, p.v_mean[pair * kHeadDim + c] = mean;
   }
-  if (keep && threadIdx.x < 32) {
-    float top = 0.0f;
-    for (int r = threadIdx.x; r < p.k_runs; r += 32) top = fmaxf(top, p.k_scale_parts[pair * p.k_runs + r]);
-#pragma unroll
-    for (int other = 1; other < 32; other *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, other));
-    if (threadIdx.x == 0) p.k_scale_max[pair] = __float_as_int(top);
-  }
   __syncthreads();  // mean and scale are complete
+}
+
+// What is left to do once K is quantised. As each head's first block waits for the whole of the first launch here, so does who waits for
+// this one.
+__device__ __forceinline__ void finish_keys(const ValuesParams& p) {
+  const int pair = special_ctaid_x() / p.runs;
+  if (special_ctaid_x() % p.runs != 0 || special_tid_x() >= 32) return;
+  wait_for_previous_launch();
+  float top = 0.0f;
+  for (int r = special_tid_x(); r < p.k_runs; r += 32) top = fmaxf(top, p.k_scale_parts[pair * p.k_runs + r]);
+#pragma unroll
+  for (int other = 1; other < 32; other *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, other));
+  if (special_tid_x() == 0) p.k_scale_max[pair] = __float_as_int(top);
 }
 
 // Eight channels of a token, narrowed, into its row in the order of V's n-tiles (fragment.cuh).
@@ -129,6 +137,25 @@ __device__ __forceinline__ uint4 transpose(const u8* rows, int pitch, int p) {
   const uint4 v = load_matrices_transposed(shared_address(rows + lane * pitch + 16 * p));
   return make_uint4(__byte_perm(v.x, v.y, 0x6420), __byte_perm(v.z, v.w, 0x6420), __byte_perm(v.x, v.y, 0x7531),
                     __byte_perm(v.z, v.w, 0x7531));
+}
+
+// Where the lane has keys of the unit's `keys` first in a word of `transpose`: of each half a byte of 1 for each key, 0 beyond.
+__device__ __forceinline__ uint2 ones_of(int keys) {
+  const int left = keys - (int)threadIdx.x % 4 * 2;
+  const auto word = [&](int first) {
+    return (left > first ? 1u : 0u) | (left > first + 1 ? 1u << 8 : 0u) | (left > first + 8 ? 1u << 16 : 0u) |
+           (left > first + 9 ? 1u << 24 : 0u);
+  };
+  return make_uint2(word(0), word(16));
+}
+
+// Adds the INT8 codes of `transpose` to their channels' sums (fragment.cuh), lane t of the four that share a column to sum t.
+template <int kPitch>
+__device__ __forceinline__ void add_codes(i32 (&sums)[4][kPitch], int p, uint4 v, uint2 ones) {
+  const int t = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
+  i32* to = sums[t] + p / 2 * 32 + g / 2 * 8 + p % 2 * 4 + g % 2;
+  atomicAdd(to, __dp4a((i32)v.y, (i32)ones.y, __dp4a((i32)v.x, (i32)ones.x, 0)));
+  atomicAdd(to + 2, __dp4a((i32)v.w, (i32)ones.y, __dp4a((i32)v.z, (i32)ones.x, 0)));
 }
 
 // Unit `unit` of a tile at `tile`, n-tiles 2p and 2p + 1.
@@ -190,7 +217,7 @@ __device__ __forceinline__ void quantise_run(const ValuesParams& p, int pair, in
         stage8<kValues>(rows + ((pass + i) * kRows + row) * Shared::kPitch, chunk, x);
       }
     }
-    if constexpr (kCountsCodes<Layout, kValues>) {
+    if constexpr (kValues == Values::fp8) {
       float rounded[kChunk] = {};
 #pragma unroll 2
       for (int pass = 0; pass < kPasses; pass += 2) {
@@ -199,20 +226,31 @@ __device__ __forceinline__ void quantise_run(const ValuesParams& p, int pair, in
         add_rounded(at, at + kRows * Shared::kPitch, chunk, beyond > 0, beyond > kRows, rounded);
       }
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) atomicAdd(shared.codes + chunk * kChunk + i, __float2int_rn(rounded[i] * (256.0f * kCodeUnits)));
+      for (int i = 0; i < kChunk; ++i)
+        atomicAdd(shared.codes[row] + chunk * kChunk + i, __float2int_rn(rounded[i] * (256.0f * kCodeUnits<kValues>)));
     }
     __syncwarp();  // the unit is staged
     u8* tile = p.kv + ((i64)pair * p.tiles + unit / kUnits) * Layout::kTileBytes;
+    const uint2 ones = ones_of(p.len - unit * Shared::kUnitKeys);
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 16; ++n)
-      store_values(Layout{}, tile, unit % kUnits, n, transpose<kValues>(rows, Shared::kPitch, n));
+    for (int n = 0; n < kHeadDim / 16; ++n) {
+      const uint4 values = transpose<kValues>(rows, Shared::kPitch, n);
+      store_values(Layout{}, tile, unit % kUnits, n, values);
+      if constexpr (kValues == Values::int8) add_codes(shared.codes, n, values, ones);
+    }
     __syncwarp();  // and has been read
   }
-  if constexpr (kCountsCodes<Layout, kValues>) {  // integers: the same sum in whatever order
-    __syncthreads();  // every thread's part is there
-    for (int c = threadIdx.x; c < kHeadDim; c += kValuesThreads)
-      if (shared.centred[c]) atomicAdd(p.v_codes + pair * kHeadDim + c, shared.codes[c]);
-  }
+}
+
+// The block's part of the codes' sums: integers, so the same in whatever order. What it is about is read anew, registers being short
+// before.
+template <class Layout>
+__device__ __forceinline__ void add_sums(const ValuesParams& p, const ValuesShared<Layout>& shared) {
+  __syncthreads();  // every thread's part is there
+  const int pair = special_ctaid_x() / p.runs;
+  for (int c = special_tid_x(); c < Layout::kHeadDim; c += kValuesThreads)
+    if (shared.centred[c])
+      atomicAdd(p.v_codes + pair * Layout::kHeadDim + c, shared.codes[0][c] + shared.codes[1][c] + shared.codes[2][c] + shared.codes[3][c]);
 }
 
 template <class Layout, Values kValues>
@@ -220,12 +258,13 @@ __device__ void quantise_values(const ValuesParams& p) {
   static_assert(kValueBytes<kValues> == Layout::kValueBytes, "the tile has room for other values");
   __shared__ ValuesShared<Layout> shared;
   const int pair = blockIdx.x / p.runs, run = blockIdx.x % p.runs;
-  wait_for_previous_launch();
   let_next_launch_start();
   finish_statistics<Layout>(p, pair, run == 0, shared);
   with_access(p.dtype, p.vectors, [&](auto type, auto vectors) {
     quantise_run<Layout, kValues, decltype(type)::value, decltype(vectors)::value>(p, pair, run, shared);
   });
+  if constexpr (kValues != Values::fp16) add_sums(p, shared);  // the attention kernel makes up for the rounding of bytes
+  finish_keys(p);
 }
 
 }  // namespace sage

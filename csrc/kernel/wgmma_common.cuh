@@ -6,6 +6,7 @@
 #include "../block/mask.cuh"
 #include "../block/query.cuh"
 #include "../block/softmax.cuh"
+#include "../block/values.cuh"
 #include "../ptx/copy.cuh"
 #include "../ptx/special.cuh"
 #include "../ptx/wgmma.cuh"
@@ -189,9 +190,9 @@ __device__ __forceinline__ void fetch_channels(const AttendParams& p, u32 shared
       const float scale = p.v_amax[pair * C::kHeadDim + c];
       store_shared_float(to + 4 * c, scale);
       if constexpr (C::Layout::kValueBytes == 1) {
-        // V as it was rounded has V's mean: that of the codes, which rounding moved off zero, is taken out.
-        const float codes = (float)p.v_codes[pair * C::kHeadDim + c], unit = p.inv_v_max / (64.0f * p.len_kv);
-        store_shared_float(to + 4 * (C::kHeadDim + c), fmaf(-scale * unit, codes, p.v_mean[pair * C::kHeadDim + c]));
+        const float mean = p.v_mean[pair * C::kHeadDim + c];
+        const i32 codes = p.v_codes[pair * C::kHeadDim + c];
+        store_shared_float(to + 4 * (C::kHeadDim + c), mean_beside_codes<Values::fp8>(mean, scale, codes, p.inv_v_max, p.len_kv));
       }
     }
     // No score may leave the range in which the softmax works. A largest K scale of 0 (all keys alike) must not make the bound
@@ -396,18 +397,20 @@ struct ScoreWalk {
   const AttendParams& p;
   u32 shared, queries;  // the warpgroup's
   float q_scale[2];
+  uint2 k_scales;  // of the current tile
   Ring<C::kStages> ring;
   float reference[2];  // P = 2^(score − reference); log2(p_max) below the maximum that the row was last scaled to
   bool causal;
   int item;
 
-  // The largest of the lane's scores in one of kParts parts of the keys and one row half; `least` is INT_MIN.
+  // The largest of the lane's scores in one of kParts parts of the keys and one row half.
   template <int kParts>
-  static __device__ __forceinline__ i32 largest(const Scores& s, int part, int half, i32 least) {
+  static __device__ __forceinline__ i32 largest(const Scores& s, int part, int half) {
     constexpr int kCount = kColumns8 / kParts;
-    i32 a = least, b = least;
+    const int i0 = 4 * part * kCount + 2 * half;
+    i32 a = max(s[i0], s[i0 + 1]), b = max(s[i0 + 4], s[i0 + 5]);
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
+    for (int j = 2; j < kCount; ++j) {
       const int i = 4 * (part * kCount + j) + 2 * half;
       if (j % 2)
         b = __vimax3_s32(b, s[i], s[i + 1]);
@@ -415,6 +418,12 @@ struct ScoreWalk {
         a = __vimax3_s32(a, s[i], s[i + 1]);
     }
     return max(a, b);
+  }
+
+  // K scales of the tile in `stage`, ahead of their use.
+  __device__ __forceinline__ void fetch_scales(u32 stage) {
+    const uint4 v = load_shared16(tile(stage) + Layout::kScales + Layout::kScalesPitch * (special_tid_x() % 4u));
+    k_scales = {v.x, v.y};
   }
 
   static __device__ __forceinline__ bool elected() { return special_tid_x() % 32 == 0; }

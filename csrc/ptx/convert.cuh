@@ -66,6 +66,16 @@ __device__ __forceinline__ u32 pack_e4m3(float x0, float x1, float x2, float x3)
   return r;
 }
 
+// Four e4m3 numbers, the lowest two given as codes of 0 to 126 (to nearest even; below 0: 0), the others as values.
+__device__ __forceinline__ u32 pack_e4m3_codes(float code0, float code1, float x2, float x3) {
+  u32 r;
+  asm("{.reg .s32 a,b; .reg .b16 high; .reg .b32 c; cvt.rn.satfinite.e4m3x2.f32 high,%4,%3; cvt.u32.u16 c,high;"
+      "cvt.rni.s32.f32 a,%1; cvt.rni.s32.f32 b,%2; cvt.pack.sat.u8.s32.b32 %0,b,a,c;}"
+      : "=r"(r)
+      : "f"(code0), "f"(code1), "f"(x2), "f"(x3));
+  return r;
+}
+
 // For finite inputs; lo in bits 0–15.
 __device__ __forceinline__ u32 pack_bf16(float lo, float hi) {
 #if __CUDA_ARCH__ >= 800

@@ -18,6 +18,7 @@ struct uint2 { u32 x, y; };
 struct float4 { float x, y, z, w; };
 struct float2 { float x, y; };
 struct Index { unsigned x, y, z; };
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
 struct Fiber {
@@ -155,6 +156,7 @@ inline bool __any_sync(unsigned, bool x) {
   return e.out > 0;
 }
 
+inline void __threadfence() {}
 inline int atomicAdd(int* p, int x) { return *p += x, *p - x; }
 inline void atomicMax(int* p, int x) { *p = x > *p ? x : *p; }
 template <class T> T min(T a, T b) { return a < b ? a : b; }
@@ -196,5 +198,9 @@ inline float __fadd_rd(float a, float b) { return -__fmaf_ru(1.0f, -a, -b); }
 
 inline u32 __dp4a(u32 a, u32 b, u32 c) {
   for (int i = 0; i < 4; ++i) c += (a >> 8 * i & 0xFF) * (b >> 8 * i & 0xFF);
+  return c;
+}
+inline i32 __dp4a(i32 a, i32 b, i32 c) {
+  for (int i = 0; i < 4; ++i) c += (int8_t)(a >> 8 * i) * (int8_t)(b >> 8 * i);
   return c;
 }

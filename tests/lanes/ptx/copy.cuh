@@ -50,4 +50,7 @@ inline uint4 load_matrices_transposed(u32 a) {
 
 inline void wait_for_previous_launch() {}
 inline void let_next_launch_start() {}
+
+inline void store_release(i32* to, i32 x) { *to = x; }
+inline i32 load_acquire(const i32* from) { return *from; }
 }  // namespace sage
