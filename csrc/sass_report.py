@@ -5,7 +5,7 @@
 
 Needs `nvdisasm`: on PATH, or as Triton or NVIDIA's PyPI packages bundle it. The main loop is the innermost backward branch
 with the most matrix instructions in its body, what is seldom run inside it included. PTX images have no machine code and are left out.
-Exits with 1 where an instruction of a main loop touches local memory.
+Exits with 1 where an instruction of a main loop touches local memory and `LOOP_LOCAL` does not say so.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ BUNDLES = ("triton", "triton-windows", "nvidia-cuda-nvdisasm", "nvidia-cuda-nvcc
 MMA = {"HMMA", "IMMA", "QMMA", "OMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA"}
 CONVERSIONS = {"I2F", "I2FP", "F2I", "F2F", "F2FP", "I2I", "F2IP", "FRND", "I2IP"}
 LOCAL = {"LDL", "STL"}
+# How many instructions of a main loop touch local memory where no tile and no order of the code that was tried is without; elsewhere none
+# may. At head_dim 256 the compiler lays O and the operands of more MMAs than needed side by side, and comes out a register or two short.
+LOOP_LOCAL: dict[tuple[str, str], int] = {
+}
 
 REGISTERS = 65536  # of a multiprocessor, dealt out in units of 256 a warp
 # Shared memory of a multiprocessor in KiB (a block takes 1 KiB more than it asks for from 8.0 on), and resident warps (CUDA C++
@@ -130,10 +134,10 @@ def resident_warps(arch: int, known: dict) -> int:
     return warps * min(by_registers, WARPS[arch] // warps, SHARED[arch] * 1024 // max(shared, 1))
 
 
-def spills(code: Code) -> bool:
-    """Whether the main loop touches local memory."""
+def spills(code: Code, arch: str) -> int:
+    """How many instructions of the main loop touch local memory beyond what is known; negative: `LOOP_LOCAL` allows too many."""
     loop = code.main_loop()
-    return loop is not None and code.count(LOCAL, loop) > 0
+    return (code.count(LOCAL, loop) if loop else 0) - LOOP_LOCAL.get((arch, code.symbol), 0)
 
 
 def line(code: Code, arch: str, known: dict) -> str:
@@ -186,12 +190,12 @@ def main(argv: list[str] | None = None) -> int:
         for code in parse(disassemble(nvdisasm, lzma.decompress((KERNELS / path).read_bytes()))):
             if args.symbol in code.symbol and code.symbol in known["kernels"]:
                 print(line(code, known["arch"], known["kernels"][code.symbol]))
-                if spills(code):
+                if spills(code, known["arch"]):
                     spilling.append(f"{path}: {code.symbol}")
                 if args.mix:
                     print(mix(code))
     if spilling:
-        print("local memory in the main loop of\n" + "\n".join(spilling), file=sys.stderr)
+        print("more or less local memory than LOOP_LOCAL says in the main loop of\n" + "\n".join(spilling), file=sys.stderr)
     return int(bool(spilling))
 
 

@@ -18,12 +18,13 @@
 namespace sage {
 
 template <int kHeadDim_, Mask kMask_, Values kValues_, Accumulate kAccumulate_, int kWarps_, int kRowTiles_, int kStages_,
-          bool kQueryShared_, bool kFrugal_>
+          bool kQueryShared_, bool kWalkShared_, bool kThreadAnew_>
 struct AttendConfig {
   static constexpr int kHeadDim = kHeadDim_, kWarps = kWarps_, kRowTiles = kRowTiles_, kStages = kStages_;
   static constexpr bool kQueryShared = kQueryShared_;  // Q's fragments wait in shared memory: 16 or 32 registers less
-  static constexpr bool kFrugal = kFrugal_;  // what a tile needs once or twice waits in shared memory or is worked out anew
-  static constexpr bool kScalesShared = kQueryShared || kFrugal;  // and so do its scales
+  static constexpr bool kWalkShared = kWalkShared_;  // what a tile needs once waits there: the rows' scales, the number of the first tile
+  static constexpr bool kScalesShared = kQueryShared || kWalkShared;
+  static constexpr bool kThreadAnew = kThreadAnew_;  // what follows from the thread's number is worked out anew for each tile
   static constexpr Mask kMask = kMask_;
   static constexpr Values kValues = kValues_;
   static constexpr Accumulate kAccumulate = kAccumulate_;
@@ -31,7 +32,7 @@ struct AttendConfig {
   static constexpr int kThreads = 32 * kWarps, kBlockM = 16 * kRowTiles * kWarps;
   using Layout = Fragment<kHeadDim, kValueBytes<kValues>>;
   static constexpr int kOperands = kKvTile / Layout::kValueKeys;  // A fragments of P for a tile
-  using Pipe = TilePipe<Layout::kTileBytes, kStages, kWarps, kFrugal>;
+  using Pipe = TilePipe<Layout::kTileBytes, kStages, kWarps, kWalkShared>;
   using RowSoftmax = typename SoftmaxOf<kTileMaximum, kRowTiles>::type;
 };
 
@@ -362,7 +363,7 @@ struct Walk {
 
   template <bool kMasked>
   __device__ __forceinline__ void step(int n) {
-    if constexpr (C::kFrugal) thread16 = 16 * special_tid_x(), queries.place(pipe.shared + C::Pipe::kBytes, thread16);
+    if constexpr (C::kThreadAnew) thread16 = 16 * special_tid_x(), queries.place(pipe.shared + C::Pipe::kBytes, thread16);
     Scores s;
     Weights prob;
     float weight[kRowTiles][2];
@@ -371,6 +372,10 @@ struct Walk {
     scores<C>(s, queries, tile);
     if constexpr (C::kStages == 2) pipe.refill(n);
     weigh<kMasked>(s, prob, weight, n * kKvTile);
+#if __CUDA_ARCH__ >= 1200
+    // Or the compiler loads V before the scores have left the registers.
+    if constexpr (C::kThreadAnew && C::kValues == Values::fp8) __syncwarp();
+#endif
     add_values<C>(o, prob, weight, tile);
     if constexpr (C::kStages > 2) pipe.refill(n);
     pipe.release();
@@ -379,7 +384,7 @@ struct Walk {
   // From the last tile to the first; tiles [0, full) hold no masked key.
   __device__ __forceinline__ void run(int tiles, int full) {
     int n = tiles - 1;
-    for (; n >= (C::kFrugal && C::kMask == Mask::dense ? 0 : full); --n) step<true>(n);
+    for (; n >= (C::kThreadAnew && C::kMask == Mask::dense ? 0 : full); --n) step<true>(n);
     if constexpr (C::kMask != Mask::dense)
       for (; n >= 0; --n) step<false>(n);
   }
@@ -406,13 +411,6 @@ __device__ void attend_mma(const AttendParams& p) {
   for (int r = 0; r < C::kRowTiles; ++r)
 #pragma unroll
     for (int n = 0; n < C::kHeadDim / 8; ++n) walk.o[r][n][0] = walk.o[r][n][1] = walk.o[r][n][2] = walk.o[r][n][3] = 0.0f;
-  if constexpr (C::kFrugal) {  // a product of nothing, so that O has aligned registers, as MMAs give them: between single ones there
-    const u32 none[4] = {};    // is no room for the operands, though enough are free
-#pragma unroll
-    for (int r = 0; r < C::kRowTiles; ++r)
-#pragma unroll
-      for (int n = 0; n < C::kHeadDim / 8; ++n) mma_f16(walk.o[r][n], none, 0, 0);
-  }
   walk.run(tiles, full);
   store_output<C>(p, walk.o, walk.softmax);
 }
