@@ -254,7 +254,8 @@ def _attending(r: Recipe, q: torch.Tensor, out: torch.Tensor, mask: torch.Tensor
             blocks,
             _attend_constants(
                 *q_strides, *mask_strides, *out_strides, first, pairs, p.heads_kv, ratio, p.len_q, p.len_kv, p.head_dim,
-                _DTYPES[p.dtype], *vectors, p.causal, kind, r.tiles, r.blocks_q, rounds, *r.attend_tail,
+                _DTYPES[p.dtype], *vectors, p.causal, kind, r.tiles, r.blocks_q, rounds,
+                *((2**32 - 1) // d for d in (r.blocks_q, ratio, p.heads_kv)), *r.attend_tail,
             ),
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ import itertools
 import re
 import struct
 from collections.abc import Callable
-from ctypes import c_float, c_int32, c_int64, c_uint64
+from ctypes import c_float, c_int32, c_int64, c_uint32, c_uint64
 
 POINTER = c_uint64
 
@@ -66,6 +66,7 @@ class AttendParams(ctypes.Structure):
         ("dtype", c_int32), ("q_vectors", c_int32), ("out_vectors", c_int32),
         ("causal", c_int32), ("mask_kind", c_int32),
         ("tiles", c_int32), ("blocks_q", c_int32), ("rounds", c_int32),
+        ("per_blocks_q", c_uint32), ("per_ratio", c_uint32), ("per_heads_kv", c_uint32),
         ("score_scale", c_float), ("sign", c_float), ("sm_scale", c_float), ("score_limit", c_float),
         ("inv_v_max", c_float), ("log2_p_max", c_float), ("rescale_slack", c_float),
     ]  # fmt: skip
@@ -77,7 +78,7 @@ def packer(struct_type: type[ctypes.Structure]) -> tuple[Callable[..., bytes], C
     `constants` takes the values of all other fields, in order, and gives the bytes between the pointers, run by run. `pack` takes
     pointers and runs in the order in which they lie in the struct.
     """
-    codes = {c_uint64: "Q", c_int64: "q", c_int32: "i", c_float: "f"}
+    codes = {c_uint64: "Q", c_int64: "q", c_int32: "i", c_uint32: "I", c_float: "f"}
 
     def letters(t: type[ctypes.Structure]) -> str:
         return "".join(letters(kind) if issubclass(kind, ctypes.Structure) else codes[kind] for _, kind in t._fields_)

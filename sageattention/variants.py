@@ -67,7 +67,7 @@ class Scheme:
     promote: int = 0  # keys after which the accumulator is added to fp32 registers; 0: after every KV tile
     kv_tile: int = 64  # keys per step of the online softmax
     fragment_keys: int = FRAGMENT_KEYS  # a "fragment" scale covers a quarter of so many consecutive keys
-    linear: bool = False  # P of even keys is on a straight line for each octave
+    linear: bool = False  # P of the first eight of every sixteen keys is on a straight line for each octave
     lazy: int = 0  # not 0: tiles from the last to the first, in steps of lazy / head_dim keys; a reference moves when it has to (`slack`)
     slack: float = 0.0  # a row's maximum may outgrow its reference by 2^slack before all is rescaled: P reaches p_max · 2^slack
 
@@ -362,7 +362,7 @@ MMA_BYTE_TILES[89, 256, "dense", "fp8"] = replace(MMA_BYTE_TILES[89, 256, "dense
 MMA_TILES[120, 256, "causal", "fp16"] = replace(MMA_TILES[120, 256], **_ANEW)
 # Bytes of local memory a thread may use outside its main loop: at head_dim 256 the accumulators leave the compiler a register or two short.
 MMA_LOCAL = {64: 0, 128: 0, 256: 16}
-WGMMA_LOCAL = {"none": 32, "causal": 8, "dense": 32}
+WGMMA_LOCAL = {"none": 16, "causal": 8, "dense": 32}
 
 
 def _mma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:

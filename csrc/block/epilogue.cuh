@@ -4,24 +4,16 @@
 
 namespace sage {
 
-template <int kDtype>
-__device__ __forceinline__ constexpr float largest_finite() {
-  return kDtype == kFloat16 ? 65504.0f : kDtype == kBfloat16 ? 3.38953139e38f : 3.40282347e38f;
-}
-
-// Eight channels of a token. Clamped: rounding must not turn the largest finite value into infinity. kVectors: as for load8.
+// Eight channels of a token. No finite value becomes infinite. kVectors: as for load8.
 template <int kDtype, bool kVectors>
 __device__ __forceinline__ void store8(void* row, int channel, int head_dim, float (&x)[kChunk]) {
-  constexpr float kTop = largest_finite<kDtype>();
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) x[i] = fminf(fmaxf(x[i], -kTop), kTop);
   u32 word[kDtype == kFloat32 ? 8 : 4];
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     if constexpr (kDtype == kFloat32)
-      word[i] = __float_as_uint(x[i]);
+      word[i] = __float_as_uint(fminf(fmaxf(x[i], -3.40282347e38f), 3.40282347e38f));
     else if (i % 2 == 0)
-      word[i / 2] = kDtype == kFloat16 ? pack_f16(x[i], x[i + 1]) : pack_bf16(x[i], x[i + 1]);
+      word[i / 2] = kDtype == kFloat16 ? pack_f16_finite(x[i], x[i + 1]) : pack_bf16_finite(x[i], x[i + 1]);
   }
   u8* at = static_cast<u8*>(row) + channel * kElementBytes<kDtype>;
   if constexpr (kVectors) {

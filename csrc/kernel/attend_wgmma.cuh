@@ -15,9 +15,9 @@ template <class C>
 struct WgmmaWalk : ScoreWalk<C> {
   using Walk = ScoreWalk<C>;
   using typename Walk::Layout, typename Walk::Scores, typename Walk::Weights;
-  using Walk::barrier, Walk::tile, Walk::elected, Walk::mask_scores, Walk::reference, Walk::ring, Walk::k_scales, Walk::fetch_scales, Walk::q_scale, Walk::queries,
-      Walk::p, Walk::shared;
-  static constexpr int kHeadDim = C::kHeadDim, kColumns8 = Walk::kColumns8, kSteps = kHeadDim / 32;
+  using Walk::barrier, Walk::tile, Walk::elected, Walk::mask_scores, Walk::fetch_scales, Walk::reference, Walk::ring, Walk::k_scales,
+      Walk::q_scale, Walk::queries, Walk::p;
+  static constexpr int kHeadDim = C::kHeadDim, kSteps = kHeadDim / 32;
   // Q's A fragments of so many of the scores' steps are in registers, where there are any left: shared memory has less to feed.
   static constexpr int kHeld = kHeadDim == 64 || C::kMask == Mask::dense ? 0 : 2;
   static constexpr bool kAllMasked = C::kMask == Mask::dense;

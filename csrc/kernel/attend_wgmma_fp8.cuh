@@ -23,12 +23,12 @@ template <class C>
 struct WgmmaFp8Walk : ScoreWalk<C> {
   using Walk = ScoreWalk<C>;
   using typename Walk::Layout, typename Walk::Scores, typename Walk::Weights;
-  using Walk::barrier, Walk::tile, Walk::elected, Walk::mask_scores, Walk::reference, Walk::ring, Walk::k_scales, Walk::fetch_scales, Walk::q_scale, Walk::queries,
-      Walk::p, Walk::shared;
+  using Walk::barrier, Walk::tile, Walk::elected, Walk::mask_scores, Walk::fetch_scales, Walk::reference, Walk::ring, Walk::k_scales,
+      Walk::q_scale, Walk::queries, Walk::p;
   using Scales = float[C::kScales][2];  // [part of the step][row half]
   static constexpr int kHeadDim = C::kHeadDim, kParts = C::kParts;
   static constexpr float kLog2Largest = 8.8073549220576f;  // log2(448) = log2_p_max + rescale_slack
-  static constexpr float kNone = -1e30f;                   // a reference below all scores that is a number
+  static constexpr float kNone = -3e38f;                   // a reference below all scores, and a number
 
   // P is 2^(score − near), O and the sums are relative to `reference` as everywhere.
   float o[C::kOutRegisters], sum[2];
@@ -113,8 +113,9 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
       reference[half] = fmaxf(old, near[half]);
       if (most > reference[half] + kLog2Largest) reference[half] = most - p.log2_p_max;
       factor[half] = exp2_approx(old - reference[half]);
-      sum[half] *= factor[half];
     }
+    if (!__any_sync(kAllLanes, sum[0] + sum[1] > 0.0f)) return;  // O is 0
+    sum[0] *= factor[0], sum[1] *= factor[1];
 #pragma unroll
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] *= factor[i % 4 / 2];
   }
@@ -198,16 +199,18 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
       else
         move_near(top, factor);
     }
+    if (kTileEnds) fetch_scales(after.stage);
     wgmma_wait<1>();
     wgmma_hold(acc);
     if (kPart == 0 && !first) release(kValuesFree, before.stage);
-    if (fresh)
-      promote(), begin_group(top);
-    else if (moves)
+    if (fresh) {
+      if (!first) promote();
+      begin_group(top);
+    } else if (moves) {
       rescale(factor);
+    }
     weigh<false>(s, scale, prob);
     issue_values<kPart>(prob, fresh);
-    if (kTileEnds) fetch_scales(after.stage);
     wgmma_wait<1>();
     wgmma_hold(next);
     ring = after;

@@ -70,6 +70,7 @@ struct AttendParams {
   i32 mask_kind;       // MaskKind
   i32 tiles, blocks_q;  // of the layout's keys; blocks of queries
   i32 rounds;           // so many of these does a block work on whole, where it goes on with others
+  u32 per_blocks_q, per_ratio, per_heads_kv;  // what `divide` wants beside these three
   float score_scale;   // |sm_scale|·log2(e)·4D / 127
   float sign;          // of sm_scale
   float sm_scale;
@@ -78,5 +79,15 @@ struct AttendParams {
   float log2_p_max;    // P of the row maximum, as a power of two
   float rescale_slack; // how far (base 2) a row may exceed the maximum it was scaled to before everything is rescaled
 };
+
+// n / d and n % d of whole numbers below 2^31; `per` is (2^32 − 1) / d. A division takes forty instructions.
+struct Quotient {
+  int whole, rest;
+};
+
+__device__ __forceinline__ Quotient divide(int n, int d, u32 per) {
+  const int whole = __umulhi(n, per), rest = n - whole * d;  // or one too few
+  return rest < d ? Quotient{whole, rest} : Quotient{whole + 1, rest - d};
+}
 
 }  // namespace sage

@@ -288,7 +288,7 @@ __device__ __forceinline__ void quantise_run(const KeysParams& p, const u8* k, i
   }
   top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
   top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
-  if (threadIdx.x == 0) p.k_scale_parts[pair * p.runs + run] = top;
+  if (threadIdx.x == 0) p.k_scale_parts[blockIdx.x - p.pairs * p.splits] = top;
 }
 
 // Layout: with V of either size.
@@ -311,8 +311,8 @@ __device__ void quantise_keys(const KeysParams& p) {
       return static_cast<const u8*>(x.data) + (batch * x.stride_b + head * x.stride_h) * kElementBytes<kDtype>;
     };
     if (block >= parts) {
-      const int pair = (block - parts) / p.runs, run = (block - parts) % p.runs;
-      quantise_run<Layout, kDtype, decltype(vectors)::value>(p, head_of(p.k, pair), pair, run, shared);
+      const int run = block - parts, pair = run / p.runs;
+      quantise_run<Layout, kDtype, decltype(vectors)::value>(p, head_of(p.k, pair), pair, run - pair * p.runs, shared);
     } else {
       const int pair = block / p.splits, first = block % p.splits * p.split_tokens;
       const i64 row_bytes = p.v.stride_n * kElementBytes<kDtype>;

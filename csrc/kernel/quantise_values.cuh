@@ -260,11 +260,12 @@ __device__ void quantise_values(const ValuesParams& p) {
   const int pair = blockIdx.x / p.runs, run = blockIdx.x % p.runs;
   let_next_launch_start();
   finish_statistics<Layout>(p, pair, run == 0, shared);
+  if constexpr (!kLaunchesOverlap) finish_keys(p);  // here, where it costs the loops no registers
   with_access(p.dtype, p.vectors, [&](auto type, auto vectors) {
     quantise_run<Layout, kValues, decltype(type)::value, decltype(vectors)::value>(p, pair, run, shared);
   });
   if constexpr (kValues != Values::fp16) add_sums(p, shared);  // the attention kernel makes up for the rounding of bytes
-  finish_keys(p);
+  if constexpr (kLaunchesOverlap) finish_keys(p);
 }
 
 }  // namespace sage

@@ -76,9 +76,10 @@ struct Rows {
     t = thread % 4, g = thread % 32 / 4, warp = thread / 32;
     // Consecutive blocks share a head, so that its K and V stay in L2. Causal: the longest rows first.
     const int blocks_q = anew(p.blocks_q), ratio = anew(p.ratio), heads_kv = anew(p.heads_kv);
-    const int head_in_group = item / blocks_q, block = item % blocks_q;
-    pair = head_in_group / ratio;
-    batch = (p.first + pair) / heads_kv, head = (p.first + pair) % heads_kv * ratio + head_in_group % ratio;
+    const auto [head_in_group, block] = divide(item, blocks_q, p.per_blocks_q);
+    const auto [own_pair, head_of_pair] = divide(head_in_group, ratio, p.per_ratio);
+    const auto [own_batch, head_kv] = divide(p.first + own_pair, heads_kv, p.per_heads_kv);
+    pair = own_pair, batch = own_batch, head = head_kv * ratio + head_of_pair;
     block_row0 = (C::kMask == Mask::none ? block : blocks_q - 1 - block) * C::kBlockM;
     row0 = block_row0 + 16 * warp;
   }
@@ -298,7 +299,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
   for (int half = 0; half < 2; ++half) {
     const int row = at.row(half);
     const float sum = sums[half];
-    inverse[half] = sum > 0.0f ? p.inv_v_max / sum : 0.0f;  // 0: every key masked out
+    inverse[half] = sum > 0.0f ? p.inv_v_max / sum : 0.0f;  // 0: every key masked out, by a dense mask
     if (p.lse && at.t == 0 && row < p.len_q) {
       float* lse = at.lse(p, row);
       *lse = sum > 0.0f ? *lse + (reference[half] + log2_approx(sum)) * kLn2 : -kInf;
@@ -315,18 +316,22 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
   with_access(p.dtype, p.out_vectors, [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
     u8* head = static_cast<u8*>(p.out) + (at.batch * p.out_stride_b + at.head * p.out_stride_h) * kElementBytes<kDtype>;
+    float scale[kHeadDim / 32][kChunk], mean[kHeadDim / 32][kChunk] = {};
 #pragma unroll
     for (int c = 0; c < kHeadDim / 32; ++c) {
-      float scale[kChunk], mean[kChunk] = {};
-      take(channels + 128 * c, scale);
-      if constexpr (C::Layout::kValueBytes == 1) take(channels + 4 * kHeadDim + 128 * c, mean);
+      take(channels + 128 * c, scale[c]);
+      if constexpr (C::Layout::kValueBytes == 1) take(channels + 4 * kHeadDim + 128 * c, mean[c]);
+    }
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 32; ++c) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (at.row(half) >= p.len_q) continue;
         float y[kChunk];
 #pragma unroll
         for (int e = 0; e < kChunk; ++e)
-          y[e] = fmaf(o[16 * c + e / 2 * 4 + 2 * half + e % 2] * inverse[half], scale[e], inverse[half] > 0.0f ? mean[e] : 0.0f);
+          y[e] = fmaf(o[16 * c + e / 2 * 4 + 2 * half + e % 2] * inverse[half], scale[c][e],
+                      C::kMask == Mask::dense && !(inverse[half] > 0.0f) ? 0.0f : mean[c][e]);
         store8<kDtype, decltype(vectors)::value>(head + at.row(half) * p.out_stride_n * kElementBytes<kDtype>, 32 * c + kChunk * at.t,
                                                  p.head_dim, y);
       }

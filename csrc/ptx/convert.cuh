@@ -69,7 +69,7 @@ __device__ __forceinline__ u32 pack_e4m3(float x0, float x1, float x2, float x3)
 // Four e4m3 numbers, the lowest two given as codes of 0 to 126 (to nearest even; below 0: 0), the others as values.
 __device__ __forceinline__ u32 pack_e4m3_codes(float code0, float code1, float x2, float x3) {
   u32 r;
-  asm("{.reg .s32 a,b; .reg .b16 high; .reg .b32 c; cvt.rn.satfinite.e4m3x2.f32 high,%4,%3; cvt.u32.u16 c,high;"
+  asm("{.reg .s32 a,b; .reg .b16 high,none; .reg .b32 c; cvt.rn.satfinite.e4m3x2.f32 high,%4,%3; mov.b16 none,0; mov.b32 c,{high,none};"
       "cvt.rni.s32.f32 a,%1; cvt.rni.s32.f32 b,%2; cvt.pack.sat.u8.s32.b32 %0,b,a,c;}"
       : "=r"(r)
       : "f"(code0), "f"(code1), "f"(x2), "f"(x3));
@@ -85,6 +85,28 @@ __device__ __forceinline__ u32 pack_bf16(float lo, float hi) {
 #else  // round to nearest even by hand
   const u32 a = __float_as_uint(lo), b = __float_as_uint(hi);
   return ((a + 0x7FFF + ((a >> 16) & 1)) >> 16) | ((b + 0x7FFF + ((b >> 16) & 1)) & 0xFFFF0000u);
+#endif
+}
+
+// The same, and beyond the range: the largest finite value.
+__device__ __forceinline__ u32 pack_f16_finite(float lo, float hi) {
+#if __CUDA_ARCH__ >= 800
+  u32 r;
+  asm("cvt.rn.satfinite.f16x2.f32 %0,%2,%1;" : "=r"(r) : "f"(lo), "f"(hi));
+  return r;
+#else
+  return pack_f16(fminf(fmaxf(lo, -65504.0f), 65504.0f), fminf(fmaxf(hi, -65504.0f), 65504.0f));
+#endif
+}
+
+__device__ __forceinline__ u32 pack_bf16_finite(float lo, float hi) {
+#if __CUDA_ARCH__ >= 800
+  u32 r;
+  asm("cvt.rn.satfinite.bf16x2.f32 %0,%2,%1;" : "=r"(r) : "f"(lo), "f"(hi));
+  return r;
+#else
+  constexpr float kTop = 3.38953139e38f;
+  return pack_bf16(fminf(fmaxf(lo, -kTop), kTop), fminf(fmaxf(hi, -kTop), kTop));
 #endif
 }
 

@@ -147,6 +147,13 @@ __device__ __forceinline__ uint4 load_matrices_transposed(u32 shared) {
   return v;
 }
 
+// Whether a launch may begin before the one ahead of it has ended.
+#if __CUDA_ARCH__ >= 900
+constexpr bool kLaunchesOverlap = true;
+#else
+constexpr bool kLaunchesOverlap = false;
+#endif
+
 // Programmatic dependent launch: wait for the launches before this one; let the one behind it start. Both do nothing
 // where the launch did not ask for it.
 __device__ __forceinline__ void wait_for_previous_launch() {

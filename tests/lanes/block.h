@@ -156,6 +156,7 @@ inline bool __any_sync(unsigned, bool x) {
   return e.out > 0;
 }
 
+inline u32 __umulhi(u32 a, u32 b) { return (unsigned long long)a * b >> 32; }
 inline void __threadfence() {}
 inline int atomicAdd(int* p, int x) { return *p += x, *p - x; }
 inline void atomicMax(int* p, int x) { *p = x > *p ? x : *p; }

@@ -13,6 +13,11 @@ inline u32 pack_bf16(float lo, float hi) {
   const u32 a = __float_as_uint(lo), b = __float_as_uint(hi);
   return (a + 0x7FFF + (a >> 16 & 1)) >> 16 | ((b + 0x7FFF + (b >> 16 & 1)) & 0xFFFF0000u);
 }
+inline u32 pack_f16_finite(float lo, float hi) { return pack_f16(fminf(fmaxf(lo, -65504.0f), 65504.0f), fminf(fmaxf(hi, -65504.0f), 65504.0f)); }
+inline u32 pack_bf16_finite(float lo, float hi) {
+  constexpr float kTop = 3.38953139e38f;
+  return pack_bf16(fminf(fmaxf(lo, -kTop), kTop), fminf(fmaxf(hi, -kTop), kTop));
+}
 constexpr bool kFastIntToFloat = ARCH >= 86;
 inline u32 pack_u8(float x0, float x1, float x2, float x3) {
   u32 r = 0;

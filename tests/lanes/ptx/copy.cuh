@@ -48,6 +48,7 @@ inline uint4 load_matrices_transposed(u32 a) {
   return {own.out[0], own.out[1], own.out[2], own.out[3]};
 }
 
+constexpr bool kLaunchesOverlap = ARCH >= 90;
 inline void wait_for_previous_launch() {}
 inline void let_next_launch_start() {}
 
