@@ -360,6 +360,7 @@ for _mask in MASKS:
 MMA_BYTE_TILES[100, 256, "dense", "fp16"] = _EIGHT
 MMA_BYTE_TILES[89, 256, "dense", "fp8"] = replace(MMA_BYTE_TILES[89, 256, "dense"], **_ANEW)
 MMA_TILES[120, 256, "causal", "fp16"] = replace(MMA_TILES[120, 256], **_ANEW)
+MMA_BYTE_TILES[120, 256, "causal", "fp8"] = replace(MMA_BYTE_TILES[120, 256, "causal", "fp8"], query_shared=True)
 # Bytes of local memory a thread may use outside its main loop: at head_dim 256 the accumulators leave the compiler a register or two short.
 MMA_LOCAL = {64: 0, 128: 0, 256: 16}
 WGMMA_LOCAL = {"none": 16, "causal": 8, "dense": 32}
@@ -378,10 +379,7 @@ def _mma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumulate
     if mask == "dense":
         smem += t.warps * BIAS_BYTES
     flags = ", ".join(str(x).lower() for x in (t.query_shared, t.walk_shared, t.thread_anew))
-    config = (
-        f"{head_dim}, Mask::{mask}, Values::{kernels.pv}, Accumulate::{accumulate}, "
-        f"{t.warps}, {row_tiles}, {t.stages}, {flags}"
-    )
+    config = f"{head_dim}, Mask::{mask}, Values::{kernels.pv}, Accumulate::{accumulate}, {t.warps}, {row_tiles}, {t.stages}, {flags}"
     symbol = kernels.attend_symbol(head_dim, mask, accumulate)
     return Entry(symbol, f"attend_mma<AttendConfig<{config}>, {smem}>", AttendParams, 32 * t.warps, t.blocks, smem, MMA_LOCAL[head_dim])
 
