@@ -33,6 +33,7 @@ CSRC = Path(__file__).resolve().parent
 sys.path.insert(0, str(CSRC))  # for worker processes, which import this file by its path
 
 import nvrtc  # noqa: E402
+import sass_report  # noqa: E402
 
 PACKAGE = CSRC.parent / "sageattention"
 KERNELS = PACKAGE / "kernels"
@@ -166,12 +167,32 @@ def compile_all(images: Iterable, jobs: int, csrc: Path = CSRC, say: Callable[[s
 
 
 def spilling(image, usage: dict[str, nvrtc.Usage]) -> list[str]:
-    """Kernels that use more local memory than their entry allows: a value in a main loop that leaves the registers costs more than any
-    tile gains."""
+    """Kernels that use more local memory than their entry allows."""
     return [
         f"{image.path}: {symbol} keeps {u.stack} bytes per thread in local memory ({u.spills} bytes of spill code, {u.registers} registers)"
         for symbol, u in usage.items()
         if u.stack > image.entry(symbol).local or (u.spills and not image.entry(symbol).local)
+    ]
+
+
+def spilling_in_loop(image, binary: bytes, usage: dict[str, nvrtc.Usage]) -> list[str]:
+    """Kernels whose main loop uses other local memory than `sass_report.LOOP_LOCAL` says: a value there that leaves the registers costs
+    more than any tile gains.
+
+    Raises:
+        BuildError: there is no disassembler, and a kernel that uses local memory somewhere.
+    """
+    if not any(u.stack for u in usage.values()) and not any((image.arch, symbol) in sass_report.LOOP_LOCAL for symbol in usage):
+        return []
+    try:
+        listing = sass_report.disassemble(sass_report.find_nvdisasm(), binary)
+    except FileNotFoundError as error:
+        raise BuildError(str(error)) from None
+    beyond = {code.symbol: sass_report.spills(code, image.arch) for code in sass_report.parse(listing) if code.symbol in usage}
+    return [
+        f"{image.path}: {symbol} touches local memory {n:+} times in its main loop, beyond sass_report.LOOP_LOCAL"
+        for symbol, n in beyond.items()
+        if n
     ]
 
 
@@ -259,7 +280,7 @@ def build(table: tuple, chosen: list, jobs: int, kernels: Path = KERNELS, csrc: 
     bad: list[str] = []
     try:
         for image, binary, usage in compile_all((i for i, _ in wanted), jobs, csrc, say):
-            if spilled := spilling(image, usage):
+            if spilled := spilling(image, usage) or spilling_in_loop(image, binary, usage):
                 bad += spilled
                 continue
             _replace(kernels / image.path, pack(binary))

@@ -116,7 +116,8 @@ class Tile:
     """Launch shape of an attention kernel: queries and keys per block, warps, pipeline stages.
 
     CUDA kernels also say how many blocks of a multiprocessor the registers are budgeted for, and whether Q's fragments wait in
-    shared memory instead of registers.
+    shared memory instead of registers, or only what a tile needs once (walk_shared: Q's scales, the number of the first tile), and whether
+    what follows from the thread's number is worked out anew for each tile.
     """
 
     block_m: int
@@ -125,6 +126,8 @@ class Tile:
     stages: int
     blocks: int = 1
     query_shared: bool = False
+    walk_shared: bool = False
+    thread_anew: bool = False
 
 
 Tiles = dict[tuple[int | str, ...], Tile]
@@ -338,9 +341,28 @@ for _mask in MASKS:
 MMA_TILES[0, 128, "none", "fp16"], MMA_TILES[0, 128, "causal", "fp16"] = replace(_TWO, stages=2), _EIGHT
 MMA_TILES[100, 128, "none", "fp16"] = MMA_TILES[100, 128, "causal", "fp16"] = _EIGHT
 MMA_BYTE_TILES[89, 128, "none", "fp8"] = MMA_BYTE_TILES[89, 128, "causal", "fp8"] = _EIGHT
-# Bytes of local memory a thread may use: at head_dim 256 the accumulators leave the compiler a register or two short, on Hopper the
-# masks at 128. sass_report.py sees to it that main loops have next to nothing of it.
-MMA_LOCAL = {64: 0, 128: 0, 256: 40}
+# … and where the accumulators of head_dim 256 leave too few for the loop's own numbers: which of these suffices is the compiler's whim. On
+# 10.0 other tiles do better: its FP8 products are fp16 ones of what the compiler unpacks.
+_FRUGAL = {"walk_shared": True, "thread_anew": True}
+_ANEW = {"thread_anew": True}
+MMA_BYTE_TILES[100, 256] = MMA_BYTE_TILES[0, 256]
+for _mask in MASKS:
+    for _arch in (75, 86, 89):
+        MMA_TILES[_arch, 256, _mask, "fp16"] = replace(find_tile(MMA_TILES, _arch, 256, _mask), **_FRUGAL)
+    for _arch in (89, 120):
+        MMA_BYTE_TILES[_arch, 256, _mask, "fp8"] = replace(find_tile(MMA_BYTE_TILES, 89, 256, _mask), **_FRUGAL)
+    MMA_BYTE_TILES[89, 256, _mask, "fp16"] = MMA_BYTE_TILES[89, 256, _mask, "fp8"]
+    for _sums in ("fp8", "fp16"):
+        MMA_BYTE_TILES[100, 256, _mask, _sums] = MMA_BYTE_TILES[0, 256, _mask, _sums]
+    if _mask != "dense":
+        MMA_BYTE_TILES[100, 256, _mask, "fp8"] = replace(_EIGHT, stages=2, query_shared=True, walk_shared=True)
+    MMA_BYTE_TILES[0, 256, _mask, "fp8"] = replace(MMA_BYTE_TILES[0, 256, _mask, "fp8"], **(_ANEW if _mask == "causal" else _FRUGAL))
+MMA_BYTE_TILES[100, 256, "dense", "fp16"] = _EIGHT
+MMA_BYTE_TILES[89, 256, "dense", "fp8"] = replace(MMA_BYTE_TILES[89, 256, "dense"], **_ANEW)
+MMA_TILES[120, 256, "causal", "fp16"] = replace(MMA_TILES[120, 256], **_ANEW)
+MMA_BYTE_TILES[120, 256, "causal", "fp8"] = replace(MMA_BYTE_TILES[120, 256, "causal", "fp8"], query_shared=True)
+# Bytes of local memory a thread may use outside its main loop: at head_dim 256 the accumulators leave the compiler a register or two short.
+MMA_LOCAL = {64: 0, 128: 0, 256: 16}
 WGMMA_LOCAL = {"none": 16, "causal": 8, "dense": 32}
 
 
@@ -349,13 +371,15 @@ def _mma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumulate
     row_tiles = t.block_m // (WARP_ROWS * t.warps)
     smem = t.stages * (kernels.tile_bytes(head_dim) + (2 * BARRIER_BYTES if arch >= BULK_ARCH else 0))
     if t.query_shared:
-        smem += (row_tiles * head_dim // 32 + 1) * 16 * 32 * t.warps
+        smem += t.block_m * head_dim
+    if t.query_shared or t.walk_shared:
+        smem += 8 * row_tiles * 32 * t.warps
+    if t.walk_shared:
+        smem += 16
     if mask == "dense":
         smem += t.warps * BIAS_BYTES
-    config = (
-        f"{head_dim}, Mask::{mask}, Values::{kernels.pv}, Accumulate::{accumulate}, "
-        f"{t.warps}, {row_tiles}, {t.stages}, {str(t.query_shared).lower()}"
-    )
+    flags = ", ".join(str(x).lower() for x in (t.query_shared, t.walk_shared, t.thread_anew))
+    config = f"{head_dim}, Mask::{mask}, Values::{kernels.pv}, Accumulate::{accumulate}, {t.warps}, {row_tiles}, {t.stages}, {flags}"
     symbol = kernels.attend_symbol(head_dim, mask, accumulate)
     return Entry(symbol, f"attend_mma<AttendConfig<{config}>, {smem}>", AttendParams, 32 * t.warps, t.blocks, smem, MMA_LOCAL[head_dim])
 

@@ -239,6 +239,6 @@ extern "C" __global__ void looped(const int* a, int* o, int n) {
     known = {"registers": 168, "spills": 0, "smem_static": 0, "smem_dynamic": 48 * 1024, "threads": 384}
     assert sass_report.resident_warps(80, known) == 12 and sass_report.resident_warps(80, known | {"threads": 96}) == 9
     assert " 12/64 │" in sass_report.line(code, "sm_80", known) and sass_report.line(code, "sm_80", known).endswith(" 0.50 0.00 │     0")
-    assert not sass_report.spills(code)
+    assert not sass_report.spills(code, "sm_80")
     code.opcodes[loop[0]] = "LDL"
-    assert sass_report.spills(code)
+    assert sass_report.spills(code, "sm_80") == 1

@@ -9,10 +9,12 @@
 
 namespace sage {
 
-template <int kTileBytes, int kStages, int kWarps>
+// kFirstShared: the number of the walk's tile 0 waits behind the ring, not in a register.
+template <int kTileBytes, int kStages, int kWarps, bool kFirstShared>
 struct TilePipe {
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kBytes = kStages * kTileBytes + (kBulkCopy ? 16 * kStages : 0);
+  static constexpr int kBytes = kStages * kTileBytes + (kBulkCopy ? 16 * kStages : 0) + (kFirstShared ? 16 : 0);
+  static constexpr int kFirst = kBytes - 16;  // of `first` there
   static constexpr int kCopies = kTileBytes / 16 / kThreads;  // of 16 bytes, by every thread; the first few make one more
 
   u32 shared;        // the ring, then {full, empty} barriers
@@ -29,6 +31,8 @@ struct TilePipe {
 
   __device__ __forceinline__ void start(u32 ring, const u8* all_tiles, int tile0, int last) {
     shared = ring, source = all_tiles, first = tile0, stage = 0, phase = 0;
+    if constexpr (kFirstShared)  // a __syncthreads() follows, here or in acquire(), before it is read
+      if (threadIdx.x == 0) store_shared_float(shared + kFirst, __int_as_float(tile0));
     if constexpr (kBulkCopy) {
       if (threadIdx.x == 0)
 #pragma unroll
@@ -36,7 +40,7 @@ struct TilePipe {
       __syncthreads();  // the barriers are initialised
     }
 #pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) fetch(s, last - s);
+    for (int s = 0; s < kStages - 1; ++s) fetch<true>(s, last - s);
   }
 
   // Waits for tile n. Called by all threads, which may then read tile().
@@ -74,8 +78,9 @@ struct TilePipe {
   }
 
  private:
+  template <bool kStart = false>
   __device__ __forceinline__ void fetch(int s, int n) {
-    const u8* from = source + (i64)(first + n) * kTileBytes;
+    const u8* from = source + (i64)((kFirstShared && !kStart ? __float_as_int(load_shared_float(shared + kFirst)) : first) + n) * kTileBytes;
     const u32 to = shared + s * kTileBytes;
     if constexpr (kBulkCopy) {
       copy_bulk(threadIdx.x == 0 && n >= 0, to, from, kTileBytes, full(s));

@@ -18,10 +18,13 @@
 namespace sage {
 
 template <int kHeadDim_, Mask kMask_, Values kValues_, Accumulate kAccumulate_, int kWarps_, int kRowTiles_, int kStages_,
-          bool kQueryShared_>
+          bool kQueryShared_, bool kWalkShared_, bool kThreadAnew_>
 struct AttendConfig {
   static constexpr int kHeadDim = kHeadDim_, kWarps = kWarps_, kRowTiles = kRowTiles_, kStages = kStages_;
   static constexpr bool kQueryShared = kQueryShared_;  // Q's fragments wait in shared memory: 16 or 32 registers less
+  static constexpr bool kWalkShared = kWalkShared_;  // what a tile needs once waits there: the rows' scales, the number of the first tile
+  static constexpr bool kScalesShared = kQueryShared || kWalkShared;
+  static constexpr bool kThreadAnew = kThreadAnew_;  // what follows from the thread's number is worked out anew for each tile
   static constexpr Mask kMask = kMask_;
   static constexpr Values kValues = kValues_;
   static constexpr Accumulate kAccumulate = kAccumulate_;
@@ -29,7 +32,7 @@ struct AttendConfig {
   static constexpr int kThreads = 32 * kWarps, kBlockM = 16 * kRowTiles * kWarps;
   using Layout = Fragment<kHeadDim, kValueBytes<kValues>>;
   static constexpr int kOperands = kKvTile / Layout::kValueKeys;  // A fragments of P for a tile
-  using Pipe = TilePipe<Layout::kTileBytes, kStages, kWarps>;
+  using Pipe = TilePipe<Layout::kTileBytes, kStages, kWarps, kWalkShared>;
   using RowSoftmax = typename SoftmaxOf<kTileMaximum, kRowTiles>::type;
 };
 
@@ -37,11 +40,17 @@ struct AttendConfig {
 template <class C>
 struct Queries {
   static constexpr int kChunks32 = C::kHeadDim / 32, kPitch = 16 * C::kThreads;
-  static constexpr int kBytes = C::kQueryShared ? (C::kRowTiles * kChunks32 + 1) * kPitch : 0;
+  static constexpr int kFragmentBytes = C::kQueryShared ? C::kRowTiles * kChunks32 * kPitch : 0;
+  static constexpr int kBytes = kFragmentBytes + (C::kScalesShared ? 8 * C::kRowTiles * C::kThreads : 0);
 
   u32 fragments[C::kQueryShared ? 1 : C::kRowTiles][kChunks32][4];
-  float scales[C::kQueryShared ? 1 : C::kRowTiles][2];
-  u32 shared;  // of this thread's first 16 bytes
+  float scales[C::kScalesShared ? 1 : C::kRowTiles][2];
+  u32 shared, scales_shared;  // of this thread's first 16 bytes, of its scales
+
+  // base: of all threads' part.
+  __device__ __forceinline__ void place(u32 base, u32 thread16) {
+    shared = base + thread16, scales_shared = C::kRowTiles == 2 ? shared + kFragmentBytes : base + kFragmentBytes + thread16 / 2;
+  }
 
   __device__ __forceinline__ void put(int r, const u32 (&a)[kChunks32][4]) {
 #pragma unroll
@@ -65,17 +74,23 @@ struct Queries {
     u32 bits[4] = {};
 #pragma unroll
     for (int i = 0; i < 2 * C::kRowTiles; ++i)
-      if constexpr (C::kQueryShared)
+      if constexpr (C::kScalesShared)
         bits[i] = __float_as_uint(x[i / 2][i % 2]);
       else
         scales[i / 2][i % 2] = x[i / 2][i % 2];
-    if constexpr (C::kQueryShared) store_shared16(shared + C::kRowTiles * kChunks32 * kPitch, bits);
+    if constexpr (C::kScalesShared && C::kRowTiles == 1)
+      store_shared8(scales_shared, bits[0], bits[1]);
+    else if constexpr (C::kScalesShared)
+      store_shared16(scales_shared, bits);
   }
 
   // out = the rows' scales · k_scale
   __device__ __forceinline__ void get_scales(float (&out)[C::kRowTiles][2], float k_scale) const {
-    if constexpr (C::kQueryShared) {
-      const uint4 v = load_shared16(shared + C::kRowTiles * kChunks32 * kPitch);
+    if constexpr (C::kScalesShared && C::kRowTiles == 1) {
+      const float2 v = load_shared_float2(scales_shared);
+      out[0][0] = v.x * k_scale, out[0][1] = v.y * k_scale;
+    } else if constexpr (C::kScalesShared) {
+      const uint4 v = load_shared16(scales_shared);
       const u32 bits[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int i = 0; i < 2 * C::kRowTiles; ++i) out[i / 2][i % 2] = __uint_as_float(bits[i]) * k_scale;
@@ -348,6 +363,7 @@ struct Walk {
 
   template <bool kMasked>
   __device__ __forceinline__ void step(int n) {
+    if constexpr (C::kThreadAnew) thread16 = 16 * special_tid_x(), queries.place(pipe.shared + C::Pipe::kBytes, thread16);
     Scores s;
     Weights prob;
     float weight[kRowTiles][2];
@@ -356,6 +372,10 @@ struct Walk {
     scores<C>(s, queries, tile);
     if constexpr (C::kStages == 2) pipe.refill(n);
     weigh<kMasked>(s, prob, weight, n * kKvTile);
+#if __CUDA_ARCH__ >= 1200
+    // Or the compiler loads V before the scores have left the registers.
+    if constexpr (C::kThreadAnew && C::kValues == Values::fp8) __syncwarp();
+#endif
     add_values<C>(o, prob, weight, tile);
     if constexpr (C::kStages > 2) pipe.refill(n);
     pipe.release();
@@ -364,7 +384,7 @@ struct Walk {
   // From the last tile to the first; tiles [0, full) hold no masked key.
   __device__ __forceinline__ void run(int tiles, int full) {
     int n = tiles - 1;
-    for (; n >= full; --n) step<true>(n);
+    for (; n >= (C::kThreadAnew && C::kMask == Mask::dense ? 0 : full); --n) step<true>(n);
     if constexpr (C::kMask != Mask::dense)
       for (; n >= 0; --n) step<false>(n);
   }
@@ -384,7 +404,7 @@ __device__ void attend_mma(const AttendParams& p) {
   // Tiles [0, tiles) hold a key that some row of the block sees; of them, [0, full) hold no key that any row does not see.
   int tiles = p.tiles, full = C::kMask == Mask::dense ? 0 : p.len_kv / kKvTile;
   if (walk.causal) tiles = min(tiles, (at.block_row0 + C::kBlockM - 1) / kKvTile + 1), full = min(full, (at.block_row0 + 1) / kKvTile);
-  walk.queries.shared = shared_address(stages) + C::Pipe::kBytes + walk.thread16;
+  walk.queries.place(shared_address(stages) + C::Pipe::kBytes, walk.thread16);
   load_queries<C>(p, walk.queries);
   walk.pipe.start(shared_address(stages), p.kv, at.pair * p.tiles, tiles - 1);
 #pragma unroll
