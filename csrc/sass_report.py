@@ -35,7 +35,7 @@ LOCAL = {"LDL", "STL"}
 # may. At head_dim 256 the compiler lays O and the operands of more MMAs than needed side by side, and comes out a register or two short.
 LOOP_LOCAL: dict[tuple[str, str], int] = {
     ("sm_90a", "attend_wgmma_fp16_d128_dense_fp32"): 20,
-    ("sm_90a", "attend_wgmma_fp8_d64_none_fp8"): 1,
+    ("sm_90a", "attend_wgmma_fp8_d64_none_fp8"): 1,  # in the loop over items, which the report takes for the one over tiles
     ("sm_80", "attend_mma_fp16_d256_dense_fp16"): 1,
     ("sm_120", "attend_mma_int8_d256_dense_int32"): 1,
     # Emulated FP8; tried: Q in registers or shared, one to four stages, all ways to keep less in registers, barriers between the parts.
