@@ -35,7 +35,6 @@ LOCAL = {"LDL", "STL"}
 # may. At head_dim 256 the compiler lays O and the operands of more MMAs than needed side by side, and comes out a register or two short.
 LOOP_LOCAL: dict[tuple[str, str], int] = {
     ("sm_90a", "attend_wgmma_fp16_d128_dense_fp32"): 20,
-    ("sm_90a", "attend_wgmma_fp8_d64_none_fp8"): 1,  # in the loop over items, which the report takes for the one over tiles
     ("sm_80", "attend_mma_fp16_d256_dense_fp16"): 1,
     ("sm_120", "attend_mma_int8_d256_dense_int32"): 1,
     # Emulated FP8; tried: Q in registers or shared, one to four stages, all ways to keep less in registers, barriers between the parts.
@@ -72,8 +71,11 @@ class Code:
         return sum(op in opcodes for op in self.opcodes[first : last + 1])
 
     def main_loop(self) -> tuple[int, int] | None:
-        """The innermost loop with the most MMAs, the shorter of equals; None where no loop holds any."""
+        """The innermost loop with the most MMAs, the shorter of equals; None where no loop holds any.
+
+        What begins within a loop and ends behind it is none: code that stands behind the kernel, such as a wait, and jumps back."""
         busy = [s for s in self.loops if self.count(MMA, s)]
+        busy = [s for s in busy if not any(o[0] < s[0] <= o[1] < s[1] for o in busy)]
         inner = [s for s in busy if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in busy)]
         return max(inner, key=lambda s: (self.count(MMA, s), s[0] - s[1]), default=None)
 

@@ -203,11 +203,6 @@ def relative_l2(out: torch.Tensor, exact: torch.Tensor) -> float:
     return float((out.double() - exact).norm() / exact.norm())
 
 
-def within(error: float, bound: float) -> bool:
-    """Whether a relative error keeps its bound, to the four decimals that bounds are stated in."""
-    return round(error, 4) <= bound  # False for NaN
-
-
 def gain(out: torch.Tensor, exact: torch.Tensor) -> float:
     """⟨out, exact⟩ / ⟨exact, exact⟩: 1 where nothing shrinks, less where an accumulator loses coherent sums."""
     exact = exact.double()

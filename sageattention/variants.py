@@ -341,26 +341,35 @@ for _mask in MASKS:
 MMA_TILES[0, 128, "none", "fp16"], MMA_TILES[0, 128, "causal", "fp16"] = replace(_TWO, stages=2), _EIGHT
 MMA_TILES[100, 128, "none", "fp16"] = MMA_TILES[100, 128, "causal", "fp16"] = _EIGHT
 MMA_BYTE_TILES[89, 128, "none", "fp8"] = MMA_BYTE_TILES[89, 128, "causal", "fp8"] = _EIGHT
-# … and where the accumulators of head_dim 256 leave too few for the loop's own numbers: which of these suffices is the compiler's whim. On
+# … and where the accumulators of head_dim 256 leave too few for the loop's own numbers: which option suffices is the compiler's whim. On
 # 10.0 other tiles do better: its FP8 products are fp16 ones of what the compiler unpacks.
-_FRUGAL = {"walk_shared": True, "thread_anew": True}
-_ANEW = {"thread_anew": True}
-MMA_BYTE_TILES[100, 256] = MMA_BYTE_TILES[0, 256]
+_SHARED = replace(_EIGHT, query_shared=True)
+
+
+def _frugal(tile: Tile) -> Tile:
+    return replace(tile, walk_shared=True, thread_anew=True)
+
+
 for _mask in MASKS:
-    for _arch in (75, 86, 89):
-        MMA_TILES[_arch, 256, _mask, "fp16"] = replace(find_tile(MMA_TILES, _arch, 256, _mask), **_FRUGAL)
-    for _arch in (89, 120):
-        MMA_BYTE_TILES[_arch, 256, _mask, "fp8"] = replace(find_tile(MMA_BYTE_TILES, 89, 256, _mask), **_FRUGAL)
-    MMA_BYTE_TILES[89, 256, _mask, "fp16"] = MMA_BYTE_TILES[89, 256, _mask, "fp8"]
-    for _sums in ("fp8", "fp16"):
-        MMA_BYTE_TILES[100, 256, _mask, _sums] = MMA_BYTE_TILES[0, 256, _mask, _sums]
-    if _mask != "dense":
-        MMA_BYTE_TILES[100, 256, _mask, "fp8"] = replace(_EIGHT, stages=2, query_shared=True, walk_shared=True)
-    MMA_BYTE_TILES[0, 256, _mask, "fp8"] = replace(MMA_BYTE_TILES[0, 256, _mask, "fp8"], **(_ANEW if _mask == "causal" else _FRUGAL))
-MMA_BYTE_TILES[100, 256, "dense", "fp16"] = _EIGHT
-MMA_BYTE_TILES[89, 256, "dense", "fp8"] = replace(MMA_BYTE_TILES[89, 256, "dense"], **_ANEW)
-MMA_TILES[120, 256, "causal", "fp16"] = replace(MMA_TILES[120, 256], **_ANEW)
-MMA_BYTE_TILES[120, 256, "causal", "fp8"] = replace(MMA_BYTE_TILES[120, 256, "causal", "fp8"], query_shared=True)
+    _lean = _frugal(replace(_EIGHT, stages=1 if _mask == "dense" else 2))
+    MMA_TILES[75, 256, _mask, "fp16"] = _frugal(find_tile(MMA_TILES, 75, 256, _mask))
+    MMA_TILES[86, 256, _mask, "fp16"] = MMA_TILES[89, 256, _mask, "fp16"] = _lean
+    MMA_BYTE_TILES[89, 256, _mask, "fp8"] = MMA_BYTE_TILES[89, 256, _mask, "fp16"] = MMA_BYTE_TILES[120, 256, _mask, "fp8"] = _lean
+MMA_TILES[120, 256, "causal", "fp16"] = replace(MMA_TILES[120, 256], thread_anew=True)
+MMA_BYTE_TILES |= {
+    (0, 256, "none", "fp8"): _frugal(_SHARED),
+    (0, 256, "causal", "fp8"): replace(_SHARED, thread_anew=True),
+    (0, 256, "dense", "fp8"): _frugal(_SHARED),
+    (89, 256, "dense", "fp8"): replace(_EIGHT, stages=1, thread_anew=True),
+    (100, 256): MMA_BYTE_TILES[0, 256],
+    (100, 256, "none", "fp8"): replace(_SHARED, stages=2, walk_shared=True),
+    (100, 256, "causal", "fp8"): replace(_SHARED, stages=2, walk_shared=True),
+    (100, 256, "dense", "fp8"): _SHARED,
+    (100, 256, "none", "fp16"): _SHARED,
+    (100, 256, "causal", "fp16"): _SHARED,
+    (100, 256, "dense", "fp16"): _EIGHT,
+    (120, 256, "causal", "fp8"): replace(MMA_BYTE_TILES[120, 256, "causal", "fp8"], query_shared=True),
+}
 # Bytes of local memory a thread may use outside its main loop: at head_dim 256 the accumulators leave the compiler a register or two short.
 MMA_LOCAL = {64: 0, 128: 0, 256: 16}
 WGMMA_LOCAL = {"none": 16, "causal": 8, "dense": 32}

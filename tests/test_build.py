@@ -240,5 +240,7 @@ extern "C" __global__ void looped(const int* a, int* o, int n) {
     assert sass_report.resident_warps(80, known) == 12 and sass_report.resident_warps(80, known | {"threads": 96}) == 9
     assert " 12/64 │" in sass_report.line(code, "sm_80", known) and sass_report.line(code, "sm_80", known).endswith(" 0.50 0.00 │     0")
     assert not sass_report.spills(code, "sm_80")
+    behind = sass_report.Code("x", ["MOV", "IMMA", "BRA", "EXIT", "IMMA", "SYNCS", "BRA"], [(0, 2), (1, 6)])  # a wait that jumps back
+    assert behind.main_loop() == (0, 2)
     code.opcodes[loop[0]] = "LDL"
     assert sass_report.spills(code, "sm_80") == 1
