@@ -34,16 +34,9 @@ LOCAL = {"LDL", "STL"}
 # How many instructions of a main loop touch local memory where no tile and no order of the code that was tried is without; elsewhere none
 # may. At head_dim 256 the compiler lays O and the operands of more MMAs than needed side by side, and comes out a register or two short.
 LOOP_LOCAL: dict[tuple[str, str], int] = {
-    ("sm_90a", "attend_wgmma_fp16_d128_dense_fp32"): 20,
-    ("sm_80", "attend_mma_fp16_d256_dense_fp16"): 1,
-    ("sm_120", "attend_mma_int8_d256_dense_int32"): 1,
     # Emulated FP8; tried: Q in registers or shared, one to four stages, all ways to keep less in registers, barriers between the parts.
-    ("sm_100", "attend_mma_fp8_d256_none_fp8"): 4,
-    ("sm_100", "attend_mma_fp8_d256_causal_fp8"): 4,
-    ("sm_100", "attend_mma_fp8_d256_dense_fp8"): 2,
-    # The same but for the stages, of which there is one; half as many rows a block with Q shared leave 1 of the 3.
-    ("sm_120", "attend_mma_fp16_d256_dense_fp16"): 3,
-    ("sm_120", "attend_mma_fp8_d256_dense_fp8"): 1,
+    ("sm_100", "attend_mma_fp8_d256_none_fp8"): 1,
+    ("sm_100", "attend_mma_fp8_d256_causal_fp8"): 1,
 }
 
 REGISTERS = 65536  # of a multiprocessor, dealt out in units of 256 a warp

@@ -116,8 +116,9 @@ class Tile:
     """Launch shape of an attention kernel: queries and keys per block, warps, pipeline stages.
 
     CUDA kernels also say how many blocks of a multiprocessor the registers are budgeted for, and whether Q's fragments wait in
-    shared memory instead of registers, or only what a tile needs once (walk_shared: Q's scales, the number of the first tile), and whether
-    what follows from the thread's number is worked out anew for each tile.
+    shared memory instead of registers, or only what a tile needs once (walk_shared: Q's scales, the number of the first tile), whether
+    what follows from the thread's number is worked out anew for each tile, and whether V is kept from being loaded
+    ahead of the weights (1: it waits for their sum, 2: for the warp).
     """
 
     block_m: int
@@ -128,6 +129,7 @@ class Tile:
     query_shared: bool = False
     walk_shared: bool = False
     thread_anew: bool = False
+    values_late: int = 0
 
 
 Tiles = dict[tuple[int | str, ...], Tile]
@@ -354,21 +356,25 @@ for _mask in MASKS:
     _lean = _frugal(replace(_EIGHT, stages=1 if _mask == "dense" else 2))
     MMA_TILES[75, 256, _mask, "fp16"] = _frugal(find_tile(MMA_TILES, 75, 256, _mask))
     MMA_TILES[86, 256, _mask, "fp16"] = MMA_TILES[89, 256, _mask, "fp16"] = _lean
-    MMA_BYTE_TILES[89, 256, _mask, "fp8"] = MMA_BYTE_TILES[89, 256, _mask, "fp16"] = MMA_BYTE_TILES[120, 256, _mask, "fp8"] = _lean
+    MMA_BYTE_TILES[89, 256, _mask, "fp8"] = MMA_BYTE_TILES[89, 256, _mask, "fp16"] = _lean
+    MMA_BYTE_TILES[120, 256, _mask, "fp8"] = replace(_lean, values_late=2)
 MMA_TILES[120, 256, "causal", "fp16"] = replace(MMA_TILES[120, 256], thread_anew=True)
+MMA_TILES[75, 256, "dense", "fp32"] = replace(find_tile(MMA_TILES, 75, 256, "dense", "fp32"), thread_anew=True)
+MMA_TILES[80, 256, "dense", "fp16"] = replace(find_tile(MMA_TILES, 80, 256, "dense", "fp16"), thread_anew=True)
 MMA_BYTE_TILES |= {
     (0, 256, "none", "fp8"): _frugal(_SHARED),
     (0, 256, "causal", "fp8"): replace(_SHARED, thread_anew=True),
-    (0, 256, "dense", "fp8"): _frugal(_SHARED),
+    (0, 256, "dense", "fp8"): replace(_SHARED, thread_anew=True),
     (89, 256, "dense", "fp8"): replace(_EIGHT, stages=1, thread_anew=True),
     (100, 256): MMA_BYTE_TILES[0, 256],
-    (100, 256, "none", "fp8"): replace(_SHARED, stages=2, walk_shared=True),
-    (100, 256, "causal", "fp8"): replace(_SHARED, stages=2, walk_shared=True),
+    (100, 256, "none", "fp8"): replace(_SHARED, stages=2, walk_shared=True, values_late=1),
+    (100, 256, "causal", "fp8"): replace(_SHARED, stages=2, walk_shared=True, values_late=1),
     (100, 256, "dense", "fp8"): _SHARED,
     (100, 256, "none", "fp16"): _SHARED,
     (100, 256, "causal", "fp16"): _SHARED,
-    (100, 256, "dense", "fp16"): _EIGHT,
+    (100, 256, "dense", "fp16"): _SHARED,
     (120, 256, "causal", "fp8"): replace(MMA_BYTE_TILES[120, 256, "causal", "fp8"], query_shared=True),
+    (120, 256, "dense", "fp8"): Tile(64, 64, 4, 2, values_late=2),
 }
 # Bytes of local memory a thread may use outside its main loop: at head_dim 256 the accumulators leave the compiler a register or two short.
 MMA_LOCAL = {64: 0, 128: 0, 256: 16}
@@ -387,7 +393,7 @@ def _mma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumulate
         smem += 16
     if mask == "dense":
         smem += t.warps * BIAS_BYTES
-    flags = ", ".join(str(x).lower() for x in (t.query_shared, t.walk_shared, t.thread_anew))
+    flags = ", ".join(str(x).lower() for x in (t.query_shared, t.walk_shared, t.thread_anew)) + f", {t.values_late}"
     config = f"{head_dim}, Mask::{mask}, Values::{kernels.pv}, Accumulate::{accumulate}, {t.warps}, {row_tiles}, {t.stages}, {flags}"
     symbol = kernels.attend_symbol(head_dim, mask, accumulate)
     return Entry(symbol, f"attend_mma<AttendConfig<{config}>, {smem}>", AttendParams, 32 * t.warps, t.blocks, smem, MMA_LOCAL[head_dim])

@@ -25,22 +25,33 @@ struct MaskView {
 
 // The bias of 16 queries × 64 keys, staged in shared memory by one warp: read coalesced from memory, converted once.
 struct BiasTile {
-  static constexpr int kRows = 16, kPitch = (kKvTile + 8) * 4;  // bytes a row; the 8 keep the reads free of bank conflicts
+  static constexpr int kRows = 16, kAtOnce = 4, kPitch = (kKvTile + 8) * 4;  // bytes a row; the 8 keep the reads free of bank conflicts
   static constexpr int kBytes = kRows * kPitch;
   u32 shared;
 
   template <class Element, class Convert>
   __device__ __forceinline__ void stage_as(const MaskView& mask, int row0, int key0, Convert convert) const {
     const int lane = threadIdx.x % 32, rows = mask.stride_q ? kRows : 1;
-    const Element* data = static_cast<const Element*>(mask.data);
-#pragma unroll 4
-    for (int i = 0; i < rows; ++i) {
-      const Element* row = data + min(row0 + i, mask.len_q - 1) * mask.stride_q;
+    const int last = mask.len_q - 1 - row0;
+    const Element* from[2];
 #pragma unroll
-      for (int half = 0; half < kKvTile; half += 32) {
-        const int key = min(key0 + half + lane, mask.len_kv - 1);
-        store_shared_float(shared + i * kPitch + (half + lane) * 4, convert(row[key * mask.stride_k]));
-      }
+    for (int half = 0; half < 2; ++half)
+      from[half] = static_cast<const Element*>(mask.data) + (row0 + min(last, 0)) * mask.stride_q +
+                   min(key0 + 32 * half + lane, mask.len_kv - 1) * mask.stride_k;
+#pragma unroll 1
+    for (int i = 0; i < rows; i += kAtOnce) {
+      Element x[kAtOnce][2];
+#pragma unroll
+      for (int r = 0; r < kAtOnce; ++r)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          x[r][half] = *from[half];
+          if (i + r < last) from[half] += mask.stride_q;
+        }
+#pragma unroll
+      for (int r = 0; r < kAtOnce; ++r)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) store_shared_float(shared + (i + r) * kPitch + (32 * half + lane) * 4, convert(x[r][half]));
     }
   }
 

@@ -18,13 +18,14 @@
 namespace sage {
 
 template <int kHeadDim_, Mask kMask_, Values kValues_, Accumulate kAccumulate_, int kWarps_, int kRowTiles_, int kStages_,
-          bool kQueryShared_, bool kWalkShared_, bool kThreadAnew_>
+          bool kQueryShared_, bool kWalkShared_, bool kThreadAnew_, int kValuesLate_>
 struct AttendConfig {
   static constexpr int kHeadDim = kHeadDim_, kWarps = kWarps_, kRowTiles = kRowTiles_, kStages = kStages_;
   static constexpr bool kQueryShared = kQueryShared_;  // Q's fragments wait in shared memory: 16 or 32 registers less
   static constexpr bool kWalkShared = kWalkShared_;  // what a tile needs once waits there: the rows' scales, the number of the first tile
   static constexpr bool kScalesShared = kQueryShared || kWalkShared;
   static constexpr bool kThreadAnew = kThreadAnew_;  // what follows from the thread's number is worked out anew for each tile
+  static constexpr int kValuesLate = kValuesLate_;  // V is not loaded before the scores have left the registers; 1, 2: two ways
   static constexpr Mask kMask = kMask_;
   static constexpr Values kValues = kValues_;
   static constexpr Accumulate kAccumulate = kAccumulate_;
@@ -372,11 +373,10 @@ struct Walk {
     scores<C>(s, queries, tile);
     if constexpr (C::kStages == 2) pipe.refill(n);
     weigh<kMasked>(s, prob, weight, n * kKvTile);
-#if __CUDA_ARCH__ >= 1200
-    // Or the compiler loads V before the scores have left the registers.
-    if constexpr (C::kThreadAnew && C::kValues == Values::fp8) __syncwarp();
-#endif
-    add_values<C>(o, prob, weight, tile);
+    // 0, for no weight is negative; but the compiler does not know that and loads V after the sums.
+    const u32 late = C::kValuesLate == 1 ? __float_as_uint(softmax.sum[kRowTiles - 1][1]) >> 31 : 0;
+    if constexpr (C::kValuesLate == 2) __syncwarp();
+    add_values<C>(o, prob, weight, tile + late);
     if constexpr (C::kStages > 2) pipe.refill(n);
     pipe.release();
   }

@@ -23,7 +23,7 @@ template <class C>
 struct WgmmaFp8Walk : ScoreWalk<C> {
   using Walk = ScoreWalk<C>;
   using typename Walk::Layout, typename Walk::Scores, typename Walk::Weights;
-  using Walk::barrier, Walk::tile, Walk::elected, Walk::mask_scores, Walk::fetch_scales, Walk::reference, Walk::ring, Walk::k_scales,
+  using Walk::barrier, Walk::tile, Walk::mask_scores, Walk::fetch_scales, Walk::reference, Walk::ring, Walk::k_scales,
       Walk::q_scale, Walk::queries, Walk::p;
   using Scales = float[C::kScales][2];  // [part of the step][row half]
   static constexpr int kHeadDim = C::kHeadDim, kParts = C::kParts;
@@ -34,6 +34,7 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
   float o[C::kOutRegisters], sum[2];
   float acc[C::kSumRegisters];  // of the tensor cores: O and, in the columns of ones, the sums, of the current group of steps
   float near[2];
+  bool arrives;  // which lane tells that a stage is free: asked once, for the special register takes its time
 
   // S = Q·Kᵀ of one part of the tile that `at` stands on: issued, not awaited.
   template <int kPart>
@@ -65,7 +66,7 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
   // basic block that waits for them.
   __device__ __forceinline__ void release(u32 which, u32 stage) const {
     __syncwarp();
-    if (elected()) mbarrier_arrive(true, barrier(stage) + which);
+    if (arrives) mbarrier_arrive(true, barrier(stage) + which);
   }
 
   // K scales of one part of the current tile, times the rows'.
@@ -150,24 +151,24 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
   template <bool kMasked>
   __device__ __forceinline__ void weigh(const Scores& s, const Scales& scale, Weights& prob) const {
     constexpr float kExcess = 15.0f / 256;  // the line is too high by this, in base 2, on average
-    float shift[2];
+    constexpr int kLink = 4;
+    float shift[2], line[2], x[C::kWeightRegisters][4];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) shift[half] = -near[half];
+    for (int half = 0; half < 2; ++half) shift[half] = -near[half], line[half] = fmaf(shift[half], 8.0f, 8 * (7 - kExcess));
 #pragma unroll
     for (int w = 0; w < C::kWeightRegisters; ++w) {
-      const int half = w % 2;
-      const float unit = kMasked ? 1.0f : scale[w * C::kScales / C::kWeightRegisters][half];
-      float x[4];
+      // The codes wait for exponentials of some words before: so the compiler spreads exponentials, of which a scheduler starts one
+      // in eight cycles, over all of the conversions. It gathers them behind the rest otherwise.
+      if (!kMasked && w >= kLink && w % kLink < 2) line[w % 2] = fmaf(x[w - kLink][2], 0.0f, line[w % 2]);
+      const float unit = kMasked ? 1.0f : scale[w * C::kScales / C::kWeightRegisters][w % 2];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const i32 score = s[w / 2 * 8 + 2 * half + e % 2 + e / 2 * 4];
-        x[e] = kMasked ? __int_as_float(score) : (float)score;
-        if (!kMasked && e < 2)
-          x[e] = fmaf(x[e], 8 * unit, fmaf(shift[half], 8.0f, 8 * (7 - kExcess)));
-        else
-          x[e] = exp2_approx(fmaf(x[e], unit, shift[half]));
+      for (int i = 0; i < 4; ++i) {
+        const int e = (i + 2) % 4;
+        const i32 score = s[w / 2 * 8 + w % 2 * 2 + e % 2 + e / 2 * 4];
+        const float y = kMasked ? __int_as_float(score) : (float)score;
+        x[w][e] = !kMasked && e < 2 ? fmaf(y, 8 * unit, line[w % 2]) : exp2_approx(fmaf(y, unit, shift[w % 2]));
       }
-      prob[w] = kMasked ? pack_e4m3(x[0], x[1], x[2], x[3]) : pack_e4m3_codes(x[0], x[1], x[2], x[3]);
+      prob[w] = kMasked ? pack_e4m3(x[w][0], x[w][1], x[w][2], x[w][3]) : pack_e4m3_codes(x[w][0], x[w][1], x[w][2], x[w][3]);
     }
   }
 
@@ -303,6 +304,7 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
 #pragma unroll
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] = 0.0f;
     sum[0] = sum[1] = 0.0f;
+    arrives = Walk::elected();
     reference[0] = reference[1] = near[0] = near[1] = kNone;
     int n = span.last - 1;
     for (; n == span.first || (n > span.first && n >= span.full); --n) single(n);
