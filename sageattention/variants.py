@@ -360,7 +360,8 @@ for _mask in MASKS:
     MMA_BYTE_TILES[120, 256, _mask, "fp8"] = replace(_lean, values_late=2)
 MMA_TILES[120, 256, "causal", "fp16"] = replace(MMA_TILES[120, 256], thread_anew=True)
 MMA_TILES[75, 256, "dense", "fp32"] = replace(find_tile(MMA_TILES, 75, 256, "dense", "fp32"), thread_anew=True)
-MMA_TILES[80, 256, "dense", "fp16"] = replace(find_tile(MMA_TILES, 80, 256, "dense", "fp16"), thread_anew=True)
+for _arch in (80, 120):
+    MMA_TILES[_arch, 256, "dense", "fp16"] = replace(find_tile(MMA_TILES, _arch, 256, "dense", "fp16"), thread_anew=True)
 MMA_BYTE_TILES |= {
     (0, 256, "none", "fp8"): _frugal(_SHARED),
     (0, 256, "causal", "fp8"): replace(_SHARED, thread_anew=True),

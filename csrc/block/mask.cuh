@@ -31,15 +31,20 @@ struct BiasTile {
 
   template <class Element, class Convert>
   __device__ __forceinline__ void stage_as(const MaskView& mask, int row0, int key0, Convert convert) const {
-    const int lane = threadIdx.x % 32, rows = mask.stride_q ? kRows : 1;
-    const int last = mask.len_q - 1 - row0;
+    const int lane = threadIdx.x % 32, last = mask.len_q - 1 - row0;
     const Element* from[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       from[half] = static_cast<const Element*>(mask.data) + (row0 + min(last, 0)) * mask.stride_q +
                    min(key0 + 32 * half + lane, mask.len_kv - 1) * mask.stride_k;
+    if (mask.stride_q == 0) {  // one row for all queries; conditions on single rows in the loop would cost registers
+      const Element x[2] = {*from[0], *from[1]};  // both before the first store, which no load passes
+#pragma unroll
+      for (int half = 0; half < 2; ++half) store_shared_float(shared + (32 * half + lane) * 4, convert(x[half]));
+      return;
+    }
 #pragma unroll 1
-    for (int i = 0; i < rows; i += kAtOnce) {
+    for (int i = 0; i < kRows; i += kAtOnce) {
       Element x[kAtOnce][2];
 #pragma unroll
       for (int r = 0; r < kAtOnce; ++r)
