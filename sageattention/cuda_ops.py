@@ -28,7 +28,7 @@ from .variants import (
     anchor_stride,
 )
 
-KEYS_SHARE = 2 / 3  # of the multiprocessors' room for blocks: the quantiser of K leaves the rest to the statistics of V,
+KEYS_SHARE = 0.6  # of the multiprocessors' room for blocks: the quantiser of K leaves the rest to the statistics of V,
 SPLIT_TOKENS, MAX_SPLITS = (128, 512), 64  # whose blocks have so many tokens each; every block of `values` reads all their results
 ALIGN = 256
 MAX_RECIPES = 4096

@@ -428,7 +428,8 @@ def _wgmma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumula
     t = find_tile(kernels.tiles, arch, head_dim, mask, accumulate)
     barriers = 4 * t.stages + 2  # K and V of a stage are there, and have been read; what a turn needs is, and has been
     channels = 2 * (2 * head_dim + 4) * 4  # what the output is made of, for two turns
-    smem = t.block_m * head_dim + t.stages * kernels.tile_bytes(head_dim) + barriers * BARRIER_BYTES + channels
+    query_places = 2 if mask == "none" and head_dim == 128 else 1
+    smem = query_places * t.block_m * head_dim + t.stages * kernels.tile_bytes(head_dim) + barriers * BARRIER_BYTES + channels
     if mask == "dense":
         smem += t.block_m // WARP_ROWS * -(-t.block_n // BIAS_KEYS) * BIAS_BYTES
     else:

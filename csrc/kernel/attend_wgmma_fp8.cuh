@@ -304,7 +304,7 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
 #pragma unroll
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] = 0.0f;
     sum[0] = sum[1] = 0.0f;
-    arrives = Walk::elected();
+    arrives = elected();
     reference[0] = reference[1] = near[0] = near[1] = kNone;
     int n = span.last - 1;
     for (; n == span.first || (n > span.first && n >= span.full); --n) single(n);

@@ -25,9 +25,13 @@ struct WgmmaConfig {
   static constexpr int kScoreRegisters = kTile / 2, kOutRegisters = Layout::kColumns / 2;
   static constexpr int kWeightRegisters = Layout::kVBytes / Layout::kColumns / 8;  // of P, in the type of V
 
+  static constexpr bool kTurns = kMask == Mask::none;  // the grid may have fewer blocks than there are items
+  // With two places for Q nobody waits until the last turn's has been read. By measurement: at head_dim 64 one is better.
+  static constexpr int kQueryPlaces = kTurns && kHeadDim == 128 ? 2 : 1;
+
   // Shared memory: Q in core-matrix order (64 rows after another), the tiles, their barriers, the bias of a dense mask
   static constexpr int kQueryPitch = 64 * 16, kQueryBytes = 64 * kHeadDim;
-  static constexpr int kStage0 = kConsumers * kQueryBytes;
+  static constexpr int kStage0 = kQueryPlaces * kConsumers * kQueryBytes;
   static constexpr int kBarriers = kStage0 + kStages * Layout::kTileBytes, kBarrierPitch = 32;
   // …, what the channels of the output are made of, for two turns, and Q as it lies in memory where there is no bias
   static constexpr int kTurnBarriers = kBarriers + kStages * kBarrierPitch;
@@ -38,7 +42,9 @@ struct WgmmaConfig {
   static constexpr int kRawQueries = kBias, kRawPitch = 2 * kHeadDim + 64;  // a row's bytes; the 64 keep reads free of bank conflicts
   static constexpr int kSharedBytes = kBias + (kMask == Mask::dense ? kConsumerWarps * kBiasBytes : kBlockM * kRawPitch);
 
-  static constexpr bool kTurns = kMask == Mask::none;  // the grid may have fewer blocks than there are items
+  static __device__ __forceinline__ u32 queries(int turn, int warpgroup) {
+    return (turn % (u32)kQueryPlaces * kConsumers + warpgroup) * kQueryBytes;
+  }
   static __device__ __forceinline__ int items(const AttendParams& p) { return p.blocks_q * p.pairs * p.ratio; }  // blocks of queries
 };
 
@@ -59,6 +65,9 @@ struct Ring {
     if (stage-- == 0) stage = kStages - 1, parity ^= 1;
   }
 };
+
+// The lane that speaks for its warp.
+__device__ __forceinline__ bool elected() { return special_tid_x() % 32 == 0; }
 
 // The same number, worked out from here on: what follows from it is not kept in registers over the main loop.
 __device__ __forceinline__ int anew(int x) {
@@ -136,19 +145,19 @@ __device__ __forceinline__ void fetch_tiles(const AttendParams& p, u32 shared, c
   using Layout = typename C::Layout;
   const Span span = span_of<C>(p, work);
   const u8* tile = static_cast<const u8*>(p.kv) + ((i64)Rows<C>(p, 0, work.item).pair * p.tiles + span.last - 1) * Layout::kTileBytes;
-  const bool elected = threadIdx.x == 0;
+  const bool fetches = threadIdx.x == 0;
   for (int n = span.last; n > span.first; --n, tile -= Layout::kTileBytes) {
     const u32 stage = shared + C::kStage0 + ring.stage * Layout::kTileBytes;
     const u32 barrier = shared + C::kBarriers + ring.stage * C::kBarrierPitch;
     mbarrier_wait(barrier + kKeysFree, ring.parity);
-    copy_bulk(elected, stage, tile, Layout::kKBytes, barrier + kKeysFull);
+    copy_bulk(fetches, stage, tile, Layout::kKBytes, barrier + kKeysFull);
     mbarrier_wait(barrier + kValuesFree, ring.parity);
-    copy_bulk(elected, stage + Layout::kV, tile + Layout::kV, Layout::kVBytes, barrier + kValuesFull);
+    copy_bulk(fetches, stage + Layout::kV, tile + Layout::kV, Layout::kVBytes, barrier + kValuesFull);
     ring.advance();
   }
 }
 
-// Whether Q's rows can be fetched by bulk copies: 16-bit, aligned, a multiple of 16 bytes.
+// Whether Q's rows can be fetched ahead: 16-bit, aligned, a multiple of 16 bytes.
 template <class C>
 __device__ __forceinline__ bool stages_queries(const AttendParams& p) {
   return C::kStagesQueries && p.dtype != kFloat32 && p.q_vectors;
@@ -157,21 +166,23 @@ __device__ __forceinline__ bool stages_queries(const AttendParams& p) {
 // Two warps beside the producer fetch what a turn needs, so that no consumer waits for memory between two walks. One: Q as it is.
 template <class C>
 __device__ __forceinline__ void fetch_queries(const AttendParams& p, u32 shared) {
-  const u32 barrier = shared + C::kTurnBarriers;
+  constexpr int kPieces = C::kHeadDim / kChunk, kRows = 32 / kPieces;  // 16-byte pieces of a row; rows at a time
+  const u32 barrier = shared + C::kTurnBarriers, lane = special_tid_x() % 32;
   Work work;
   for (int turn = 0; take_turn<C>(p, turn, work); ++turn) {
     mbarrier_wait(barrier + kTurnFree, (turn & 1) ^ 1);  // the queries of the turn before have been taken
     if (stages_queries<C>(p)) {
       const Rows<C> at(p, 0, work.item);
-      const u8* head = static_cast<const u8*>(p.q.data) + (at.batch * p.q.stride_b + at.head * p.q.stride_h) * 2;
-      mbarrier_expect(special_tid_x() % 32 == 0, barrier + kTurnFull, C::kBlockM * p.head_dim * 2);
-      __syncwarp();
-#pragma unroll 1  // registers are few here
-      for (int i = special_tid_x() % 32; i < C::kBlockM; i += 32)
-        copy_bulk_counted(shared + C::kRawQueries + i * C::kRawPitch, head + min(at.block_row0 + i, p.len_q - 1) * p.q.stride_n * 2,
-                          p.head_dim * 2, barrier + kTurnFull);
+      const int channel = lane % kPieces * kChunk, row = lane / kPieces;
+      const u8* from = static_cast<const u8*>(p.q.data) +
+                       (at.batch * p.q.stride_b + at.head * p.q.stride_h + (at.block_row0 + row) * p.q.stride_n + channel) * 2;
+      const u32 to = shared + C::kRawQueries + row * C::kRawPitch + 2 * channel;
+      // Nothing is fetched for rows beyond the end: whatever is there in their place does not get beyond them.
+      const int rows = channel < p.head_dim ? min(C::kBlockM, p.len_q - at.block_row0) - row : 0;
+#pragma unroll 4
+      for (int i = 0; i < rows; i += kRows, from += 2 * kRows * p.q.stride_n) copy16_async(to + i * C::kRawPitch, from);
     }
-    mbarrier_arrive(special_tid_x() % 32 == 0, barrier + kTurnFull);
+    mbarrier_arrive_copied(barrier + kTurnFull);
     if constexpr (!C::kTurns) break;
   }
 }
@@ -200,7 +211,7 @@ __device__ __forceinline__ void fetch_channels(const AttendParams& p, u32 shared
     // infinite; the scores are 0 then whatever it is.
     store_shared_float(to + 8 * C::kHeadDim, p.score_limit / fmaxf(__int_as_float(p.k_scale_max[pair]), 7.5e-37f));
     __syncwarp();
-    mbarrier_arrive(special_tid_x() % 32 == 0, barrier + kTurnFull);
+    mbarrier_arrive(elected(), barrier + kTurnFull);
     if constexpr (!C::kTurns) break;
   }
 }
@@ -235,7 +246,7 @@ __device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, 
     else
       load_raw<kHeadDim, 2, kDtype, false>(head, p.q.stride_n, at.row(0), p.len_q, at.t, p.head_dim, raw);
     __syncwarp();
-    mbarrier_arrive(special_tid_x() % 32 == 0, shared + C::kTurnBarriers + kTurnFree);
+    mbarrier_arrive(elected(), shared + C::kTurnBarriers + kTurnFree);
     if (p.lse) {  // what the shift of K takes out of a row's LSE waits in its place: registers are short in the main loop
       wait_for_previous_launch();
 #pragma unroll
@@ -246,8 +257,10 @@ __device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, 
         if (at.row(half) < p.len_q && at.t == 0) *at.lse(p, at.row(half)) = score;
       }
     }
-    const u32 row0 = shared + at.warp / 4 * C::kQueryBytes + 16 * (at.warp % 4) * 16;
-    const auto wait = [&] { named_barrier<128>(1 + at.warp / 4); };  // the Q before is not read any more
+    const u32 row0 = shared + C::queries(turn, at.warp / 4) + 16 * (at.warp % 4) * 16;
+    const auto wait = [&] {  // the Q before is not read any more
+      if (C::kQueryPlaces == 1) named_barrier<128>(1 + at.warp / 4);
+    };
     if constexpr (kDtype == kFloat32) {
       u32 a[kHeadDim / 32][4];
 #pragma unroll
@@ -431,7 +444,6 @@ struct ScoreWalk {
     k_scales = {v.x, v.y};
   }
 
-  static __device__ __forceinline__ bool elected() { return special_tid_x() % 32 == 0; }
   __device__ __forceinline__ u32 barrier(u32 stage) const { return shared + C::kBarriers + stage * C::kBarrierPitch; }
   __device__ __forceinline__ u32 tile(u32 stage) const { return shared + C::kStage0 + stage * Layout::kTileBytes; }
 
@@ -490,7 +502,7 @@ __device__ __forceinline__ void attend_block(const AttendParams& p) {
       mbarrier_init(barrier + kKeysFull, 1), mbarrier_init(barrier + kValuesFull, 1);
       mbarrier_init(barrier + kKeysFree, C::kConsumerWarps), mbarrier_init(barrier + kValuesFree, C::kConsumerWarps);
     }
-    mbarrier_init(shared + C::kTurnBarriers + kTurnFull, 2);
+    mbarrier_init(shared + C::kTurnBarriers + kTurnFull, 32 + 1);
     mbarrier_init(shared + C::kTurnBarriers + kTurnFree, C::kConsumerWarps);
     fence_async_proxy();
   }
@@ -513,10 +525,12 @@ __device__ __forceinline__ void attend_block(const AttendParams& p) {
   } else {
     registers_grow<C::kConsumerRegisters>();
     // The shuffle tells the compiler that all lanes have the same: descriptors are made in uniform registers.
-    Walk<C> walk{p, shared, shared + __shfl_sync(kAllLanes, special_tid_x() / 128 - 1, 0) * C::kQueryBytes};
+    const auto queries = [&](int turn) { return __shfl_sync(kAllLanes, shared + C::queries(turn, special_tid_x() / 128 - 1), 0); };
+    Walk<C> walk{p, shared, queries(0)};
     walk.causal = C::kMask == Mask::causal || (C::kMask == Mask::dense && p.causal);
     for (int turn = 0; take_turn<C>(p, turn, work); ++turn) {
       walk.item = work.item;
+      if constexpr (C::kQueryPlaces > 1) walk.queries = queries(turn);
       load_queries<C>(p, shared, turn, work.item, walk.q_scale);
       walk.reference[0] = walk.reference[1] = -kInf;
       float sums[2];

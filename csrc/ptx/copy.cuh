@@ -65,20 +65,10 @@ __device__ __forceinline__ void copy_bulk(bool predicate, u32 shared, const void
 #endif
 }
 
-// The same in two parts: the phase waits for so many bytes more, to which copies count that do not arrive.
-__device__ __forceinline__ void mbarrier_expect(bool predicate, u32 barrier, u32 bytes) {
+// Arrives as soon as this thread's asynchronous copies have landed: at once, if there are none.
+__device__ __forceinline__ void mbarrier_arrive_copied(u32 barrier) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("{.reg .pred p; setp.ne.u32 p,%0,0; @p mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%1],%2;}" ::"r"((u32)predicate),
-               "r"(barrier), "r"(bytes)
-               : "memory");
-#endif
-}
-
-__device__ __forceinline__ void copy_bulk_counted(u32 shared, const void* global, u32 bytes, u32 barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(shared), "l"(global),
-               "r"(bytes), "r"(barrier)
-               : "memory");
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 #endif
 }
 
