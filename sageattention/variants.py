@@ -117,8 +117,8 @@ class Tile:
 
     CUDA kernels also say how many blocks of a multiprocessor the registers are budgeted for, and whether Q's fragments wait in
     shared memory instead of registers, or only what a tile needs once (walk_shared: Q's scales, the number of the first tile), whether
-    what follows from the thread's number is worked out anew for each tile, and whether V is kept from being loaded
-    ahead of the weights (1: it waits for their sum, 2: for the warp).
+    what follows from the thread's number is worked out anew for each tile, and whether V is kept from being loaded ahead of the
+    weights (1: it waits for their sum, 2: for the warp).
     """
 
     block_m: int
@@ -358,10 +358,8 @@ for _mask in MASKS:
     MMA_TILES[86, 256, _mask, "fp16"] = MMA_TILES[89, 256, _mask, "fp16"] = _lean
     MMA_BYTE_TILES[89, 256, _mask, "fp8"] = MMA_BYTE_TILES[89, 256, _mask, "fp16"] = _lean
     MMA_BYTE_TILES[120, 256, _mask, "fp8"] = replace(_lean, values_late=2)
-MMA_TILES[120, 256, "causal", "fp16"] = replace(MMA_TILES[120, 256], thread_anew=True)
-MMA_TILES[75, 256, "dense", "fp32"] = replace(find_tile(MMA_TILES, 75, 256, "dense", "fp32"), thread_anew=True)
-for _arch in (80, 120):
-    MMA_TILES[_arch, 256, "dense", "fp16"] = replace(find_tile(MMA_TILES, _arch, 256, "dense", "fp16"), thread_anew=True)
+for _arch, _mask, _sums in ((75, "dense", "fp32"), (80, "dense", "fp16"), (120, "causal", "fp16"), (120, "dense", "fp16")):
+    MMA_TILES[_arch, 256, _mask, _sums] = replace(find_tile(MMA_TILES, _arch, 256, _mask, _sums), thread_anew=True)
 MMA_BYTE_TILES |= {
     (0, 256, "none", "fp8"): _frugal(_SHARED),
     (0, 256, "causal", "fp8"): replace(_SHARED, thread_anew=True),
@@ -394,7 +392,7 @@ def _mma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumulate
         smem += 16
     if mask == "dense":
         smem += t.warps * BIAS_BYTES
-    flags = ", ".join(str(x).lower() for x in (t.query_shared, t.walk_shared, t.thread_anew)) + f", {t.values_late}"
+    flags = ", ".join(str(x).lower() for x in (t.query_shared, t.walk_shared, t.thread_anew, t.values_late))
     config = f"{head_dim}, Mask::{mask}, Values::{kernels.pv}, Accumulate::{accumulate}, {t.warps}, {row_tiles}, {t.stages}, {flags}"
     symbol = kernels.attend_symbol(head_dim, mask, accumulate)
     return Entry(symbol, f"attend_mma<AttendConfig<{config}>, {smem}>", AttendParams, 32 * t.warps, t.blocks, smem, MMA_LOCAL[head_dim])

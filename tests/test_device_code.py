@@ -111,6 +111,7 @@ each_variant = pytest.mark.parametrize("variant", [name for name, _ in MMA.value
         ("causal", "float16", "NHD", (1, 1), (150, 150)),
         ("causal+bool", "float32", "HND", (2, 2), (40, 70)),
         ("additive", "bfloat16", "NHD", (1, 1), (20, 200)),
+        ("row", "float16", "HND", (2, 1), (1, 65)),
         ("row", "float16", "HND", (2, 1), (20, 65)),
     ],
 )

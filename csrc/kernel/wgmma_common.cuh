@@ -258,7 +258,7 @@ __device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, 
       }
     }
     const u32 row0 = shared + C::queries(turn, at.warp / 4) + 16 * (at.warp % 4) * 16;
-    const auto wait = [&] {  // the Q before is not read any more
+    const auto wait = [&] {  // the Q before in this place is not read any more; of two, the barrier of the last turn has seen to that
       if (C::kQueryPlaces == 1) named_barrier<128>(1 + at.warp / 4);
     };
     if constexpr (kDtype == kFloat32) {
@@ -502,7 +502,7 @@ __device__ __forceinline__ void attend_block(const AttendParams& p) {
       mbarrier_init(barrier + kKeysFull, 1), mbarrier_init(barrier + kValuesFull, 1);
       mbarrier_init(barrier + kKeysFree, C::kConsumerWarps), mbarrier_init(barrier + kValuesFree, C::kConsumerWarps);
     }
-    mbarrier_init(shared + C::kTurnBarriers + kTurnFull, 32 + 1);
+    mbarrier_init(shared + C::kTurnBarriers + kTurnFull, 32 + 1);  // the lanes that copy Q, and the channels' warp
     mbarrier_init(shared + C::kTurnBarriers + kTurnFree, C::kConsumerWarps);
     fence_async_proxy();
   }
