@@ -425,15 +425,15 @@ FETCHING_WARPS = 4  # among a tile's
 def _wgmma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
     t = find_tile(kernels.tiles, arch, head_dim, mask, accumulate)
     barriers = 4 * t.stages + 2  # K and V of a stage are there, and have been read; what a turn needs is, and has been
-    channels = 2 * (2 * head_dim + 4) * 4  # what the output is made of, for two turns
-    query_places = 2 if mask == "none" and head_dim == 128 else 1
-    smem = query_places * t.block_m * head_dim + t.stages * kernels.tile_bytes(head_dim) + barriers * BARRIER_BYTES + channels
+    turns = 32 * 16 + 2 * (48 + 2 * head_dim * 4)  # the rotation's matrix; what a block works on and what its channels are made of
+    query_places = 2 if mask == "none" and head_dim == 128 else 1  # by measurement: at head_dim 64 one is better
+    smem = query_places * t.block_m * head_dim + t.stages * kernels.tile_bytes(head_dim) + barriers * BARRIER_BYTES + turns
     if mask == "dense":
         smem += t.block_m // WARP_ROWS * -(-t.block_n // BIAS_KEYS) * BIAS_BYTES
     else:
         smem += t.block_m * (2 * head_dim + 64)  # queries as they come
     form = "" if kernels.pv == "fp16" else "_fp8"
-    config = f"Wgmma{form[1:].capitalize()}Config<{kernels.layout.format(d=head_dim)}, Mask::{mask}, {t.stages}>"
+    config = f"Wgmma{form[1:].capitalize()}Config<{kernels.layout.format(d=head_dim)}, Mask::{mask}, {t.stages}, {query_places}>"
     expression = f"attend_wgmma{form}<{config}, {smem}>"
     return Entry(kernels.attend_symbol(head_dim, mask, accumulate), expression, AttendParams, 32 * t.warps, 1, smem, WGMMA_LOCAL[mask])
 

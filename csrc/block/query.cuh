@@ -81,6 +81,15 @@ __device__ __forceinline__ float quantise_eight(const Raw8<kDtype> (&raw)[kHeadD
   return (lane & 4 ? amax[1] : amax[0]) * score_scale;
 }
 
+__device__ __forceinline__ float unit_inverse(float top) { return top < kSmallest ? 0.0f : 1.0f / top; }
+
+// sm_scale · x · y of vectors that four lanes share, dot being a lane's part of what they give brought to ±1.
+__device__ __forceinline__ float unit_score(float dot, float x_top, float y_top, float sm_scale) {
+  dot += __shfl_xor_sync(kAllLanes, dot, 1);
+  dot += __shfl_xor_sync(kAllLanes, dot, 2);
+  return clamp_finite(clamp_finite(dot * clamp_finite(x_top * sm_scale)) * y_top);
+}
+
 // sm_scale · (q · anchor), in every lane of the four: what the shift of K takes out of each score of the row. Both operands are
 // brought to ±1 first, so that no product overflows. The anchor has D channels, zero beyond head_dim.
 template <int kHeadDim>
@@ -89,13 +98,34 @@ __device__ __forceinline__ float anchor_score(const float (&x)[kHeadDim / 4], co
 #pragma unroll
   for (int i = 0; i < kHeadDim / 4; ++i) y[i] = anchor[i / kChunk * 32 + kChunk * t + i % kChunk];
   const float x_top = lanes_max(largest(x)), y_top = lanes_max(largest(y));
-  const float x_inverse = x_top < kSmallest ? 0.0f : 1.0f / x_top, y_inverse = y_top < kSmallest ? 0.0f : 1.0f / y_top;
+  const float x_inverse = unit_inverse(x_top), y_inverse = unit_inverse(y_top);
   float dot = 0.0f;
 #pragma unroll
   for (int i = 0; i < kHeadDim / 4; ++i) dot = fmaf(x[i] * x_inverse, y[i] * y_inverse, dot);
-  dot += __shfl_xor_sync(kAllLanes, dot, 1);
-  dot += __shfl_xor_sync(kAllLanes, dot, 2);
-  return clamp_finite(clamp_finite(dot * clamp_finite(x_top * sm_scale)) * y_top);
+  return unit_score(dot, x_top, y_top, sm_scale);
+}
+
+// The same of a row in memory, in little code instead of little time.
+template <int kDtype>
+__device__ __forceinline__ float anchor_score(const u8* row, int head_dim, const float* anchor, int t, float sm_scale) {
+  float x[kChunk], y[kChunk], x_top = 0.0f, y_top = 0.0f, dot = 0.0f;
+  const auto each_chunk = [&](auto body) {
+#pragma unroll 1
+    for (int channel = kChunk * t; channel < head_dim; channel += 32) {
+      unpack8<kDtype>(load8<kDtype, false>(row, channel, head_dim), x);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) y[i] = anchor[channel + i];
+      body();
+    }
+  };
+  each_chunk([&] { x_top = fmaxf(x_top, largest(x)), y_top = fmaxf(y_top, largest(y)); });
+  x_top = lanes_max(x_top), y_top = lanes_max(y_top);
+  const float x_inverse = unit_inverse(x_top), y_inverse = unit_inverse(y_top);
+  each_chunk([&] {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) dot = fmaf(x[i] * x_inverse, y[i] * y_inverse, dot);
+  });
+  return unit_score(dot, x_top, y_top, sm_scale);
 }
 
 }  // namespace sage

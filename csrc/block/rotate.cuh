@@ -68,6 +68,7 @@ struct Rotation {
       matrix[i] = (kEntry | kEntry << 16) ^ (even & 1) << 15 ^ odd << 31;
     }
   }
+  __device__ explicit Rotation(uint4 kept) : matrix{kept.x, kept.y, kept.z, kept.w} {}  // another one's matrix
 
   // MMA m adds its channels' part to what start(m, ·) gives.
   template <class Start>

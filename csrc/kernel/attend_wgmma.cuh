@@ -20,7 +20,8 @@ struct WgmmaWalk : ScoreWalk<C> {
   static constexpr int kHeadDim = C::kHeadDim, kSteps = kHeadDim / 32;
   // Q's A fragments of so many of the scores' steps are in registers, where there are any left: shared memory has less to feed.
   static constexpr int kHeld = kHeadDim == 64 || C::kMask == Mask::dense ? 0 : 2;
-  static constexpr bool kAllMasked = C::kMask == Mask::dense;
+  // Whether the tiles of a dense mask go through the pipeline too. At head_dim 128 it leaves too few registers to load the mask ahead.
+  static constexpr bool kAllMasked = C::kMask == Mask::dense && kHeadDim == 64;
   // Whether the exponentials are taken before P·V of the last tile is awaited, and how many of them are tied together: left alone,
   // the compiler gathers all of a tile in front of all conversions. Both by measurement.
   static constexpr bool kEarly = kHeadDim == 64;
@@ -217,7 +218,8 @@ struct WgmmaWalk : ScoreWalk<C> {
     wgmma_hold(o);
     int n = span.last - 1;
     for (; !kAllMasked && n >= span.first && n >= span.full; --n) single(n);
-    if (n >= span.first) run(n - span.first + 1);
+    if constexpr (C::kMask != Mask::dense || kAllMasked)
+      if (n >= span.first) run(n - span.first + 1);
     sums[0] = o[kHeadDim / 2], sums[1] = o[kHeadDim / 2 + 2];  // the columns of ones
   }
 };

@@ -9,8 +9,8 @@
 
 namespace sage {
 
-template <class Layout_, Mask kMask_, int kStages_>
-struct WgmmaFp8Config : WgmmaConfig<Layout_, kMask_, kStages_> {
+template <class Layout_, Mask kMask_, int kStages_, int kQueryPlaces_>
+struct WgmmaFp8Config : WgmmaConfig<Layout_, kMask_, kStages_, kQueryPlaces_> {
   using Layout = Layout_;
   static constexpr int kStep = Layout::kHeadDim == 64 ? 128 : 64;  // keys of one step of the softmax
   static constexpr int kParts = Layout::kTile / kStep, kScales = kStep / Layout::kScaleKeys;
@@ -34,7 +34,7 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
   float o[C::kOutRegisters], sum[2];
   float acc[C::kSumRegisters];  // of the tensor cores: O and, in the columns of ones, the sums, of the current group of steps
   float near[2];
-  bool arrives;  // which lane tells that a stage is free: asked once, for the special register takes its time
+  bool arrives;  // which lane tells that a stage is free: asked once (`anew`), for the special register takes its time
 
   // S = Q·Kᵀ of one part of the tile that `at` stands on: issued, not awaited.
   template <int kPart>
@@ -107,16 +107,17 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
 
   // O's reference follows P's, and the scores of a step that begins a group.
   __device__ __forceinline__ void move_reference(const float (&top)[2]) {
-    float factor[2];
+    const float old[2] = {reference[0], reference[1]};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float most = row_max(top[half]), old = reference[half];
-      reference[half] = fmaxf(old, near[half]);
+      const float most = row_max(top[half]);
+      reference[half] = fmaxf(old[half], near[half]);
       if (most > reference[half] + kLog2Largest) reference[half] = most - p.log2_p_max;
-      factor[half] = exp2_approx(old - reference[half]);
     }
     if (!__any_sync(kAllLanes, sum[0] + sum[1] > 0.0f)) return;  // O is 0
-    sum[0] *= factor[0], sum[1] *= factor[1];
+    float factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) factor[half] = exp2_approx(old[half] - reference[half]), sum[half] *= factor[half];
 #pragma unroll
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] *= factor[i % 4 / 2];
   }
@@ -304,7 +305,7 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
 #pragma unroll
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] = 0.0f;
     sum[0] = sum[1] = 0.0f;
-    arrives = elected();
+    arrives = anew(elected());
     reference[0] = reference[1] = near[0] = near[1] = kNone;
     int n = span.last - 1;
     for (; n == span.first || (n > span.first && n >= span.full); --n) single(n);

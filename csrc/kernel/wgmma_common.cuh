@@ -14,10 +14,11 @@
 
 namespace sage {
 
-template <class Layout_, Mask kMask_, int kStages_>
+// kQueryPlaces: with two places for Q nobody waits until the last turn's has been read.
+template <class Layout_, Mask kMask_, int kStages_, int kQueryPlaces_>
 struct WgmmaConfig {
   using Layout = Layout_;
-  static constexpr int kHeadDim = Layout::kHeadDim, kTile = Layout::kTile, kStages = kStages_;
+  static constexpr int kHeadDim = Layout::kHeadDim, kTile = Layout::kTile, kStages = kStages_, kQueryPlaces = kQueryPlaces_;
   static constexpr Mask kMask = kMask_;
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kConsumerWarps = 4 * kConsumers, kThreads = 128 * (kConsumers + 1), kBlockM = 64 * kConsumers;
@@ -26,25 +27,27 @@ struct WgmmaConfig {
   static constexpr int kWeightRegisters = Layout::kVBytes / Layout::kColumns / 8;  // of P, in the type of V
 
   static constexpr bool kTurns = kMask == Mask::none;  // the grid may have fewer blocks than there are items
-  // With two places for Q nobody waits until the last turn's has been read. By measurement: at head_dim 64 one is better.
-  static constexpr int kQueryPlaces = kTurns && kHeadDim == 128 ? 2 : 1;
 
   // Shared memory: Q in core-matrix order (64 rows after another), the tiles, their barriers, the bias of a dense mask
   static constexpr int kQueryPitch = 64 * 16, kQueryBytes = 64 * kHeadDim;
   static constexpr int kStage0 = kQueryPlaces * kConsumers * kQueryBytes;
   static constexpr int kBarriers = kStage0 + kStages * Layout::kTileBytes, kBarrierPitch = 32;
-  // …, what the channels of the output are made of, for two turns, and Q as it lies in memory where there is no bias
+  // …, the rotation's matrix, for two turns a Turn and what the channels of its output are made of, and Q as it lies in memory where
+  // there is no bias
   static constexpr int kTurnBarriers = kBarriers + kStages * kBarrierPitch;
-  static constexpr int kChannels = kTurnBarriers + 16, kChannelsBytes = (2 * kHeadDim + 4) * 4;
-  static constexpr int kBias = kChannels + 2 * kChannelsBytes;
+  static constexpr int kRotation = kTurnBarriers + 16, kFirstTurn = kRotation + 32 * 16;
+  static constexpr int kTurnHead = 48, kTurnBytes = kTurnHead + 2 * kHeadDim * 4;
+  static constexpr int kBias = kFirstTurn + 2 * kTurnBytes;
   static constexpr int kBiasBytes = (kTile + kKvTile - 1) / kKvTile * BiasTile::kBytes;  // a warp's
   static constexpr bool kStagesQueries = kMask != Mask::dense;
   static constexpr int kRawQueries = kBias, kRawPitch = 2 * kHeadDim + 64;  // a row's bytes; the 64 keep reads free of bank conflicts
   static constexpr int kSharedBytes = kBias + (kMask == Mask::dense ? kConsumerWarps * kBiasBytes : kBlockM * kRawPitch);
 
-  static __device__ __forceinline__ u32 queries(int turn, int warpgroup) {
-    return (turn % (u32)kQueryPlaces * kConsumers + warpgroup) * kQueryBytes;
+  static __device__ __forceinline__ u32 queries(int number, int warpgroup) {
+    return (number % (u32)kQueryPlaces * kConsumers + warpgroup) * kQueryBytes;
   }
+  static __device__ __forceinline__ u32 turn(int number) { return kFirstTurn + number % 2u * kTurnBytes; }
+  static __device__ __forceinline__ u32 channels(u32 turn) { return turn + kTurnHead; }
   static __device__ __forceinline__ int items(const AttendParams& p) { return p.blocks_q * p.pairs * p.ratio; }  // blocks of queries
 };
 
@@ -75,22 +78,79 @@ __device__ __forceinline__ int anew(int x) {
   return x;
 }
 
-// Which rows of which head the lane has. Read from the special registers each time: prologue and epilogue each work it out for
-// themselves, so that none of it occupies registers in between.
+// What a block does in one turn: the tiles [first, last) of an item, last one first; those of [0, full) hold no masked key. An item is
+// a block of queries of one head, from row0 on. One warp works it out ahead and leaves it in shared memory, where prologue and epilogue
+// read what they need, so that none of it occupies registers in between.
+struct Turn {
+  int first, last, full;  // last: 0 where nothing is left to do
+  float max_scale;        // of a query, so that no score leaves the range in which the softmax works
+  int pair, batch, head, row0;
+
+  // And `out`: how many elements into the output the head begins.
+  __device__ __forceinline__ void store(u32 to, i64 out) const {
+    store_shared16(to, {(u32)first, (u32)last, (u32)full, __float_as_uint(max_scale)});
+    store_shared16(to + 16, {(u32)pair, (u32)batch, (u32)head, (u32)row0});
+    store_shared8(to + 32, (u32)out, (u32)(out >> 32));
+  }
+  static __device__ __forceinline__ float load_max_scale(u32 from) { return load_shared_float(from + 12); }
+  static __device__ __forceinline__ i64 load_out(u32 from) {
+    const uint2 v = load_shared8(from + 32);
+    return (i64)((u64)v.y << 32 | v.x);
+  }
+};
+
+// Turn number 0, 1, …. With a mask a block has one item. Without, first p.rounds items, gridDim.x apart; if p.partials, the tiles of those
+// that are left over are then dealt out in equal shares: at least as many as an item has, so that no more than two blocks work on one.
+template <class C>
+__device__ __forceinline__ Turn find_turn(const AttendParams& p, int number) {
+  const int blocks = gridDim.x, block = blockIdx.x, items = C::items(p);
+  int item = block + number * blocks;
+  Turn turn{0, p.tiles, C::kMask == Mask::dense ? 0 : p.len_kv / C::kTile, 0.0f};
+  if (C::kTurns && number < p.rounds) {
+    if (item >= items) return {};
+  } else if (C::kTurns) {
+    if (!p.partials) return {};
+    const unsigned tiles = p.tiles, share = (items - p.rounds * blocks) * tiles;
+    const unsigned begin = share * block / blocks, end = share * (block + 1) / blocks;
+    const unsigned from = number == p.rounds ? begin : (begin / tiles + number - p.rounds) * tiles;
+    if (from >= end) return {};
+    const unsigned shared_item = from / tiles, item_end = (shared_item + 1) * tiles;
+    item = p.rounds * blocks + shared_item, turn.first = item_end - min(end, item_end), turn.last = item_end - from;
+  }
+  // Consecutive blocks share a head, so that its K and V stay in L2. Causal: the longest rows first.
+  const int blocks_q = anew(p.blocks_q), ratio = anew(p.ratio), heads_kv = anew(p.heads_kv);  // registers are short in those who fetch
+  const auto [head_in_group, rows] = divide(item, blocks_q, p.per_blocks_q);
+  const auto [own_pair, head_of_pair] = divide(head_in_group, ratio, p.per_ratio);
+  const auto [batch, head_kv] = divide(p.first + own_pair, heads_kv, p.per_heads_kv);
+  turn.row0 = (C::kMask == Mask::none ? rows : blocks_q - 1 - rows) * C::kBlockM;
+  turn.pair = own_pair, turn.batch = batch, turn.head = head_kv * ratio + head_of_pair;
+  if (C::kMask == Mask::causal || (C::kMask == Mask::dense && p.causal)) {
+    turn.last = min(turn.last, (turn.row0 + C::kBlockM - 1) / C::kTile + 1);
+    turn.full = min(turn.full, (turn.row0 + 1) / C::kTile);
+  }
+  return turn;
+}
+
+// What the walk wants of a Turn in shared memory. The shuffles tell the compiler that all lanes have the same.
+struct Span {
+  int first, last, full;
+
+  __device__ __forceinline__ explicit Span(u32 turn) {
+    const uint4 v = load_shared16(turn);
+    first = __shfl_sync(kAllLanes, v.x, 0), last = __shfl_sync(kAllLanes, v.y, 0), full = __shfl_sync(kAllLanes, v.z, 0);
+  }
+};
+
+// And which rows of which head the lane has.
 template <class C>
 struct Rows {
-  int t, g, warp, pair, batch, head, block_row0, row0;  // row0: of the warp's sixteen
+  int t, g, warp, pair, batch, head, row0;  // row0: of the warp's sixteen
 
-  __device__ __forceinline__ Rows(const AttendParams& p, int thread, int item) {
+  __device__ __forceinline__ explicit Rows(u32 turn) {
+    const int thread = special_tid_x() - 128;
+    const uint4 v = load_shared16(turn + 16);
     t = thread % 4, g = thread % 32 / 4, warp = thread / 32;
-    // Consecutive blocks share a head, so that its K and V stay in L2. Causal: the longest rows first.
-    const int blocks_q = anew(p.blocks_q), ratio = anew(p.ratio), heads_kv = anew(p.heads_kv);
-    const auto [head_in_group, block] = divide(item, blocks_q, p.per_blocks_q);
-    const auto [own_pair, head_of_pair] = divide(head_in_group, ratio, p.per_ratio);
-    const auto [own_batch, head_kv] = divide(p.first + own_pair, heads_kv, p.per_heads_kv);
-    pair = own_pair, batch = own_batch, head = head_kv * ratio + head_of_pair;
-    block_row0 = (C::kMask == Mask::none ? block : blocks_q - 1 - block) * C::kBlockM;
-    row0 = block_row0 + 16 * warp;
+    pair = v.x, batch = v.y, head = v.z, row0 = (int)v.w + 16 * warp;
   }
 
   __device__ __forceinline__ int row(int half) const { return row0 + 8 * half + g; }
@@ -99,60 +159,18 @@ struct Rows {
   }
 };
 
-// A piece of work: the tiles [first, last) of an item, last one first.
-struct Work {
-  int item, first, last;
-};
-
-// What a block does in its turn number 0, 1, …; false: nothing any more. With a mask, one item. Without, first p.rounds items, gridDim.x
-// apart; if p.partials, the tiles of those that are left over are then dealt out in equal shares: at least as many as an item has, so
-// that no more than two blocks work on one item.
+// The producer, one warp: K and V of every tile of a turn, in the order of the walk.
 template <class C>
-__device__ __forceinline__ bool take_turn(const AttendParams& p, int turn, Work& work) {
-  const int blocks = gridDim.x, block = blockIdx.x, items = C::items(p);
-  work = {block + turn * blocks, 0, p.tiles};
-  if (!C::kTurns) return turn == 0;
-  if (turn < p.rounds) return work.item < items;
-  if (!p.partials) return false;
-  const unsigned tiles = p.tiles, share = (items - p.rounds * blocks) * tiles;
-  const unsigned begin = share * block / blocks, end = share * (block + 1) / blocks;
-  const unsigned from = turn == p.rounds ? begin : (begin / tiles + turn - p.rounds) * tiles;
-  if (from >= end) return false;
-  const unsigned number = from / tiles, item_end = (number + 1) * tiles;
-  work.item = p.rounds * blocks + number, work.first = item_end - min(end, item_end), work.last = item_end - from;
-  return true;
-}
-
-// Which tiles a piece of work visits: [first, last), last one first; those of [0, full) hold no masked key.
-struct Span {
-  int first, last, full;
-};
-
-template <class C>
-__device__ __forceinline__ Span span_of(const AttendParams& p, const Work& work) {
-  Span span{work.first, work.last, C::kMask == Mask::dense ? 0 : p.len_kv / C::kTile};
-  if (C::kMask == Mask::causal || (C::kMask == Mask::dense && p.causal)) {
-    const int row0 = Rows<C>(p, 0, work.item).block_row0;
-    span.last = min(span.last, (row0 + C::kBlockM - 1) / C::kTile + 1);
-    span.full = min(span.full, (row0 + 1) / C::kTile);
-  }
-  return span;
-}
-
-// The producer, one warp: K and V of every tile of the work, in the order of the walk.
-template <class C>
-__device__ __forceinline__ void fetch_tiles(const AttendParams& p, u32 shared, const Work& work, Ring<C::kStages>& ring) {
+__device__ __forceinline__ void fetch_tiles(const AttendParams& p, u32 shared, const Turn& turn, Ring<C::kStages>& ring) {
   using Layout = typename C::Layout;
-  const Span span = span_of<C>(p, work);
-  const u8* tile = static_cast<const u8*>(p.kv) + ((i64)Rows<C>(p, 0, work.item).pair * p.tiles + span.last - 1) * Layout::kTileBytes;
-  const bool fetches = threadIdx.x == 0;
-  for (int n = span.last; n > span.first; --n, tile -= Layout::kTileBytes) {
+  const u8* tile = static_cast<const u8*>(p.kv) + ((i64)turn.pair * p.tiles + turn.last - 1) * Layout::kTileBytes;
+  for (int n = turn.last; n > turn.first; --n, tile -= Layout::kTileBytes) {
     const u32 stage = shared + C::kStage0 + ring.stage * Layout::kTileBytes;
     const u32 barrier = shared + C::kBarriers + ring.stage * C::kBarrierPitch;
     mbarrier_wait(barrier + kKeysFree, ring.parity);
-    copy_bulk(fetches, stage, tile, Layout::kKBytes, barrier + kKeysFull);
+    copy_bulk(elected(), stage, tile, Layout::kKBytes, barrier + kKeysFull);
     mbarrier_wait(barrier + kValuesFree, ring.parity);
-    copy_bulk(fetches, stage + Layout::kV, tile + Layout::kV, Layout::kVBytes, barrier + kValuesFull);
+    copy_bulk(elected(), stage + Layout::kV, tile + Layout::kV, Layout::kVBytes, barrier + kValuesFull);
     ring.advance();
   }
 }
@@ -168,51 +186,53 @@ template <class C>
 __device__ __forceinline__ void fetch_queries(const AttendParams& p, u32 shared) {
   constexpr int kPieces = C::kHeadDim / kChunk, kRows = 32 / kPieces;  // 16-byte pieces of a row; rows at a time
   const u32 barrier = shared + C::kTurnBarriers, lane = special_tid_x() % 32;
-  Work work;
-  for (int turn = 0; take_turn<C>(p, turn, work); ++turn) {
-    mbarrier_wait(barrier + kTurnFree, (turn & 1) ^ 1);  // the queries of the turn before have been taken
-    if (stages_queries<C>(p)) {
-      const Rows<C> at(p, 0, work.item);
+  for (int number = 0;; ++number) {
+    const Turn turn = find_turn<C>(p, number);
+    mbarrier_wait(barrier + kTurnFree, (number & 1) ^ 1);  // the queries of the turn before have been taken
+    if (turn.last && stages_queries<C>(p)) {
       const int channel = lane % kPieces * kChunk, row = lane / kPieces;
       const u8* from = static_cast<const u8*>(p.q.data) +
-                       (at.batch * p.q.stride_b + at.head * p.q.stride_h + (at.block_row0 + row) * p.q.stride_n + channel) * 2;
+                       (turn.batch * p.q.stride_b + turn.head * p.q.stride_h + (turn.row0 + row) * p.q.stride_n + channel) * 2;
       const u32 to = shared + C::kRawQueries + row * C::kRawPitch + 2 * channel;
       // Nothing is fetched for rows beyond the end: whatever is there in their place does not get beyond them.
-      const int rows = channel < p.head_dim ? min(C::kBlockM, p.len_q - at.block_row0) - row : 0;
+      const int rows = channel < p.head_dim ? min(C::kBlockM, p.len_q - turn.row0) - row : 0;
 #pragma unroll 4
       for (int i = 0; i < rows; i += kRows, from += 2 * kRows * p.q.stride_n) copy16_async(to + i * C::kRawPitch, from);
     }
     mbarrier_arrive_copied(barrier + kTurnFull);
-    if constexpr (!C::kTurns) break;
+    if (!C::kTurns || !turn.last) break;
   }
 }
 
-// The other: of each channel what O is multiplied with and what is added to it; and the largest scale of a query.
+// The other: the turn itself, and of each channel what O is multiplied with and what is added to it.
 template <class C>
 __device__ __forceinline__ void fetch_channels(const AttendParams& p, u32 shared) {
   const u32 barrier = shared + C::kTurnBarriers;
-  Work work;
   wait_for_previous_launch();
-  for (int turn = 0; take_turn<C>(p, turn, work); ++turn) {
-    mbarrier_wait(barrier + kTurnFree, (turn & 1) ^ 1);
-    const int pair = Rows<C>(p, 0, work.item).pair;
-    const u32 to = shared + C::kChannels + turn % 2 * C::kChannelsBytes;
+  for (int number = 0;; ++number) {
+    Turn turn = find_turn<C>(p, number);
+    mbarrier_wait(barrier + kTurnFree, (number & 1) ^ 1);
+    const u32 to = shared + C::turn(number), channels = C::channels(to);
+    if (turn.last) {
 #pragma unroll 1
-    for (int c = special_tid_x() % 32; c < C::kHeadDim; c += 32) {
-      const float scale = p.v_amax[pair * C::kHeadDim + c];
-      store_shared_float(to + 4 * c, scale);
-      if constexpr (C::Layout::kValueBytes == 1) {
-        const float mean = p.v_mean[pair * C::kHeadDim + c];
-        const i32 codes = p.v_codes[pair * C::kHeadDim + c];
-        store_shared_float(to + 4 * (C::kHeadDim + c), mean_beside_codes<Values::fp8>(mean, scale, codes, p.inv_v_max, p.len_kv));
+      for (int c = special_tid_x() % 32; c < C::kHeadDim; c += 32) {
+        const float scale = p.v_amax[turn.pair * C::kHeadDim + c];
+        store_shared_float(channels + 4 * c, scale);
+        if constexpr (C::Layout::kValueBytes == 1) {
+          const float mean = p.v_mean[turn.pair * C::kHeadDim + c];
+          const i32 codes = p.v_codes[turn.pair * C::kHeadDim + c];
+          store_shared_float(channels + 4 * (C::kHeadDim + c), mean_beside_codes<Values::fp8>(mean, scale, codes, p.inv_v_max, p.len_kv));
+        }
       }
+      // A largest K scale of 0 (all keys alike) must not make the bound infinite; the scores are 0 then whatever it is.
+      turn.max_scale = p.score_limit / fmaxf(__int_as_float(p.k_scale_max[turn.pair]), 7.5e-37f);
     }
-    // No score may leave the range in which the softmax works. A largest K scale of 0 (all keys alike) must not make the bound
-    // infinite; the scores are 0 then whatever it is.
-    store_shared_float(to + 8 * C::kHeadDim, p.score_limit / fmaxf(__int_as_float(p.k_scale_max[pair]), 7.5e-37f));
     __syncwarp();
-    mbarrier_arrive(elected(), barrier + kTurnFull);
-    if constexpr (!C::kTurns) break;
+    if (elected()) {
+      turn.store(to, turn.batch * p.out_stride_b + turn.head * p.out_stride_h);
+      mbarrier_arrive(true, barrier + kTurnFull);
+    }
+    if (!C::kTurns || !turn.last) break;
   }
 }
 
@@ -231,14 +251,13 @@ __device__ __forceinline__ void take_raw(u32 shared, const Rows<C>& at, int head
 
 // Rotates and quantises the warp's rows into shared memory; scale: of the lane's two rows.
 template <class C>
-__device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, int turn, int item, float (&scale)[2]) {
+__device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, int number, float (&scale)[2]) {
   constexpr int kHeadDim = C::kHeadDim;
-  const Rows<C> at(p, special_tid_x() - 128, item);
+  const Rows<C> at(shared + C::turn(number));
   with_dtype(p.dtype, [&](auto type) {
     constexpr int kDtype = decltype(type)::value;
     const u8* head = static_cast<const u8*>(p.q.data) + (at.batch * p.q.stride_b + at.head * p.q.stride_h) * kElementBytes<kDtype>;
     Raw8<kDtype> raw[2][kHeadDim / 32];
-    mbarrier_wait(shared + C::kTurnBarriers + kTurnFull, turn & 1);
     if (kDtype != kFloat32 && stages_queries<C>(p))
       take_raw<C>(shared, at, p.head_dim, raw);
     else if (p.q_vectors)
@@ -247,17 +266,7 @@ __device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, 
       load_raw<kHeadDim, 2, kDtype, false>(head, p.q.stride_n, at.row(0), p.len_q, at.t, p.head_dim, raw);
     __syncwarp();
     mbarrier_arrive(elected(), shared + C::kTurnBarriers + kTurnFree);
-    if (p.lse) {  // what the shift of K takes out of a row's LSE waits in its place: registers are short in the main loop
-      wait_for_previous_launch();
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float x[kHeadDim / 4];
-        unpack_row<kHeadDim>(raw[half], x);
-        const float score = anchor_score<kHeadDim>(x, p.anchor + at.pair * kHeadDim, at.t, p.sm_scale);
-        if (at.row(half) < p.len_q && at.t == 0) *at.lse(p, at.row(half)) = score;
-      }
-    }
-    const u32 row0 = shared + C::queries(turn, at.warp / 4) + 16 * (at.warp % 4) * 16;
+    const u32 row0 = shared + C::queries(number, at.warp / 4) + 16 * (at.warp % 4) * 16;
     const auto wait = [&] {  // the Q before in this place is not read any more; of two, the barrier of the last turn has seen to that
       if (C::kQueryPlaces == 1) named_barrier<128>(1 + at.warp / 4);
     };
@@ -277,11 +286,12 @@ __device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, 
           store_shared16(row0 + (4 * c2 + at.t) * C::kQueryPitch + (8 * half + at.g) * 16,
                          {a[2 * c2][half], a[2 * c2][half + 2], a[2 * c2 + 1][half], a[2 * c2 + 1][half + 2]});
     } else {
-      const Rotation<kHeadDim, kDtype> rotation(4 * at.g + at.t);
+      const int lane = 4 * at.g + at.t;
+      const Rotation<kHeadDim, kDtype> rotation(load_shared16(shared + C::kRotation + 16 * lane));
       u32 codes[2][2][kHeadDim / 32];
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        scale[half] = quantise_eight(raw[half], rotation, 4 * at.g + at.t, p.score_scale, p.sign, codes[half]);
+        scale[half] = quantise_eight(raw[half], rotation, lane, p.score_scale, p.sign, codes[half]);
       wait();
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -295,30 +305,39 @@ __device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, 
     }
   });
   fence_async_proxy();
+  const float max_scale = Turn::load_max_scale(shared + C::turn(number));
   named_barrier<128>(1 + at.warp / 4);  // the warpgroup's Q is complete in shared memory
-  const float max_scale = load_shared_float(shared + C::kChannels + turn % 2 * C::kChannelsBytes + 8 * kHeadDim);
 #pragma unroll
   for (int half = 0; half < 2; ++half) scale[half] = fminf(scale[half], max_scale);
+}
+
+// The rows' LSE, with what the shift of K took out of it. Seldom wanted: Q is read again, by code as small as may be.
+template <class C>
+__device__ __forceinline__ void store_lse(const AttendParams& p, const Rows<C>& at, const float (&sums)[2], const float (&reference)[2]) {
+  wait_for_previous_launch();
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+    const int row = min(at.row(half), p.len_q - 1);
+    const i64 offset = at.batch * p.q.stride_b + at.head * p.q.stride_h + row * p.q.stride_n;
+    float shift;
+    with_dtype(p.dtype, [&](auto type) {
+      constexpr int kDtype = decltype(type)::value;
+      const u8* q = static_cast<const u8*>(p.q.data) + offset * kElementBytes<kDtype>;
+      shift = anchor_score<kDtype>(q, p.head_dim, p.anchor + at.pair * C::kHeadDim, at.t, p.sm_scale);
+    });
+    const float sum = half ? sums[1] : sums[0], base = half ? reference[1] : reference[0];  // not by an index: they are registers
+    if (at.t == 0 && at.row(half) < p.len_q) *at.lse(p, row) = sum > 0.0f ? shift + (base + log2_approx(sum)) * kLn2 : -kInf;
+  }
 }
 
 // O / sum, times V's channel scales, in the output's dtype; LSE. Of o, the first kHeadDim / 2 registers.
 template <class C>
 __device__ __forceinline__ void store_output(const AttendParams& p, const float (&o)[C::kOutRegisters], const float (&sums)[2],
-                                             const float (&reference)[2], u32 shared, int turn, int item) {
+                                             const float (&reference)[2], u32 turn) {
   constexpr int kHeadDim = C::kHeadDim;
-  const Rows<C> at(p, special_tid_x() - 128, item);
-  float inverse[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = at.row(half);
-    const float sum = sums[half];
-    inverse[half] = sum > 0.0f ? p.inv_v_max / sum : 0.0f;  // 0: every key masked out, by a dense mask
-    if (p.lse && at.t == 0 && row < p.len_q) {
-      float* lse = at.lse(p, row);
-      *lse = sum > 0.0f ? *lse + (reference[half] + log2_approx(sum)) * kLn2 : -kInf;
-    }
-  }
-  const u32 channels = shared + C::kChannels + turn % 2 * C::kChannelsBytes + 4 * kChunk * at.t;
+  const int t = special_tid_x() % 4;
+  // First of all what the channels are multiplied with and what is added to them: it takes a while to come.
+  float scale[kHeadDim / 32][kChunk], mean[kHeadDim / 32][kChunk] = {};
   const auto take = [&](u32 from, float (&x)[kChunk]) {
 #pragma unroll
     for (int i = 0; i < kChunk; i += 4) {
@@ -326,30 +345,41 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
       x[i] = __uint_as_float(v.x), x[i + 1] = __uint_as_float(v.y), x[i + 2] = __uint_as_float(v.z), x[i + 3] = __uint_as_float(v.w);
     }
   };
+#pragma unroll
+  for (int c = 0; c < kHeadDim / 32; ++c) {
+    const u32 channels = C::channels(turn) + 4 * (32 * c + kChunk * t);
+    take(channels, scale[c]);
+    if constexpr (C::Layout::kValueBytes == 1) take(channels + 4 * kHeadDim, mean[c]);
+  }
+  const Rows<C> at(turn);
+  const i64 head = Turn::load_out(turn);
+  float inverse[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    inverse[half] = sums[half] > 0.0f ? p.inv_v_max * reciprocal_approx(sums[half]) : 0.0f;  // 0: all keys masked out, by a dense mask
   with_access(p.dtype, p.out_vectors, [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
-    u8* head = static_cast<u8*>(p.out) + (at.batch * p.out_stride_b + at.head * p.out_stride_h) * kElementBytes<kDtype>;
-    float scale[kHeadDim / 32][kChunk], mean[kHeadDim / 32][kChunk] = {};
+    u8* row[2];
+    int width[2];
 #pragma unroll
-    for (int c = 0; c < kHeadDim / 32; ++c) {
-      take(channels + 128 * c, scale[c]);
-      if constexpr (C::Layout::kValueBytes == 1) take(channels + 4 * kHeadDim + 128 * c, mean[c]);
+    for (int half = 0; half < 2; ++half) {
+      row[half] = static_cast<u8*>(p.out) + (head + at.row(half) * p.out_stride_n) * kElementBytes<kDtype>;
+      width[half] = at.row(half) < p.len_q ? p.head_dim : 0;
     }
 #pragma unroll
     for (int c = 0; c < kHeadDim / 32; ++c) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (at.row(half) >= p.len_q) continue;
         float y[kChunk];
 #pragma unroll
         for (int e = 0; e < kChunk; ++e)
           y[e] = fmaf(o[16 * c + e / 2 * 4 + 2 * half + e % 2] * inverse[half], scale[c][e],
                       C::kMask == Mask::dense && !(inverse[half] > 0.0f) ? 0.0f : mean[c][e]);
-        store8<kDtype, decltype(vectors)::value>(head + at.row(half) * p.out_stride_n * kElementBytes<kDtype>, 32 * c + kChunk * at.t,
-                                                 p.head_dim, y);
+        store8<kDtype, decltype(vectors)::value>(row[half], 32 * c + kChunk * t, width[half], y);
       }
     }
   });
+  if (p.lse) store_lse<C>(p, at, sums, reference);
 }
 
 // What two blocks that share an item have found about their tiles, joined: O, its sums and what they are relative to. The block that
@@ -419,7 +449,7 @@ struct ScoreWalk {
   Ring<C::kStages> ring;
   float reference[2];  // P = 2^(score − reference); log2(p_max) below the maximum that the row was last scaled to
   bool causal;
-  int item;
+  int number;  // of the turn
 
   // The largest of the lane's scores in one of kParts parts of the keys and one row half.
   template <int kParts>
@@ -451,7 +481,7 @@ struct ScoreWalk {
   // how many K scales follow one another along the keys.
   template <int kScales>
   __device__ __forceinline__ void mask_scores(Scores& s, const float (&scale)[kScales][2], int key0, float (&top)[2]) const {
-    const Rows<C> at(p, special_tid_x() - 128, item);
+    const Rows<C> at(shared + C::turn(number));
     constexpr int kBiasTiles = (kColumns8 + kColumns - 1) / kColumns;
     MaskView mask;
     BiasTile bias[kBiasTiles];
@@ -506,15 +536,24 @@ __device__ __forceinline__ void attend_block(const AttendParams& p) {
     mbarrier_init(shared + C::kTurnBarriers + kTurnFree, C::kConsumerWarps);
     fence_async_proxy();
   }
-  __syncthreads();  // the barriers are initialised
-  Work work;
+  if (threadIdx.x / 32 == 1) {  // meanwhile: for every prologue of every consumer
+    with_dtype(p.dtype, [&](auto type) {
+      if constexpr (decltype(type)::value != kFloat32) {
+        const int lane = threadIdx.x % 32;
+        store_shared16(shared + C::kRotation + 16 * lane, Rotation<C::kHeadDim, decltype(type)::value>(lane).matrix);
+      }
+    });
+  }
+  __syncthreads();  // the barriers are initialised, the matrix is there
   if (threadIdx.x < 128) {
     registers_shrink<C::kProducerRegisters>();
     if (threadIdx.x < 32) {
       wait_for_previous_launch();
       Ring<C::kStages> ring{0, 1};  // every stage is free at first: a wait for the phase before the first returns at once
-      for (int turn = 0; take_turn<C>(p, turn, work); ++turn) {
-        fetch_tiles<C>(p, shared, work, ring);
+      for (int number = 0;; ++number) {
+        const Turn turn = find_turn<C>(p, number);
+        if (!turn.last) break;
+        fetch_tiles<C>(p, shared, turn, ring);
         if constexpr (!C::kTurns) break;
       }
     } else if (threadIdx.x < 64) {
@@ -525,25 +564,27 @@ __device__ __forceinline__ void attend_block(const AttendParams& p) {
   } else {
     registers_grow<C::kConsumerRegisters>();
     // The shuffle tells the compiler that all lanes have the same: descriptors are made in uniform registers.
-    const auto queries = [&](int turn) { return __shfl_sync(kAllLanes, shared + C::queries(turn, special_tid_x() / 128 - 1), 0); };
-    Walk<C> walk{p, shared, queries(0)};
+    const u32 queries = __shfl_sync(kAllLanes, shared + C::queries(0, special_tid_x() / 128 - 1), 0);
+    Walk<C> walk{p, shared, queries};
     walk.causal = C::kMask == Mask::causal || (C::kMask == Mask::dense && p.causal);
-    for (int turn = 0; take_turn<C>(p, turn, work); ++turn) {
-      walk.item = work.item;
-      if constexpr (C::kQueryPlaces > 1) walk.queries = queries(turn);
-      load_queries<C>(p, shared, turn, work.item, walk.q_scale);
+    for (walk.number = 0;; ++walk.number) {
+      mbarrier_wait(shared + C::kTurnBarriers + kTurnFull, walk.number & 1);
+      const Span span(shared + C::turn(walk.number));
+      if (C::kTurns && !span.last) break;
+      if constexpr (C::kQueryPlaces > 1) walk.queries = queries + C::queries(walk.number, 0);
+      load_queries<C>(p, shared, walk.number, walk.q_scale);
       walk.reference[0] = walk.reference[1] = -kInf;
       float sums[2];
-      walk.all(span_of<C>(p, work), sums);
-      if constexpr (C::kTurns) {
-        take_turn<C>(p, anew(turn), work);  // again: it was not kept
-        if (p.partials && work.last < p.tiles) {
+      walk.all(span, sums);
+      const u32 turn = shared + C::turn(walk.number);
+      if (C::kTurns && p.partials && walk.number >= p.rounds) {
+        if (span.last < p.tiles) {
           Partial<C>(p, special_ctaid_x()).write(walk.o, sums, walk.reference);
           continue;
         }
-        if (work.first > 0) Partial<C>(p, special_ctaid_x() + 1).join(walk.o, sums, walk.reference);
+        if (span.first > 0) Partial<C>(p, special_ctaid_x() + 1).join(walk.o, sums, walk.reference);
       }
-      store_output<C>(p, walk.o, sums, walk.reference, shared, turn, walk.item);
+      store_output<C>(p, walk.o, sums, walk.reference, turn);
       if constexpr (!C::kTurns) break;
     }
   }

@@ -96,6 +96,12 @@ __device__ __forceinline__ uint4 load_shared16(u32 shared) {
   return v;
 }
 
+__device__ __forceinline__ uint2 load_shared8(u32 shared) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(v.x), "=r"(v.y) : "r"(shared));
+  return v;
+}
+
 __device__ __forceinline__ void store_shared16(u32 shared, const u32 (&v)[4]) {
   asm volatile("st.shared.v4.u32 [%0],{%1,%2,%3,%4};" ::"r"(shared), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
 }
