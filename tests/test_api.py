@@ -1,11 +1,8 @@
-"""The public functions on CPU tensors: signatures, results, refusals, and an import that touches nothing."""
+"""The public functions on CPU tensors: signatures, results, refusals."""
 
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +14,6 @@ from sageattention.capability import Capability  # noqa: E402
 from sageattention.reference import oracle  # noqa: E402
 from sageattention.variants import VARIANTS  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
 CUDA_FUNCTIONS = {name: getattr(sageattention, name) for name, variant in VARIANTS.items() if variant.backend == "cuda"}
 QUANTISED = "reference"
 
@@ -543,60 +539,3 @@ def test_arch_from_the_environment(monkeypatch):
     monkeypatch.setenv("SAGEATTENTION_ARCH", "turing")
     with pytest.raises(Unsupported, match="SAGEATTENTION_ARCH"):
         sageattn(*qkv())
-
-
-# --- importing
-
-
-def python(code: str, **environment: str) -> str:
-    import os
-
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, check=True, capture_output=True, text=True
-    )
-    return done.stdout.strip()
-
-
-def test_import_without_torch():
-    code = """
-import sys
-sys.modules["torch"] = None
-sys.modules["triton"] = None
-import sageattention
-try:
-    sageattention.sageattn(None, None, None)
-except ImportError as error:
-    print("ImportError", "torch" in str(error))
-"""
-    assert python(code) == "ImportError True"
-
-
-def test_import_touches_neither_torch_nor_cuda():
-    code = """
-import sys
-import sageattention
-print([m for m in ("torch", "triton", "numpy") if m in sys.modules])
-import torch
-sageattention.available_variants("cpu")
-x = torch.ones(1, 1, 4, 64)
-sageattention.sageattn(x, x, x)
-print(torch.cuda.is_initialized())
-"""
-    assert python(code) == "[]\nFalse"
-
-
-def test_the_package_works_under_another_name(tmp_path):
-    """The node pack loads it beside a foreign `sageattention`."""
-    (tmp_path / "pack").mkdir()
-    (tmp_path / "pack" / "__init__.py").touch()
-    (tmp_path / "pack" / "ours").symlink_to(ROOT / "sageattention", target_is_directory=True)
-    (tmp_path / "sageattention.py").write_text("raise RuntimeError('the foreign package was imported')")
-    code = f"""
-import sys
-sys.path.insert(0, {str(tmp_path)!r})
-import torch
-from pack import ours
-x = torch.ones(1, 1, 4, 64)
-print(tuple(ours.sageattn(x, x, x, variant="reference").shape), "sageattention" in sys.modules)
-"""
-    assert python(code) == "(1, 1, 4, 64) False"
