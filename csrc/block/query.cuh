@@ -8,12 +8,6 @@ constexpr float kFiniteMax = 1e38f;  // where an intermediate number is cut off 
 
 __device__ __forceinline__ float clamp_finite(float x) { return fminf(fmaxf(x, -kFiniteMax), kFiniteMax); }
 
-// The maximum over the four lanes that share a row, of a non-negative number.
-__device__ __forceinline__ float lanes_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
-}
-
 // Rows row0 + 8i, i < kRows, of the head at `head`, as rotate.cuh deals out the channels. Rows beyond the end repeat the last.
 template <int kHeadDim, int kRows, int kDtype, bool kVectors>
 __device__ __forceinline__ void load_raw(const u8* head, i64 stride, int row0, int len, int t, int head_dim,
@@ -49,7 +43,7 @@ __device__ __forceinline__ float quantise_row(float (&x)[kHeadDim / 4], int t, f
 #pragma unroll
   for (int i = 0; i < kHeadDim / 4; ++i) x[i] *= 0.5f / kHeadDim;  // first, so that no sum below overflows
   rotate<kHeadDim>(x, t);
-  const float amax = lanes_max(largest(x));
+  const float amax = row_max(largest(x));
   const float inverse = int8_inverse(amax) * sign;
 #pragma unroll
   for (int c = 0; c < kHeadDim / 32; ++c) {
@@ -85,9 +79,7 @@ __device__ __forceinline__ float unit_inverse(float top) { return top < kSmalles
 
 // sm_scale · x · y of vectors that four lanes share, dot being a lane's part of what they give brought to ±1.
 __device__ __forceinline__ float unit_score(float dot, float x_top, float y_top, float sm_scale) {
-  dot += __shfl_xor_sync(kAllLanes, dot, 1);
-  dot += __shfl_xor_sync(kAllLanes, dot, 2);
-  return clamp_finite(clamp_finite(dot * clamp_finite(x_top * sm_scale)) * y_top);
+  return clamp_finite(clamp_finite(row_sum(dot) * clamp_finite(x_top * sm_scale)) * y_top);
 }
 
 // sm_scale · (q · anchor), in every lane of the four: what the shift of K takes out of each score of the row. Both operands are
@@ -97,7 +89,7 @@ __device__ __forceinline__ float anchor_score(const float (&x)[kHeadDim / 4], co
   float y[kHeadDim / 4];
 #pragma unroll
   for (int i = 0; i < kHeadDim / 4; ++i) y[i] = anchor[i / kChunk * 32 + kChunk * t + i % kChunk];
-  const float x_top = lanes_max(largest(x)), y_top = lanes_max(largest(y));
+  const float x_top = row_max(largest(x)), y_top = row_max(largest(y));
   const float x_inverse = unit_inverse(x_top), y_inverse = unit_inverse(y_top);
   float dot = 0.0f;
 #pragma unroll
@@ -119,7 +111,7 @@ __device__ __forceinline__ float anchor_score(const u8* row, int head_dim, const
     }
   };
   each_chunk([&] { x_top = fmaxf(x_top, largest(x)), y_top = fmaxf(y_top, largest(y)); });
-  x_top = lanes_max(x_top), y_top = lanes_max(y_top);
+  x_top = row_max(x_top), y_top = row_max(y_top);
   const float x_inverse = unit_inverse(x_top), y_inverse = unit_inverse(y_top);
   each_chunk([&] {
 #pragma unroll

@@ -16,6 +16,17 @@ namespace sage {
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
+// The maximum over the four lanes that share a row.
+__device__ __forceinline__ float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+}
+
+__device__ __forceinline__ float row_sum(float x) {
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+
 // Which of a lane's registers after `rotate` is number `code` of its codes in K's tile, sixteen of them in 16 bytes. The order of the
 // contracted channels is free as long as Q and K have the same one: this is what `Rotation` leaves of a key in one lane.
 template <int kHeadDim>

@@ -17,17 +17,6 @@ namespace sage {
 constexpr u32 kPresetBits = 0x4B400000u;
 constexpr float kPreset = 12582912.0f;
 
-// The maximum over the four lanes that share a row.
-__device__ __forceinline__ float row_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
-}
-
-__device__ __forceinline__ float row_sum(float x) {
-  x += __shfl_xor_sync(kAllLanes, x, 1);
-  return x + __shfl_xor_sync(kAllLanes, x, 2);
-}
-
 constexpr int kColumns = kKvTile / 8;  // n-tiles of the scores
 
 template <int kRowTiles>

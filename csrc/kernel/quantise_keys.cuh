@@ -286,8 +286,7 @@ __device__ __forceinline__ void quantise_run(const KeysParams& p, const u8* k, i
     };
     top = fmaxf(top, keys.quantise(raw, load_next, unit, unit * kKeys, p.len, p.tile_bytes, shared, out));
   }
-  top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 1));
-  top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, 2));
+  top = row_max(top);
   if (threadIdx.x == 0) p.k_scale_parts[blockIdx.x - p.pairs * p.splits] = top;
 }
 

@@ -48,7 +48,6 @@ struct WgmmaConfig {
   }
   static __device__ __forceinline__ u32 turn(int number) { return kFirstTurn + number % 2u * kTurnBytes; }
   static __device__ __forceinline__ u32 channels(u32 turn) { return turn + kTurnHead; }
-  static __device__ __forceinline__ int items(const AttendParams& p) { return p.blocks_q * p.pairs * p.ratio; }  // blocks of queries
 };
 
 // A stage's barriers: K has landed, V has landed, K has been read by all consumer warps, V has.
@@ -79,8 +78,8 @@ __device__ __forceinline__ int anew(int x) {
 }
 
 // What a block does in one turn: the tiles [first, last) of an item, last one first; those of [0, full) hold no masked key. An item is
-// a block of queries of one head, from row0 on. One warp works it out ahead and leaves it in shared memory, where prologue and epilogue
-// read what they need, so that none of it occupies registers in between.
+// a block of queries of one head, from row0 on. Whoever fetches works it out ahead, on its own; one of them leaves it in shared memory,
+// where the computing warps read what they need when they do, so that none of it occupies registers in between.
 struct Turn {
   int first, last, full;  // last: 0 where nothing is left to do
   float max_scale;        // of a query, so that no score leaves the range in which the softmax works
@@ -103,7 +102,7 @@ struct Turn {
 // that are left over are then dealt out in equal shares: at least as many as an item has, so that no more than two blocks work on one.
 template <class C>
 __device__ __forceinline__ Turn find_turn(const AttendParams& p, int number) {
-  const int blocks = gridDim.x, block = blockIdx.x, items = C::items(p);
+  const int blocks = gridDim.x, block = blockIdx.x, items = p.blocks_q * p.pairs * p.ratio;
   int item = block + number * blocks;
   Turn turn{0, p.tiles, C::kMask == Mask::dense ? 0 : p.len_kv / C::kTile, 0.0f};
   if (C::kTurns && number < p.rounds) {
