@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..sageattention import KernelMissing, Unsupported, ops
+from ..sageattention import KernelMissing, Unsupported, dispatch
+from ..sageattention.backends.call import Call
 from .record import Record
 
 if TYPE_CHECKING:
-    from ..sageattention.plan import Plan
+    from ..sageattention.planning.plan import Plan
 
 Attention = Callable[..., torch.Tensor]
 
@@ -86,7 +87,7 @@ class SageOverride:
         enable_gqa: bool = False,
         low_precision_attention: bool = True,
         **others: Any,
-    ) -> ops.Call | None:
+    ) -> Call | None:
         """The call as our package takes it, or None where it is left to the model's own attention on purpose; nothing runs.
 
         Its layout is the output's: "HND" with `skip_output_reshape`, else "NHD".
@@ -97,9 +98,9 @@ class SageOverride:
         if low_precision_attention is False:
             self.record.count_kept("the model asks for full precision in some layers")
             return None
-        if ops.transformed():
+        if dispatch.transformed():
             raise Unsupported("q", "torch.jit.trace or a torch.func transform is at work, which only torch's own attention can follow")
-        if ops.needs_grad(q, k, v):
+        if dispatch.needs_grad(q, k, v):
             raise Unsupported("q", "a gradient is asked for, and quantised attention has none; training needs the model's own")
         if heads is None:
             raise Unsupported("heads", "the call does not say how many there are")
@@ -108,7 +109,7 @@ class SageOverride:
         # Views of the inputs cost nothing, where a copy of the output would: so the inputs follow the layout that is wanted.
         if skip_reshape != skip_output_reshape:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        call = ops.prepare(
+        call = dispatch.prepare(
             q, k, v, tensor_layout="HND" if skip_output_reshape else "NHD", is_causal=False, attn_mask=_four_dimensional(mask),
             sm_scale=scale, return_lse=False, variant=self.variant,
         )  # fmt: skip
@@ -133,9 +134,9 @@ def _attempt(override: SageOverride, args: tuple[Any, ...], kwargs: dict[str, An
             out = _run_releasing(held, args[1], args[2])
         else:
             try:
-                out, _ = ops.run_planned(call)
+                out, _ = dispatch.run_planned(call)
             except KernelMissing as error:
-                ops.without(call, error)  # "auto" has further candidates, the last of which is the model's own attention
+                dispatch.without(call, error)  # "auto" has further candidates, the last of which is the model's own attention
                 return _attempt(override, args, kwargs, contained)
             override.proven.add(kernel)
     except (Unsupported, KernelMissing) as error:
@@ -150,26 +151,26 @@ def _attempt(override: SageOverride, args: tuple[Any, ...], kwargs: dict[str, An
 _attempt_uncompiled = torch.compiler.disable(_attempt)
 
 
-def _kernel(call: ops.Call) -> tuple[Any, ...]:
+def _kernel(call: Call) -> tuple[Any, ...]:
     """What a variant's kernels are compiled for: one that ran once will not turn out to be missing the next time."""
     p = call.problem
     return call.plan.variant.name, p.device, p.device_index, p.head_dim, p.dtype, p.mask
 
 
-def _run_releasing(held: list[ops.Call], *containers: Any) -> torch.Tensor:
-    """`ops.run` in two halves: K and V, in `containers`, are freed once they are quantised, before the output is allocated.
+def _run_releasing(held: list[Call], *containers: Any) -> torch.Tensor:
+    """`dispatch.run` in two halves: K and V, in `containers`, are freed once they are quantised, before the output is allocated.
 
     `held` is emptied, so that nobody keeps the call alive. Where the halves save nothing it is run as a whole.
     """
     call = held.pop()
-    if not ops.halves_save_memory(call):
-        return ops.run_planned(call)[0]
+    if not dispatch.halves_save_memory(call):
+        return dispatch.run_planned(call)[0]
     q, mask, problem = call.q, call.mask, call.problem
-    kv = ops.quantize_planned(call.k, call.v, problem, call.plan)
+    kv = dispatch.quantize_planned(call.k, call.v, problem, call.plan)
     del call
     for container in containers:
         container.take()
-    return ops.attend(q, kv, is_causal=False, sm_scale=problem.sm_scale, return_lse=False, attn_mask=mask)[0]
+    return dispatch.attend(q, kv, is_causal=False, sm_scale=problem.sm_scale, return_lse=False, attn_mask=mask)[0]
 
 
 def layer_name(transformer_options: dict[str, Any] | None) -> str:
