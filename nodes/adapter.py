@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..sageattention import KernelMissing, Unsupported, ops, settings
+from ..sageattention import KernelMissing, Unsupported, dispatch, settings
+from ..sageattention.backends.call import Call
 from .record import Record
 
 if TYPE_CHECKING:
-    from ..sageattention.plan import Plan
+    from ..sageattention.planning.plan import Plan
 
 Attention = Callable[..., torch.Tensor]
-
-
 MAX_FORMS = 4096
 
 
@@ -112,7 +111,7 @@ class SageOverride:
         enable_gqa: bool = False,
         low_precision_attention: bool = True,
         **others: Any,
-    ) -> tuple[ops.Call, Form] | None:
+    ) -> tuple[Call, Form] | None:
         """The call as our package takes it, or None where it is left to the model's own attention on purpose; nothing runs.
 
         Raises:
@@ -131,9 +130,9 @@ class SageOverride:
             return None
         if low_precision_attention is False:
             return self._keep(key, "the model asks for full precision in some layers")
-        if ops.transformed():
+        if dispatch.transformed():
             raise Unsupported("q", "torch.jit.trace or a torch.func transform is at work, which only torch's own attention can follow")
-        if ops.needs_grad(q, k, v):
+        if dispatch.needs_grad(q, k, v):
             raise Unsupported("q", "a gradient is asked for, and quantised attention has none; training needs the model's own")
         if form is not None:
             return self._call(q, k, v, mask, scale, *form[:3]), form
@@ -155,12 +154,12 @@ class SageOverride:
     def _call(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None,
         views: tuple[tuple[int, ...], ...] | None, transposed: bool, layout: str,
-    ) -> ops.Call:  # fmt: skip
+    ) -> Call:  # fmt: skip
         if views is not None:
             q, k, v = q.view(views[0]), k.view(views[1]), v.view(views[2])
         if transposed:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return ops.prepare(
+        return dispatch.prepare(
             q, k, v, tensor_layout=layout, is_causal=False, attn_mask=_four_dimensional(mask), sm_scale=scale, return_lse=False,
             variant=self.variant,
         )  # fmt: skip
@@ -192,9 +191,9 @@ def _attempt(override: SageOverride, args: tuple[Any, ...], kwargs: dict[str, An
             out = _run_releasing(held, args[1], args[2])
         else:
             try:
-                out, _ = ops.run_planned(call)
+                out, _ = dispatch.run_planned(call)
             except KernelMissing as error:
-                ops.without(call, error)  # "auto" has further candidates, the last of which is the model's own attention
+                dispatch.without(call, error)  # "auto" has further candidates, the last of which is the model's own attention
                 return _attempt(override, args, kwargs, contained)
             override.proven.add(form.kernel)
     except (Unsupported, KernelMissing) as error:
@@ -209,20 +208,20 @@ def _attempt(override: SageOverride, args: tuple[Any, ...], kwargs: dict[str, An
 _attempt_uncompiled = torch.compiler.disable(_attempt)
 
 
-def _run_releasing(held: list[ops.Call], *containers: Any) -> torch.Tensor:
-    """`ops.run` in two halves: K and V, in `containers`, are freed once they are quantised, before the output is allocated.
+def _run_releasing(held: list[Call], *containers: Any) -> torch.Tensor:
+    """`dispatch.run` in two halves: K and V, in `containers`, are freed once they are quantised, before the output is allocated.
 
     `held` is emptied, so that nobody keeps the call alive. Where the halves save nothing it is run as a whole.
     """
     call = held.pop()
-    if not ops.halves_save_memory(call):
-        return ops.run_planned(call)[0]
+    if not dispatch.halves_save_memory(call):
+        return dispatch.run_planned(call)[0]
     q, mask, problem = call.q, call.mask, call.problem
-    kv = ops.quantize_planned(call.k, call.v, problem, call.plan)
+    kv = dispatch.quantize_planned(call.k, call.v, problem, call.plan)
     del call
     for container in containers:
         container.take()
-    return ops.attend(q, kv, is_causal=False, sm_scale=problem.sm_scale, return_lse=False, attn_mask=mask)[0]
+    return dispatch.attend(q, kv, is_causal=False, sm_scale=problem.sm_scale, return_lse=False, attn_mask=mask)[0]
 
 
 def layer_name(transformer_options: dict[str, Any] | None) -> str:

@@ -71,7 +71,7 @@ def make_pack(folder: Path, launcher: bool = True, **options: str) -> Path:
         launcher_wheel(folder / "wheels", options.get("version", "3.0.0"))
     build.write_index(folder / "wheels", [])
     version = options.get("version", "3.0.0")
-    (folder / "sageattention" / "__init__.py").write_text(f'__version__ = "{version}"\n', encoding="utf-8")
+    (folder / "sageattention" / "_version.py").write_text(f'__version__ = "{version}"\n', encoding="utf-8")
     return folder
 
 

@@ -276,7 +276,7 @@ def test_a_missing_kernel_falls_back_also_where_it_is_only_noticed_at_the_launch
     def run(call):
         raise PACK.sageattention.KernelMissing(call.plan.variant.name, "its cubin can't be loaded")
 
-    monkeypatch.setattr(adapter.ops, "run_planned", run)
+    monkeypatch.setattr(adapter.dispatch, "run_planned", run)
     override, core = adapter.SageOverride("reference"), OldCore()
     assert torch.equal(call(override, core, q, k, v, HEADS), sdpa(q, k, v, HEADS))
     assert reasons(override) == ["reference: its cubin can't be loaded"] and not override.record.ran
@@ -285,28 +285,28 @@ def test_a_missing_kernel_falls_back_also_where_it_is_only_noticed_at_the_launch
 @pytest.mark.parametrize("core", CORES)
 def test_auto_tries_its_next_candidate_where_a_kernel_is_missing(core, monkeypatch, caplog):
     """On a made-up card whose Triton has no C compiler."""
-    triton, calls, auto = "sageattn_qk_int8_pv_fp16_triton", [], sys.modules[PACK.sageattention.__name__ + ".auto"]
-    card = PACK.sageattention.capability.Capability("cuda", 89, 1, "native", "RTX 4090")
-    monkeypatch.setattr(adapter.ops.capability, "of_device", lambda device, index: card)
-    monkeypatch.setattr(auto, "RULES", (auto.Rule((89,), (triton,), "static", "a test", min_q=1, min_kv=1, waves=0),))
-    monkeypatch.setattr(adapter.ops, "_absent", {})
-    adapter.ops.settings.forget()
-    adapter.ops.plan.cache_clear()
+    triton, calls, rules = "sageattn_qk_int8_pv_fp16_triton", [], sys.modules[PACK.sageattention.__name__ + ".planning.rules"]
+    card = PACK.sageattention.device.capability.Capability("cuda", 89, 1, "native", "RTX 4090")
+    monkeypatch.setattr(adapter.dispatch.capability, "of_device", lambda device, index: card)
+    monkeypatch.setattr(rules, "RULES", (rules.Rule((89,), (triton,), "static", "a test", min_q=1, min_kv=1, waves=0),))
+    monkeypatch.setattr(adapter.dispatch, "_absent", {})
+    adapter.dispatch.settings.forget()
+    adapter.dispatch.plan.cache_clear()
 
     def missing(call):
         calls.append(call)
         raise PACK.sageattention.KernelMissing(triton, "no C compiler")
 
-    monkeypatch.setitem(adapter.ops._RUNNERS, "triton", missing)
-    adapter.ops._say_once.cache_clear()
+    monkeypatch.setitem(adapter.dispatch._RUNNERS, "triton", missing)
+    adapter.dispatch._say_once.cache_clear()
     q, k, v = tensors()
     override, core = adapter.SageOverride("auto"), core()
     for _ in range(3):
         assert torch.equal(call(override, core, q, k, v, HEADS), sdpa(q, k, v, HEADS))
     assert len(calls) == 1 and caplog.text.count(f"auto passes by {triton}: no C compiler") == 1
     assert override.record.as_dict() == {"ran": {}, "kept": {f"{triton}: no C compiler": 3}, "fallbacks": {}}
-    adapter.ops.settings.forget()
-    adapter.ops.plan.cache_clear()
+    adapter.dispatch.settings.forget()
+    adapter.dispatch.plan.cache_clear()
 
 
 @pytest.mark.parametrize("core", CORES)
@@ -326,7 +326,7 @@ def test_a_device_s_failure_is_not_swallowed(error, monkeypatch):
     def run(call):
         raise kind("the device failed")
 
-    monkeypatch.setattr(adapter.ops, "run_planned", run)
+    monkeypatch.setattr(adapter.dispatch, "run_planned", run)
     core = OldCore()
     with pytest.raises(kind, match="the device failed"):
         call(adapter.SageOverride("reference"), core, q, k, v, HEADS)
@@ -417,9 +417,9 @@ def test_containers_free_k_and_v_before_the_output_is_made(monkeypatch):
         alive.append([ref() is not None for ref in references])
         return sdpa(*(t.flatten(2) for t in (q, *kv)), HEADS, scale=sm_scale).unflatten(2, (HEADS, DIM)), None
 
-    monkeypatch.setattr(adapter.ops, "halves_save_memory", lambda call: True)
-    monkeypatch.setattr(adapter.ops, "quantize_planned", quantize_planned)
-    monkeypatch.setattr(adapter.ops, "attend", attend)
+    monkeypatch.setattr(adapter.dispatch, "halves_save_memory", lambda call: True)
+    monkeypatch.setattr(adapter.dispatch, "quantize_planned", quantize_planned)
+    monkeypatch.setattr(adapter.dispatch, "attend", attend)
     for _ in range(2):
         given = contained(*tensors())
         references = [weakref.ref(c.tensor) for c in given]
