@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import pickle
 import sys
 import threading
 import weakref
@@ -147,6 +148,59 @@ def test_auto_leaves_cpu_tensors_to_the_model_and_that_is_no_fallback(core):
     assert torch.equal(call(override, core, q, k, v, HEADS), sdpa(q, k, v, HEADS))
     assert len(core.own_calls) == 1
     assert sum(override.record.kept.values()) == 1 and not override.record.fallbacks
+
+
+def test_a_call_like_one_left_before_is_left_without_a_look_at_it(monkeypatch):
+    override, core = adapter.SageOverride("auto"), NewCore()
+    for hnd, mask in itertools.product((False, True), (None, torch.ones(LEN_Q, LEN_K, dtype=torch.bool))):
+        given = tensors(hnd=hnd)
+        call(override, core, *given, HEADS, mask, skip_reshape=hnd)
+        with monkeypatch.context() as patch:
+            for name in ("view", "transpose", "dim"):
+                patch.setattr(torch.Tensor, name, lambda *a, name=name: pytest.fail(f"{name} of a tensor"))
+            assert override.prepare(*given, HEADS, mask, skip_reshape=hnd) is None
+    assert list(override.record.kept.values()) == [8]
+    # What the decision rests on beside the call makes it be taken again.
+    with monkeypatch.context() as patch:
+        patch.setenv("SAGEATTENTION_VARIANT", "reference")
+        adapter.settings.forget()
+        call(override, core, *tensors(), HEADS)
+    adapter.settings.forget()
+    assert override.record.ran == {"reference": 1}
+
+
+@pytest.mark.parametrize("variant", ["auto", "reference"])
+def test_what_is_remembered_of_calls_does_not_grow_without_bound(variant, monkeypatch):
+    monkeypatch.setattr(adapter, "MAX_FORMS", 4)
+    override = adapter.SageOverride(variant)
+    for tokens in range(1, 12):
+        call(override, OldCore(), *(torch.randn(1, tokens, 8) for _ in range(3)), 1)
+        assert len(override.forms) <= 4
+
+
+def test_calls_that_differ_only_in_how_they_are_read_stay_apart():
+    """[B, L, heads·D] of 4 tokens, 4 heads and rank 4 look alike; so do flags that change the output's layout."""
+    override, core = adapter.SageOverride("reference"), NewCore()
+    q, k, v = (torch.randn(2, 4, 4, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    for flags in ({"skip_reshape": True}, {"skip_reshape": True, "skip_output_reshape": True}) * 2:
+        assert_quantised(call(override, core, q, k, v, 4, **flags), sdpa(q, k, v, 4, **flags))
+    flat = [t.flatten(2) for t in (q, k, v)]
+    for heads in (2, 4, 2):
+        assert_quantised(call(override, core, *flat, heads), sdpa(*flat, heads))
+    with_fewer = [flat[0], flat[1][..., :32].contiguous(), flat[2][..., :32].contiguous()]
+    for _ in range(2):
+        call(override, core, *with_fewer, 4, enable_gqa=True)
+        with pytest.raises(RuntimeError):  # the core's own: without the flag the heads have to be as many
+            call(override, core, *with_fewer, 4)
+    assert override.record.ran == {"reference": 9}
+
+
+def test_an_override_is_pickled_without_its_counts():
+    override = adapter.SageOverride("reference", sdpa)
+    call(override, OldCore(), *tensors(), HEADS)
+    copied = pickle.loads(pickle.dumps(override))
+    assert (copied.variant, copied.previous) == ("reference", sdpa) and not copied.record.ran
+    assert_quantised(call(copied, OldCore(), *tensors(), HEADS), sdpa(*tensors(), HEADS))
 
 
 def test_the_model_s_own_attention_gets_the_call_unchanged():
