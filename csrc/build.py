@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import hashlib
 import importlib
 import json
@@ -44,6 +45,7 @@ OPTIONS = ["--std=c++17", "--device-as-default-execution-space"]  # the latter f
 # The window covers the largest image; a larger preset's 64 MiB would be allocated again at every load.
 XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 22}]
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
+_TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/|\s+|\w+|.', re.DOTALL)
 
 
 class BuildError(Exception):
@@ -117,12 +119,29 @@ def include_closure(source: str, csrc: Path = CSRC) -> dict[str, str]:
     return found
 
 
+@functools.cache
+def code_of(text: str) -> str:
+    """C++ as its tokens: without comments, and without white space but for the line ends of directives."""
+    tokens: list[str] = []
+    directive, line_begins = False, True
+    for token in _TOKEN.findall(text.replace("\\\n", " ")):
+        if token.isspace() or token.startswith(("//", "/*")):
+            if "\n" in token:
+                tokens += ["\n"] if directive else []
+                directive, line_begins = False, True
+        else:
+            directive |= line_begins and token == "#"
+            line_begins = False
+            tokens.append(token)
+    return " ".join(tokens)
+
+
 def source_hash(image, csrc: Path = CSRC) -> str:
-    """What the image depends on, as one sha256: compiler, options, generated text and all included files."""
+    """What the image depends on, as one sha256: compiler, options, and the code of the generated text and of all included files."""
     digest = hashlib.sha256()
-    parts = [nvrtc.VERSION, image.arch, *OPTIONS, *image.options, translation_unit(image)]
+    parts = [nvrtc.VERSION, image.arch, *OPTIONS, *image.options, code_of(translation_unit(image))]
     for key, text in sorted(include_closure(image.source, csrc).items()):
-        parts += [key, text]
+        parts += [key, code_of(text)]
     for part in parts:
         digest.update(hashlib.sha256(part.encode()).digest())
     return digest.hexdigest()

@@ -79,6 +79,8 @@ def test_only_what_changed_is_built_again(tmp_path, csrc):
     assert make(changed, kernels, csrc) == 1
     (csrc / "sub/unrelated.cuh").write_text("#error not included")
     assert make(changed, kernels, csrc) == 0
+    (csrc / "sub/size.cuh").write_text("// One.\nnamespace sage {\n\n  constexpr int  kSize=1 ;  // a comment\n}\n")
+    assert make(changed, kernels, csrc) == 0
     (csrc / "sub/size.cuh").write_text("namespace sage { constexpr int kSize = 2; }\n")  # included by the source
     assert build.check(list(changed), kernels, csrc) == [
         f"{i.path}: its sources, its entries or the compiler have changed" for i in changed
@@ -103,6 +105,24 @@ def test_an_image_whose_constants_are_renamed_stays_as_it_is(tmp_path, csrc, pat
     (csrc / "sub/size.cuh").write_text("namespace sage { constexpr int kSize = 2; }\n")
     make((by_path(path),), tmp_path / "k", csrc)
     assert not build.same_code(first, build.stored(path, tmp_path / "k"))
+
+
+@pytest.mark.parametrize(
+    "one, other, same",
+    [
+        ("int x = 1;  // one", "int x=1;", True),
+        ("f(a,\n  b)", "f(a, b)", True),
+        ("int x; /* a\nb */ int y;", "int x; int y;", True),
+        ("#define A 1 \\\n  + 2\nint x;", "#define A 1 + 2\nint x;", True),
+        ('asm("a // b");', 'asm("a // c");', False),
+        ('asm("a b");', 'asm("a  b");', False),
+        ("int ab;", "int a b;", False),
+        ("#define A\nint x;", "#define A int x;", False),
+        ("int x; // #if 0\nint y;", "int x;\n#if 0\nint y;", False),
+    ],
+)
+def test_only_code_counts_as_a_source(one, other, same):
+    assert (build.code_of(one) == build.code_of(other)) == same
 
 
 def test_an_image_that_left_the_table_is_removed(tmp_path, csrc):
