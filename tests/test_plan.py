@@ -251,7 +251,9 @@ def test_what_a_plan_names_is_in_its_images(name, arch, head_dim, monkeypatch):
                     continue
                 quantizer, attention = chosen.images
                 assert attention.entry(chosen.attend).threads == 32 * chosen.tile.warps
-                assert quantizer.entry(chosen.kernels.quantize_k_symbol(head_dim)) and quantizer.entry(chosen.kernels.quantize_v_symbol(head_dim))
+                assert quantizer.entry(chosen.kernels.quantize_k_symbol(head_dim)) and quantizer.entry(
+                    chosen.kernels.quantize_v_symbol(head_dim)
+                )
                 assert not (forced and chosen.kernels.arch)
     plan.cache_clear()
 

@@ -30,7 +30,9 @@ def _quantize_k_entry(kernels: KernelFamily, arch: int, head_dim: int) -> Entry:
 
 def _quantize_v_entry(kernels: KernelFamily, head_dim: int) -> Entry:
     expression = f"quantize_v<{kernels.layout.format(d=head_dim)}, PvType::{kernels.pv}>"
-    return Entry(kernels.quantize_v_symbol(head_dim), expression, QuantizeVParams, QUANTIZE_V_THREADS, QUANTIZE_V_RESIDENT // QUANTIZE_V_THREADS)
+    return Entry(
+        kernels.quantize_v_symbol(head_dim), expression, QuantizeVParams, QUANTIZE_V_THREADS, QUANTIZE_V_RESIDENT // QUANTIZE_V_THREADS
+    )
 
 
 def _images(target: str) -> Iterator[Image]:

@@ -97,7 +97,8 @@ def _quantize_launches(r: LaunchPlan, group: BoundQuantize, base: int, k: int, v
     w, (k_strides, v_strides, quantize_k_tail) = r.workspace, group.keys
     kv, k_scale_partial, v_stats, done = base + w.kv, base + w.k_scale_partial, base + w.v_stats, base + w.v_stats_ready
     keys = _pack_quantize_k(
-        k, k_strides, v, v_strides, kv, base + w.k_mean, k_scale_partial, v_stats, done, base + w.v_quant_sum, base + w.split_kv_ready, quantize_k_tail
+        k, k_strides, v, v_strides, kv, base + w.k_mean, k_scale_partial, v_stats, done, base + w.v_quant_sum, base + w.split_kv_ready,
+        quantize_k_tail,
     )  # fmt: skip
     values = _pack_quantize_v(
         v, v_strides, k_scale_partial, v_stats, done, kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_quant_sum,

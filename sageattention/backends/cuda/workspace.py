@@ -32,7 +32,7 @@ class Workspace:
     v_mean: int  # [D] fp32
     v_quant_sum: int  # [D] int32
     k_mean: int  # [D] fp32
-    split_kv_workspace: int  # of the whole group: [blocks] of Kernels.split_kv_bytes
+    split_kv_workspace: int  # of the whole group: [blocks] of KernelFamily.split_kv_bytes
     split_kv_ready: int  # [blocks, 2] int32
     size: int
 
@@ -109,7 +109,11 @@ def _new_launch_plan(p: Problem, plan: Plan, one_group: bool) -> LaunchPlan:
     split_kv_flags = 2 * limit if split_kv_bytes else 0
     return LaunchPlan(
         p, plan, *kernels, p.device_index, groups,
-        _workspace(bh_count, (tiles * tile_bytes, v_chunks * 3 * d * 4, v_chunks * 4, k_ctas_per_head * 4, 4, *[d * 4] * 4), (split_kv_bytes, split_kv_flags * 4)),
+        _workspace(
+            bh_count,
+            (tiles * tile_bytes, v_chunks * 3 * d * 4, v_chunks * 4, k_ctas_per_head * 4, 4, *[d * 4] * 4),
+            (split_kv_bytes, split_kv_flags * 4),
+        ),
         tiles, k_ctas_per_head, v_chunks, v_ctas_per_head, q_tiles, limit, split_kv_flags,
         (tiles, tile_bytes, k_ctas_per_head, -(-p.len_kv // step), step, split_kv_flags, v_chunks, v_chunk_tokens),
         (k_ctas_per_head, v_chunks, tiles, v_ctas_per_head, scheme.v_mean, scheme.v_max),
