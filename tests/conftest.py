@@ -64,7 +64,7 @@ MEMOS = {
     "planning.calibration": ["of_card"],
     "planning.plan": ["plan"],
     "dispatch": ["_prepared", "_absent", "_say_once"],
-    "backends.cuda.workspace": ["_recipes"],
+    "backends.cuda.workspace": ["_launch_plans"],
 }
 
 
