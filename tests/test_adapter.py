@@ -298,7 +298,7 @@ def test_auto_tries_its_next_candidate_where_a_kernel_is_missing(core, monkeypat
         raise PACK.sageattention.KernelMissing(triton, "no C compiler")
 
     monkeypatch.setitem(adapter.dispatch._RUNNERS, "triton", missing)
-    adapter.dispatch._say_once.cache_clear()
+    adapter.dispatch._warn_once.cache_clear()
     q, k, v = tensors()
     override, core = adapter.SageOverride("auto"), core()
     for _ in range(3):
