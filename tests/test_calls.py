@@ -188,7 +188,6 @@ def test_in_torchs_place(name, function):
 @pytest.mark.parametrize("name", [n for n in VARIANTS if n.startswith("sageattn_qk")])
 def test_a_variant_in_torchs_place_says_once_what_torch_computes(name, caplog):
     """Here all, for want of a card; and by name, not in torch's place, it refuses."""
-    dispatch._warn_once.cache_clear()
     function = functools.partial(getattr(sageattention, name), smooth_k=False)
     triton = name.endswith("triton")  # where Triton is missing that is said, as nobody asked for another
     with in_torchs_place(function), caplog.at_level(logging.WARNING):

@@ -12,7 +12,7 @@ from sageattention.cli import workloads
 from sageattention.kernels import binaries
 from sageattention.kernels.table import TEST_TARGETS
 from sageattention.planning import plan as plan_module
-from sageattention.planning.plan import Plan, plan
+from sageattention.planning.plan import Plan
 from sageattention.planning.problem import Problem
 from sageattention.variants import VARIANTS
 
@@ -43,10 +43,6 @@ def planned(variant: str, accum: str = "", head_dim: int = 128) -> Plan:
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """One (batch, kv head) pair a group, two groups alive."""
     monkeypatch.setitem(plan_module.WORKSPACE_LIMIT, "cuda", 1)
-    plan.cache_clear()
-    settings.planned_anew()
-    yield
-    plan.cache_clear()
 
 
 @each_accumulator
@@ -110,8 +106,8 @@ def test_groups_of_heads_change_nothing(variant: str, request: pytest.FixtureReq
         assert workloads.relative_l2(first[0], whole[0]) <= 2e-3 and torch.allclose(first[1], whole[1], atol=1e-3)
     else:
         assert torch.equal(first[0], whole[0]) and torch.equal(first[1], whole[1])
-    recipe = next(r for r in workspace._recipes.values() if r.plan is chosen)
-    assert len(recipe.groups) == 10
+    launch_plan = next(r for r in workspace._launch_plans.values() if r.plan is chosen)
+    assert len(launch_plan.groups) == 10
 
 
 @each_variant

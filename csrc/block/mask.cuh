@@ -1,8 +1,8 @@
 // Which keys a row sees, and the additive bias of a dense mask.
 #pragma once
-#include "../ptx/copy.cuh"
-#include "fragment.cuh"
-#include "load.cuh"
+#include "../ptx/async_copy.cuh"
+#include "../layout/fragment.cuh"
+#include "../common/tensor.cuh"
 
 namespace sage {
 

@@ -1,6 +1,6 @@
 """What attention is (`oracle`, fp64) and what a variant's rounding makes of it (`emulate`), in plain PyTorch.
 
-Both take [B, H, N, D] tensors on any device. The emulation follows its `Scheme` step by step: the rotation, the anchor, the
+Both take [B, H, N, D] tensors on any device. The emulation follows its `Scheme` step by step: the rotation, the k_mean, the
 INT8 rounding of Q and K with their scales, the online softmax over KV tiles, the types of P and V and of the
 accumulator, and the interval at which it is promoted. The kernels are tested against it.
 """
@@ -20,7 +20,7 @@ from .constants import (
     LOG2E,
     MASK_LIMIT,
     SCORE_LIMIT,
-    anchor_stride,
+    k_mean_stride,
     pad_head_dim,
 )
 from .scheme import Scheme
@@ -91,7 +91,7 @@ def emulate(
     for b in range(batch):
         for h in range(heads):
             if h % group == 0:
-                keys, values = quantise_k(k[b, h // group], scheme), quantise_v(v[b, h // group], scheme)
+                keys, values = quantize_k(k[b, h // group], scheme), quantize_v(v[b, h // group], scheme)
             o, lse[b, h] = _attend_head(q[b, h], keys, values, scheme, _mask_of(attn_mask, b, h), is_causal, scale)
             limit = torch.finfo(q.dtype).max
             out[b, h] = o[:, :head_dim].clamp(-limit, limit).to(q.dtype)
@@ -107,20 +107,20 @@ def rotate(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return x * (0.5 * head_dim**-0.5)  # the rotation's gain, so that the score scale is one formula
 
 
-def quantise_k(k: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """K of one head, [N, d], to (k8 [N, D] as integers in fp32, scale [N, 1] times `K_SCALE_SHIFT`, rotated anchor [D])."""
+def quantize_k(k: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """K of one head, [N, d], to (k8 [N, D] as integers in fp32, scale [N, 1] times `K_SCALE_SHIFT`, rotated k_mean [D])."""
     rotated = rotate(k, scheme)
-    sample = k[:: anchor_stride(k.shape[0])].float()
-    anchor = rotate((sample / sample.shape[0]).sum(0, keepdim=True), scheme)
-    shifted = rotated - anchor
+    sample = k[:: k_mean_stride(k.shape[0])].float()
+    k_mean = rotate((sample / sample.shape[0]).sum(0, keepdim=True), scheme)
+    shifted = rotated - k_mean
     amax = shifted.abs().amax(-1, keepdim=True)
     if scheme.k_scale != "token":
         amax = _share(amax, scheme)
     k8, scale = _int8(shifted, amax)
-    return k8, scale * K_SCALE_SHIFT, anchor[0]
+    return k8, scale * K_SCALE_SHIFT, k_mean[0]
 
 
-def quantise_v(v: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize_v(v: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """V of one head, [N, d], to (values [N, D] rounded to the scheme's type, in fp32; scale [D]; mean [D])."""
     head_dim = pad_head_dim(v.shape[-1])
     x = torch.nn.functional.pad(v.float(), (0, head_dim - v.shape[-1]))
@@ -219,7 +219,7 @@ def _attend_head(
     is_causal: bool,
     sm_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    k8, k_scale, anchor = keys
+    k8, k_scale, k_mean = keys
     v, v_scale, v_mean = values
     tokens, head_dim = k8.shape
     factor = min(abs(sm_scale) * hadamard.gain(head_dim), FINITE_MAX)  # finite, so that 0 · factor is 0
@@ -246,8 +246,8 @@ def _attend_head(
         if scheme.lazy:
             begins = _begins_group(start, unmasked, scheme)
             base = torch.maximum(m, near)
-            new = torch.where(begins, torch.where(top > base + scheme.slack, top, base), m)
-            moved = torch.where(top > near + scheme.slack, torch.where(top > m + scheme.slack, top, m), near)
+            new = torch.where(begins, torch.where(top > base + scheme.rescale_threshold, top, base), m)
+            moved = torch.where(top > near + scheme.rescale_threshold, torch.where(top > m + scheme.rescale_threshold, top, m), near)
             far = lines & (top < new - math.log2(scheme.p_max) - FAR)
             to = torch.where(begins, torch.where(far, new - RAISE, new), moved)
         else:
@@ -273,15 +273,15 @@ def _attend_head(
     worth = torch.exp2(near - _finite(new))
     m, l, out = new, l * alpha + acc_l * worth, out * alpha + acc * worth
     out = torch.where(l == 0, 0.0, out / l.clamp_min(1e-30) * v_scale + v_mean)  # not l > 0: a NaN stays one, as in every attention
-    shift = _anchor_score(rotated, unit, anchor, factor)
+    shift = _k_mean_score(rotated, unit, k_mean, factor)
     lse = torch.where(l == 0, -math.inf, LN2 * (m + torch.log2(l.clamp_min(1e-30) / scheme.p_max)) + shift)
     return out, lse[:, 0]
 
 
-def _anchor_score(rotated: torch.Tensor, unit: torch.Tensor, anchor: torch.Tensor, factor: float) -> torch.Tensor:
-    """sm_scale · (q · anchor), [Nq, 1], by which the shift of K moved every score. Operands are normalised before the product."""
-    largest = anchor.abs().amax().clamp_min(AMAX_MIN)
-    normal = torch.where(unit > AMAX_MIN, rotated / unit.clamp_min(AMAX_MIN), 0.0) @ (anchor / largest)[:, None]
+def _k_mean_score(rotated: torch.Tensor, unit: torch.Tensor, k_mean: torch.Tensor, factor: float) -> torch.Tensor:
+    """sm_scale · (q · k_mean), [Nq, 1], by which the shift of K moved every score. Operands are normalised before the product."""
+    largest = k_mean.abs().amax().clamp_min(AMAX_MIN)
+    normal = torch.where(unit > AMAX_MIN, rotated / unit.clamp_min(AMAX_MIN), 0.0) @ (k_mean / largest)[:, None]
     score = (normal * (unit * factor).clamp_max(FINITE_MAX)).clamp(-FINITE_MAX, FINITE_MAX)
     return (score * largest).clamp(-FINITE_MAX, FINITE_MAX)
 

@@ -1,59 +1,59 @@
 // What the attention kernels on Hopper share: the block's shared memory, the ring of KV tiles and who fetches them, the rows of Q, the
-// scores up to their maxima, and the output. attend_wgmma.cuh says how a block works; a kernel brings the softmax and P·V.
+// scores up to their maxima, and the output. mainloop_sm90_fp16.cuh says how a block works; a kernel brings the softmax and P·V.
 #pragma once
-#include "../block/core_matrix.cuh"
-#include "../block/epilogue.cuh"
+#include "../layout/core_matrix.cuh"
+#include "../block/output.cuh"
 #include "../block/mask.cuh"
 #include "../block/query.cuh"
 #include "../block/softmax.cuh"
-#include "../block/values.cuh"
-#include "../ptx/copy.cuh"
+#include "../common/pv_type.cuh"
+#include "../ptx/async_copy.cuh"
 #include "../ptx/special.cuh"
 #include "../ptx/wgmma.cuh"
 #include "params.cuh"
 
 namespace sage {
 
-// kQueryPlaces: with two places for Q nobody waits until the last turn's has been read.
-template <class Layout_, Mask kMask_, int kStages_, int kQueryPlaces_>
+// kQStages: with two places for Q nobody waits until the last turn's has been read.
+template <class Layout_, Mask kMask_, int kStages_, int kQStages_>
 struct WgmmaConfig {
   using Layout = Layout_;
-  static constexpr int kHeadDim = Layout::kHeadDim, kTile = Layout::kTile, kStages = kStages_, kQueryPlaces = kQueryPlaces_;
+  static constexpr int kHeadDim = Layout::kHeadDim, kTile = Layout::kTile, kStages = kStages_, kQStages = kQStages_;
   static constexpr Mask kMask = kMask_;
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kConsumerWarps = 4 * kConsumers, kThreads = 128 * (kConsumers + 1), kBlockM = 64 * kConsumers;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // of 65536: 128 · 24 + 256 · 240
-  static constexpr int kScoreRegisters = kTile / 2, kOutRegisters = Layout::kColumns / 2;
-  static constexpr int kWeightRegisters = Layout::kVBytes / Layout::kColumns / 8;  // of P, in the type of V
+  static constexpr int kScoreRegisters = kTile / 2, kOutRegisters = Layout::kVColumns / 2;
+  static constexpr int kProbRegisters = Layout::kVBytes / Layout::kVColumns / 8;  // of P, in the type of V
 
-  static constexpr bool kTurns = kMask == Mask::none;  // the grid may have fewer blocks than there are items
+  static constexpr bool kPersistent = kMask == Mask::none;  // the grid may have fewer blocks than there are items
 
   // Shared memory: Q in core-matrix order (64 rows after another), the tiles, their barriers, the bias of a dense mask
-  static constexpr int kQueryPitch = 64 * 16, kQueryBytes = 64 * kHeadDim;
-  static constexpr int kStage0 = kQueryPlaces * kConsumers * kQueryBytes;
+  static constexpr int kQPitch = 64 * 16, kQBytes = 64 * kHeadDim;
+  static constexpr int kStage0 = kQStages * kConsumers * kQBytes;
   static constexpr int kBarriers = kStage0 + kStages * Layout::kTileBytes, kBarrierPitch = 32;
   // …, the rotation's matrix, for two turns a Turn and what the channels of its output are made of, and Q as it lies in memory where
   // there is no bias
-  static constexpr int kTurnBarriers = kBarriers + kStages * kBarrierPitch;
-  static constexpr int kRotation = kTurnBarriers + 16, kFirstTurn = kRotation + 32 * 16;
-  static constexpr int kTurnHead = 48, kTurnBytes = kTurnHead + 2 * kHeadDim * 4;
-  static constexpr int kBias = kFirstTurn + 2 * kTurnBytes;
+  static constexpr int kWorkBarriers = kBarriers + kStages * kBarrierPitch;
+  static constexpr int kRotation = kWorkBarriers + 16, kWorkSlot0 = kRotation + 32 * 16;
+  static constexpr int kWorkTileBytes = 48, kWorkSlotBytes = kWorkTileBytes + 2 * kHeadDim * 4;
+  static constexpr int kBias = kWorkSlot0 + 2 * kWorkSlotBytes;
   static constexpr int kBiasBytes = (kTile + kKvTile - 1) / kKvTile * BiasTile::kBytes;  // a warp's
-  static constexpr bool kStagesQueries = kMask != Mask::dense;
-  static constexpr int kRawQueries = kBias, kRawPitch = 2 * kHeadDim + 64;  // a row's bytes; the 64 keep reads free of bank conflicts
-  static constexpr int kSharedBytes = kBias + (kMask == Mask::dense ? kConsumerWarps * kBiasBytes : kBlockM * kRawPitch);
+  static constexpr bool kPrefetchRawQ = kMask != Mask::dense;
+  static constexpr int kRawQ = kBias, kRawQPitch = 2 * kHeadDim + 64;  // a row's bytes; the 64 keep reads free of bank conflicts
+  static constexpr int kSharedBytes = kBias + (kMask == Mask::dense ? kConsumerWarps * kBiasBytes : kBlockM * kRawQPitch);
 
-  static __device__ __forceinline__ u32 queries(int number, int warpgroup) {
-    return (number % (u32)kQueryPlaces * kConsumers + warpgroup) * kQueryBytes;
+  static __device__ __forceinline__ u32 q_offset(int iteration, int warpgroup) {
+    return (iteration % (u32)kQStages * kConsumers + warpgroup) * kQBytes;
   }
-  static __device__ __forceinline__ u32 turn(int number) { return kFirstTurn + number % 2u * kTurnBytes; }
-  static __device__ __forceinline__ u32 channels(u32 turn) { return turn + kTurnHead; }
+  static __device__ __forceinline__ u32 work_slot(int iteration) { return kWorkSlot0 + iteration % 2u * kWorkSlotBytes; }
+  static __device__ __forceinline__ u32 channel_scales(u32 work) { return work + kWorkTileBytes; }
 };
 
 // A stage's barriers: K has landed, V has landed, K has been read by all consumer warps, V has.
-enum StageBarrier : u32 { kKeysFull = 0, kValuesFull = 8, kKeysFree = 16, kValuesFree = 24 };
+enum StageBarrier : u32 { kKFull = 0, kVFull = 8, kKEmpty = 16, kVEmpty = 24 };
 // What a turn needs besides has landed; its queries have been taken by all consumer warps.
-enum TurnBarrier : u32 { kTurnFull = 0, kTurnFree = 8 };
+enum WorkBarrier : u32 { kWorkFull = 0, kWorkEmpty = 8 };
 
 // A position in the ring of stages.
 template <int kStages>
@@ -72,7 +72,7 @@ struct Ring {
 __device__ __forceinline__ bool elected() { return special_tid_x() % 32 == 0; }
 
 // The same number, worked out from here on: what follows from it is not kept in registers over the main loop.
-__device__ __forceinline__ int anew(int x) {
+__device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
@@ -80,15 +80,15 @@ __device__ __forceinline__ int anew(int x) {
 // What a block does in one turn: the tiles [first, last) of an item, last one first; those of [0, full) hold no masked key. An item is
 // a block of queries of one head, from row0 on. Whoever fetches works it out ahead, on its own; one of them leaves it in shared memory,
 // where the computing warps read what they need when they do, so that none of it occupies registers in between.
-struct Turn {
+struct WorkTile {
   int first, last, full;  // last: 0 where nothing is left to do
   float max_scale;        // of a query, so that no score leaves the range in which the softmax works
-  int pair, batch, head, row0;
+  int bh, batch, head, row0;
 
   // And `out`: how many elements into the output the head begins.
   __device__ __forceinline__ void store(u32 to, i64 out) const {
     store_shared16(to, {(u32)first, (u32)last, (u32)full, __float_as_uint(max_scale)});
-    store_shared16(to + 16, {(u32)pair, (u32)batch, (u32)head, (u32)row0});
+    store_shared16(to + 16, {(u32)bh, (u32)batch, (u32)head, (u32)row0});
     store_shared8(to + 32, (u32)out, (u32)(out >> 32));
   }
   static __device__ __forceinline__ float load_max_scale(u32 from) { return load_shared_float(from + 12); }
@@ -101,148 +101,148 @@ struct Turn {
 // Turn number 0, 1, …. With a mask a block has one item. Without, first p.rounds items, gridDim.x apart; if p.partials, the tiles of those
 // that are left over are then dealt out in equal shares: at least as many as an item has, so that no more than two blocks work on one.
 template <class C>
-__device__ __forceinline__ Turn find_turn(const AttendParams& p, int number) {
-  const int blocks = gridDim.x, block = blockIdx.x, items = p.blocks_q * p.pairs * p.ratio;
-  int item = block + number * blocks;
-  Turn turn{0, p.tiles, C::kMask == Mask::dense ? 0 : p.len_kv / C::kTile, 0.0f};
-  if (C::kTurns && number < p.rounds) {
-    if (item >= items) return {};
-  } else if (C::kTurns) {
-    if (!p.partials) return {};
-    const unsigned tiles = p.tiles, share = (items - p.rounds * blocks) * tiles;
+__device__ __forceinline__ WorkTile get_work_tile(const AttendParams& p, int iteration) {
+  const int blocks = gridDim.x, block = blockIdx.x, work_count = p.q_tiles * p.bh_count * p.heads_per_kv;
+  int work_idx = block + iteration * blocks;
+  WorkTile work{0, p.kv_tiles, C::kMask == Mask::dense ? 0 : p.len_kv / C::kTile, 0.0f};
+  if (C::kPersistent && iteration < p.full_waves) {
+    if (work_idx >= work_count) return {};
+  } else if (C::kPersistent) {
+    if (!p.split_kv_workspace) return {};
+    const unsigned tiles = p.kv_tiles, share = (work_count - p.full_waves * blocks) * tiles;
     const unsigned begin = share * block / blocks, end = share * (block + 1) / blocks;
-    const unsigned from = number == p.rounds ? begin : (begin / tiles + number - p.rounds) * tiles;
+    const unsigned from = iteration == p.full_waves ? begin : (begin / tiles + iteration - p.full_waves) * tiles;
     if (from >= end) return {};
-    const unsigned shared_item = from / tiles, item_end = (shared_item + 1) * tiles;
-    item = p.rounds * blocks + shared_item, turn.first = item_end - min(end, item_end), turn.last = item_end - from;
+    const unsigned split_work = from / tiles, work_end = (split_work + 1) * tiles;
+    work_idx = p.full_waves * blocks + split_work, work.first = work_end - min(end, work_end), work.last = work_end - from;
   }
   // Consecutive blocks share a head, so that its K and V stay in L2. Causal: the longest rows first.
-  const int blocks_q = anew(p.blocks_q), ratio = anew(p.ratio), heads_kv = anew(p.heads_kv);  // registers are short in those who fetch
-  const auto [head_in_group, rows] = divide(item, blocks_q, p.per_blocks_q);
-  const auto [own_pair, head_of_pair] = divide(head_in_group, ratio, p.per_ratio);
-  const auto [batch, head_kv] = divide(p.first + own_pair, heads_kv, p.per_heads_kv);
-  turn.row0 = (C::kMask == Mask::none ? rows : blocks_q - 1 - rows) * C::kBlockM;
-  turn.pair = own_pair, turn.batch = batch, turn.head = head_kv * ratio + head_of_pair;
+  const int q_tiles = opaque(p.q_tiles), ratio = opaque(p.heads_per_kv), heads_kv = opaque(p.heads_kv);  // registers are short in those who fetch
+  const auto [head_in_group, rows] = fast_divmod(work_idx, q_tiles, p.rcp_q_tiles);
+  const auto [own_bh, head_of_bh] = fast_divmod(head_in_group, ratio, p.rcp_heads_per_kv);
+  const auto [batch, head_kv] = fast_divmod(p.bh_first + own_bh, heads_kv, p.rcp_heads_kv);
+  work.row0 = (C::kMask == Mask::none ? rows : q_tiles - 1 - rows) * C::kBlockM;
+  work.bh = own_bh, work.batch = batch, work.head = head_kv * ratio + head_of_bh;
   if (C::kMask == Mask::causal || (C::kMask == Mask::dense && p.causal)) {
-    turn.last = min(turn.last, (turn.row0 + C::kBlockM - 1) / C::kTile + 1);
-    turn.full = min(turn.full, (turn.row0 + 1) / C::kTile);
+    work.last = min(work.last, (work.row0 + C::kBlockM - 1) / C::kTile + 1);
+    work.full = min(work.full, (work.row0 + 1) / C::kTile);
   }
-  return turn;
+  return work;
 }
 
 // What the walk wants of a Turn in shared memory. The shuffles tell the compiler that all lanes have the same.
-struct Span {
+struct KvRange {
   int first, last, full;
 
-  __device__ __forceinline__ explicit Span(u32 turn) {
-    const uint4 v = load_shared16(turn);
+  __device__ __forceinline__ explicit KvRange(u32 work) {
+    const uint4 v = load_shared16(work);
     first = __shfl_sync(kAllLanes, v.x, 0), last = __shfl_sync(kAllLanes, v.y, 0), full = __shfl_sync(kAllLanes, v.z, 0);
   }
 };
 
 // And which rows of which head the lane has.
 template <class C>
-struct Rows {
-  int t, g, warp, pair, batch, head, row0;  // row0: of the warp's sixteen
+struct RowCoord {
+  int t, g, warp, bh, batch, head, row0;  // row0: of the warp's sixteen
 
-  __device__ __forceinline__ explicit Rows(u32 turn) {
+  __device__ __forceinline__ explicit RowCoord(u32 work) {
     const int thread = special_tid_x() - 128;
-    const uint4 v = load_shared16(turn + 16);
+    const uint4 v = load_shared16(work + 16);
     t = thread % 4, g = thread % 32 / 4, warp = thread / 32;
-    pair = v.x, batch = v.y, head = v.z, row0 = (int)v.w + 16 * warp;
+    bh = v.x, batch = v.y, head = v.z, row0 = (int)v.w + 16 * warp;
   }
 
   __device__ __forceinline__ int row(int half) const { return row0 + 8 * half + g; }
   __device__ __forceinline__ float* lse(const AttendParams& p, int row) const {
-    return p.lse + ((i64)batch * p.heads_kv * p.ratio + head) * p.len_q + row;
+    return p.lse + ((i64)batch * p.heads_kv * p.heads_per_kv + head) * p.len_q + row;
   }
 };
 
 // The producer, one warp: K and V of every tile of a turn, in the order of the walk.
 template <class C>
-__device__ __forceinline__ void fetch_tiles(const AttendParams& p, u32 shared, const Turn& turn, Ring<C::kStages>& ring) {
+__device__ __forceinline__ void load_kv_tiles(const AttendParams& p, u32 shared, const WorkTile& work, Ring<C::kStages>& ring) {
   using Layout = typename C::Layout;
-  const u8* tile = static_cast<const u8*>(p.kv) + ((i64)turn.pair * p.tiles + turn.last - 1) * Layout::kTileBytes;
-  for (int n = turn.last; n > turn.first; --n, tile -= Layout::kTileBytes) {
+  const u8* tile = static_cast<const u8*>(p.kv) + ((i64)work.bh * p.kv_tiles + work.last - 1) * Layout::kTileBytes;
+  for (int n = work.last; n > work.first; --n, tile -= Layout::kTileBytes) {
     const u32 stage = shared + C::kStage0 + ring.stage * Layout::kTileBytes;
     const u32 barrier = shared + C::kBarriers + ring.stage * C::kBarrierPitch;
-    mbarrier_wait(barrier + kKeysFree, ring.parity);
-    copy_bulk(elected(), stage, tile, Layout::kKBytes, barrier + kKeysFull);
-    mbarrier_wait(barrier + kValuesFree, ring.parity);
-    copy_bulk(elected(), stage + Layout::kV, tile + Layout::kV, Layout::kVBytes, barrier + kValuesFull);
+    mbarrier_wait(barrier + kKEmpty, ring.parity);
+    cp_async_bulk(elected(), stage, tile, Layout::kKBytes, barrier + kKFull);
+    mbarrier_wait(barrier + kVEmpty, ring.parity);
+    cp_async_bulk(elected(), stage + Layout::kV, tile + Layout::kV, Layout::kVBytes, barrier + kVFull);
     ring.advance();
   }
 }
 
 // Whether Q's rows can be fetched ahead: 16-bit, aligned, a multiple of 16 bytes.
 template <class C>
-__device__ __forceinline__ bool stages_queries(const AttendParams& p) {
-  return C::kStagesQueries && p.dtype != kFloat32 && p.q_vectors;
+__device__ __forceinline__ bool prefetches_raw_q(const AttendParams& p) {
+  return C::kPrefetchRawQ && p.dtype != kFloat32 && p.q_vectorized;
 }
 
 // Two warps beside the producer fetch what a turn needs, so that no consumer waits for memory between two walks. One: Q as it is.
 template <class C>
-__device__ __forceinline__ void fetch_queries(const AttendParams& p, u32 shared) {
+__device__ __forceinline__ void load_raw_q(const AttendParams& p, u32 shared) {
   constexpr int kPieces = C::kHeadDim / kChunk, kRows = 32 / kPieces;  // 16-byte pieces of a row; rows at a time
-  const u32 barrier = shared + C::kTurnBarriers, lane = special_tid_x() % 32;
-  for (int number = 0;; ++number) {
-    const Turn turn = find_turn<C>(p, number);
-    mbarrier_wait(barrier + kTurnFree, (number & 1) ^ 1);  // the queries of the turn before have been taken
-    if (turn.last && stages_queries<C>(p)) {
+  const u32 barrier = shared + C::kWorkBarriers, lane = special_tid_x() % 32;
+  for (int iteration = 0;; ++iteration) {
+    const WorkTile work = get_work_tile<C>(p, iteration);
+    mbarrier_wait(barrier + kWorkEmpty, (iteration & 1) ^ 1);  // the queries of the turn before have been taken
+    if (work.last && prefetches_raw_q<C>(p)) {
       const int channel = lane % kPieces * kChunk, row = lane / kPieces;
       const u8* from = static_cast<const u8*>(p.q.data) +
-                       (turn.batch * p.q.stride_b + turn.head * p.q.stride_h + (turn.row0 + row) * p.q.stride_n + channel) * 2;
-      const u32 to = shared + C::kRawQueries + row * C::kRawPitch + 2 * channel;
+                       (work.batch * p.q.stride_b + work.head * p.q.stride_h + (work.row0 + row) * p.q.stride_n + channel) * 2;
+      const u32 to = shared + C::kRawQ + row * C::kRawQPitch + 2 * channel;
       // Nothing is fetched for rows beyond the end: whatever is there in their place does not get beyond them.
-      const int rows = channel < p.head_dim ? min(C::kBlockM, p.len_q - turn.row0) - row : 0;
+      const int rows = channel < p.head_dim ? min(C::kBlockM, p.len_q - work.row0) - row : 0;
 #pragma unroll 4
-      for (int i = 0; i < rows; i += kRows, from += 2 * kRows * p.q.stride_n) copy16_async(to + i * C::kRawPitch, from);
+      for (int i = 0; i < rows; i += kRows, from += 2 * kRows * p.q.stride_n) cp_async16(to + i * C::kRawQPitch, from);
     }
-    mbarrier_arrive_copied(barrier + kTurnFull);
-    if (!C::kTurns || !turn.last) break;
+    cp_async_mbarrier_arrive(barrier + kWorkFull);
+    if (!C::kPersistent || !work.last) break;
   }
 }
 
 // The other: the turn itself, and of each channel what O is multiplied with and what is added to it.
 template <class C>
-__device__ __forceinline__ void fetch_channels(const AttendParams& p, u32 shared) {
-  const u32 barrier = shared + C::kTurnBarriers;
-  wait_for_previous_launch();
-  for (int number = 0;; ++number) {
-    Turn turn = find_turn<C>(p, number);
-    mbarrier_wait(barrier + kTurnFree, (number & 1) ^ 1);
-    const u32 to = shared + C::turn(number), channels = C::channels(to);
-    if (turn.last) {
+__device__ __forceinline__ void publish_work_tile(const AttendParams& p, u32 shared) {
+  const u32 barrier = shared + C::kWorkBarriers;
+  grid_dependency_wait();
+  for (int iteration = 0;; ++iteration) {
+    WorkTile work = get_work_tile<C>(p, iteration);
+    mbarrier_wait(barrier + kWorkEmpty, (iteration & 1) ^ 1);
+    const u32 to = shared + C::work_slot(iteration), channels = C::channel_scales(to);
+    if (work.last) {
 #pragma unroll 1
       for (int c = special_tid_x() % 32; c < C::kHeadDim; c += 32) {
-        const float scale = p.v_amax[turn.pair * C::kHeadDim + c];
+        const float scale = p.v_amax[work.bh * C::kHeadDim + c];
         store_shared_float(channels + 4 * c, scale);
-        if constexpr (C::Layout::kValueBytes == 1) {
-          const float mean = p.v_mean[turn.pair * C::kHeadDim + c];
-          const i32 codes = p.v_codes[turn.pair * C::kHeadDim + c];
-          store_shared_float(channels + 4 * (C::kHeadDim + c), mean_beside_codes<Values::fp8>(mean, scale, codes, p.inv_v_max, p.len_kv));
+        if constexpr (C::Layout::kVElementBytes == 1) {
+          const float mean = p.v_mean[work.bh * C::kHeadDim + c];
+          const i32 quant_sum = p.v_quant_sum[work.bh * C::kHeadDim + c];
+          store_shared_float(channels + 4 * (C::kHeadDim + c), corrected_v_mean<PvType::fp8>(mean, scale, quant_sum, p.inv_v_max, p.len_kv));
         }
       }
       // A largest K scale of 0 (all keys alike) must not make the bound infinite; the scores are 0 then whatever it is.
-      turn.max_scale = p.score_limit / fmaxf(__int_as_float(p.k_scale_max[turn.pair]), 7.5e-37f);
+      work.max_scale = p.score_limit / fmaxf(__int_as_float(p.k_scale_max[work.bh]), 7.5e-37f);
     }
     __syncwarp();
     if (elected()) {
-      turn.store(to, turn.batch * p.out_stride_b + turn.head * p.out_stride_h);
-      mbarrier_arrive(true, barrier + kTurnFull);
+      work.store(to, work.batch * p.out_stride_b + work.head * p.out_stride_h);
+      mbarrier_arrive(true, barrier + kWorkFull);
     }
-    if (!C::kTurns || !turn.last) break;
+    if (!C::kPersistent || !work.last) break;
   }
 }
 
 // The lane's two rows of what was fetched, as load_raw would load them.
 template <class C, int kDtype>
-__device__ __forceinline__ void take_raw(u32 shared, const Rows<C>& at, int head_dim, Raw8<kDtype> (&raw)[2][C::kHeadDim / 32]) {
+__device__ __forceinline__ void read_raw_q(u32 shared, const RowCoord<C>& at, int head_dim, Raw8<kDtype> (&raw)[2][C::kHeadDim / 32]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
     for (int c = 0; c < C::kHeadDim / 32; ++c) {
-      const u32 from = shared + C::kRawQueries + (16 * at.warp + 8 * half + at.g) * C::kRawPitch + 64 * c + 16 * at.t;
+      const u32 from = shared + C::kRawQ + (16 * at.warp + 8 * half + at.g) * C::kRawQPitch + 64 * c + 16 * at.t;
       const uint4 v = 32 * c + kChunk * at.t < head_dim ? load_shared16(from) : uint4{};
       raw[half][c].word[0] = v.x, raw[half][c].word[1] = v.y, raw[half][c].word[2] = v.z, raw[half][c].word[3] = v.w;
     }
@@ -250,24 +250,24 @@ __device__ __forceinline__ void take_raw(u32 shared, const Rows<C>& at, int head
 
 // Rotates and quantises the warp's rows into shared memory; scale: of the lane's two rows.
 template <class C>
-__device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, int number, float (&scale)[2]) {
+__device__ __forceinline__ void quantize_q(const AttendParams& p, u32 shared, int iteration, float (&scale)[2]) {
   constexpr int kHeadDim = C::kHeadDim;
-  const Rows<C> at(shared + C::turn(number));
+  const RowCoord<C> at(shared + C::work_slot(iteration));
   with_dtype(p.dtype, [&](auto type) {
     constexpr int kDtype = decltype(type)::value;
     const u8* head = static_cast<const u8*>(p.q.data) + (at.batch * p.q.stride_b + at.head * p.q.stride_h) * kElementBytes<kDtype>;
     Raw8<kDtype> raw[2][kHeadDim / 32];
-    if (kDtype != kFloat32 && stages_queries<C>(p))
-      take_raw<C>(shared, at, p.head_dim, raw);
-    else if (p.q_vectors)
+    if (kDtype != kFloat32 && prefetches_raw_q<C>(p))
+      read_raw_q<C>(shared, at, p.head_dim, raw);
+    else if (p.q_vectorized)
       load_raw<kHeadDim, 2, kDtype, true>(head, p.q.stride_n, at.row(0), p.len_q, at.t, p.head_dim, raw);
     else
       load_raw<kHeadDim, 2, kDtype, false>(head, p.q.stride_n, at.row(0), p.len_q, at.t, p.head_dim, raw);
     __syncwarp();
-    mbarrier_arrive(elected(), shared + C::kTurnBarriers + kTurnFree);
-    const u32 row0 = shared + C::queries(number, at.warp / 4) + 16 * (at.warp % 4) * 16;
+    mbarrier_arrive(elected(), shared + C::kWorkBarriers + kWorkEmpty);
+    const u32 row0 = shared + C::q_offset(iteration, at.warp / 4) + 16 * (at.warp % 4) * 16;
     const auto wait = [&] {  // the Q before in this place is not read any more; of two, the barrier of the last turn has seen to that
-      if (C::kQueryPlaces == 1) named_barrier<128>(1 + at.warp / 4);
+      if (C::kQStages == 1) named_barrier<128>(1 + at.warp / 4);
     };
     if constexpr (kDtype == kFloat32) {
       u32 a[kHeadDim / 32][4];
@@ -275,36 +275,36 @@ __device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, 
       for (int half = 0; half < 2; ++half) {
         float x[kHeadDim / 4];
         unpack_row<kHeadDim>(raw[half], x);
-        scale[half] = quantise_row<kHeadDim>(x, at.t, p.score_scale, p.sign, a, half);
+        scale[half] = quantize_row<kHeadDim>(x, at.t, p.score_scale, p.sign, a, half);
       }
       wait();
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int c2 = 0; c2 < kHeadDim / 64; ++c2)
-          store_shared16(row0 + (4 * c2 + at.t) * C::kQueryPitch + (8 * half + at.g) * 16,
+          store_shared16(row0 + (4 * c2 + at.t) * C::kQPitch + (8 * half + at.g) * 16,
                          {a[2 * c2][half], a[2 * c2][half + 2], a[2 * c2 + 1][half], a[2 * c2 + 1][half + 2]});
     } else {
       const int lane = 4 * at.g + at.t;
       const Rotation<kHeadDim, kDtype> rotation(load_shared16(shared + C::kRotation + 16 * lane));
-      u32 codes[2][2][kHeadDim / 32];
+      u32 quantized[2][2][kHeadDim / 32];
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        scale[half] = quantise_eight(raw[half], rotation, lane, p.score_scale, p.sign, codes[half]);
+        scale[half] = quantize_rows8(raw[half], rotation, lane, p.score_scale, p.sign, quantized[half]);
       wait();
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const auto& own = codes[i / 2][i % 2];
+        const auto& own = quantized[i / 2][i % 2];
         const u32 to = row0 + (8 * (i / 2) + 2 * at.t + i % 2) * 16;
         if constexpr (kHeadDim == 64)
-          store_shared8(to + at.g % 4 * C::kQueryPitch + at.g / 4 * 8, own[0], own[1]);
+          store_shared8(to + at.g % 4 * C::kQPitch + at.g / 4 * 8, own[0], own[1]);
         else
-          store_shared16(to + at.g * C::kQueryPitch, own);
+          store_shared16(to + at.g * C::kQPitch, own);
       }
     }
   });
   fence_async_proxy();
-  const float max_scale = Turn::load_max_scale(shared + C::turn(number));
+  const float max_scale = WorkTile::load_max_scale(shared + C::work_slot(iteration));
   named_barrier<128>(1 + at.warp / 4);  // the warpgroup's Q is complete in shared memory
 #pragma unroll
   for (int half = 0; half < 2; ++half) scale[half] = fminf(scale[half], max_scale);
@@ -312,8 +312,8 @@ __device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, 
 
 // The rows' LSE, with what the shift of K took out of it. Seldom wanted: Q is read again, by code as small as may be.
 template <class C>
-__device__ __forceinline__ void store_lse(const AttendParams& p, const Rows<C>& at, const float (&sums)[2], const float (&reference)[2]) {
-  wait_for_previous_launch();
+__device__ __forceinline__ void store_lse(const AttendParams& p, const RowCoord<C>& at, const float (&l_i)[2], const float (&m_i)[2]) {
+  grid_dependency_wait();
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     const int row = min(at.row(half), p.len_q - 1);
@@ -322,17 +322,17 @@ __device__ __forceinline__ void store_lse(const AttendParams& p, const Rows<C>& 
     with_dtype(p.dtype, [&](auto type) {
       constexpr int kDtype = decltype(type)::value;
       const u8* q = static_cast<const u8*>(p.q.data) + offset * kElementBytes<kDtype>;
-      shift = anchor_score<kDtype>(q, p.head_dim, p.anchor + at.pair * C::kHeadDim, at.t, p.sm_scale);
+      shift = k_mean_score<kDtype>(q, p.head_dim, p.k_mean + at.bh * C::kHeadDim, at.t, p.sm_scale);
     });
-    const float sum = half ? sums[1] : sums[0], base = half ? reference[1] : reference[0];  // not by an index: they are registers
-    if (at.t == 0 && at.row(half) < p.len_q) *at.lse(p, row) = sum > 0.0f ? shift + (base + log2_approx(sum)) * kLn2 : -kInf;
+    const float sum = half ? l_i[1] : l_i[0], m = half ? m_i[1] : m_i[0];  // not by an index: they are registers
+    if (at.t == 0 && at.row(half) < p.len_q) *at.lse(p, row) = sum > 0.0f ? shift + (m + log2_approx(sum)) * kLn2 : -kInf;
   }
 }
 
 // O / sum, times V's channel scales, in the output's dtype; LSE. Of o, the first kHeadDim / 2 registers.
 template <class C>
-__device__ __forceinline__ void store_output(const AttendParams& p, const float (&o)[C::kOutRegisters], const float (&sums)[2],
-                                             const float (&reference)[2], u32 turn) {
+__device__ __forceinline__ void store_output(const AttendParams& p, const float (&o)[C::kOutRegisters], const float (&l_i)[2],
+                                             const float (&m_i)[2], u32 work) {
   constexpr int kHeadDim = C::kHeadDim;
   const int t = special_tid_x() % 4;
   // First of all what the channels are multiplied with and what is added to them: it takes a while to come.
@@ -346,17 +346,17 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
   };
 #pragma unroll
   for (int c = 0; c < kHeadDim / 32; ++c) {
-    const u32 channels = C::channels(turn) + 4 * (32 * c + kChunk * t);
+    const u32 channels = C::channel_scales(work) + 4 * (32 * c + kChunk * t);
     take(channels, scale[c]);
-    if constexpr (C::Layout::kValueBytes == 1) take(channels + 4 * kHeadDim, mean[c]);
+    if constexpr (C::Layout::kVElementBytes == 1) take(channels + 4 * kHeadDim, mean[c]);
   }
-  const Rows<C> at(turn);
-  const i64 head = Turn::load_out(turn);
+  const RowCoord<C> at(work);
+  const i64 head = WorkTile::load_out(work);
   float inverse[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half)
-    inverse[half] = sums[half] > 0.0f ? p.inv_v_max * reciprocal_approx(sums[half]) : 0.0f;  // 0: all keys masked out, by a dense mask
-  with_access(p.dtype, p.out_vectors, [&](auto type, auto vectors) {
+    inverse[half] = l_i[half] > 0.0f ? p.inv_v_max * rcp_approx(l_i[half]) : 0.0f;  // 0: all keys masked out, by a dense mask
+  with_access(p.dtype, p.out_vectorized, [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
     u8* row[2];
     int width[2];
@@ -378,51 +378,51 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
       }
     }
   });
-  if (p.lse) store_lse<C>(p, at, sums, reference);
+  if (p.lse) store_lse<C>(p, at, l_i, m_i);
 }
 
 // What two blocks that share an item have found about their tiles, joined: O, its sums and what they are relative to. The block that
 // begins with such an item's later tiles writes them down, the one before it, which has its earlier tiles at the end, takes them up.
 // Every thread finds the other's registers that are its own.
 template <class C>
-struct Partial {
+struct SplitKvPartial {
   static constexpr int kCount = C::kHeadDim / 2, kFours = kCount / 4 + 1, kThreads = 128 * C::kConsumers;
 
   float4* to;
-  i32* done;
+  i32* ready;
   int warpgroup;
 
-  __device__ __forceinline__ Partial(const AttendParams& p, int block) {
+  __device__ __forceinline__ SplitKvPartial(const AttendParams& p, int block) {
     const int thread = special_tid_x() - 128;
     warpgroup = thread / 128;
-    to = reinterpret_cast<float4*>(p.partials) + (i64)block * kFours * kThreads + thread;
-    done = p.partials_done + block * C::kConsumers + warpgroup;
+    to = reinterpret_cast<float4*>(p.split_kv_workspace) + (i64)block * kFours * kThreads + thread;
+    ready = p.split_kv_ready + block * C::kConsumers + warpgroup;
   }
 
-  __device__ __forceinline__ void write(const float (&o)[C::kOutRegisters], const float (&sums)[2], const float (&reference)[2]) const {
+  __device__ __forceinline__ void write(const float (&o)[C::kOutRegisters], const float (&l_i)[2], const float (&m_i)[2]) const {
 #pragma unroll
     for (int i = 0; i < kCount / 4; ++i) __stcg(to + i * kThreads, make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]));
-    __stcg(to + kCount / 4 * kThreads, make_float4(sums[0], sums[1], reference[0], reference[1]));
+    __stcg(to + kCount / 4 * kThreads, make_float4(l_i[0], l_i[1], m_i[0], m_i[1]));
     __threadfence();
     named_barrier<128>(1 + warpgroup);  // all have written
-    if (special_tid_x() % 128 == 0) store_release(done, 1);
+    if (special_tid_x() % 128 == 0) store_release(ready, 1);
   }
 
-  // And leaves `done` as it was before the launch.
-  __device__ __forceinline__ void join(float (&o)[C::kOutRegisters], float (&sums)[2], float (&reference)[2]) const {
-    while (!load_acquire(done)) {
+  // And leaves `ready` as it was before the launch.
+  __device__ __forceinline__ void join(float (&o)[C::kOutRegisters], float (&l_i)[2], float (&m_i)[2]) const {
+    while (!load_acquire(ready)) {
     }
     named_barrier<128>(1 + warpgroup);  // all have seen it
-    if (special_tid_x() % 128 == 0) store_release(done, 0);
+    if (special_tid_x() % 128 == 0) store_release(ready, 0);
     const float4 rest = __ldcg(to + kCount / 4 * kThreads);
-    const float other_sum[2] = {rest.x, rest.y}, other_reference[2] = {rest.z, rest.w};
+    const float other_l[2] = {rest.x, rest.y}, other_m[2] = {rest.z, rest.w};
     float own[2], other[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float most = fmaxf(reference[half], other_reference[half]), base = most == -kInf ? 0.0f : most;
-      own[half] = exp2_approx(reference[half] - base), other[half] = exp2_approx(other_reference[half] - base);
-      sums[half] = fmaf(other[half], other_sum[half], own[half] * sums[half]);
-      reference[half] = most;
+      const float most = fmaxf(m_i[half], other_m[half]), m = most == -kInf ? 0.0f : most;
+      own[half] = exp2_approx(m_i[half] - m), other[half] = exp2_approx(other_m[half] - m);
+      l_i[half] = fmaf(other[half], other_l[half], own[half] * l_i[half]);
+      m_i[half] = most;
     }
 #pragma unroll
     for (int i = 0; i < kCount / 4; ++i) {
@@ -435,25 +435,25 @@ struct Partial {
 
 // What lives in registers during the walk of one consumer warpgroup over the KV tiles, but for scores, weights and O.
 template <class C>
-struct ScoreWalk {
+struct MainloopSm90 {
   using Layout = typename C::Layout;
-  static constexpr int kHeadDim = C::kHeadDim, kColumns8 = C::kScoreRegisters / 4;  // groups of eight keys in one step of the softmax
+  static constexpr int kHeadDim = C::kHeadDim, kStepNTiles = C::kScoreRegisters / 4;  // groups of eight keys in one step of the softmax
   using Scores = i32[C::kScoreRegisters];
-  using Weights = u32[C::kWeightRegisters];
+  using ProbFragments = u32[C::kProbRegisters];
 
   const AttendParams& p;
-  u32 shared, queries;  // the warpgroup's
+  u32 shared, sQ;  // the warpgroup's
   float q_scale[2];
   uint2 k_scales;  // of the current tile
   Ring<C::kStages> ring;
-  float reference[2];  // P = 2^(score − reference); log2(p_max) below the maximum that the row was last scaled to
+  float m_i[2];  // P = 2^(score − reference); log2(p_max) below the maximum that the row was last scaled to
   bool causal;
-  int number;  // of the turn
+  int iteration;  // of the turn
 
   // The largest of the lane's scores in one of kParts parts of the keys and one row half.
   template <int kParts>
-  static __device__ __forceinline__ i32 largest(const Scores& s, int part, int half) {
-    constexpr int kCount = kColumns8 / kParts;
+  static __device__ __forceinline__ i32 lane_max(const Scores& s, int part, int half) {
+    constexpr int kCount = kStepNTiles / kParts;
     const int i0 = 4 * part * kCount + 2 * half;
     i32 a = max(s[i0], s[i0 + 1]), b = max(s[i0 + 4], s[i0 + 5]);
 #pragma unroll
@@ -468,20 +468,20 @@ struct ScoreWalk {
   }
 
   // K scales of the tile in `stage`, ahead of their use.
-  __device__ __forceinline__ void fetch_scales(u32 stage) {
-    const uint4 v = load_shared16(tile(stage) + Layout::kScales + Layout::kScalesPitch * (special_tid_x() % 4u));
+  __device__ __forceinline__ void load_k_scales(u32 stage) {
+    const uint4 v = load_shared16(tile(stage) + Layout::kScaleOffset + Layout::kScalePitch * (special_tid_x() % 4u));
     k_scales = {v.x, v.y};
   }
 
   __device__ __forceinline__ u32 barrier(u32 stage) const { return shared + C::kBarriers + stage * C::kBarrierPitch; }
   __device__ __forceinline__ u32 tile(u32 stage) const { return shared + C::kStage0 + stage * Layout::kTileBytes; }
 
-  // The scores themselves of the keys from key0 on, −inf where masked out, in place; top: the lane's largest of each half. kScales:
+  // The scores themselves of the keys from key0 on, −inf where masked out, in place; top: the lane's largest of each half. kScaleCount:
   // how many K scales follow one another along the keys.
-  template <int kScales>
-  __device__ __forceinline__ void mask_scores(Scores& s, const float (&scale)[kScales][2], int key0, float (&top)[2]) const {
-    const Rows<C> at(shared + C::turn(number));
-    constexpr int kBiasTiles = (kColumns8 + kColumns - 1) / kColumns;
+  template <int kScaleCount>
+  __device__ __forceinline__ void mask_scores(Scores& s, const float (&scale)[kScaleCount][2], int key0, float (&top)[2]) const {
+    const RowCoord<C> at(shared + C::work_slot(iteration));
+    constexpr int kBiasTiles = (kStepNTiles + kScoreNTiles - 1) / kScoreNTiles;
     MaskView mask;
     BiasTile bias[kBiasTiles];
     if constexpr (C::kMask == Mask::dense) {
@@ -499,13 +499,13 @@ struct ScoreWalk {
       const int row = at.row(half), limit = (causal ? min(row + 1, p.len_kv) : p.len_kv) - key0 - 2 * at.t;
       top[half] = -kInf;
 #pragma unroll
-      for (int j = 0; j < kColumns8; ++j) {
+      for (int j = 0; j < kStepNTiles; ++j) {
         float2 add = {0.0f, 0.0f};
-        if constexpr (C::kMask == Mask::dense) add = bias[j / kColumns].get(mask, 8 * half + at.g, 8 * (j % kColumns) + 2 * at.t);
+        if constexpr (C::kMask == Mask::dense) add = bias[j / kScoreNTiles].get(mask, 8 * half + at.g, 8 * (j % kScoreNTiles) + 2 * at.t);
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           i32& bits = s[4 * j + 2 * half + e];
-          float score = (float)bits * scale[j * kScales / kColumns8][half];
+          float score = (float)bits * scale[j * kScaleCount / kStepNTiles][half];
           if constexpr (C::kMask == Mask::dense) score += e ? add.y : add.x;
           score = 8 * j + e < limit ? score : -kInf;
           top[half] = fmaxf(top[half], score);
@@ -517,9 +517,9 @@ struct ScoreWalk {
 };
 
 // A block: one piece of work after another, the tiles of the next already on their way while the last is stored. Walk<C> is a
-// ScoreWalk<C> with O in `o` and `all(span, sums)`, which goes over the tiles from the last to the first.
+// MainloopSm90<C> with O in `o` and `all(span, sums)`, which goes over the tiles from the last to the first.
 // kSharedBytes: the dynamic shared memory that the launch has (sageattention/variants.py).
-template <class C, template <class> class Walk, int kSharedBytes>
+template <class C, template <class> class Mainloop, int kSharedBytes>
 __device__ __forceinline__ void attend_block(const AttendParams& p) {
   static_assert(kSharedBytes == C::kSharedBytes, "the table of variants and the kernel disagree about shared memory");
   static_assert(C::kBarriers % 8 == 0 && C::kStage0 % 128 == 0 && C::Layout::kTileBytes % 128 == 0, "operands lie on 128 bytes");
@@ -528,11 +528,11 @@ __device__ __forceinline__ void attend_block(const AttendParams& p) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < C::kStages; ++i) {
       const u32 barrier = shared + C::kBarriers + i * C::kBarrierPitch;
-      mbarrier_init(barrier + kKeysFull, 1), mbarrier_init(barrier + kValuesFull, 1);
-      mbarrier_init(barrier + kKeysFree, C::kConsumerWarps), mbarrier_init(barrier + kValuesFree, C::kConsumerWarps);
+      mbarrier_init(barrier + kKFull, 1), mbarrier_init(barrier + kVFull, 1);
+      mbarrier_init(barrier + kKEmpty, C::kConsumerWarps), mbarrier_init(barrier + kVEmpty, C::kConsumerWarps);
     }
-    mbarrier_init(shared + C::kTurnBarriers + kTurnFull, 32 + 1);  // the lanes that copy Q, and the channels' warp
-    mbarrier_init(shared + C::kTurnBarriers + kTurnFree, C::kConsumerWarps);
+    mbarrier_init(shared + C::kWorkBarriers + kWorkFull, 32 + 1);  // the lanes that copy Q, and the channels' warp
+    mbarrier_init(shared + C::kWorkBarriers + kWorkEmpty, C::kConsumerWarps);
     fence_async_proxy();
   }
   if (threadIdx.x / 32 == 1) {  // meanwhile: for every prologue of every consumer
@@ -545,46 +545,46 @@ __device__ __forceinline__ void attend_block(const AttendParams& p) {
   }
   __syncthreads();  // the barriers are initialised, the matrix is there
   if (threadIdx.x < 128) {
-    registers_shrink<C::kProducerRegisters>();
+    setmaxnreg_dec<C::kProducerRegisters>();
     if (threadIdx.x < 32) {
-      wait_for_previous_launch();
+      grid_dependency_wait();
       Ring<C::kStages> ring{0, 1};  // every stage is free at first: a wait for the phase before the first returns at once
-      for (int number = 0;; ++number) {
-        const Turn turn = find_turn<C>(p, number);
-        if (!turn.last) break;
-        fetch_tiles<C>(p, shared, turn, ring);
-        if constexpr (!C::kTurns) break;
+      for (int iteration = 0;; ++iteration) {
+        const WorkTile work = get_work_tile<C>(p, iteration);
+        if (!work.last) break;
+        load_kv_tiles<C>(p, shared, work, ring);
+        if constexpr (!C::kPersistent) break;
       }
     } else if (threadIdx.x < 64) {
-      fetch_queries<C>(p, shared);
+      load_raw_q<C>(p, shared);
     } else if (threadIdx.x < 96) {
-      fetch_channels<C>(p, shared);
+      publish_work_tile<C>(p, shared);
     }
   } else {
-    registers_grow<C::kConsumerRegisters>();
+    setmaxnreg_inc<C::kConsumerRegisters>();
     // The shuffle tells the compiler that all lanes have the same: descriptors are made in uniform registers.
-    const u32 queries = __shfl_sync(kAllLanes, shared + C::queries(0, special_tid_x() / 128 - 1), 0);
-    Walk<C> walk{p, shared, queries};
-    walk.causal = C::kMask == Mask::causal || (C::kMask == Mask::dense && p.causal);
-    for (walk.number = 0;; ++walk.number) {
-      mbarrier_wait(shared + C::kTurnBarriers + kTurnFull, walk.number & 1);
-      const Span span(shared + C::turn(walk.number));
-      if (C::kTurns && !span.last) break;
-      if constexpr (C::kQueryPlaces > 1) walk.queries = queries + C::queries(walk.number, 0);
-      load_queries<C>(p, shared, walk.number, walk.q_scale);
-      walk.reference[0] = walk.reference[1] = -kInf;
-      float sums[2];
-      walk.all(span, sums);
-      const u32 turn = shared + C::turn(walk.number);
-      if (C::kTurns && p.partials && walk.number >= p.rounds) {
-        if (span.last < p.tiles) {
-          Partial<C>(p, special_ctaid_x()).write(walk.o, sums, walk.reference);
+    const u32 sQ = __shfl_sync(kAllLanes, shared + C::q_offset(0, special_tid_x() / 128 - 1), 0);
+    Mainloop<C> mainloop{p, shared, sQ};
+    mainloop.causal = C::kMask == Mask::causal || (C::kMask == Mask::dense && p.causal);
+    for (mainloop.iteration = 0;; ++mainloop.iteration) {
+      mbarrier_wait(shared + C::kWorkBarriers + kWorkFull, mainloop.iteration & 1);
+      const KvRange range(shared + C::work_slot(mainloop.iteration));
+      if (C::kPersistent && !range.last) break;
+      if constexpr (C::kQStages > 1) mainloop.sQ = sQ + C::q_offset(mainloop.iteration, 0);
+      quantize_q<C>(p, shared, mainloop.iteration, mainloop.q_scale);
+      mainloop.m_i[0] = mainloop.m_i[1] = -kInf;
+      float l_i[2];
+      mainloop.run(range, l_i);
+      const u32 work = shared + C::work_slot(mainloop.iteration);
+      if (C::kPersistent && p.split_kv_workspace && mainloop.iteration >= p.full_waves) {
+        if (range.last < p.kv_tiles) {
+          SplitKvPartial<C>(p, special_ctaid_x()).write(mainloop.o, l_i, mainloop.m_i);
           continue;
         }
-        if (span.first > 0) Partial<C>(p, special_ctaid_x() + 1).join(walk.o, sums, walk.reference);
+        if (range.first > 0) SplitKvPartial<C>(p, special_ctaid_x() + 1).join(mainloop.o, l_i, mainloop.m_i);
       }
-      store_output<C>(p, walk.o, sums, walk.reference, turn);
-      if constexpr (!C::kTurns) break;
+      store_output<C>(p, mainloop.o, l_i, mainloop.m_i, work);
+      if constexpr (!C::kPersistent) break;
     }
   }
 }

@@ -1,0 +1,24 @@
+// The types that P and V can have.
+#pragma once
+#include "../ptx/types.cuh"
+
+namespace sage {
+
+enum class PvType { fp16, fp8, int8 };  // fp8: e4m3; int8: V signed, P unsigned
+
+template <PvType kPvType>
+constexpr int kVElementBytes = kPvType == PvType::fp16 ? 2 : 1;
+
+// Of a sum of codes for each 1 that they stand for. FP8's are not integers; a sum of 2 million, all rounded by half a step one way, fits
+// 32 bits.
+template <PvType kPvType>
+constexpr int kQuantSumUnits = kPvType == PvType::fp8 ? 64 : 1;
+
+// What is added to a channel's output so that V as it was rounded has V's mean: V's own mean, which was taken out, less that of the
+// codes, which rounding moved off zero. amax: what the largest code, 1 / inv_v_max, stands for.
+template <PvType kPvType>
+__device__ __forceinline__ float corrected_v_mean(float mean, float amax, i32 quant_sum, float inv_v_max, int len) {
+  return fmaf(-amax * (inv_v_max / (kQuantSumUnits<kPvType> * (float)len)), (float)quant_sum, mean);
+}
+
+}  // namespace sage
