@@ -14,7 +14,7 @@ import callforms  # noqa: E402
 from callforms import BY_KEYWORD, IN_TORCHS_PLACE, TORCH, TORCHS, in_torchs_place, torchs  # noqa: E402
 
 import sageattention  # noqa: E402
-from sageattention import Unsupported, dispatch, neutral, sageattn, settings  # noqa: E402
+from sageattention import Unsupported, neutral, sageattn, settings  # noqa: E402
 from sageattention.device import capability  # noqa: E402
 from sageattention.device.capability import Capability  # noqa: E402
 from sageattention.planning import calibration  # noqa: E402
