@@ -296,11 +296,6 @@ def test_unknown_choices():
 def hopper_without_kernels(monkeypatch):
     """CPU tensors that the planner takes for a GPU's, in an installation that holds no kernel."""
     monkeypatch.setattr(capability, "of_device", lambda device, index: Capability("cuda", 90, 132, "none", "H200"))
-    from sageattention.planning import plan
-
-    plan.plan.cache_clear()
-    yield
-    plan.plan.cache_clear()
 
 
 @pytest.mark.usefixtures("hopper_without_kernels", "nothing_runs")
@@ -313,20 +308,17 @@ def test_a_missing_kernel_is_never_another_variant():
 def test_auto_runs_its_next_candidate_where_a_kernel_is_missing(monkeypatch, caplog):
     """A made-up card whose Triton has no C compiler: that comes out at the first launch only."""
     from sageattention import dispatch
-    from sageattention.planning import plan, rules
+    from sageattention.planning import rules
 
     triton, calls = "sageattn_qk_int8_pv_fp16_triton", []
     monkeypatch.setattr(capability, "of_device", lambda device, index: Capability("cuda", 89, 1, "native", "RTX 4090"))
     monkeypatch.setattr(rules, "RULES", (rules.Rule((89,), (triton,), "static", "a test", min_q=1, min_kv=1, waves=0),))
-    monkeypatch.setattr(dispatch, "_absent", {})
-    plan.plan.cache_clear()
 
     def missing(call):
         calls.append(call)
         raise KernelMissing(triton, "no C compiler")
 
     monkeypatch.setitem(dispatch._RUNNERS, "triton", missing)
-    dispatch._say_once.cache_clear()
     q, k, v = qkv()
     assert sageattention.explain(q, k, v).variant == triton
     for _ in range(3):
@@ -336,7 +328,6 @@ def test_auto_runs_its_next_candidate_where_a_kernel_is_missing(monkeypatch, cap
     assert len(calls) == 1 and caplog.text.count(f"auto passes by {triton}: no C compiler") == 1
     with pytest.raises(KernelMissing, match="no C compiler"):
         sageattn(q, k, v, variant=triton)
-    plan.plan.cache_clear()
 
 
 @pytest.mark.parametrize("given", [None, (torch.zeros(1, 2, 3, 64),) * 2], ids=["None", "a tuple"])
@@ -475,9 +466,7 @@ def test_explain():
 
 def test_available_variants_on_a_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    capability.of_device.cache_clear()
     found = {a.name: a for a in sageattention.available_variants("cpu")}
-    capability.of_device.cache_clear()
     assert list(found) == list(VARIANTS)
     assert found["sdpa"].status == found["reference"].status == "ready"
     for name in CUDA_FUNCTIONS:
