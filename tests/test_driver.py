@@ -33,7 +33,7 @@ def library(tmp_path_factory):
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     """The compiled launcher's wheel."""
-    import build_launcher
+    import launcher_wheel
 
     pytest.importorskip("pybind11", reason="no pybind11: the compiled launcher is not tested")
     pytest.importorskip("setuptools", reason="no setuptools: the compiled launcher is not tested")
@@ -41,7 +41,7 @@ def wheel(tmp_path_factory):
 
     if not (shutil.which("g++") or shutil.which("c++")):
         pytest.skip("no C++ compiler: the compiled launcher is not tested")
-    return build_launcher.build(tmp_path_factory.mktemp("wheel"))
+    return launcher_wheel.build(tmp_path_factory.mktemp("wheel"))
 
 
 def forget() -> None:

@@ -133,7 +133,7 @@ def build_launcher(python: str, out: Path) -> Path:
         c, cxx = shlex.join([*zig, "cc", *target]), shlex.join([*zig, "c++", *target])
         environment |= {"CC": c, "CXX": cxx, "LDSHARED": f"{c} -shared", "LDCXXSHARED": f"{cxx} -shared"}
     with tempfile.TemporaryDirectory() as fresh:
-        command = [python, str(ROOT / "csrc" / "build_launcher.py"), "--out", fresh]
+        command = [python, str(ROOT / "csrc" / "tools" / "launcher_wheel.py"), "--out", fresh]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         wheels = list(Path(fresh).glob("*.whl"))
         if done.returncode or len(wheels) != 1:

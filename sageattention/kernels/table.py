@@ -1,4 +1,4 @@
-"""What `csrc/build.py` compiles: every kernel image, for every architecture."""
+"""What `csrc/tools/build.py` compiles: every kernel image, for every architecture."""
 
 from __future__ import annotations
 
