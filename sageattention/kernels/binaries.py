@@ -36,7 +36,7 @@ class Entry:
     local: int = 0  # bytes of local memory per thread that the build accepts; more is a spill, and an error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a row of the table, equal to itself only
 class Image:
     """One compiled file: kernels of one source for one architecture.
 
