@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 torch = pytest.importorskip("torch")
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from sageattention.cli import workloads  # noqa: E402
 from sageattention.numerics.reference import oracle  # noqa: E402
@@ -52,5 +53,10 @@ def test_metrics():
     assert workloads.relative_l2(0.9 * exact, exact) == pytest.approx(0.1)
 
 
-def test_shapes_are_the_customary_flops():
-    assert workloads.SHAPES["wan_480p"].flops == 4 * 40 * 32760 * 32760 * 128
+@pytest.mark.parametrize("shape", [SMALL, *workloads.SHAPES.values()], ids=lambda shape: shape.name)
+def test_flops_are_those_that_torch_counts(shape):
+    q = torch.empty(shape.batch, shape.heads, shape.len_q, shape.head_dim, device="meta")
+    k = torch.empty(shape.batch, shape.heads, shape.len_kv, shape.head_dim, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        torch.bmm(torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT), k.flatten(0, 1))
+    assert shape.flops == counter.get_total_flops()
