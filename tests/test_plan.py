@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from sageattention import KernelMissing, Unsupported
+from sageattention.device import capability
 from sageattention.device.capability import Capability
 from sageattention.kernels import store
 from sageattention.kernels.family import MASKS, find_tile
@@ -337,3 +339,18 @@ def test_halves_are_taken_where_they_save_memory(variant, changes, saves, monkey
     p = problem(**changes)
     q = torch.empty(p.batch, p.heads_q, p.len_q, p.head_dim, dtype=torch.bfloat16, device="meta")
     assert dispatch.halves_save_memory(Call(q, q, q, None, p, plan(p, gpu(89), variant), {})) == saves
+
+
+def test_an_amd_card_behind_zluda_runs_torchs_attention(monkeypatch):
+    """Its name is the only sign: it says that it is an NVIDIA card of compute capability 8.8."""
+    properties = types.SimpleNamespace(name="AMD Radeon RX 7900 XTX [ZLUDA]", major=8, minor=8, multi_processor_count=48)
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    card = capability.of_device("cuda", 0)
+    assert (card.device, card.arch, card.name) == ("zluda", 0, properties.name)
+    problem = Problem(1, 24, 24, 8192, 8192, 128, "float16", "cuda", 0)
+    assert plan(problem, card).variant.name == "sdpa"
+    for name in VARIANTS.keys() - {"sdpa", "reference"}:
+        with pytest.raises((Unsupported, KernelMissing), match=r"zluda|Triton"):
+            plan(problem, card, name)
