@@ -216,6 +216,14 @@ def test_more_launches_than_the_launcher_keeps_on_its_stack(either):
     assert [(l.grid[0], bytes(l.params[:32])) for l in either.launches()] == [(n + 1, packed(n)) for n in range(30)]
 
 
+@pytest.mark.parametrize("version, overlap", [(12020, 0), (12030, 1)])
+def test_drivers_that_cannot_capture_an_overlapping_launch_do_none(either, version, overlap):
+    """A graph around a call would fail on them."""
+    either.set(version=version)
+    driver.launch(0, 1, ((kernel(), 1, 1, 1, packed(1), True),))
+    assert [l.overlap for l in either.launches()] == [overlap]
+
+
 def test_cards_before_hopper_launch_without_overlap(either):
     either.capability(0, 89)
     driver.launch(0, 1, ((kernel("sm_89/demo.cubin.xz"), 1, 1, 1, packed(1), True),))
