@@ -4,7 +4,7 @@
     python3 dev.py demo     sample a small diffusion model with every attention variant, and picture the difference
     python3 dev.py test     the tests (further arguments go to pytest; `-n 0` for one process)
     python3 dev.py build    the CUDA kernels (further arguments go to csrc/tools/build.py)
-    python3 dev.py wheels   the release's wheels and their index (further arguments go to wheels/build.py)
+    python3 dev.py wheels   the launchers' wheels and their index (further arguments go to wheels/build.py)
     python3 dev.py bench    the kernels' speed (further arguments go to `python -m sageattention bench`)
 
 Each makes .venv beside this file on its first run, with the packages that requirements-dev.txt pins. `--here` uses the Python that

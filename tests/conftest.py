@@ -63,7 +63,7 @@ MEMOS = {
     "device.capability": ["of_device"],
     "planning.calibration": ["of_card"],
     "planning.plan": ["plan"],
-    "dispatch": ["_prepared", "_absent", "_say_once"],
+    "dispatch": ["_prepared", "_absent", "_warn_once", "_ran"],
     "backends.cuda.workspace": ["_launch_plans"],
 }
 
@@ -74,7 +74,7 @@ def nothing_is_remembered():
     copies = [name for name in sys.modules if name == "sageattention" or name.endswith(".sageattention")]  # the pack has one of its own
     for module, names in ((sys.modules.get(f"{copy}.{place}"), names) for copy in copies for place, names in MEMOS.items()):
         for memo in (getattr(module, name) for name in names if module):
-            memo.clear() if isinstance(memo, dict) else memo.cache_clear()
+            memo.clear() if isinstance(memo, (dict, set)) else memo.cache_clear()
 
 
 def _has_gpu() -> bool:

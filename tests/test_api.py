@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 import sageattention  # noqa: E402
-from sageattention import CudaError, KernelMissing, Unsupported, sageattn, settings  # noqa: E402
+from sageattention import CudaError, KernelMissing, Unsupported, dispatch, sageattn, settings  # noqa: E402
 from sageattention.cli import workloads  # noqa: E402
 from sageattention.device import capability  # noqa: E402
 from sageattention.device.capability import Capability  # noqa: E402
@@ -48,6 +49,7 @@ POSITIONAL = {
         "tensor_layout", "quantization_backend", "is_causal", "attn_mask", "sm_scale", "smooth_k", "return_lse",
     ),
     **dict.fromkeys(CUDA_FUNCTIONS, GRANULAR),
+    "sageattn_qk_int8_pv_fp8_cuda_sm90": tuple(name for name in GRANULAR if name != "smooth_v"),
     "sageattn_varlen": (
         "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "is_causal", "sm_scale", "smooth_k",
     ),
@@ -254,12 +256,12 @@ FUNCTIONS = {name: getattr(sageattention, name) for name in POSITIONAL if name !
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_bad_input_is_refused_by_every_function(function):
     q, k, v = qkv()
+    torchs = (((q[0], k, v), "q"), ((q[..., ::2], k[..., ::2], v[..., ::2]), "q"))  # which auto leaves to torch's own attention
     for arguments, parameter in (
-        ((q[0], k, v), "q"),
+        *(() if function in (sageattn, sageattention.explain) else torchs),
         ((q, k[:1], v[:1]), "k"),
         ((q, k, v[:, :, :-1]), "v"),
         ((q, k.half(), v), "k"),
-        ((q[..., ::2], k[..., ::2], v[..., ::2]), "q"),
         ((q, k, v, "NDH"), "tensor_layout"),
     ):
         with pytest.raises(Unsupported) as caught:
@@ -358,8 +360,10 @@ def odd_tensors():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("kind", ["nested", "jagged", "sparse", "compressed"])
-@pytest.mark.parametrize("variant", ["auto", QUANTISED])
+@pytest.mark.parametrize(
+    "variant, kind",
+    [(QUANTISED, kind) for kind in ("nested", "jagged", "sparse", "compressed")] + [("auto", "sparse"), ("auto", "compressed")],
+)
 def test_tensors_without_strides_are_refused_by_name(kind, variant):
     odd, x = odd_tensors()[kind], torch.zeros(1, 2, 40, 64)
     sageattn(x, x, x, variant=variant)  # a call that was checked before hides nothing
@@ -512,7 +516,7 @@ def test_meta_tensors_have_a_shape_only():
     assert sageattn(*(t.to("meta") for t in qkv())).is_meta
 
 
-def test_variant_from_the_environment(monkeypatch):
+def test_variant_from_the_environment(monkeypatch, caplog):
     q, k, v = qkv()
     monkeypatch.setenv("SAGEATTENTION_VARIANT", QUANTISED)
     assert sageattention.explain(q, k, v).variant == QUANTISED
@@ -523,8 +527,31 @@ def test_variant_from_the_environment(monkeypatch):
     assert sageattention.explain(q, k, v).variant == "sdpa"
     monkeypatch.setenv("SAGEATTENTION_VARIANT", "fastest")
     settings.forget()
-    with pytest.raises(Unsupported, match=r"SAGEATTENTION_VARIANT: .*'fastest'"):
-        sageattn(q, k, v)
+    for _ in range(2):
+        assert torch.equal(sageattn(q, k, v), sageattn(q, k, v, variant="sdpa"))
+    assert caplog.text.count("SAGEATTENTION_VARIANT is 'fastest'") == caplog.text.count("'sageattn_qk_int8_pv_fp16_triton'") == 1
+    monkeypatch.setenv("SAGEATTENTION_VARIANT", "sageattn_qk_int8_pv_fp8_cuda")
+    settings.forget()
+    for _ in range(2):
+        assert torch.equal(sageattn(q, k, v), sageattn(q, k, v, variant="sdpa"))
+    assert caplog.text.count("needs a tensor on an NVIDIA GPU") == 1
+    with pytest.raises(Unsupported, match="NVIDIA"):  # a name in the call is an order
+        sageattn(q, k, v, variant="sageattn_qk_int8_pv_fp8_cuda")
+
+
+def test_the_first_call_of_each_variant_is_told_whichever_way_it_came(monkeypatch, caplog):
+    q, k, v = qkv()
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            sageattn(q, k, v)
+            sageattn(q, k, v, variant=QUANTISED)
+            sageattention.scaled_dot_product_attention(q, k, v)
+        torch._dynamo.reset()
+        monkeypatch.setattr(dispatch, "_ran", {"sdpa"})
+        torch.compile(lambda q: sageattn(q, k, v, variant=QUANTISED), backend="eager")(q)
+    told = [r.getMessage() for r in caplog.records if r.name == "sageattention"]
+    assert [line.split(":")[1].split()[-1] for line in told] == ["sdpa", QUANTISED, QUANTISED]
+    assert "on cpu tensors quantising gains nothing" in told[0]
 
 
 def test_arch_from_the_environment(monkeypatch):

@@ -8,7 +8,6 @@ import lzma
 import shutil
 import subprocess
 import sys
-import time
 import types
 
 import pytest
@@ -256,11 +255,11 @@ def test_every_committed_image_is_built_from_the_present_sources(committed):
     assert build.check(build.released(build.load_table())) == []
 
 
-def test_a_sample_of_the_committed_images_is_built_again(committed, capsys):
-    number = int(time.time() // 86400)
-    chosen = build.sample(build.released(build.load_table()), number)
-    print(f"sample {number}: python csrc/tools/build.py --sample {number}")
-    assert build.verify(chosen, 2) == []
+def test_committed_images_are_built_again_to_the_same_bytes(committed):
+    """The quickest one to compile; a scheduled workflow builds all again."""
+    paths = ("sm_75/quantise_mma.cubin.xz",)
+    chosen = [image for image in build.load_table() if image.path in paths]
+    assert len(chosen) == len(paths) and build.verify(chosen, 1) == []
 
 
 def test_a_table_that_names_a_file_or_a_kernel_twice_is_refused(monkeypatch):

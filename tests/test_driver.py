@@ -216,6 +216,14 @@ def test_more_launches_than_the_launcher_keeps_on_its_stack(either):
     assert [(l.grid[0], bytes(l.params[:32])) for l in either.launches()] == [(n + 1, packed(n)) for n in range(30)]
 
 
+@pytest.mark.parametrize("version, overlap", [(12020, 0), (12030, 1)])
+def test_drivers_that_cannot_capture_an_overlapping_launch_do_none(either, version, overlap):
+    """A graph around a call would fail on them."""
+    either.set(version=version)
+    driver.launch(0, 1, ((kernel(), 1, 1, 1, packed(1), True),))
+    assert [l.overlap for l in either.launches()] == [overlap]
+
+
 def test_cards_before_hopper_launch_without_overlap(either):
     either.capability(0, 89)
     driver.launch(0, 1, ((kernel("sm_89/demo.cubin.xz"), 1, 1, 1, packed(1), True),))
@@ -370,8 +378,7 @@ def test_a_driver_that_is_none(cuda, code, said):
 
 def test_a_driver_that_fails_to_start(cuda):
     cuda.set(init=803)
-    with pytest.raises(CudaError, match=r"cuInit: CUDA_ERROR_STUB \(803\)"):
-        kernel()
+    assert "cuInit: CUDA_ERROR_STUB (803)" in refused()
 
 
 @pytest.mark.parametrize(
@@ -405,10 +412,10 @@ def test_an_image_the_driver_refuses(cuda, code):
     assert kernel("compute_89/demo.ptx.xz")
 
 
-def test_a_driver_failing_while_it_loads_is_no_fallback(cuda):
+def test_a_driver_that_fails_while_it_loads_has_no_such_kernel_this_time(cuda):
+    """Nothing has run: another variant, or the model's own attention, may."""
     cuda.set(load=2)
-    with pytest.raises(CudaError, match=r"cuModuleLoadDataEx\(sm_90a/demo.cubin.xz\): CUDA_ERROR_STUB \(2\)"):
-        kernel()
+    assert "cuModuleLoadDataEx(sm_90a/demo.cubin.xz): CUDA_ERROR_STUB (2)" in refused()
     assert cuda.get("pushed") == cuda.get("popped")
     cuda.set(load=0)
     assert kernel()  # memory may be free by now

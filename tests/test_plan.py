@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from sageattention import KernelMissing, Unsupported
+from sageattention.device import capability
 from sageattention.device.capability import Capability
 from sageattention.kernels import store
 from sageattention.kernels.family import MASKS, find_tile
@@ -81,20 +83,18 @@ def test_gpu_variants_are_unsupported_elsewhere(name, machine):
 
 @pytest.mark.parametrize("name", CUDA)
 @pytest.mark.parametrize("arch", [61, 70, *ARCHS, 130])
-def test_each_cuda_variant_runs_as_itself_or_says_why_not(name, arch):
-    """Unsupported by the card, or the kernel is missing, or planned: never another variant in its place."""
+def test_each_cuda_variant_runs_as_itself_where_its_table_says_so(name, arch):
+    """Every card from the first one on has its images, a later one PTX; others are told why not: never another variant in its place."""
     variant = VARIANTS[name]
-    try:
-        chosen = plan(problem(), gpu(arch), name)
-    except Unsupported as error:
-        assert arch < variant.min_arch or (variant.archs and arch not in variant.archs)
-        assert error.parameter == "q" and f"sm_{arch}" in error.reason and name in error.reason
-    except KernelMissing as error:
-        assert error.variant == name and f"sm_{arch}" in error.reason
-    else:
-        assert arch >= variant.min_arch
-        assert chosen.variant is variant and chosen.kernels in variant.kernels
-        assert chosen.scheme in chosen.kernels.schemes.values() and chosen.scheme.kv_tile == chosen.tile.block_n
+    if arch < variant.min_arch or (variant.archs and arch not in variant.archs):
+        with pytest.raises(Unsupported) as caught:
+            plan(problem(), gpu(arch), name)
+        assert caught.value.parameter == "q" and f"sm_{arch}" in caught.value.reason and name in caught.value.reason
+        return
+    chosen = plan(problem(), gpu(arch), name)
+    assert chosen.variant is variant and chosen.kernels in variant.kernels
+    assert chosen.scheme in chosen.kernels.schemes.values() and chosen.scheme.kv_tile == chosen.tile.block_n
+    assert all(store.missing(image) == "" for image in chosen.images)
 
 
 @pytest.mark.parametrize("name", CUDA)
@@ -337,3 +337,18 @@ def test_halves_are_taken_where_they_save_memory(variant, changes, saves, monkey
     p = problem(**changes)
     q = torch.empty(p.batch, p.heads_q, p.len_q, p.head_dim, dtype=torch.bfloat16, device="meta")
     assert dispatch.halves_save_memory(Call(q, q, q, None, p, plan(p, gpu(89), variant), {})) == saves
+
+
+def test_an_amd_card_behind_zluda_runs_torchs_attention(monkeypatch):
+    """Its name is the only sign: it says that it is an NVIDIA card of compute capability 8.8."""
+    properties = types.SimpleNamespace(name="AMD Radeon RX 7900 XTX [ZLUDA]", major=8, minor=8, multi_processor_count=48)
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    card = capability.of_device("cuda", 0)
+    assert (card.device, card.arch, card.name) == ("zluda", 0, properties.name)
+    problem = Problem(1, 24, 24, 8192, 8192, 128, "float16", "cuda", 0)
+    assert plan(problem, card).variant.name == "sdpa"
+    for name in VARIANTS.keys() - {"sdpa", "reference"}:
+        with pytest.raises((Unsupported, KernelMissing), match=r"zluda|Triton"):
+            plan(problem, card, name)

@@ -52,4 +52,6 @@ def of_device(device: str, index: int) -> Capability:
     if torch.version.hip:  # ROCm builds call their devices "cuda"; our kernels are for NVIDIA's
         return Capability("rocm", name=torch.cuda.get_device_name(index))
     properties = torch.cuda.get_device_properties(index)
+    if "[ZLUDA]" in properties.name:  # an AMD card behind a translation of CUDA, which does not run our machine code
+        return Capability("zluda", name=properties.name)
     return Capability("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count, triton_mode(), properties.name)
