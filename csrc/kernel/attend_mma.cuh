@@ -183,7 +183,7 @@ __device__ __forceinline__ void quantize_q(const AttendParams& p, QFragments<C>&
   grid_dependency_wait();
   // No score may leave the range in which the softmax works. A largest K scale of 0 (all keys alike) must not make the bound
   // infinite; the scores are 0 then whatever it is.
-  const float max_scale = p.score_limit / fmaxf(__int_as_float(p.k_scale_max[at.bh]), 7.5e-37f);
+  const float max_scale = p.score_limit / fmaxf(__int_as_float(p.k_scale_max[at.bh]), kKScaleFloor);
 #pragma unroll
   for (int i = 0; i < 2 * C::kRowTiles; ++i) scale[i / 2][i % 2] = fminf(scale[i / 2][i % 2], max_scale);
   q_frags.put_scales(scale);

@@ -224,7 +224,7 @@ __device__ __forceinline__ void publish_work_tile(const AttendParams& p, u32 sha
         }
       }
       // A largest K scale of 0 (all keys alike) must not make the bound infinite; the scores are 0 then whatever it is.
-      work.max_scale = p.score_limit / fmaxf(__int_as_float(p.k_scale_max[work.bh]), 7.5e-37f);
+      work.max_scale = p.score_limit / fmaxf(__int_as_float(p.k_scale_max[work.bh]), kKScaleFloor);
     }
     __syncwarp();
     if (elected()) {

@@ -27,7 +27,6 @@ struct MainloopFp8 : MainloopSm90<C> {
       Base::q_scale, Base::sQ, Base::p;
   using Scales = float[C::kScaleCount][2];  // [part of the step][row half]
   static constexpr int kHeadDim = C::kHeadDim, kStepsPerTile = C::kStepsPerTile;
-  static constexpr float kLog2E4m3Max = 8.8073549220576f;  // log2(448) = log2_p_max + rescale_threshold
   static constexpr float kNoScore = -3e38f;                   // a reference below all scores, and a number
 
   // P is 2^(score − near), O and the sums are relative to `m_i` as everywhere.
@@ -137,7 +136,6 @@ struct MainloopFp8 : MainloopSm90<C> {
   // What P of a group that begins is relative to. A flat tail far below a row's reference must not be lost on the lines of `softmax_step`:
   // where all of a row's scores are, its weights are raised.
   __device__ __forceinline__ void begin_group(const float (&top)[2]) {
-    constexpr float kTailThreshold = 3.0f, kTailBoostLog2 = 4.0f;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const u32 far = __ballot_sync(kAllLanes, top[half] < m_i[half] - kTailThreshold) >> (special_tid_x() & 28);
@@ -151,7 +149,6 @@ struct MainloopFp8 : MainloopSm90<C> {
   // reference far from 0.
   template <bool kMasked>
   __device__ __forceinline__ void softmax_step(const Scores& s, const Scales& scale, ProbFragments& prob) const {
-    constexpr float kLineExcess = 15.0f / 256;  // the line is too high by this, in base 2, on average
     constexpr int kExpChain = 4;
     float shift[2], line[2], x[C::kProbRegisters][4];
 #pragma unroll

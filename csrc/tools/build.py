@@ -45,6 +45,7 @@ MANIFEST = "manifest.json"
 OPTIONS = ["--std=c++17", "--device-as-default-execution-space"]  # the latter for lambdas and constexpr functions
 # The window covers the largest image; a larger preset's 64 MiB would be allocated again at every load.
 XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 22}]
+CONSTANTS = "sage/constants.cuh"  # a header that is written here and lies nowhere
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 _TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/|\s+|\w+|.', re.DOTALL)
 
@@ -53,14 +54,32 @@ class BuildError(Exception):
     """An image can't be built, or is not what the sources give."""
 
 
-def load_table() -> tuple:
-    """`IMAGES` of sageattention/kernels/table.py, read without importing the package itself, which would want torch."""
+def _import(module: str) -> types.ModuleType:
+    """A module of the package, without importing the package itself, which would want torch."""
     name = "_sageattention_tables"
     if name not in sys.modules:
         package = types.ModuleType(name)
         package.__path__ = [str(PACKAGE)]
         sys.modules[name] = package
-    images = importlib.import_module(f"{name}.kernels.table").IMAGES
+    return importlib.import_module(f"{name}.{module}")
+
+
+@functools.cache
+def constants() -> str:
+    """The header `CONSTANTS`: what Python and C++ share of sageattention/numerics/constants.py."""
+    shared = _import("numerics.constants")
+    lines = ["// Written by csrc/tools/build.py from sageattention/numerics/constants.py.", "#pragma once", "namespace sage {"]
+    lines += [
+        f"constexpr float {name} = {x!r}f;" if isinstance(x, float) else f"constexpr int {name} = {x};" for name, x in shared.CPP.items()
+    ]
+    for name, members in shared.CPP_ENUMS.items():
+        lines.append(f"enum {name} : int {{ {', '.join(f'{member} = {number}' for member, number in members.items())} }};")
+    return "\n".join([*lines, "}  // namespace sage", ""])
+
+
+def load_table() -> tuple:
+    """`IMAGES` of sageattention/kernels/table.py."""
+    images = _import("kernels.table").IMAGES
     paths = [i.path for i in images]
     symbols = [(i.path, e.symbol) for i in images for e in i.entries]
     for what, keys in (("image", paths), ("kernel", symbols)):
@@ -103,7 +122,7 @@ def translation_unit(image) -> str:
 
 
 def include_closure(source: str, csrc: Path = CSRC) -> dict[str, str]:
-    """Every file of `csrc` that `source` includes, itself first, with its text. Line ends are normalised."""
+    """Every header that `source` includes, itself first, by its path in `csrc`, with its text. Line ends are normalised."""
     found: dict[str, str] = {}
     queue = [csrc / source]
     while queue:
@@ -112,6 +131,8 @@ def include_closure(source: str, csrc: Path = CSRC) -> dict[str, str]:
         if key in found:
             continue
         found[key] = path.read_text(encoding="utf-8").replace("\r\n", "\n")
+        if f"#include <{CONSTANTS}>" in found[key]:
+            found[CONSTANTS] = constants()
         for name in _INCLUDE.findall(found[key]):
             place = next((p for p in (path.parent / name, csrc / name) if p.is_file()), None)
             if place is None:
@@ -152,7 +173,8 @@ def compile_image(job: tuple[str, str, str, list[str], str]) -> tuple[bytes, dic
     """Worker: one translation unit to (image, usage by symbol, warnings, seconds). `job` is plain text, so any process can run it."""
     text, name, arch, options, csrc = job
     start = time.perf_counter()
-    image, usage, warnings = nvrtc.compile_text(text, name, arch, [*OPTIONS, *options, f"--include-path={csrc}"])
+    options = [*OPTIONS, *options, f"--include-path={csrc}"]
+    image, usage, warnings = nvrtc.compile_text(text, name, arch, options, {CONSTANTS: constants()})
     return image, usage, warnings, time.perf_counter() - start
 
 

@@ -14,21 +14,22 @@ import torch
 from . import hadamard
 from .constants import (
     AMAX_MIN,
+    E4M3_MAX,
     FINITE_MAX,
     INT8_MAX,
     K_SCALE_SHIFT,
+    LINE_EXCESS,
+    LN2,
     LOG2E,
     MASK_LIMIT,
     SCORE_LIMIT,
+    TAIL_BOOST_LOG2,
+    TAIL_THRESHOLD,
     k_mean_stride,
     pad_head_dim,
 )
 from .scheme import Scheme
 
-LN2 = math.log(2.0)
-E4M3_MAX = 448.0
-LINEAR_EXCESS = 15 / 256  # in base 2, of the line over the exponential on average
-FAR, RAISE = 3.0, 4.0  # a row whose scores begin a group so far (base 2) below its reference has its weights raised by so much
 # An FP8 MMA cuts each product off below the accumulator's leading bits. Cutting the sum off after every second key, at this many
 # significand bits, gives the shrinkage that was measured on Hopper: 1.1e-5 a key of a coherent sum (.98, .815, .70 at 2k, 16k, 32k).
 FP8_ACCUMULATOR_BITS = 14
@@ -163,7 +164,7 @@ def _e4m3(x: torch.Tensor) -> torch.Tensor:
 
 def _linear(score: torch.Tensor, maximum: torch.Tensor, p_max: float) -> torch.Tensor:
     """P in e4m3, its logarithm's fraction as mantissa: a straight line for each octave. Below 2^-6 the line goes on to 0 at 2^-7."""
-    code = ((score - maximum) * 8 + 8 * (math.log2(p_max) + 7 - LINEAR_EXCESS)).round().clamp(0, 126)
+    code = ((score - maximum) * 8 + 8 * (math.log2(p_max) + 7 - LINE_EXCESS)).round().clamp(0, 126)
     return code.to(torch.uint8).view(torch.float8_e4m3fn).float()
 
 
@@ -248,8 +249,8 @@ def _attend_head(
             base = torch.maximum(m, near)
             new = torch.where(begins, torch.where(top > base + scheme.rescale_threshold, top, base), m)
             moved = torch.where(top > near + scheme.rescale_threshold, torch.where(top > m + scheme.rescale_threshold, top, m), near)
-            far = lines & (top < new - math.log2(scheme.p_max) - FAR)
-            to = torch.where(begins, torch.where(far, new - RAISE, new), moved)
+            far = lines & (top < new - math.log2(scheme.p_max) - TAIL_THRESHOLD)
+            to = torch.where(begins, torch.where(far, new - TAIL_BOOST_LOG2, new), moved)
         else:
             begins = torch.full_like(lines, held >= scheme.promote)
             new = torch.maximum(m, top)

@@ -72,9 +72,9 @@ def kernel(index: int, image: Image, symbol: str, variant: str) -> Kernel:
         variant: whom an error is about.
 
     Raises:
-        KernelMissing: there is no driver, it is too old for the image, the image is missing, damaged or refused, or the card
-            has too little shared memory. Nothing stays half loaded; another variant can be tried.
-        CudaError: the driver fails for another reason.
+        KernelMissing: there is no driver, it is too old for the image, the image is missing, damaged or refused, the card has
+            too little shared memory, or the driver fails at loading it. Nothing has run and nothing stays half loaded; another
+            variant can be tried.
     """
     known = _devices.get(index)
     found = known and known.kernels.get((image.path, symbol))
@@ -86,7 +86,7 @@ def kernel(index: int, image: Image, symbol: str, variant: str) -> Kernel:
             if (image.path, symbol) not in card.kernels:
                 card.kernels[image.path, symbol] = _load(card, image, image.entry(symbol))
             return card.kernels[image.path, symbol]
-    except (libcuda.NoDriver, Unusable) as error:
+    except (libcuda.NoDriver, Unusable, CudaError) as error:
         raise KernelMissing(variant, str(error)) from error
 
 
