@@ -8,6 +8,9 @@ import importlib.util
 import os
 from typing import NamedTuple
 
+from ..errors import CudaError
+from . import libcuda
+
 
 class Capability(NamedTuple):
     """A device as the planner sees it. `arch` is 10·major + minor of its compute capability, 0 where it has none."""
@@ -40,6 +43,20 @@ def triton_error() -> str:
     except Exception as error:  # a broken Triton raises whatever its extension does; every caller tells it
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+@functools.cache
+def torch_without_cuda() -> str:
+    """Where torch is a build without CUDA on a machine with an NVIDIA card: a sentence that says so, and the remedy; "" elsewhere."""
+    import torch
+
+    if torch.version.cuda or torch.version.hip:
+        return ""
+    try:
+        card = libcuda.device_name(0)
+    except (libcuda.NoDriver, CudaError):
+        return ""
+    return f"torch {torch.__version__} is a build without CUDA, though there is an NVIDIA card, {card}: install a CUDA build of torch"
 
 
 @functools.cache

@@ -118,13 +118,13 @@ def refusal(variant: Variant, capability: Capability, arch: int = 0, ptx: bool =
     if variant.backend in ("triton", "cuda"):
         if capability.device != "cuda":
             extra = ", or TRITON_INTERPRET=1 (slow, for tests)" if variant.backend == "triton" else ""
-            return Unsupported("q", f"is on {capability.device}; {variant.name} needs a tensor on an NVIDIA GPU{extra}")
+            return Unsupported("q", f"{variant.name} needs a tensor on an NVIDIA GPU{extra}, not on {capability.device}")
         if family < variant.min_arch:
-            needs = f"needs sm_{variant.min_arch} or newer"
-            return Unsupported("q", f"is on an sm_{family} device; {variant.name} {needs}; {_nearest(variant, family)}")
+            needs = f"needs sm_{variant.min_arch} or newer, not sm_{family}"
+            return Unsupported("q", f"{variant.name} {needs}; {_nearest(variant, family)}")
         if variant.archs and family not in variant.archs:
-            only = f"is made for {_archs(variant.archs)} only"
-            return Unsupported("q", f"is on an sm_{family} device; {variant.name} {only}; {_nearest(variant, family)}")
+            only = f"is made for {_archs(variant.archs)} only, not for sm_{family}"
+            return Unsupported("q", f"{variant.name} {only}; {_nearest(variant, family)}")
     if variant.backend == "cuda":
         kernels = next((k for d in HEAD_DIMS if (k := variant.choose(family, bool(arch), d))), None)
         try:
