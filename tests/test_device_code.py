@@ -50,7 +50,7 @@ def compiled(arch: int, folder: Path, sources: tuple[str, ...], functions: str) 
     unit, library = folder / "unit.cpp", folder / "lanes.so"
     includes = "".join(f'#include "{name}"\n' for name in ("block.h", *sources))
     unit.write_text(f"{includes}namespace sage {{\n{functions}}}\n")
-    options = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off", f"-DARCH={arch}", f"-I{folder}", f"-I{ROOT}")
+    options = ("-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off", f"-DARCH={arch}", f"-I{folder}", f"-I{ROOT}")
     subprocess.run([COMPILER, *options, str(unit), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 

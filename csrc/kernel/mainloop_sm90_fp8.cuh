@@ -9,8 +9,8 @@
 
 namespace sage {
 
-template <class Layout_, Mask kMask_, int kStages_, int kQStages_>
-struct WgmmaFp8Config : WgmmaConfig<Layout_, kMask_, kStages_, kQStages_> {
+template <class Layout_, WgmmaTile kWgmmaTile>
+struct WgmmaFp8Config : WgmmaConfig<Layout_, kWgmmaTile> {
   using Layout = Layout_;
   static constexpr int kStep = Layout::kHeadDim == 64 ? 128 : 64;  // keys of one step of the softmax
   static constexpr int kStepsPerTile = Layout::kTile / kStep, kScaleCount = kStep / Layout::kScaleKeys;
@@ -312,9 +312,9 @@ struct MainloopFp8 : MainloopSm90<C> {
   }
 };
 
-template <class C, int kSharedBytes>
+template <class C>
 __device__ __forceinline__ void attend_wgmma_fp8(const AttendParams& p) {
-  attend_block<C, MainloopFp8, kSharedBytes>(p);
+  attend_block<C, MainloopFp8>(p);
 }
 
 }  // namespace sage

@@ -42,7 +42,7 @@ from machine_code import same_code  # noqa: E402
 PACKAGE = CSRC.parent / "sageattention"
 KERNELS = PACKAGE / "kernels"
 MANIFEST = "manifest.json"
-OPTIONS = ["--std=c++17", "--device-as-default-execution-space"]  # the latter for lambdas and constexpr functions
+OPTIONS = ["--std=c++20", "--device-as-default-execution-space"]  # the latter for lambdas and constexpr functions
 # The window covers the largest image; a larger preset's 64 MiB would be allocated again at every load.
 XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 22}]
 CONSTANTS = "sage/constants.cuh"  # a header that is written here and lies nowhere
@@ -113,12 +113,24 @@ def translation_unit(image) -> str:
     lines = [f'#include "{image.source}"', "namespace sage {"]
     for entry in image.entries:
         lines += _layout(entry.params, done)
+        lines += [f'static_assert({check}, "the table of kernels says otherwise");' for check in entry.checks]
     lines += [
         f'extern "C" __global__ void __launch_bounds__({e.threads}, {e.min_blocks})\n'
         f"{e.symbol}(const __grid_constant__ {e.params.__name__} p) {{ {e.expression}(p); }}"
         for e in image.entries
     ]
     return "\n".join([*lines, "}  // namespace sage", ""])
+
+
+def shared_memory(image, csrc: Path = CSRC) -> dict[str, int]:
+    """Dynamic shared memory of each kernel, in bytes: the sources' constants, read from PTX that holds nothing else."""
+    lines = [f'#include "{image.source}"', "namespace sage {"]
+    lines += [f'extern "C" __device__ const int {e.symbol}_smem = {e.smem};' for e in image.entries]
+    options = [*OPTIONS, *image.options, f"--include-path={csrc}"]
+    text, arch = "\n".join([*lines, "}", ""]), image.arch.replace("sm_", "compute_")
+    ptx, _, _ = nvrtc.compile_text(text, f"{image.name}.smem.cu", arch, options, {CONSTANTS: constants()})
+    found = dict(re.findall(r"\b(\w+)_smem(?: = (\d+))?;", ptx.decode()))
+    return {e.symbol: int(found[e.symbol] or 0) for e in image.entries}
 
 
 def include_closure(source: str, csrc: Path = CSRC) -> dict[str, str]:
@@ -161,7 +173,7 @@ def code_of(text: str) -> str:
 def source_hash(image, csrc: Path = CSRC) -> str:
     """What the image depends on, as one sha256: compiler, options, and the code of the generated text and of all included files."""
     digest = hashlib.sha256()
-    parts = [nvrtc.VERSION, image.arch, *OPTIONS, *image.options, code_of(translation_unit(image))]
+    parts = [nvrtc.VERSION, image.arch, *OPTIONS, *image.options, code_of(translation_unit(image)), *(e.smem for e in image.entries)]
     for key, text in sorted(include_closure(image.source, csrc).items()):
         parts += [key, code_of(text)]
     for part in parts:
@@ -245,7 +257,7 @@ def pack(image: bytes) -> bytes:
     return lzma.compress(image, format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC64, filters=XZ_FILTERS)
 
 
-def record(image, binary: bytes, usage: dict[str, nvrtc.Usage], source: str) -> dict:
+def record(image, binary: bytes, usage: dict[str, nvrtc.Usage], shared: dict[str, int], source: str) -> dict:
     """The image's part of the manifest. Registers and spills are null where only the driver will know them (PTX)."""
     kernels = {}
     for entry in image.entries:
@@ -256,7 +268,7 @@ def record(image, binary: bytes, usage: dict[str, nvrtc.Usage], source: str) -> 
             "registers": used and used.registers,
             "spills": used and used.stack + used.spills,
             "smem_static": used and used.smem,
-            "smem_dynamic": entry.smem,
+            "smem_dynamic": shared[entry.symbol],
             "threads": entry.threads,
             "min_blocks": entry.min_blocks,
             "params": ctypes.sizeof(entry.params),
@@ -302,8 +314,6 @@ def stale(image, manifest: dict, kernels: Path = KERNELS, csrc: Path = CSRC) -> 
         return "not in the manifest"
     if known["source"] != source_hash(image, csrc):
         return "its sources, its entries or the compiler have changed"
-    if {s: k["smem_dynamic"] for s, k in known["kernels"].items()} != {e.symbol: e.smem for e in image.entries}:
-        return "its shared memory has changed"
     data = stored(image.path, kernels)
     if data is None:
         return "the file is missing or damaged"
@@ -332,7 +342,7 @@ def build(table: tuple, chosen: list, jobs: int, kernels: Path = KERNELS, csrc: 
                 binary = before
             else:
                 _replace(kernels / image.path, pack(binary))
-            manifest[image.path] = record(image, binary, usage, source_hash(image, csrc))
+            manifest[image.path] = record(image, binary, usage, shared_memory(image, csrc), source_hash(image, csrc))
     finally:
         write_manifest(manifest, kernels)
     for path in sorted(kernels.glob("*/*.xz")):

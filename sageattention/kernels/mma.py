@@ -8,10 +8,10 @@ from dataclasses import replace
 from ..numerics.constants import KV_TILE
 from ..numerics.scheme import FP8_FP16, FP8_FP32_MMA, FP16_FP16_FP32, FP16_FP32_MMA, INT8_INT32
 from .binaries import Entry
-from .family import BARRIER_BYTES, BIAS_BYTES, MASKS, WARP_ROWS, KernelFamily, Tile, Tiles, find_tile
+from .family import MASKS, WARP_ROWS, KernelFamily, Tile, Tiles, find_tile, initializer
 from .params import AttendParams
 
-BULK_ARCH = 90  # from here on a tile is one bulk copy, with two barriers a stage: it has landed, it has been read
+FLAGS = ("q_in_smem", "loop_state_in_smem", "recompute_thread_idx", "delay_v_load")
 
 
 # mma.sync kernels; the machine code behind each choice is in docs/kernels.md. What a fragment of K or V costs in shared memory serves
@@ -124,20 +124,15 @@ MMA_LOCAL = {64: 0, 128: 0, 256: 16}
 
 def _mma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
     t = find_tile(kernels.tiles, arch, head_dim, mask, accumulate)
-    row_tiles = t.block_m // (WARP_ROWS * t.warps)
-    smem = t.stages * (kernels.tile_bytes(head_dim) + (2 * BARRIER_BYTES if arch >= BULK_ARCH else 0))
-    if t.q_in_smem:
-        smem += t.block_m * head_dim
-    if t.q_in_smem or t.loop_state_in_smem:
-        smem += 8 * row_tiles * 32 * t.warps
-    if t.loop_state_in_smem:
-        smem += 16
-    if mask == "dense":
-        smem += t.warps * BIAS_BYTES
-    flags = ", ".join(str(x).lower() for x in (t.q_in_smem, t.loop_state_in_smem, t.recompute_thread_idx, t.delay_v_load))
-    config = f"{head_dim}, Mask::{mask}, PvType::{kernels.pv}, PvAccum::{accumulate}, {t.warps}, {row_tiles}, {t.stages}, {flags}"
-    symbol = kernels.attend_symbol(head_dim, mask, accumulate)
-    return Entry(symbol, f"attend_mma<AttendConfig<{config}>, {smem}>", AttendParams, 32 * t.warps, t.blocks, smem, MMA_LOCAL[head_dim])
+    fields = {
+        "mask": f"Mask::{mask}", "pv": f"PvType::{kernels.pv}", "accumulate": f"PvAccum::{accumulate}",
+        "warps": t.warps, "row_tiles": t.block_m // (WARP_ROWS * t.warps), "stages": t.stages,
+    } | {name: str(value).lower() for name in FLAGS if (value := getattr(t, name))}  # fmt: skip
+    config = f"AttendConfig<{head_dim}, {initializer('MmaTile', fields)}>"
+    return Entry(
+        kernels.attend_symbol(head_dim, mask, accumulate), f"attend_mma<{config}>", AttendParams, 32 * t.warps, t.blocks,
+        f"attend_shared_bytes<{config}>()", MMA_LOCAL[head_dim],
+    )  # fmt: skip
 
 
 def _fragment_bytes(value_bytes: int) -> Callable[[int], int]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..numerics.constants import KV_TILE_SM90
 from ..numerics.scheme import FP8_FP32_WGMMA, FP16_FP32_WGMMA
 from .binaries import Entry
-from .family import BARRIER_BYTES, BIAS_BYTES, BIAS_KEYS, WARP_ROWS, KernelFamily, Tile, Tiles, find_tile
+from .family import KernelFamily, Tile, Tiles, find_tile, initializer
 from .params import AttendParams
 
 # Hopper's own kernels: two warpgroups of 64 queries each beside one that fetches. 96 keys: two score arrays of more do not fit the
@@ -23,18 +23,15 @@ WGMMA_LOCAL = {"none": 16, "causal": 8, "dense": 32}
 
 def _wgmma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
     t = find_tile(kernels.tiles, arch, head_dim, mask, accumulate)
-    barriers = 4 * t.stages + 2  # K and V of a stage are there, and have been read; what a turn needs is, and has been
-    work_slots = 32 * 16 + 2 * (48 + 2 * head_dim * 4)  # the rotation's matrix; what a block works on and what its channels are made of
     q_stages = 2 if mask == "none" and head_dim == 128 else 1  # by measurement: at head_dim 64 one is better
-    smem = q_stages * t.block_m * head_dim + t.stages * kernels.tile_bytes(head_dim) + barriers * BARRIER_BYTES + work_slots
-    if mask == "dense":
-        smem += t.block_m // WARP_ROWS * -(-t.block_n // BIAS_KEYS) * BIAS_BYTES
-    else:
-        smem += t.block_m * (2 * head_dim + 64)  # queries as they come
     form = "" if kernels.pv == "fp16" else "_fp8"
-    config = f"Wgmma{form[1:].capitalize()}Config<{kernels.layout.format(d=head_dim)}, Mask::{mask}, {t.stages}, {q_stages}>"
-    expression = f"attend_wgmma{form}<{config}, {smem}>"
-    return Entry(kernels.attend_symbol(head_dim, mask, accumulate), expression, AttendParams, 32 * t.warps, 1, smem, WGMMA_LOCAL[mask])
+    tile = initializer("WgmmaTile", {"mask": f"Mask::{mask}", "stages": t.stages, "q_stages": q_stages})
+    config = f"Wgmma{form[1:].capitalize()}Config<{kernels.layout.format(d=head_dim)}, {tile}>"
+    return Entry(
+        kernels.attend_symbol(head_dim, mask, accumulate), f"attend_wgmma{form}<{config}>", AttendParams, 32 * t.warps, 1,
+        f"attend_shared_bytes<{config}>()", WGMMA_LOCAL[mask],
+        (f"SplitKvPartial<{config}>::kCtaBytes == {kernels.split_kv_bytes(head_dim)}",),
+    )  # fmt: skip
 
 
 def _core_matrix(v_bytes: int, tile: Tile) -> str:
@@ -47,7 +44,7 @@ def _core_matrix_bytes(v_bytes: int, tile: Tile) -> Callable[[int], int]:
 
 
 def _split_kv_bytes(tiles: Tiles) -> Callable[[int], int]:
-    """Of a block, in fp32 (csrc/kernel/attend_sm90.cuh, Partial): each computing thread's share of O, two sums, two references."""
+    """A CTA's, in fp32 (csrc/kernel/attend_sm90.cuh, SplitKvPartial): each consumer thread's share of O, two of l, two of m."""
 
     def size(head_dim: int) -> int:
         t = find_tile(tiles, 0, head_dim)
@@ -59,11 +56,13 @@ def _split_kv_bytes(tiles: Tiles) -> Callable[[int], int]:
 
 WGMMA_FP16 = KernelFamily(
     "wgmma_fp16", "kernel/mainloop_sm90_fp16.cuh", _core_matrix(2, _FP16), _core_matrix_bytes(2, _FP16),
-    {"fp32": FP16_FP32_WGMMA}, WGMMA_TILES, _wgmma_entry, arch=90, split_kv_bytes=_split_kv_bytes(WGMMA_TILES),
+    {"fp32": FP16_FP32_WGMMA}, WGMMA_TILES, _wgmma_entry, arch=90, quantizers="wgmma", scale_blocks=2,
+    split_kv_bytes=_split_kv_bytes(WGMMA_TILES),
 )  # fmt: skip
 
 WGMMA_FP8 = KernelFamily(
     "wgmma_fp8", "kernel/mainloop_sm90_fp8.cuh", _core_matrix(1, _FP8), _core_matrix_bytes(1, _FP8),
     {"fp32+fp32": FP8_FP32_WGMMA, "fp32": FP8_FP32_WGMMA, "fp32+fp16": FP8_FP32_WGMMA},  # fp16 accumulators are no faster
-    WGMMA_BYTE_TILES, _wgmma_entry, arch=90, split_kv_bytes=_split_kv_bytes(WGMMA_BYTE_TILES),
+    WGMMA_BYTE_TILES, _wgmma_entry, arch=90, quantizers="wgmma", scale_blocks=2,
+    split_kv_bytes=_split_kv_bytes(WGMMA_BYTE_TILES),
 )  # fmt: skip

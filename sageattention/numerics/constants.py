@@ -7,6 +7,8 @@ import math
 
 HEAD_DIMS = (64, 128, 256)  # the compiled head dimensions; a real one is zero-padded to the next of these inside the kernels
 INT8_MAX = 127
+BITS = {"fp16": 16, "fp8": 8, "int8": 8}  # of one element, by the types that schemes name
+QK_MAX = {"int8": INT8_MAX}  # the largest quantised magnitude of Q and K, by their type
 E4M3_MAX = 448.0
 LOG2E = 1.4426950408889634
 LN2 = math.log(2.0)

@@ -22,6 +22,7 @@ from .constants import (
     LN2,
     LOG2E,
     MASK_LIMIT,
+    QK_MAX,
     SCORE_LIMIT,
     TAIL_BOOST_LOG2,
     TAIL_THRESHOLD,
@@ -117,7 +118,7 @@ def quantize_k(k: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Ten
     amax = shifted.abs().amax(-1, keepdim=True)
     if scheme.k_scale != "token":
         amax = _share(amax, scheme)
-    k8, scale = _int8(shifted, amax)
+    k8, scale = QUANTIZE_QK[scheme.qk](shifted, amax)
     return k8, scale * K_SCALE_SHIFT, k_mean[0]
 
 
@@ -156,6 +157,9 @@ def _share(amax: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 def _int8(x: torch.Tensor, amax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     inverse = torch.where(amax > AMAX_MIN, INT8_MAX / amax.clamp_min(AMAX_MIN), 0.0)
     return (x * inverse).round(), amax * (1 / INT8_MAX)
+
+
+QUANTIZE_QK = {"int8": _int8}  # by the type of Q and K: (x, amax) → (x in units of its scale, rounded; the scale)
 
 
 def _e4m3(x: torch.Tensor) -> torch.Tensor:
@@ -225,9 +229,9 @@ def _attend_head(
     tokens, head_dim = k8.shape
     factor = min(abs(sm_scale) * hadamard.gain(head_dim), FINITE_MAX)  # finite, so that 0 · factor is 0
     rotated = rotate(q, scheme) * math.copysign(1.0, sm_scale)
-    q8, unit = _int8(rotated, rotated.abs().amax(-1, keepdim=True))
+    q8, unit = QUANTIZE_QK[scheme.qk](rotated, rotated.abs().amax(-1, keepdim=True))
     largest = k_scale.amax().clamp_min(AMAX_MIN)
-    q_scale = torch.minimum(unit * factor * (LOG2E / K_SCALE_SHIFT), SCORE_LIMIT / (INT8_MAX**2 * head_dim) / largest)
+    q_scale = torch.minimum(unit * factor * (LOG2E / K_SCALE_SHIFT), SCORE_LIMIT / (QK_MAX[scheme.qk] ** 2 * head_dim) / largest)
 
     # `out` and the sums l are relative to the maximum m; P, the accumulator `acc` and its sums `acc_l` to `near`.
     m = near = torch.full_like(q_scale, -math.inf)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .constants import E4M3_MAX, FRAGMENT_KEYS, KV_TILE, KV_TILE_SM90
+from .constants import BITS, E4M3_MAX, FRAGMENT_KEYS, KV_TILE, KV_TILE_SM90
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,17 @@ class Scheme:
     fragment_keys: int = FRAGMENT_KEYS  # a "fragment" scale covers a quarter of so many consecutive keys
     linear: bool = False  # P of the first eight of every sixteen keys is on a straight line for each octave
     lazy: int = 0  # not 0: tiles from the last to the first, in steps of lazy / head_dim keys; a reference moves when it has to (`slack`)
+    qk: str = "int8"  # the type of Q and K
     rescale_threshold: float = 0.0  # a row's maximum may outgrow its reference by 2^slack before all is rescaled: P reaches p_max · 2^slack
 
     @property
-    def v_bytes(self) -> int:
-        """Bytes of one element of quantised V."""
-        return 2 if self.pv == "fp16" else 1
+    def v_bits(self) -> int:
+        """Bits of one element of quantised V."""
+        return BITS[self.pv]
+
+    def kv_bytes(self, channels: int) -> int:
+        """Bytes of one key's quantised K and V, without scales."""
+        return channels * (BITS[self.qk] + self.v_bits) // 8
 
 
 # fp16 P and V with fp32 accumulators: the products need no head room, so both operands use fp16's range; p_max = 2^10 keeps

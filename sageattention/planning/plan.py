@@ -173,7 +173,7 @@ def _fit(problem: Problem, capability: Capability, variant: Variant, accum: str,
     head_dim = pad_head_dim(problem.head_dim)
     if variant.backend == "triton":
         tile = find_tile(variant.tiles, family, head_dim)
-        per_key = head_dim + head_dim * scheme.v_bytes + 4
+        per_key = scheme.kv_bytes(head_dim) + 4  # K's scale
         heads = _heads_per_group(problem, variant.backend, tile.block_n * per_key, tile.block_n)
         return Plan(variant, reason, (), family, head_dim, tile, replace(scheme, kv_tile=tile.block_n), heads)
     if variant.backend == "cuda":
@@ -202,7 +202,7 @@ def _heads_per_group(problem: Problem, backend: str, tile_bytes: int, tile: int)
 def _nearest(variant: Variant, arch: int) -> str:
     """What of the same kind, P and V in one type before another, an sm_`arch` device can run, in words."""
     able = [v for v in VARIANTS.values() if v.backend == "cuda" and arch >= v.min_arch and (not v.archs or arch in v.archs)]
-    nearest = min(able, key=lambda v: (v.scheme.pv != variant.scheme.pv, v.scheme.v_bytes != variant.scheme.v_bytes), default=SDPA)
+    nearest = min(able, key=lambda v: (v.scheme.pv != variant.scheme.pv, v.scheme.v_bits != variant.scheme.v_bits), default=SDPA)
     return f"the nearest that runs there is {nearest.name}"
 
 

@@ -120,12 +120,13 @@ def _launch_error(card: Device, stream: int, launches: tuple[Launch, ...], failu
 
 def _load(card: Device, image: Image, entry: Entry) -> Kernel:
     known, path = store.record(image, entry), store.KERNELS / image.path
-    for key, value in (("threads", entry.threads), ("smem_dynamic", entry.smem), ("params", ctypes.sizeof(entry.params))):
+    for key, value in (("threads", entry.threads), ("params", ctypes.sizeof(entry.params))):
         if known[key] != value:
             raise Unusable(
                 f"{path} is of another version: the {key} of {entry.symbol} is {known[key]}, this version's is {value}; {store.remedy()}"
             )
-    _check_shared(card, image, entry, known["smem_static"] or 0)
+    smem = known["smem_dynamic"]
+    _check_shared(card, image, entry, smem + (known["smem_static"] or 0))
     with libcuda.current(card.context):
         module = _module(card, image)
         try:
@@ -133,15 +134,14 @@ def _load(card: Device, image: Image, entry: Entry) -> Kernel:
         except libcuda.Refused as error:
             raise Unusable(f"{path}: {error}; {store.remedy()}") from error
         if known["smem_static"] is None:  # PTX: the driver has only now compiled it
-            _check_shared(card, image, entry, libcuda.static_shared(handle, entry.symbol))
-        if entry.smem:
-            libcuda.allow_shared(handle, entry.symbol, entry.smem)
+            _check_shared(card, image, entry, smem + libcuda.static_shared(handle, entry.symbol))
+        if smem:
+            libcuda.allow_shared(handle, entry.symbol, smem)
     overlap = card.arch >= 90 and libcuda.cuda_version() >= libcuda.GRAPHS_WITH_OVERLAP
-    return Kernel(handle, entry.threads, entry.smem, known["params"], overlap, entry.symbol, ctypes.c_void_p(handle))
+    return Kernel(handle, entry.threads, smem, known["params"], overlap, entry.symbol, ctypes.c_void_p(handle))
 
 
-def _check_shared(card: Device, image: Image, entry: Entry, static: int) -> None:
-    need = static + entry.smem
+def _check_shared(card: Device, image: Image, entry: Entry, need: int) -> None:
     if need > card.shared:
         raise Unusable(
             f"{entry.symbol} of {store.KERNELS / image.path} needs {need} bytes of shared memory per block, {_named(card)} "
