@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     from .backends.call import QuantizedKV
     from .dispatch import Call
+    from .planning.plan import Plan
+    from .planning.problem import Problem
 
     Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -293,7 +295,10 @@ def available_variants(device: torch.device | str | None = None) -> list[Availab
     for variant in VARIANTS.values():
         error = refusal(variant, machine, *forced) or (malformed if variant.backend in ("triton", "cuda") else None)
         status = "ready" if error is None else "missing" if isinstance(error, KernelMissing) else "unsupported"
-        found.append(Availability(variant.name, variant.summary, status, error.reason if error else ""))
+        reason = error.reason if error else ""
+        if error and device.type == "cpu" and variant.backend in ("triton", "cuda") and capability.torch_without_cuda():
+            reason = f"{reason}; {capability.torch_without_cuda()}"
+        found.append(Availability(variant.name, variant.summary, status, reason))
     return found
 
 
@@ -311,6 +316,14 @@ class Explanation:
     device: str
     basis: str = ""
     accum: str = ""
+
+    @classmethod
+    def of(cls, problem: Problem, plan: Plan) -> Explanation:
+        """Of a call that is planned."""
+        from .planning.here import machine
+
+        rejected = tuple((str(candidate), reason) for candidate, reason in plan.rejected)
+        return cls(plan.variant.name, plan.reason, rejected, machine(problem).name, plan.basis, plan.accum)
 
     def __str__(self) -> str:
         accum = f" ({self.accum})" if self.accum else ""
@@ -347,9 +360,7 @@ def explain(
         if variant != "auto" or tensor_layout != "HND" or return_lse:
             raise
         return Explanation("sdpa", f"no variant reads it: {refusal}", (), str(q.device))
-    plan = call.plan
-    rejected = tuple((str(candidate), reason) for candidate, reason in plan.rejected)
-    return Explanation(plan.variant.name, plan.reason, rejected, _dispatch().machine(call.problem).name, plan.basis, plan.accum)
+    return Explanation.of(call.problem, call.plan)
 
 
 _loaded: ModuleType | None = None

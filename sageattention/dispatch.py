@@ -16,7 +16,6 @@ from .backends import emulation, sdpa
 from .backends.call import Backend, KernelBackend, PreparedCall, QuantizedKV, Result, result_like
 from .errors import KernelMissing, TorchOnly, Unsupported
 from .planning import varlen
-from .planning.here import machine as machine  # for `api`
 from .planning.here import plan_for, plan_without, warn_once
 from .planning.plan import KernelPlan, Plan
 from .planning.problem import Problem, facts

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from sageattention.cli import workloads  # noqa: E402
+from sageattention.cli import video, workloads  # noqa: E402
 from sageattention.numerics.reference import oracle  # noqa: E402
 
 SMALL = workloads.Shape("small", 1, 2, 33, 65, 64)
@@ -43,6 +43,33 @@ def test_logits6_has_six_nats():
 def test_large_v_does_not_fit_fp16():
     with pytest.raises(ValueError, match="float16"):
         workloads.make("large_v", SMALL, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("tokens", [1, 65, 3001, 15360, 37700, 75600, 104050, 219500])
+def test_video_grid_holds_all_tokens(tokens):
+    prefix, frames, height, width = video.grid_of(tokens)
+    assert prefix + frames * height * width == tokens
+    assert tokens < 3000 or (128 <= prefix <= tokens // 10 and 1.5 < width / height < 1.7)
+
+
+def test_video_heads_differ_in_reach():
+    shape = workloads.Shape("video", 1, 8, 4000, 4000, 64)
+    q, k, _ = workloads.make("video", shape, dtype=torch.float32)
+    prefix = video.grid_of(4000).prefix
+    rows = slice(prefix, None, 29)
+    weight = torch.softmax(q[0, :, rows] @ k[0].mT / 8, -1)
+    assert (weight[..., :prefix].sum(-1).mean(-1) - 0.2)[[0, 1, 2, 3, 4, 5, 7]].abs().max() < 0.15
+    assert weight[6, :, 0].mean() > 0.2  # the sink
+    mass = torch.nn.functional.pad(weight, (0, -4000 % 64)).unflatten(-1, (-1, 64)).sum(-1).sort(-1, descending=True).values
+    share = ((mass.cumsum(-1) < 0.9).sum(-1) + 1).float().mean(-1) / mass.shape[-1]
+    assert 0.04 < share.min() < 0.12 and 0.25 < share.max() < 0.4
+
+
+def test_video_of_fewer_queries_takes_spaced_ones():
+    shape = workloads.Shape("video", 1, 2, 300, 300, 64)
+    q, k, v = workloads.make("video", shape, dtype=torch.float32)
+    few = workloads.make("video", replace(shape, len_q=30), dtype=torch.float32)
+    assert torch.equal(few[0], q[:, :, torch.linspace(0, 299, 30).long()]) and torch.equal(few[1], k) and torch.equal(few[2], v)
 
 
 def test_metrics():

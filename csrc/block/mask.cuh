@@ -7,13 +7,10 @@
 namespace sage {
 
 enum class Mask { none, causal, dense };  // compile time; `dense` may be causal as well
-enum MaskKind : i32 { kMaskF16 = kFloat16, kMaskBf16 = kBfloat16, kMaskF32 = kFloat32, kMaskBool = 3 };
-
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // Natural-log bias → base 2. A finite bias stays finite: only −inf masks out.
 __device__ __forceinline__ float bias_to_base2(float bias) {
-  return bias == -kInf ? -kInf : fminf(fmaxf(bias * kLog2e, -1e38f), 1e38f);
+  return bias == -kInf ? -kInf : fminf(fmaxf(bias * kLog2e, -kFiniteMax), kFiniteMax);
 }
 
 // A dense mask as it lies in memory, at one (batch, head): strides in elements, 0 where it broadcasts.

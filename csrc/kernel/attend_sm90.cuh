@@ -14,12 +14,17 @@
 
 namespace sage {
 
-// kQStages: with two places for Q nobody waits until the last turn's has been read.
-template <class Layout_, Mask kMask_, int kStages_, int kQStages_>
+// One kernel: a row of sageattention/kernels/wgmma.py.
+struct WgmmaTile {
+  Mask mask;
+  int stages, q_stages;  // of KV tiles; of Q: with two, no consumer waits until the last work tile's Q has been read
+};
+
+template <class Layout_, WgmmaTile kWgmmaTile>
 struct WgmmaConfig {
   using Layout = Layout_;
-  static constexpr int kHeadDim = Layout::kHeadDim, kTile = Layout::kTile, kStages = kStages_, kQStages = kQStages_;
-  static constexpr Mask kMask = kMask_;
+  static constexpr int kHeadDim = Layout::kHeadDim, kTile = Layout::kTile, kStages = kWgmmaTile.stages, kQStages = kWgmmaTile.q_stages;
+  static constexpr Mask kMask = kWgmmaTile.mask;
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kConsumerWarps = 4 * kConsumers, kThreads = 128 * (kConsumers + 1), kBlockM = 64 * kConsumers;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // of 65536: 128 · 24 + 256 · 240
@@ -224,7 +229,7 @@ __device__ __forceinline__ void publish_work_tile(const AttendParams& p, u32 sha
         }
       }
       // A largest K scale of 0 (all keys alike) must not make the bound infinite; the scores are 0 then whatever it is.
-      work.max_scale = p.score_limit / fmaxf(__int_as_float(p.k_scale_max[work.bh]), 7.5e-37f);
+      work.max_scale = p.score_limit / fmaxf(__int_as_float(p.k_scale_max[work.bh]), kKScaleFloor);
     }
     __syncwarp();
     if (elected()) {
@@ -387,6 +392,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
 template <class C>
 struct SplitKvPartial {
   static constexpr int kCount = C::kHeadDim / 2, kFours = kCount / 4 + 1, kThreads = 128 * C::kConsumers;
+  static constexpr int kCtaBytes = kFours * kThreads * 16;  // of p.split_kv_workspace
 
   float4* to;
   i32* ready;
@@ -516,12 +522,16 @@ struct MainloopSm90 {
   }
 };
 
+// Dynamic shared memory of a launch, in bytes.
+template <class C>
+constexpr int attend_shared_bytes() {
+  return C::kSharedBytes;
+}
+
 // A block: one piece of work after another, the tiles of the next already on their way while the last is stored. Walk<C> is a
 // MainloopSm90<C> with O in `o` and `all(span, sums)`, which goes over the tiles from the last to the first.
-// kSharedBytes: the dynamic shared memory that the launch has (sageattention/variants.py).
-template <class C, template <class> class Mainloop, int kSharedBytes>
+template <class C, template <class> class Mainloop>
 __device__ __forceinline__ void attend_block(const AttendParams& p) {
-  static_assert(kSharedBytes == C::kSharedBytes, "the table of variants and the kernel disagree about shared memory");
   static_assert(C::kBarriers % 8 == 0 && C::kStage0 % 128 == 0 && C::Layout::kTileBytes % 128 == 0, "operands lie on 128 bytes");
   extern __shared__ __align__(128) u8 bytes[];
   const u32 shared = shared_address(bytes);

@@ -136,7 +136,7 @@ __device__ __forceinline__ float share_scales(float amax, int group, bool whole,
 #pragma unroll
   for (int other = 4; other <= 16; other *= 2) amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, other));
   const float inverse = int8_inverse(amax);
-  scale = inverse > 0.0f ? amax * (1.0f / 127) : 0.0f;
+  scale = inverse > 0.0f ? amax * (1.0f / kInt8Max) : 0.0f;
   if (threadIdx.x < 4) {
     u8* scales = out + Layout::scale_offset(tile_bytes) + Layout::kScalePitch * lane;
     *reinterpret_cast<float*>(scales + 4 * part) = scale;

@@ -84,7 +84,7 @@ class KernelPlan(Plan):
         """Bytes of quantised K and V that a call in two halves keeps beyond a whole one: it has all heads quantised at once."""
         heads = problem.batch * problem.heads_kv
         alive = min(heads, self.heads_per_group * self.GROUPS_ALIVE)
-        return (heads - alive) * problem.len_kv * self.head_dim * (1 + self.scheme.v_bytes)
+        return (heads - alive) * problem.len_kv * self.scheme.kv_bytes(self.head_dim)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -213,7 +213,7 @@ def _fit(problem: Problem, target: Target, candidate: Candidate, reason: str) ->
 def _fit_triton(problem: Problem, target: Target, variant: Variant, accum: str, scheme: Scheme, reason: str) -> TritonPlan:
     head_dim = pad_head_dim(problem.head_dim)
     tile = find_tile(variant.tiles, target.family, head_dim)
-    heads = TritonPlan.grouped(problem, tile.block_n * (head_dim + head_dim * scheme.v_bytes + 4), tile.block_n)
+    heads = TritonPlan.grouped(problem, tile.block_n * (scheme.kv_bytes(head_dim) + 4), tile.block_n)  # 4: K's scale
     return TritonPlan(
         variant, reason, target.family, accum,
         scheme=replace(scheme, kv_tile=tile.block_n), head_dim=head_dim, tile=tile, heads_per_group=heads,
@@ -290,13 +290,13 @@ def _cuda_refusal(variant: Variant, target: Target) -> Unsupported | KernelMissi
 def _device_refusal(variant: Variant, target: Target, otherwise: str = "") -> Unsupported | None:
     family = target.family
     if target.card.device != "cuda":
-        return Unsupported("q", f"is on {target.card.device}; {variant.name} needs a tensor on an NVIDIA GPU{otherwise}")
+        return Unsupported("q", f"{variant.name} needs a tensor on an NVIDIA GPU{otherwise}, not on {target.card.device}")
     if family < variant.min_arch:
-        needs = f"needs sm_{variant.min_arch} or newer"
-        return Unsupported("q", f"is on an sm_{family} device; {variant.name} {needs}; {_nearest(variant, family)}")
+        needs = f"needs sm_{variant.min_arch} or newer, not sm_{family}"
+        return Unsupported("q", f"{variant.name} {needs}; {_nearest(variant, family)}")
     if variant.archs and family not in variant.archs:
-        only = f"is made for {', '.join(f'sm_{arch}' for arch in variant.archs)} only"
-        return Unsupported("q", f"is on an sm_{family} device; {variant.name} {only}; {_nearest(variant, family)}")
+        only = f"is made for {', '.join(f'sm_{arch}' for arch in variant.archs)} only, not for sm_{family}"
+        return Unsupported("q", f"{variant.name} {only}; {_nearest(variant, family)}")
     return None
 
 
@@ -305,7 +305,7 @@ def _nearest(variant: Variant, arch: int) -> str:
 
     def distance(other: Variant) -> tuple[bool, ...]:
         mine, its = variant.scheme, other.scheme
-        return (True,) if mine is None or its is None else (its.pv != mine.pv, its.v_bytes != mine.v_bytes)
+        return (True,) if mine is None or its is None else (its.pv != mine.pv, its.v_bits != mine.v_bits)
 
     able = [v for v in VARIANTS.values() if v.backend == "cuda" and arch >= v.min_arch and (not v.archs or arch in v.archs)]
     return f"the nearest that runs there is {min(able, key=distance, default=SDPA).name}"

@@ -16,6 +16,7 @@ import torch
 from ... import torch_internals
 from ...kernels.params import AttendParams, QuantizeKParams, QuantizeVParams, packer
 from ...layout import strides
+from ...numerics.constants import DTYPES, MASK_KINDS
 from ...planning.plan import CudaPlan
 from ...planning.problem import Problem
 from ..call import PreparedCall, QuantizedKV, Result, result_like
@@ -23,8 +24,7 @@ from . import driver
 from .launcher import Launch
 from .workspace import LaunchPlan, launch_plan_of
 
-_DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
-_MASK_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.bool: 3}
+_MASK_KINDS = {getattr(torch, name): number for name, number in MASK_KINDS.items()}
 (_pack_quantize_k, _quantize_k_constants), (_pack_quantize_v, _quantize_v_constants), (_pack_attend, _attend_constants) = (
     packer(p) for p in (QuantizeKParams, QuantizeVParams, AttendParams)
 )
@@ -174,7 +174,7 @@ def _bind_quantize(r: LaunchPlan, k: torch.Tensor, v: torch.Tensor, unaligned: i
     vectors = _vectors(p, unaligned, k_strides, v_strides)
     groups = []
     for first, bh_count in r.groups:
-        shape = first, bh_count, p.heads_kv, p.len_kv, p.head_dim, _DTYPES[p.dtype], vectors
+        shape = first, bh_count, p.heads_kv, p.len_kv, p.head_dim, DTYPES[p.dtype], vectors
         keys = _quantize_k_constants(*k_strides, *v_strides, *shape, *r.quantize_k_tail)
         values = _quantize_v_constants(*v_strides, *shape, *r.quantize_v_tail)
         groups.append(BoundQuantize(bh_count * (r.k_ctas_per_head + r.v_chunks), keys, bh_count * r.v_ctas_per_head, values[-1]))
@@ -199,7 +199,7 @@ def _bind_attend(r: LaunchPlan, q: torch.Tensor, out: torch.Tensor, mask: torch.
             blocks,
             _attend_constants(
                 *q_strides, *mask_strides, *out_strides, first, bh_count, p.heads_kv, heads_per_kv, p.len_q, p.len_kv, p.head_dim,
-                _DTYPES[p.dtype], *vectors, p.causal, kind, r.tiles, r.q_tiles, full_waves,
+                DTYPES[p.dtype], *vectors, p.causal, kind, r.tiles, r.q_tiles, full_waves,
                 *((2**32 - 1) // d for d in (r.q_tiles, heads_per_kv, p.heads_kv)), *r.attend_tail,
             ),
         )  # fmt: skip
