@@ -60,14 +60,14 @@ __device__ __forceinline__ void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0
 #endif
 }
 
-// Whether fp16 and bf16 both have the next shape in one instruction.
+// Whether m16n8k16 is one instruction, for fp16 and bf16.
 #if __CUDA_ARCH__ >= 800
 constexpr bool kMma16 = true;
 #else
 constexpr bool kMma16 = false;
 #endif
 
-// C[16,8] += A[16,16] · B[16,8], bf16 → fp32; where kMma16. A register holds two consecutive k.
+// C[16,8] += A[16,16] · B[16,8], bf16 → fp32; where kMma16 holds. A register holds two consecutive k.
 __device__ __forceinline__ void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
