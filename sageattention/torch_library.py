@@ -126,7 +126,7 @@ def _sparse(
         query_sinks=list(zip(query_sinks[::2], query_sinks[1::2])), order=order, block_len=block_len, block_mask=block_mask,
         key_mask=key_mask, coarse_gate=coarse_gate,
     )  # fmt: skip
-    return tuple(result)
+    return result.out, result.lse, result.share
 
 
 def _fake_sparse(
