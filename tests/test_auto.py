@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from sageattention.device.capability import Capability
+from sageattention.kernels.architectures import ARCHITECTURES
 from sageattention.numerics.constants import HEAD_DIMS
 from sageattention.planning import rules
 from sageattention.planning.problem import Problem
 from sageattention.planning.rules import MIN_TOKENS, RULES, choose, mma_gain
 from sageattention.variants import TRITON_FP16, VARIANTS
 
-ARCHS = (75, 80, 86, 89, 90, 100, 120)
+ARCHS = tuple(ARCHITECTURES)
 
 
 def gpu(arch, name="some card", multiprocessors=100):

@@ -264,7 +264,7 @@ def test_committed_images_are_built_again_to_the_same_bytes(committed):
 
 def test_a_table_that_names_a_file_or_a_kernel_twice_is_refused(monkeypatch):
     variants = types.SimpleNamespace(IMAGES=(*TABLE, TABLE[0]))
-    monkeypatch.setattr(build.importlib, "import_module", lambda name: variants)
+    monkeypatch.setattr(build, "import_module", lambda name: variants)
     with pytest.raises(build.BuildError, match=r"one image twice: sm_75/demo\.cubin\.xz"):
         build.load_table()
     variants.IMAGES = (dataclasses.replace(TABLE[0], entries=(ENTRIES[0], ENTRIES[0])),)
