@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from .backends.triton.host import QuantizedKV
+    from .backends.call import QuantizedKV
+    from .dispatch import Call
+    from .planning.plan import Plan
+    from .planning.problem import Problem
 
     Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -83,7 +86,9 @@ def scaled_dot_product_attention(
     Dropout, as for training, is torch's to do.
     """
     if dropout_p:
-        return _dispatch().sdpa.TORCH_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        from . import torch_internals
+
+        return torch_internals.attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     return _call(query, key, value, "HND", is_causal, scale, False, attn_mask, "auto")
 
 
@@ -221,6 +226,23 @@ def sageattn_varlen(
     return _dispatch().run_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, sm_scale=sm_scale)
 
 
+def prepare(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", is_causal: bool = False,
+    sm_scale: float | None = None, return_lse: bool = False,
+    *,
+    attn_mask: torch.Tensor | None = None, variant: str = "auto", pv_accum_dtype: str | None = None,
+) -> Call:  # fmt: skip
+    """`sageattn` in two steps: the call is checked and planned here, its `run()` computes it and gives (out, lse or None).
+
+    `left_to_model` says why "auto" leaves it to PyTorch's attention, so that a program can call its own instead; `run(release)` lets k and
+    v be freed on the way.
+    """
+    return _dispatch().prepare(
+        q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse,
+        variant=variant, accum=pv_accum_dtype or "",
+    )  # fmt: skip
+
+
 def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", *, variant: str = "auto") -> QuantizedKV:
     """Quantise K and V once; the result owns no float tensor, so the caller may free k and v before `attend`.
 
@@ -295,6 +317,14 @@ class Explanation:
     basis: str = ""
     accum: str = ""
 
+    @classmethod
+    def of(cls, problem: Problem, plan: Plan) -> Explanation:
+        """Of a call that is planned."""
+        from .planning.here import machine
+
+        rejected = tuple((str(candidate), reason) for candidate, reason in plan.rejected)
+        return cls(plan.variant.name, plan.reason, rejected, machine(problem).name, plan.basis, plan.accum)
+
     def __str__(self) -> str:
         accum = f" ({self.accum})" if self.accum else ""
         lines = [f"{self.variant}{accum} on {self.device}: {self.reason}"]
@@ -330,8 +360,7 @@ def explain(
         if variant != "auto" or tensor_layout != "HND" or return_lse:
             raise
         return Explanation("sdpa", f"no variant reads it: {refusal}", (), str(q.device))
-    plan = call.plan
-    return Explanation(plan.variant.name, plan.reason, plan.rejected, _dispatch().machine(call.problem).name, plan.basis, plan.accum)
+    return Explanation.of(call.problem, call.plan)
 
 
 _loaded: ModuleType | None = None

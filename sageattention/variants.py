@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .kernels.family import KernelFamily, Tile, Tiles
 from .kernels.mma import MMA_FP8, MMA_FP16, MMA_INT8
@@ -10,7 +11,26 @@ from .kernels.wgmma import WGMMA_FP8, WGMMA_FP16
 from .numerics.scheme import FP8_FP16, FP8_FP32_WGMMA, FP16_FP32, FP16_FP32_MMA, FP16_FP32_TRITON, INT8_INT32, Scheme
 
 
-@dataclass(frozen=True)
+class Candidate(NamedTuple):
+    """A variant by its name, and the accumulator of its P·V (`pv_accum_dtype`), "" for the variant's default.
+
+    Written "name" or "name:accumulator".
+    """
+
+    variant: str
+    accum: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Candidate:
+        """What `str` gave."""
+        name, _, accum = text.partition(":")
+        return cls(name, accum)
+
+    def __str__(self) -> str:
+        return f"{self.variant}:{self.accum}" if self.accum else self.variant
+
+
+@dataclass(frozen=True, eq=False)  # a row of the table, equal to itself only
 class Variant:
     """One way to compute attention, as offered to the user.
 

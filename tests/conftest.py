@@ -66,8 +66,9 @@ MEMOS = {
     "device.capability": ["of_device"],
     "planning.calibration": ["of_card"],
     "planning.plan": ["plan"],
-    "dispatch": ["_prepared", "_absent", "_warn_once", "_ran"],
-    "backends.cuda.workspace": ["_launch_plans"],
+    "planning.here": ["_absent", "warn_once"],
+    "dispatch": ["_prepared", "_ran"],
+    "backends.cuda.workspace": ["launch_plan_of"],
 }
 
 

@@ -23,8 +23,9 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from ..errors import KernelMissing, Unsupported
+from ..variants import Candidate
 from . import workloads
-from .candidates import SDPA_BACKENDS, Candidate, chosen_device, ready, sdpa_backend, variant
+from .candidates import SDPA_BACKENDS, Attention, chosen_device, ready, sdpa_backend, variant
 from .text import table
 from .workloads import SHAPES, Shape
 
@@ -74,7 +75,7 @@ def parse_shape(text: str) -> Shape:
     raise Unsupported("--shapes", f"got {text!r}, accepted are BxHxNqxNkxD and {', '.join(SHAPES)}")
 
 
-def time_shape(shape: Shape, candidates: list[Candidate], device: torch.device, *, kind: str, repeats: int, budget_ms: float) -> list[Row]:
+def time_shape(shape: Shape, candidates: list[Attention], device: torch.device, *, kind: str, repeats: int, budget_ms: float) -> list[Row]:
     """Time every candidate on one shape.
 
     Args:
@@ -114,7 +115,7 @@ def time_shape(shape: Shape, candidates: list[Candidate], device: torch.device, 
             from .. import api
 
             explanation = api.explain(q, k, v)
-            row.runs = f"{explanation.variant}:{explanation.accum}".rstrip(":")
+            row.runs = str(Candidate(explanation.variant, explanation.accum))
         row.extra_mib = _extra_memory(candidate, q, k, v)
         timers.append(_Timer(row, candidate, (q, k, v), budget_ms))
     for _ in range(repeats):
@@ -140,7 +141,7 @@ def gpu_ms(work: Callable[[], object]) -> float:
 class _Timer:
     """One candidate's turns on one shape, eager and as a CUDA graph."""
 
-    def __init__(self, row: Row, candidate: Candidate, qkv: tuple[torch.Tensor, ...], budget_ms: float):
+    def __init__(self, row: Row, candidate: Attention, qkv: tuple[torch.Tensor, ...], budget_ms: float):
         self.row, self.candidate, self.qkv = row, candidate, qkv
         self.calls = 1
         once = min(self._events() for _ in range(3))  # also compiles what has to be compiled
@@ -222,7 +223,7 @@ def _exact_sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
     return sample, oracle(sample(q), k[:1].index_select(1, heads), v[:1].index_select(1, heads))[0]
 
 
-def _extra_memory(candidate: Candidate, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
+def _extra_memory(candidate: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
     """Peak of allocated memory during a call beyond its output, in MiB."""
     import torch
 
@@ -236,7 +237,7 @@ def _extra_memory(candidate: Candidate, q: torch.Tensor, k: torch.Tensor, v: tor
 
 
 def host_times(
-    candidates: list[Candidate], device: torch.device, clock: Callable[[], float] = time.perf_counter
+    candidates: list[Attention], device: torch.device, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float | None]:
     """Median host time of a call on a tiny shape, in µs, by candidate; None where it can't do it.
 
@@ -247,7 +248,7 @@ def host_times(
 
     q, k, v = workloads.make("normal", TINY, dtype=_dtype(device), device=device)
 
-    def turn(candidate: Candidate) -> float:
+    def turn(candidate: Attention) -> float:
         with candidate.context():
             torch.cuda.synchronize(device)
             start = clock()
@@ -315,7 +316,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _on_cpu(named: list[Candidate], ignored: list[str] | None, *, as_json: bool) -> int:
+def _on_cpu(named: list[Attention], ignored: list[str] | None, *, as_json: bool) -> int:
     """No GPU: say so, and show that the variants of this machine run."""
     import torch
 

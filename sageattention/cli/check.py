@@ -12,7 +12,7 @@ from ..device import capability
 from ..errors import KernelMissing, Unsupported
 from ..variants import VARIANTS
 from . import workloads
-from .candidates import Candidate, chosen_device, ready, variant
+from .candidates import Attention, chosen_device, ready, variant
 from .text import table
 from .workloads import KINDS, Kind, Shape
 
@@ -113,7 +113,7 @@ def _case(name: str, kind: Kind, qkv: tuple[torch.Tensor, ...], keywords: dict[s
     return Case(name, q, k, v, kind, keywords, exact, lse)
 
 
-def judge(candidate: Candidate, case: Case) -> Result:
+def judge(candidate: Attention, case: Case) -> Result:
     """Run one case with one candidate and hold the result against the oracle."""
     import torch
 
@@ -139,7 +139,7 @@ def judge(candidate: Candidate, case: Case) -> Result:
     return Result(candidate.name, case.name, "off" if detail else "ok", error, bound, "; ".join(detail))
 
 
-def _interpreted(candidate: Candidate) -> bool:
+def _interpreted(candidate: Attention) -> bool:
     variant = VARIANTS.get(candidate.name)
     return variant is not None and variant.backend == "triton" and capability.triton_mode() == "interpret"
 

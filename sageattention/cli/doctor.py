@@ -29,7 +29,7 @@ from ..planning import calibration
 from ..planning.calibration import Calibration
 from ..planning.plan import plan, refusal
 from ..planning.problem import Problem
-from ..variants import CUDA_FP16, VARIANTS
+from ..variants import CUDA_FP16, VARIANTS, Candidate
 from .text import table
 from .workloads import SHAPES, Shape
 
@@ -293,7 +293,7 @@ def report(found: dict[str, Any]) -> str:
 
 def _auto_text(auto: dict[str, dict[str, str]]) -> str:
     def chosen(a: dict[str, str]) -> str:
-        return f"{a['variant']}:{a['accum']}".rstrip(":")
+        return str(Candidate(a["variant"], a["accum"]))
 
     answers = {(chosen(a), a["reason"]) for a in auto.values()}
     if len(answers) == 1:
