@@ -51,7 +51,7 @@ def say(message: str) -> None:
 
 def run(step: str, command: list[str], **options) -> None:
     """Run a step whose failure ends everything; says what it is and how long it took."""
-    say(f"{step} …")
+    say(f"{step} ...")
     begun = time.monotonic()
     code = subprocess.call(command, **options)
     if code:

@@ -210,7 +210,7 @@ def layer_name(transformer_options: dict[str, Any] | None) -> str:
 
 def _split_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, enable_gqa: bool) -> tuple[tuple[int, ...], ...]:
     """How [B, L, heads·D] is viewed as [B, L, heads, D]; k and v have fewer heads where `enable_gqa` says so."""
-    _check_rank(3, "[B, L, heads·D]", q, k, v)
+    _check_rank(3, "[B, L, heads*D]", q, k, v)
     inner = q.shape[2]
     if heads < 1 or inner < 1 or inner % heads:
         raise Unsupported("heads", f"got {heads}, accepted is a divisor of q's last dimension, {inner}")

@@ -203,7 +203,7 @@ def compile_all(images: Iterable, jobs: int, csrc: Path = CSRC, say: Callable[[s
                 say(f"{head} FAILED")
                 continue
             registers = max((u.registers for u in usage.values()), default=0)
-            say(f"{head} {seconds:6.1f} s  {len(image.entries):2} kernels  {f'≤ {registers} registers' if registers else 'PTX'}")
+            say(f"{head} {seconds:6.1f} s  {len(image.entries):2} kernels  {f'<= {registers} registers' if registers else 'PTX'}")
             yield image, binary, usage
     if failed:
         raise BuildError("\n".join(failed))

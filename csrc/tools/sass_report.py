@@ -126,8 +126,8 @@ def parse(listing: str) -> Iterator[Code]:
 
 
 HEADER = (
-    f"{'kernel':38} {'arch':7} {'regs':>4} {'local':>5} {'smem KiB':>8} {'warps':>6} │ {'loop':>5} {'MMA':>4} {'per MMA: all':>12} "
-    f"{'LDS':>4} {'cvt':>4} {'MUFU':>4} │ {'L/STL':>5}"
+    f"{'kernel':38} {'arch':7} {'regs':>4} {'local':>5} {'smem KiB':>8} {'warps':>6} | {'loop':>5} {'MMA':>4} {'per MMA: all':>12} "
+    f"{'LDS':>4} {'cvt':>4} {'MUFU':>4} | {'L/STL':>5}"
 )
 
 
@@ -150,13 +150,13 @@ def line(code: Code, arch: str, known: dict) -> str:
     smem = ((known["smem_static"] or 0) + known["smem_dynamic"]) / 1024
     number = int(re.sub(r"\D", "", arch))
     warps = f"{resident_warps(number, known)}/{ARCHITECTURES[number].warps}"
-    text = f"{code.symbol:38} {arch:7} {known['registers']:4} {known['spills']:5} {smem:8.1f} {warps:>6} │ "
+    text = f"{code.symbol:38} {arch:7} {known['registers']:4} {known['spills']:5} {smem:8.1f} {warps:>6} | "
     loop = code.main_loop()
     if loop is None:
-        return text + f"{'–':>5}"
+        return text + f"{'-':>5}"
     size, mma = loop[1] - loop[0] + 1, code.count(MMA, loop)
     lds, cvt, mufu = (code.count(opcodes, loop) / mma for opcodes in ({"LDS", "LDSM"}, CONVERSIONS, {"MUFU"}))
-    return text + f"{size:5} {mma:4} {size / mma:12.2f} {lds:4.2f} {cvt:4.2f} {mufu:4.2f} │ {code.count(LOCAL, loop):5}"
+    return text + f"{size:5} {mma:4} {size / mma:12.2f} {lds:4.2f} {cvt:4.2f} {mufu:4.2f} | {code.count(LOCAL, loop):5}"
 
 
 def mix(code: Code) -> str:

@@ -344,7 +344,7 @@ def _on_cpu(named: list[Attention], ignored: list[str] | None, *, as_json: bool)
     print(message)
     print(table(("variant", "ms"), [(name, f"{ms:.1f}") for name, ms in times.items()], numeric=(1,)))
     for name, reason in skipped.items():
-        print(f"skipped: {name} – {reason}")
+        print(f"skipped: {name} - {reason}")
     return 0
 
 
@@ -368,15 +368,15 @@ def _print_head(report: dict) -> None:
     print("; ".join(f"{key} {value}" for key, value in report["machine"].items()))
     print(f"inputs: {report['kind']}, {report['dtype']}; times in ms, medians; ratios above 1 are faster than torch's own attention")
     for name, reason in report["not_run"].items():
-        print(f"not run: {name} – {reason}")
-    host = [(name, "–" if us is None else f"{us:.0f}") for name, us in report["host_us"].items()]
-    print("\n" + table(("host time of a call", "µs"), host, numeric=(1,)))
+        print(f"not run: {name} - {reason}")
+    host = [(name, "-" if us is None else f"{us:.0f}") for name, us in report["host_us"].items()]
+    print("\n" + table(("host time of a call", "us"), host, numeric=(1,)))
 
 
 def _print_shape(shape: Shape, rows: list[Row]) -> None:
     print(f"\n{shape}")
     base = rows[0].baseline.replace(BASELINE, "cuDNN") or "SDPA"
-    head = ("candidate", "event", "graph", "TFLOPS", f"× {base}", "× graph", "extra MiB", "error", "")
+    head = ("candidate", "event", "graph", "TFLOPS", f"x {base}", "x graph", "extra MiB", "error", "")
     cells = []
     for row in rows:
         figures = (
@@ -389,4 +389,4 @@ def _print_shape(shape: Shape, rows: list[Row]) -> None:
 
 
 def _f(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -157,7 +157,7 @@ def _deviations(out: torch.Tensor, lse: torch.Tensor | None, case: Case) -> list
     if lse is None:
         return found
     if bool((lse[empty] != float("-inf")).any()):
-        found.append("a fully masked row's LSE is not −inf")
+        found.append("a fully masked row's LSE is not -inf")
     ordinary = case.exact_lse.abs() < 1e30  # above it, a finite mask value is cut off so that it stays finite
     # Rounding moves a logit by about 0.4 % of its magnitude; the LSE follows its row's largest ones.
     off = (lse.double() - case.exact_lse)[ordinary].abs() / case.exact_lse[ordinary].abs().clamp_min(1)
@@ -195,7 +195,7 @@ def main(args: argparse.Namespace) -> int:
     rows = [(r.variant, r.case, r.status, _number(r.error), _number(r.bound), r.detail) for r in results]
     print(table(("variant", "case", "status", "error", "bound", ""), rows, numeric=(3, 4)))
     for name, reason in refused:
-        print(f"not run: {name} – {reason}")
+        print(f"not run: {name} - {reason}")
     print(f"{sum(r.status == 'ok' for r in results)} of {len(results)} are right" + (f", {len(bad)} are not." if bad else "."))
     if not kernels:
         print(f"\nNO KERNEL OF THIS PACKAGE WAS CHECKED: none runs on {device}. {capability.torch_without_cuda()}".rstrip())

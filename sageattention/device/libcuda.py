@@ -74,13 +74,16 @@ def library() -> ctypes.CDLL:
     try:
         cuda = ctypes.CDLL(LIBRARY)
     except OSError as error:
-        raise NoDriver(f"the NVIDIA driver's library {LIBRARY} can't be opened ({error}); install a driver ≥ {OLDEST_DRIVER[1]}") from error
+        cause = str(error).partition(". Try using")[0]  # on Windows ctypes goes on with advice for its callers
+        raise NoDriver(
+            f"the NVIDIA driver's library {LIBRARY} can't be opened ({cause}); install a driver >= {OLDEST_DRIVER[1]}"
+        ) from error
     for name, arguments in _SIGNATURES.items():
         try:
             function = getattr(cuda, name)
         except AttributeError:
             raise NoDriver(
-                f"{LIBRARY} has no {name}: the driver ({_version_text(cuda)}) is too old, install one ≥ {OLDEST_DRIVER[1]}"
+                f"{LIBRARY} has no {name}: the driver ({_version_text(cuda)}) is too old, install one >= {OLDEST_DRIVER[1]}"
             ) from None
         function.argtypes, function.restype = arguments, _I
     code = cuda.cuInit(0)

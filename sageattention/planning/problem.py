@@ -344,5 +344,5 @@ def _length(name: str, given: int) -> int:
     except (TypeError, ValueError, OverflowError, RuntimeError):  # no number, infinite, of several elements
         length = -1
     if length < 0:
-        raise Unsupported(name, f"got {given!r}, accepted are lengths ≥ 0")
+        raise Unsupported(name, f"got {given!r}, accepted are lengths >= 0")
     return length
