@@ -194,7 +194,7 @@ def _summarise(rows: list[Row], shape: Shape) -> None:
     base = min(backends, key=lambda row: (row.candidate != BASELINE, row.event_ms), default=None)
     for row in rows:
         row.baseline = base.candidate if base else ""
-        if base and row.event_ms:
+        if base and base.event_ms and row.event_ms:
             row.event_ratio = base.event_ms / row.event_ms
         if base and base.graph_ms and row.graph_ms:
             row.graph_ratio = base.graph_ms / row.graph_ms
@@ -302,13 +302,14 @@ def main(args: argparse.Namespace) -> int:
     candidates = [*map(sdpa_backend, SDPA_BACKENDS), *ours]
     kind = "logits6" if args.peaked else "normal"
     dtype = str(_dtype(device)).removeprefix("torch.")
-    report = {"machine": _machine(device), "kind": kind, "dtype": dtype, "not_run": dict(refused), "rows": []}
+    report = {"machine": _machine(device), "kind": kind, "dtype": dtype, "not_run": dict(refused)}
     report["host_us"] = host_times(candidates, device)  # first, before the card is hot
+    report["rows"] = measured = []
     if not args.json:
         _print_head(report)
     for shape in shapes:
         rows = time_shape(shape, candidates, device, kind=kind, repeats=5 if args.quick else 11, budget_ms=10 if args.quick else 30)
-        report["rows"] += [asdict(row) for row in rows]
+        measured += [asdict(row) for row in rows]
         torch.cuda.empty_cache()
         print(f"{shape} done", file=sys.stderr) if args.json else _print_shape(shape, rows)
     if args.json:

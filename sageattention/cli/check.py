@@ -128,8 +128,8 @@ def judge(candidate: Attention, case: Case) -> Result:
         return Result(candidate.name, case.name, "unsupported", bound=bound, detail=str(refused))
     except KernelMissing as missing:
         return Result(candidate.name, case.name, "missing", bound=bound, detail=str(missing))
-    except Exception as error:  # whatever a kernel or its compiler throws is this check's finding, and makes it fail
-        return Result(candidate.name, case.name, "failed", bound=bound, detail=f"{type(error).__name__}: {error}")
+    except Exception as thrown:  # whatever a kernel or its compiler throws is this check's finding, and makes it fail
+        return Result(candidate.name, case.name, "failed", bound=bound, detail=f"{type(thrown).__name__}: {thrown}")
     if not bool(out.isfinite().all()):
         return Result(candidate.name, case.name, "off", None, bound, f"{int((~out.isfinite()).sum())} values are not finite")
     error = workloads.relative_l2(out, case.exact)
@@ -140,8 +140,7 @@ def judge(candidate: Attention, case: Case) -> Result:
 
 
 def _interpreted(candidate: Attention) -> bool:
-    variant = VARIANTS.get(candidate.name)
-    return variant is not None and variant.backend == "triton" and capability.triton_mode() == "interpret"
+    return candidate.variant is not None and candidate.variant.backend == "triton" and capability.triton_mode() == "interpret"
 
 
 def _deviations(out: torch.Tensor, lse: torch.Tensor | None, case: Case) -> list[str]:
@@ -168,10 +167,7 @@ def _deviations(out: torch.Tensor, lse: torch.Tensor | None, case: Case) -> list
 
 def run(device: torch.device, names: list[str] | None = None, *, quick: bool = False) -> tuple[list[Result], list[tuple[str, str]]]:
     """Judge the ready variants (or those named) on every case: the results, and (name, reason) of the variants left out."""
-    if names:
-        chosen, refused = [variant(name) for name in names], []
-    else:
-        chosen, refused = ready(device, accumulators=True)
+    chosen, refused = ([variant(name) for name in names], []) if names else ready(device, accumulators=True)
     results = [judge(candidate, case) for case in cases(device, quick=quick) for candidate in chosen]
     results.sort(key=lambda r: [c.name for c in chosen].index(r.variant))
     return results, refused

@@ -209,8 +209,8 @@ def _device(machine: Capability, has_torch: bool, problems: list[str]) -> dict[s
     """The variants' table of one device and what `auto` would run there."""
     try:
         forced = binaries.forced()
-    except Unsupported as error:
-        problems.append(str(error))
+    except Unsupported as malformed:
+        problems.append(str(malformed))
         forced = 0, False
     rows = []
     for variant in VARIANTS.values():
