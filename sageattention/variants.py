@@ -73,7 +73,7 @@ REFERENCE = Variant(
 TRITON_FP16 = Variant(
     "sageattn_qk_int8_pv_fp16_triton",
     "triton",
-    "INT8 QKᵀ, FP16 PV with FP32 accumulation, in Triton: any card that Triton supports",
+    "INT8 QK^T, FP16 PV with FP32 accumulation, in Triton: any card that Triton supports",
     FP16_FP32_TRITON,
     min_arch=75,
     tiles={
@@ -92,7 +92,7 @@ TRITON_FP16 = Variant(
 CUDA_FP16 = Variant(
     "sageattn_qk_int8_pv_fp16_cuda",
     "cuda",
-    "INT8 QKᵀ, FP16 PV: overflow-safe, the most accurate CUDA variant",
+    "INT8 QK^T, FP16 PV: overflow-safe, the most accurate CUDA variant",
     FP16_FP32_MMA,
     min_arch=75,
     accum=MMA_FP16.schemes,
@@ -101,7 +101,7 @@ CUDA_FP16 = Variant(
 CUDA_FP8 = Variant(
     "sageattn_qk_int8_pv_fp8_cuda",
     "cuda",
-    "INT8 QKᵀ, FP8 PV for Ada and Blackwell",
+    "INT8 QK^T, FP8 PV for Ada and Blackwell",
     FP8_FP16,
     min_arch=89,
     accum=MMA_FP8.schemes,
@@ -110,7 +110,7 @@ CUDA_FP8 = Variant(
 CUDA_FP8_SM90 = Variant(
     "sageattn_qk_int8_pv_fp8_cuda_sm90",
     "cuda",
-    "INT8 QKᵀ, FP8 PV for Hopper",
+    "INT8 QK^T, FP8 PV for Hopper",
     FP8_FP32_WGMMA,
     min_arch=90,
     archs=(90,),

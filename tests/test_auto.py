@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from sageattention.device.capability import Capability
+from sageattention.kernels.architectures import ARCHITECTURES
 from sageattention.numerics.constants import HEAD_DIMS
 from sageattention.planning import rules
 from sageattention.planning.problem import Problem
 from sageattention.planning.rules import MIN_TOKENS, RULES, choose
 from sageattention.variants import TRITON_FP16, VARIANTS, Candidate
 
-ARCHS = (75, 80, 86, 89, 90, 100, 120)
+ARCHS = tuple(ARCHITECTURES)
 TRITON = Candidate(TRITON_FP16.name)
 
 # Dense multiply-accumulates per clock and multiprocessor, by operands and accumulator, of the GeForce card of each architecture

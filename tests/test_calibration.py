@@ -301,7 +301,7 @@ def test_times_are_the_calls_own(gpu, monkeypatch):
     for found in points:
         assert found.sdpa_ms == pytest.approx(2.0)
         assert found.ms == pytest.approx({TRITON: 1.0, FP8: 4.0}) and found.faster() == [Candidate(TRITON)]
-    assert len(told) == 3 and "[1/3]" in told[0] and "2.00 × SDPA" in told[0]
+    assert len(told) == 3 and "[1/3]" in told[0] and "2.00 x SDPA" in told[0]
 
 
 def test_a_wrong_result_is_left_out(gpu, monkeypatch):

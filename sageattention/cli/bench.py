@@ -194,7 +194,7 @@ def _summarise(rows: list[Row], shape: Shape) -> None:
     base = min(backends, key=lambda row: (row.candidate != BASELINE, row.event_ms), default=None)
     for row in rows:
         row.baseline = base.candidate if base else ""
-        if base and row.event_ms:
+        if base and base.event_ms and row.event_ms:
             row.event_ratio = base.event_ms / row.event_ms
         if base and base.graph_ms and row.graph_ms:
             row.graph_ratio = base.graph_ms / row.graph_ms
@@ -302,13 +302,14 @@ def main(args: argparse.Namespace) -> int:
     candidates = [*map(sdpa_backend, SDPA_BACKENDS), *ours]
     kind = "logits6" if args.peaked else "normal"
     dtype = str(_dtype(device)).removeprefix("torch.")
-    report = {"machine": _machine(device), "kind": kind, "dtype": dtype, "not_run": dict(refused), "rows": []}
+    report = {"machine": _machine(device), "kind": kind, "dtype": dtype, "not_run": dict(refused)}
     report["host_us"] = host_times(candidates, device)  # first, before the card is hot
+    report["rows"] = measured = []
     if not args.json:
         _print_head(report)
     for shape in shapes:
         rows = time_shape(shape, candidates, device, kind=kind, repeats=5 if args.quick else 11, budget_ms=10 if args.quick else 30)
-        report["rows"] += [asdict(row) for row in rows]
+        measured += [asdict(row) for row in rows]
         torch.cuda.empty_cache()
         print(f"{shape} done", file=sys.stderr) if args.json else _print_shape(shape, rows)
     if args.json:
@@ -344,7 +345,7 @@ def _on_cpu(named: list[Attention], ignored: list[str] | None, *, as_json: bool)
     print(message)
     print(table(("variant", "ms"), [(name, f"{ms:.1f}") for name, ms in times.items()], numeric=(1,)))
     for name, reason in skipped.items():
-        print(f"skipped: {name} – {reason}")
+        print(f"skipped: {name} - {reason}")
     return 0
 
 
@@ -368,15 +369,15 @@ def _print_head(report: dict) -> None:
     print("; ".join(f"{key} {value}" for key, value in report["machine"].items()))
     print(f"inputs: {report['kind']}, {report['dtype']}; times in ms, medians; ratios above 1 are faster than torch's own attention")
     for name, reason in report["not_run"].items():
-        print(f"not run: {name} – {reason}")
-    host = [(name, "–" if us is None else f"{us:.0f}") for name, us in report["host_us"].items()]
-    print("\n" + table(("host time of a call", "µs"), host, numeric=(1,)))
+        print(f"not run: {name} - {reason}")
+    host = [(name, "-" if us is None else f"{us:.0f}") for name, us in report["host_us"].items()]
+    print("\n" + table(("host time of a call", "us"), host, numeric=(1,)))
 
 
 def _print_shape(shape: Shape, rows: list[Row]) -> None:
     print(f"\n{shape}")
     base = rows[0].baseline.replace(BASELINE, "cuDNN") or "SDPA"
-    head = ("candidate", "event", "graph", "TFLOPS", f"× {base}", "× graph", "extra MiB", "error", "")
+    head = ("candidate", "event", "graph", "TFLOPS", f"x {base}", "x graph", "extra MiB", "error", "")
     cells = []
     for row in rows:
         figures = (
@@ -389,4 +390,4 @@ def _print_shape(shape: Shape, rows: list[Row]) -> None:
 
 
 def _f(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -45,7 +45,7 @@ class Form:
     len_kv: int
 
     def __str__(self) -> str:
-        return f"head_dim {self.head_dim}, {self.len_q} × {self.len_kv}, mask {self.mask}"
+        return f"head_dim {self.head_dim}, {self.len_q} x {self.len_kv}, mask {self.mask}"
 
 
 FORMS = tuple(
@@ -96,7 +96,7 @@ def measure(device: torch.device, *, now: Callable[[], float] = time.monotonic, 
             continue
         hopeless |= {(name, form.head_dim, form.mask) for name, ms in point.ms.items() if ms > HOPELESS * point.sdpa_ms}
         best = min(point.ms, key=point.ms.__getitem__, default=None)
-        gain = f"{best} {point.sdpa_ms / point.ms[best]:.2f} × SDPA" if best else "no variant ran"
+        gain = f"{best} {point.sdpa_ms / point.ms[best]:.2f} x SDPA" if best else "no variant ran"
         tell(f"{head}: {gain}")
         yield point
 
@@ -212,7 +212,7 @@ def _calibrate(device: torch.device, as_json: bool) -> int:
         return 0
     print("\n" + results(points))
     for name, reason in sorted({item for point in points for item in point.off.items()}):
-        print(f"left out: {name} – {reason}")
+        print(f"left out: {name} - {reason}")
     print(f"\nkept in {file}\n`auto` goes by it from the next start on; `{calibration.COMMAND} --reset` undoes it")
     return 0
 
@@ -221,14 +221,14 @@ def results(points: list[Point]) -> str:
     """The points as a table of at most 120 columns, the candidates by letters that the lines above it explain."""
     letters = dict(zip(sorted({name for point in points for name in point.ms}), string.ascii_uppercase))
     lines = [
-        "calls are head_dim, heads, queries × keys, mask; the letters are so many times as fast as SDPA:",
+        "calls are head_dim, heads, queries x keys, mask; the letters are so many times as fast as SDPA:",
         *(f"{letter}  {name}" for name, letter in letters.items()),
     ]
     rows = []
     for point in points:
-        gains = (f"{point.sdpa_ms / point.ms[name]:#.3g}" if name in point.ms else "–" for name in letters)
+        gains = (f"{point.sdpa_ms / point.ms[name]:#.3g}" if name in point.ms else "-" for name in letters)
         best = next(map(str, point.faster()), None)
-        call = f"{point.head_dim}  {point.heads}  {point.len_q:,} × {point.len_kv:,}  {point.mask}"
+        call = f"{point.head_dim}  {point.heads}  {point.len_q:,} x {point.len_kv:,}  {point.mask}"
         rows.append((call, f"{point.sdpa_ms:.3f}", *gains, letters[best] if best else "SDPA"))
     head = ("call", "SDPA, ms", *letters.values(), "auto")
     return "\n".join([*lines, "", table(head, rows, numeric=range(1, 2 + len(letters)))])
