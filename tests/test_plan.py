@@ -74,7 +74,7 @@ def test_auto_leaves_training_to_sdpa():
 # --- by name
 
 
-@pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v.backend in ("triton", "cuda")])
+@pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v.has_kernels])
 @pytest.mark.parametrize("machine", [CPU, MPS, ROCM], ids=lambda m: m.device)
 def test_gpu_variants_are_unsupported_elsewhere(name, machine):
     with pytest.raises(Unsupported, match=f"^q: .*NVIDIA GPU.*, not on {machine.device}") as caught:
