@@ -155,5 +155,5 @@ def _static_mask(mask: torch.Tensor | None, len_q: int, len_kv: int, device: tor
         (q_block, k_block), (rows, columns) = fits[0], full[fits[0]]
         keep = torch.nn.functional.pad(mask != 0, (0, columns - given[1], 0, rows - given[0]), value=True)
         return keep.repeat_interleave(k_block // 64, 3)[..., :blocks], q_block
-    accepted = " or ".join(f"{list(full[g])} of {g[0]} × {g[1]} tokens" for g in _GEOMETRIES)
+    accepted = " or ".join(f"{list(full[g])} of {g[0]} x {g[1]} tokens" for g in _GEOMETRIES)
     raise Unsupported("mask_id", f"its blocks are {list(given)}, accepted are {accepted}")

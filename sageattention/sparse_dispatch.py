@@ -8,8 +8,8 @@ import torch
 
 from .backends import sparse_reference
 from .backends.sparse_reference import SparseResult
-from .dispatch import machine
 from .kernels import binaries
+from .planning.here import machine
 from .planning.problem import Problem
 from .planning.sparse_plan import sparse_variant
 from .planning.sparse_problem import SparseProblem

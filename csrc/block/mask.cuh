@@ -1,6 +1,6 @@
 // Which keys a row sees, and the additive bias of a dense mask.
 #pragma once
-#include "../ptx/async_copy.cuh"
+#include "../ptx/shared.cuh"
 #include "../layout/fragment.cuh"
 #include "../common/tensor.cuh"
 

@@ -4,7 +4,6 @@
 // before the long run without. 32 rows, where the registers allow it, halve the shared-memory traffic: each fragment of K or V
 // that is loaded feeds two row tiles. Q stays in registers for the whole walk.
 #pragma once
-#include "../block/output.cuh"
 #include "../layout/fragment.cuh"
 #include "../block/mask.cuh"
 #include "../block/pipeline.cuh"
@@ -12,6 +11,7 @@
 #include "../block/query.cuh"
 #include "../block/softmax.cuh"
 #include "../common/pv_type.cuh"
+#include "../ptx/grid.cuh"
 #include "../ptx/special.cuh"
 #include "params.cuh"
 

@@ -11,7 +11,7 @@
 #include "../layout/core_matrix.cuh"
 #include "../layout/fragment.cuh"
 #include "../block/rotate.cuh"
-#include "../ptx/async_copy.cuh"
+#include "../ptx/grid.cuh"
 #include "params.cuh"
 
 namespace sage {

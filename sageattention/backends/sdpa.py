@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import torch
 
+from .. import torch_internals
+from ..layout import from_hnd
 from ..numerics.constants import MASK_LIMIT
+from ..planning.plan import Plan
 from ..planning.problem import Problem
-from .call import Call, Result, from_hnd, to_hnd
+from .call import PreparedCall, Result
 
-# torch's function by its own name: torch.nn.functional's may have been replaced, by one of this package's among others.
-TORCH_ATTENTION = torch._C._nn.scaled_dot_product_attention
 LSE_CHUNK = 256 << 20  # bytes of fp32 scores at a time
 
 
-def run(call: Call) -> Result:
+def run(call: PreparedCall[Plan]) -> Result:
     """Compute a call by `scaled_dot_product_attention`."""
-    q, k, v = to_hnd(call)
+    q, k, v = call.hnd()
     p, mask = call.problem, call.mask
     causal = p.causal
     if mask is not None:
@@ -23,11 +24,11 @@ def run(call: Call) -> Result:
             mask = _narrow_mask(mask, q.dtype)
         if causal:
             mask, causal = _with_causal(mask, p), False
-    out = TORCH_ATTENTION(q, k, v, mask, is_causal=causal, scale=float(p.sm_scale), enable_gqa=bool(p.heads_q != p.heads_kv))
+    out = torch_internals.attention(q, k, v, mask, is_causal=causal, scale=float(p.sm_scale), enable_gqa=bool(p.heads_q != p.heads_kv))
     if mask is not None:  # not every backend gives 0 for a fully masked row
         kept = mask if mask.dtype == torch.bool else mask != -torch.inf
         out = torch.where(kept.any(-1, keepdim=True), out, 0)
-    return from_hnd(out, call), _lse(call, q, k) if p.return_lse else None
+    return from_hnd(out, p.layout), _lse(call, q, k) if p.return_lse else None
 
 
 def by_torch_alone(
@@ -35,10 +36,10 @@ def by_torch_alone(
 ) -> torch.Tensor:
     """A call that `Problem` can't describe, as it is; what torch's function says to it holds."""
     grouped = q.dim() == k.dim() == 4 and q.size(1) != k.size(1)
-    return TORCH_ATTENTION(q, k, v, mask, is_causal=bool(is_causal), scale=sm_scale, enable_gqa=grouped)
+    return torch_internals.attention(q, k, v, mask, is_causal=bool(is_causal), scale=sm_scale, enable_gqa=grouped)
 
 
-def _lse(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def _lse(call: PreparedCall[Plan], q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """The log-sum-exp that SDPA keeps to itself, from fp32 scores of as many queries at a time as fit into `LSE_CHUNK` bytes."""
     p = call.problem
     k = k.float().repeat_interleave(p.heads_q // p.heads_kv, 1)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .architectures import TARGETS, TEST_TARGETS
 from .binaries import Entry, Image
 from .family import MASKS, KernelFamily
 from .mma import MMA_FP8, MMA_FP16, MMA_INT8
 from .params import QuantizeKParams, QuantizeVParams
 from .wgmma import WGMMA_FP8, WGMMA_FP16
 
-TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_75", "compute_80", "compute_89")
-# The PTX of architectures whose machine code is there is for running their kernels on a later card, which itself takes the last one.
-TEST_TARGETS = ("compute_75", "compute_80")
 KERNELS: tuple[KernelFamily, ...] = (WGMMA_FP16, MMA_FP16, MMA_FP8, WGMMA_FP8, MMA_INT8)
 
 QUANTIZE_V_THREADS = 128

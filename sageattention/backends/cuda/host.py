@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 import torch
 
+from ... import torch_internals
 from ...kernels.params import AttendParams, QuantizeKParams, QuantizeVParams, packer
+from ...layout import strides
 from ...numerics.constants import DTYPES, MASK_KINDS
-from ...planning.plan import Plan
+from ...planning.plan import CudaPlan
 from ...planning.problem import Problem
-from ..call import Result, result_like
+from ..call import PreparedCall, QuantizedKV, Result, result_like
 from . import driver
 from .launcher import Launch
 from .workspace import LaunchPlan, launch_plan_of
@@ -29,35 +31,30 @@ _MASK_KINDS = {getattr(torch, name): number for name, number in MASK_KINDS.items
 
 
 @dataclass(frozen=True)
-class QuantizedKV:
-    """K and V of all heads, in the layout of the plan's kernels. Owns no float tensor of the caller's.
+class CudaQuantizedKV(QuantizedKV[CudaPlan]):
+    """K and V of all heads, in the layout of the plan's kernels."""
 
-    `problem` is the call that K and V were checked as.
-    """
-
-    problem: Problem
-    plan: Plan
     buffer: torch.Tensor
 
 
-def run(call) -> Result:
+def run(call: PreparedCall[CudaPlan]) -> Result:
     """Quantise and attend."""
-    q, k, v, mask, p, plan, forms = call
+    q, k, v, mask, p, bound = call.q, call.k, call.v, call.mask, call.problem, call.bound
     out, lse = result_like(q, p)
     q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
     mask_at = 0 if mask is None else mask.data_ptr()
     unaligned = (q_at | out_at) % 16, (k_at | v_at) % 16
-    form = forms.get(unaligned)
+    form = bound.get(unaligned)
     if form is None:
-        launch_plan = launch_plan_of(p, plan)
-        form = forms[unaligned] = BoundCall(
+        launch_plan = launch_plan_of(p, call.plan)
+        form = bound[unaligned] = BoundCall(
             launch_plan, _bind_quantize(launch_plan, k, v, unaligned[1]), _bind_attend(launch_plan, q, out, mask, unaligned[0]),
             launch_plan.workspace.size * min(2, len(launch_plan.groups)),
         )  # fmt: skip
     ring = torch.empty(form.size, dtype=torch.uint8, device=q.device)
     base, lse_at = ring.data_ptr(), 0 if lse is None else lse.data_ptr()
     launch_plan, size = form.launch_plan, form.launch_plan.workspace.size
-    chains = [
+    chains: list[tuple[Launch, ...]] = [
         (*_quantize_launches(launch_plan, quantize_bound, base + number % 2 * size, k_at, v_at),
          _attend_launch(launch_plan, attend_bound, base + number % 2 * size, q_at, mask_at, out_at, lse_at))
         for number, (quantize_bound, attend_bound) in enumerate(zip(form.quantize_bound, form.attend_bound))
@@ -66,19 +63,19 @@ def run(call) -> Result:
     return out, lse
 
 
-def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: Plan) -> QuantizedKV:
+def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: CudaPlan) -> CudaQuantizedKV:
     """Quantise K and V, all heads in one group."""
     if problem.empty:
-        return QuantizedKV(problem, plan, torch.empty(0, dtype=torch.uint8, device=k.device))
+        return CudaQuantizedKV(problem, plan, torch.empty(0, dtype=torch.uint8, device=k.device))
     launch_plan = launch_plan_of(problem, plan, True)
     buffer = torch.empty(launch_plan.workspace.size, dtype=torch.uint8, device=k.device)
     k_at, v_at = k.data_ptr(), v.data_ptr()
     (quantize_bound,) = _bind_quantize(launch_plan, k, v, (k_at | v_at) % 16)
     _issue(launch_plan.device, [_quantize_launches(launch_plan, quantize_bound, buffer.data_ptr(), k_at, v_at)])
-    return QuantizedKV(problem, plan, buffer)
+    return CudaQuantizedKV(problem, plan, buffer)
 
 
-def attend_all(q: torch.Tensor, kv: QuantizedKV, problem: Problem, mask: torch.Tensor | None) -> Result:
+def attend(q: torch.Tensor, kv: CudaQuantizedKV, problem: Problem, mask: torch.Tensor | None) -> Result:
     """Attend every head of `q` to K and V that were quantised before."""
     out, lse = result_like(q, problem)
     launch_plan = launch_plan_of(problem, kv.plan, True)
@@ -117,10 +114,10 @@ def _attend_launch(r: LaunchPlan, group: BoundAttend, base: int, q: int, mask: i
     return r.attend, group.blocks, 1, 1, params, True
 
 
-def _issue(device: int, chains: list) -> None:
+def _issue(device: int, chains: list[tuple[Launch, ...]]) -> None:
     """Run the groups' launches. Several groups alternate between the caller's stream and a second one, so that a group is quantised,
     and its first blocks start, while the last blocks of the one before still run."""
-    stream = torch._C._cuda_getCurrentRawStream(device)
+    stream = torch_internals.current_stream(device)
     if len(chains) == 1:
         driver.launch(device, stream, chains[0])
         return
@@ -172,20 +169,22 @@ class BoundCall(NamedTuple):
 
 
 def _bind_quantize(r: LaunchPlan, k: torch.Tensor, v: torch.Tensor, unaligned: int) -> tuple[BoundQuantize, ...]:
-    p, strides = r.problem, (_strides(k, r.problem), _strides(v, r.problem))
-    vectors = _vectors(p, unaligned, *strides)
+    p = r.problem
+    k_strides, v_strides = strides(k, p.layout), strides(v, p.layout)
+    vectors = _vectors(p, unaligned, k_strides, v_strides)
     groups = []
     for first, bh_count in r.groups:
         shape = first, bh_count, p.heads_kv, p.len_kv, p.head_dim, DTYPES[p.dtype], vectors
-        keys = _quantize_k_constants(*strides[0], *strides[1], *shape, *r.quantize_k_tail)
-        values = _quantize_v_constants(*strides[1], *shape, *r.quantize_v_tail)
+        keys = _quantize_k_constants(*k_strides, *v_strides, *shape, *r.quantize_k_tail)
+        values = _quantize_v_constants(*v_strides, *shape, *r.quantize_v_tail)
         groups.append(BoundQuantize(bh_count * (r.k_ctas_per_head + r.v_chunks), keys, bh_count * r.v_ctas_per_head, values[-1]))
     return tuple(groups)
 
 
 def _bind_attend(r: LaunchPlan, q: torch.Tensor, out: torch.Tensor, mask: torch.Tensor | None, unaligned: int) -> tuple[BoundAttend, ...]:
     p = r.problem
-    q_strides, out_strides, mask_strides = _strides(q, p), _strides(out, p), (0, 0, 0, 0)
+    q_strides, out_strides = strides(q, p.layout), strides(out, p.layout)
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     kind, heads_per_kv = 0, p.heads_q // p.heads_kv
     if mask is not None:  # 0 where it broadcasts
         mask_strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
@@ -208,13 +207,7 @@ def _bind_attend(r: LaunchPlan, q: torch.Tensor, out: torch.Tensor, mask: torch.
     return tuple(group(*g) for g in r.groups)
 
 
-def _strides(t: torch.Tensor, p: Problem) -> tuple[int, int, int]:
-    """(batch, head, token)"""
-    b, x, y, _ = t.stride()
-    return (b, y, x) if p.layout == "NHD" else (b, x, y)
-
-
-def _vectors(p: Problem, unaligned: int, *strides: tuple[int, int, int]) -> int:
+def _vectors(p: Problem, unaligned: int, *rows: tuple[int, int, int]) -> int:
     """1 where rows can be moved in pieces of 16 bytes."""
     per_piece = 16 // (4 if p.dtype == "float32" else 2)
-    return int(not unaligned and p.head_dim % 8 == 0 and not any(s % per_piece for three in strides for s in three))
+    return int(not unaligned and p.head_dim % 8 == 0 and not any(stride % per_piece for strides in rows for stride in strides))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 from ...device import capability
 from ...numerics.constants import FINITE_MAX, LOG2E, QK_MAX, SCORE_LIMIT, k_mean_stride
-from ...planning.plan import WORKSPACE_LIMIT, Plan
+from ...planning.plan import CudaPlan
 from ...planning.problem import Problem
 from . import driver
 from .launcher import Kernel
@@ -15,7 +16,6 @@ from .launcher import Kernel
 QUANTIZE_K_SHARE = 0.6  # of the multiprocessors' room for blocks: the quantiser of K leaves the rest to the statistics of V,
 V_CHUNK_TOKENS, MAX_V_CHUNKS = (128, 512), 64  # whose blocks have so many tokens each; every block of `values` reads all their results
 ALIGN = 256
-MAX_LAUNCH_PLANS = 4096
 MAX_GRID = 2**31 - 1
 
 
@@ -42,7 +42,7 @@ class LaunchPlan:
     """Everything about a call's launches but its addresses and strides."""
 
     problem: Problem
-    plan: Plan  # kept alive here, so that its id, by which caches find it, stays its own
+    plan: CudaPlan
     keys: Kernel
     values: Kernel
     attend: Kernel
@@ -61,21 +61,13 @@ class LaunchPlan:
     attend_tail: tuple
 
 
-_launch_plans: dict[tuple, LaunchPlan] = {}
+@functools.lru_cache(maxsize=4096)
+def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False) -> LaunchPlan:
+    """The launches of a call, all heads in one group or in as many as the plan says.
 
-
-def launch_plan_of(p: Problem, plan: Plan, one_group: bool = False) -> LaunchPlan:
-    """The recipe of a call, all heads in one group or in as many as the plan says."""
-    key = p, id(plan), one_group
-    known = _launch_plans.get(key)
-    if known is None:
-        if len(_launch_plans) >= MAX_LAUNCH_PLANS:
-            _launch_plans.clear()
-        known = _launch_plans[key] = _new_launch_plan(p, plan, one_group)
-    return known
-
-
-def _new_launch_plan(p: Problem, plan: Plan, one_group: bool) -> LaunchPlan:
+    Raises:
+        KernelMissing: a kernel can't be loaded.
+    """
     scheme, names, d = plan.scheme, plan.kernels, plan.head_dim
     card = capability.of_device(p.device, p.device_index)
     quantizer, attention = plan.images
@@ -99,12 +91,12 @@ def _new_launch_plan(p: Problem, plan: Plan, one_group: bool) -> LaunchPlan:
     v_ctas_per_head = _runs(bh_count, units[1], values.min_blocks * card.multiprocessors)  # a warp has 256 / v_bits keys at a time
     q_tiles = -(-p.len_q // plan.tile.block_m)
     limit, split_kv_bytes = MAX_GRID, 0
-    if names.persistent and len(groups) == 1 and p.mask == "none" and not p.causal:
+    if names.split_kv_bytes is not None and len(groups) == 1 and p.mask == "none" and not p.causal:
         limit = card.multiprocessors
         items, leftover_tiles = q_tiles * bh_count * (p.heads_q // p.heads_kv), 2 * limit * tiles
         if not one_group and items > limit and items % limit and leftover_tiles * limit < 2**32:  # the kernel counts in 32 bits
             split_kv_bytes = names.split_kv_bytes(d) * limit
-    if tiles * tile_bytes * bh_count + split_kv_bytes > WORKSPACE_LIMIT["cuda"]:
+    if tiles * tile_bytes * bh_count + split_kv_bytes > CudaPlan.WORKSPACE_LIMIT:
         split_kv_bytes = 0
     split_kv_flags = 2 * limit if split_kv_bytes else 0
     qk_max = QK_MAX[scheme.qk]
