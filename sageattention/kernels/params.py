@@ -73,6 +73,17 @@ class AttendParams(ctypes.Structure):
     ]  # fmt: skip
 
 
+class ZeroMaskedRowsParams(ctypes.Structure):
+    """Of zero_masked_rows, beside torch's own attention."""
+
+    _fields_ = [
+        ("mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64), ("mask_stride_q", c_int64), ("mask_stride_k", c_int64),
+        ("out", POINTER), ("out_stride_b", c_int64), ("out_stride_h", c_int64), ("out_stride_n", c_int64),
+        ("heads", c_int32), ("len_q", c_int32), ("len_kv", c_int32), ("rows", c_int32),
+        ("mask_kind", c_int32), ("causal", c_int32), ("row_words", c_int32), ("element_words", c_int32),
+    ]  # fmt: skip
+
+
 def packer(struct_type: type[ctypes.Structure]) -> tuple[Callable[..., bytes], Callable[..., tuple[bytes, ...]]]:
     """(pack, constants): a struct packed in two steps, because only its pointers change from one call to the next.
 
