@@ -21,9 +21,9 @@ from ..device import capability
 from ..errors import KernelMissing, Unsupported
 from ..planning import calibration
 from ..planning.calibration import Point
-from .bench import gpu_ms
 from .candidates import Attention, chosen_device, ready
 from .text import table
+from .timing import gpu_ms
 
 if TYPE_CHECKING:
     import torch
