@@ -112,36 +112,38 @@ class SageOverride:
         Raises:
             Unsupported, KernelMissing: our variant can't do this call.
         """
-        key = (
+        key: tuple[Any, ...] = (
             q.shape, k.shape, v.shape, q.dtype, q.device, None if mask is None else (mask.shape, mask.dtype),
             heads, skip_reshape, skip_output_reshape, enable_gqa, low_precision_attention, settings.state,
         )  # fmt: skip
         try:
-            form = self.forms.get(key)
+            known = self.forms.get(key)
         except TypeError:  # symbolic sizes have no hash
-            key = form = None
-        if type(form) is str:
-            self.record.count_kept(form)
+            known, key = None, ()
+        if isinstance(known, str):
+            self.record.count_kept(known)
             return None
         if low_precision_attention is False:
-            return self._keep(key, "the model asks for full precision in some layers")
+            self._keep(key, "the model asks for full precision in some layers")
+            return None
         if tracing.transformed():
             raise Unsupported("q", "torch.jit.trace or a torch.func transform is at work, which only torch's own attention can follow")
         if tracing.needs_grad(q, k, v):
             raise Unsupported("q", "a gradient is asked for, and quantised attention has none; training needs the model's own")
-        if form is not None:
-            return self._call(q, k, v, mask, scale, form), form
+        if known is not None:
+            return self._call(q, k, v, mask, scale, known), known
         if heads is None:
             raise Unsupported("heads", "the call does not say how many there are")
         form = Form(
-            _check_heads(q, k, v, heads, enable_gqa) if skip_reshape else _split_heads(q, k, v, heads, enable_gqa),
+            (_check_heads if skip_reshape else _split_heads)(q, k, v, heads, enable_gqa),
             bool(skip_reshape) != bool(skip_output_reshape),
             "HND" if skip_output_reshape else "NHD",
         )
         call = self._call(q, k, v, mask, scale, form)
         left = call.left_to_model
         if left:
-            return self._keep(key, left)
+            self._keep(key, left)
+            return None
         self._remember(key, form)
         return call, form
 
@@ -152,12 +154,12 @@ class SageOverride:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         return prepare(q, k, v, form.layout, sm_scale=scale, attn_mask=_four_dimensional(mask), variant=self.variant)
 
-    def _keep(self, key: tuple[Any, ...] | None, reason: str) -> None:
+    def _keep(self, key: tuple[Any, ...], reason: str) -> None:
         self._remember(key, reason)
         self.record.count_kept(reason)
 
-    def _remember(self, key: tuple[Any, ...] | None, form: Form | str) -> None:
-        if key is None:
+    def _remember(self, key: tuple[Any, ...], form: Form | str) -> None:
+        if not key:  # it has no hash
             return
         if len(self.forms) >= MAX_FORMS:
             self.forms.clear()
@@ -222,12 +224,13 @@ def _split_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, 
     return tuple((*t.shape[:2], t.shape[2] // dim, dim) for t in (q, k, v))
 
 
-def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, enable_gqa: bool) -> None:
-    """[B, heads, L, D], taken as it is."""
+def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, enable_gqa: bool) -> tuple[tuple[int, ...], ...] | None:
+    """[B, heads, L, D] is taken as it is."""
     _check_rank(4, "[B, heads, L, D]", q, k, v)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.shape[1] != heads and (name == "q" or not enable_gqa):
             raise Unsupported(name, f"it has {t.shape[1]} heads, the call says {heads}; only k and v may differ, with enable_gqa")
+    return None
 
 
 def _check_rank(rank: int, shape: str, *tensors: torch.Tensor) -> None:

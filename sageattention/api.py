@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from . import neutral
 from .errors import KernelMissing, TorchOnly, Unsupported
@@ -89,7 +89,8 @@ def scaled_dot_product_attention(
         from . import torch_internals
 
         return torch_internals.attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    return _call(query, key, value, "HND", is_causal, scale, False, attn_mask, "auto")
+    out = _call(query, key, value, "HND", is_causal, scale, False, attn_mask, "auto")
+    return cast("torch.Tensor", out)
 
 
 def sageattn_qk_int8_pv_fp16_triton(
@@ -289,14 +290,14 @@ def available_variants(device: torch.device | str | None = None) -> list[Availab
     machine = capability.of_device(device.type, index)
     try:
         forced, malformed = binaries.forced(), None
-    except Unsupported as error:  # a malformed SAGEATTENTION_ARCH: nothing of ours runs, and the list says why
-        forced, malformed = (0, False), error
+    except Unsupported as refused:  # a malformed SAGEATTENTION_ARCH: nothing of ours runs, and the list says why
+        forced, malformed = (0, False), refused
     found = []
     for variant in VARIANTS.values():
-        error = refusal(variant, machine, *forced) or (malformed if variant.backend in ("triton", "cuda") else None)
+        error = refusal(variant, machine, *forced) or (malformed if variant.has_kernels else None)
         status = "ready" if error is None else "missing" if isinstance(error, KernelMissing) else "unsupported"
         reason = error.reason if error else ""
-        if error and device.type == "cpu" and variant.backend in ("triton", "cuda") and capability.torch_without_cuda():
+        if error and device.type == "cpu" and variant.has_kernels and capability.torch_without_cuda():
             reason = f"{reason}; {capability.torch_without_cuda()}"
         found.append(Availability(variant.name, variant.summary, status, reason))
     return found
@@ -370,7 +371,9 @@ def _dispatch() -> ModuleType:
     """`dispatch`, which imports torch, imported when it is first needed: the statement costs each call that comes past it a microsecond."""
     global _loaded
     if _loaded is None:
-        from . import dispatch as _loaded
+        from . import dispatch
+
+        _loaded = dispatch
     return _loaded
 
 

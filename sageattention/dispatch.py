@@ -268,7 +268,8 @@ def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str, variant: s
         raise Unsupported("k" if error.parameter == "q" else error.parameter, error.reason) from None
     if not isinstance(chosen, KernelPlan):
         raise Unsupported("variant", f"{chosen.variant.name} ({chosen.reason}) keeps no quantised K and V; name one that does")
-    return _kernel_backend(chosen.variant).quantize(k, v, problem, chosen)
+    kv = _kernel_backend(chosen.variant).quantize(k, v, problem, chosen)
+    return replace(kv, made_on=torch.cuda.current_stream(k.device)) if k.is_cuda else kv
 
 
 def attend(
@@ -288,4 +289,6 @@ def attend(
     if problem.empty:
         return _empty(q, problem)
     kv = replace(kv, plan=plan_for(problem, kv.plan.variant.name, kv.plan.accum))  # this mask's kernel
+    if kv.made_on is not None:
+        kv.join(torch.cuda.current_stream(q.device))
     return _kernel_backend(kv.plan.variant).attend(q, kv, problem, _four_dims(attn_mask))

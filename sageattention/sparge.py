@@ -16,6 +16,7 @@ import importlib.machinery
 import importlib.util
 import sys
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -116,7 +117,7 @@ _SERVED = ("spas_sage2_attn_meansim_cuda", "spas_sage2_attn_meansim_topk_cuda", 
 
 
 def _call(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output_dtype: torch.dtype, return_sparsity: bool, **arguments: object
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output_dtype: torch.dtype, return_sparsity: bool, **arguments: Any
 ) -> Output:  # fmt: skip
     out, share = sageattn_sparse(q, k, v, tail=False, return_share=True, **arguments)
     if output_dtype not in (None, torch.float16):  # the default, which callers with other models leave as it is

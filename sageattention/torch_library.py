@@ -47,7 +47,9 @@ def _attention_lse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, layout: str, causal: bool,
     sm_scale: float | None, variant: str, accum: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    return _run(q, k, v, mask, layout, causal, sm_scale, True, variant, accum)
+    out, lse = _run(q, k, v, mask, layout, causal, sm_scale, True, variant, accum)
+    assert lse is not None  # asked for
+    return out, lse
 
 
 def _run(
@@ -124,7 +126,7 @@ def _sparse(
         query_sinks=list(zip(query_sinks[::2], query_sinks[1::2])), order=order, block_len=block_len, block_mask=block_mask,
         key_mask=key_mask, coarse_gate=coarse_gate,
     )  # fmt: skip
-    return tuple(result)
+    return result.out, result.lse, result.share
 
 
 def _fake_sparse(

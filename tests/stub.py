@@ -24,6 +24,7 @@ import build  # noqa: E402
 import launcher_wheel  # noqa: E402
 import nvrtc  # noqa: E402
 
+from sageattention.kernels.architectures import TARGETS  # noqa: E402
 from sageattention.kernels.binaries import Entry, Image  # noqa: E402
 
 
@@ -44,12 +45,11 @@ class DemoParams(ctypes.Structure):
     )
 
 
-ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_75", "compute_80", "compute_89")
 ENTRIES = (
     Entry("demo_double", "scale<2>", DemoParams, threads=256, smem="1024"),
     Entry("demo_triple", "scale<3>", DemoParams, threads=128, min_blocks=2, smem="96 * 1024"),
 )
-TABLE = tuple(Image("demo", arch, "demo.cuh", ENTRIES) for arch in ARCHS)
+TABLE = tuple(Image("demo", arch, "demo.cuh", ENTRIES) for arch in TARGETS)
 
 
 def by_path(path: str) -> Image:

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from sageattention.device.capability import Capability
+from sageattention.kernels.architectures import ARCHITECTURES
 from sageattention.numerics.constants import HEAD_DIMS
 from sageattention.planning import rules
 from sageattention.planning.problem import Problem
 from sageattention.planning.rules import MIN_TOKENS, RULES, choose
 from sageattention.variants import TRITON_FP16, VARIANTS, Candidate
 
-ARCHS = (75, 80, 86, 89, 90, 100, 120)
+ARCHS = tuple(ARCHITECTURES)
 TRITON = Candidate(TRITON_FP16.name)
 
 # Dense multiply-accumulates per clock and multiprocessor, by operands and accumulator, of the GeForce card of each architecture
@@ -53,7 +54,7 @@ def test_a_rule_names_what_there_is(rule):
     assert set(rule.head_dims) <= set(HEAD_DIMS) and set(rule.masks) <= {"none", "causal", "dense"}
     for candidate in rule.order:
         variant = VARIANTS[candidate.variant]
-        assert variant.backend in ("triton", "cuda") and candidate.accum in ("", *variant.accum)
+        assert variant.has_kernels and candidate.accum in ("", *variant.accum)
         for arch in rule.archs:
             assert arch >= variant.min_arch and (not variant.archs or arch in variant.archs)
 

@@ -21,6 +21,7 @@ from sageattention.backends.call import PreparedCall
 from sageattention.backends.cuda import driver, host, workspace
 from sageattention.device.capability import Capability
 from sageattention.kernels import binaries, store
+from sageattention.kernels.architectures import ARCHITECTURES
 from sageattention.kernels.family import KernelFamily, find_tile
 from sageattention.kernels.mma import MMA_FP16
 from sageattention.kernels.table import IMAGES, KERNELS
@@ -34,7 +35,6 @@ ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux")
 
-TARGETS = {75: "sm_75", 80: "sm_80", 89: "sm_89", 90: "sm_90a"}
 SHARED = "extern __shared__ __align__(128) u8 stages[];"
 
 
@@ -60,7 +60,7 @@ class Lanes:
 
     def __init__(self, arch: int, head_dim: int, folder: Path):
         self.capability, self.head_dim = Capability("cuda", arch, 2, "none", "host"), head_dim
-        chosen = [e for i in IMAGES if i.arch == TARGETS[arch] and not i.name.startswith("attend_wgmma") for e in i.entries]
+        chosen = [e for i in IMAGES if i.arch == ARCHITECTURES[arch].target and not i.name.startswith("attend_wgmma") for e in i.entries]
         self.entries = {entry.symbol: entry for entry in chosen if f"_d{head_dim}" in entry.symbol}
         functions = "".join(
             f'extern "C" void {e.symbol}(const {e.params.__name__}* p, unsigned blocks) '
@@ -237,7 +237,7 @@ def values_of(kernels: KernelFamily, tile: torch.Tensor, head_dim: int) -> torch
 @pytest.mark.parametrize("dtype, tokens, missing", [("bfloat16", 97, 0), ("float16", 200, 8), ("float32", 33, 3)])
 def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: KernelFamily, dtype: str, tokens: int, missing: int) -> None:
     d, arch = card.head_dim, card.capability.arch
-    if d not in kernels.head_dims or not kernels.built_for(TARGETS[arch]):
+    if d not in kernels.head_dims or not kernels.built_for(ARCHITECTURES[arch].target):
         pytest.skip(f"{kernels.name} is not for sm_{arch} or head_dim {d}")
     t, _ = matrix.tensors(matrix.Case(d - missing, dtype, heads_q=2, heads_kv=2, len_q=1, len_kv=tokens))
     t["v"][:, 0] += 3  # a mean worth taking out

@@ -10,7 +10,7 @@ from sageattention import KernelMissing, Unsupported, attend, dispatch, quantize
 from sageattention.backends.cuda import workspace
 from sageattention.cli import workloads
 from sageattention.kernels import binaries
-from sageattention.kernels.table import TEST_TARGETS
+from sageattention.kernels.architectures import TEST_TARGETS
 from sageattention.planning.here import plan_for
 from sageattention.planning.plan import CudaPlan, Plan
 from sageattention.planning.problem import Problem

@@ -13,15 +13,16 @@ from sageattention import KernelMissing, Unsupported
 from sageattention.device import capability
 from sageattention.device.capability import Capability
 from sageattention.kernels import store
+from sageattention.kernels.architectures import ARCHITECTURES, TARGETS
 from sageattention.kernels.family import MASKS, find_tile
-from sageattention.kernels.table import KERNELS, TARGETS
+from sageattention.kernels.table import KERNELS
 from sageattention.numerics.constants import HEAD_DIMS, pad_head_dim
 from sageattention.planning import rules
 from sageattention.planning.plan import KernelPlan, plan, refusal
 from sageattention.planning.problem import Problem
 from sageattention.variants import TRITON_FP16, VARIANTS, Candidate
 
-ARCHS = (75, 80, 86, 89, 90, 100, 103, 120, 121)
+ARCHS = (*ARCHITECTURES, 103, 121)
 TRITON = "sageattn_qk_int8_pv_fp16_triton"
 CUDA = [name for name, variant in VARIANTS.items() if variant.backend == "cuda"]
 CPU, MPS, ROCM = Capability("cpu", name="cpu"), Capability("mps", name="mps"), Capability("rocm", name="MI300")
@@ -73,7 +74,7 @@ def test_auto_leaves_training_to_sdpa():
 # --- by name
 
 
-@pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v.backend in ("triton", "cuda")])
+@pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v.has_kernels])
 @pytest.mark.parametrize("machine", [CPU, MPS, ROCM], ids=lambda m: m.device)
 def test_gpu_variants_are_unsupported_elsewhere(name, machine):
     with pytest.raises(Unsupported, match=f"^q: .*NVIDIA GPU.*, not on {machine.device}") as caught:

@@ -71,7 +71,7 @@ __device__ __forceinline__ u32 pack_p(const float (&x)[4 / kVElementBytes<kPvTyp
 // p: [row tile][fragment of 16 or 32 keys][register], tile_scale: [row tile][half].
 template <class C>
 __device__ __forceinline__ void accumulate_pv(float (&o)[C::kRowTiles][C::kHeadDim / 8][4], const u32 (&p)[C::kRowTiles][C::kPFragments][4],
-                                           const float (&tile_scale)[C::kRowTiles][2], u32 tile) {
+                                              const float (&tile_scale)[C::kRowTiles][2], u32 tile) {
   if constexpr (C::kPvType == PvType::fp16 && C::kPvAccum == PvAccum::fp32) {
 #pragma unroll
     for (int c = 0; c < C::kPFragments; ++c)

@@ -13,7 +13,8 @@ __device__ __forceinline__ void load_raw(const u8* head, i64 stride, int row0, i
   for (int i = 0; i < kRows; ++i)
 #pragma unroll
     for (int c = 0; c < kHeadDim / 32; ++c)
-      raw[i][c] = load8<kDtype, kVectors>(head + min(row0 + 8 * i, len - 1) * stride * kElementBytes<kDtype>, 32 * c + kChunk * t, head_dim);
+      raw[i][c] =
+          load8<kDtype, kVectors>(head + min(row0 + 8 * i, len - 1) * stride * kElementBytes<kDtype>, 32 * c + kChunk * t, head_dim);
 }
 
 // x[8c + e]: the lane's channels of a row in fp32.
@@ -36,8 +37,8 @@ __device__ __forceinline__ void load_rows(const u8* head, i64 stride, int row0, 
 // Rotates and quantises a row x; writes registers `half` and `half` + 2 of the A fragments a[32 channels][4]. Returns the row's score
 // scale: base-2 score = (q8 · k8) · scale · k_scale.
 template <int kHeadDim>
-__device__ __forceinline__ float quantize_row(float (&x)[kHeadDim / 4], int t, float score_scale, float sign,
-                                              u32 (&a)[kHeadDim / 32][4], int half) {
+__device__ __forceinline__ float quantize_row(float (&x)[kHeadDim / 4], int t, float score_scale, float sign, u32 (&a)[kHeadDim / 32][4],
+                                              int half) {
 #pragma unroll
   for (int i = 0; i < kHeadDim / 4; ++i) x[i] *= 0.5f / kHeadDim;  // before the rotation, so that no sum overflows
   rotate<kHeadDim>(x, t);
@@ -58,7 +59,7 @@ template <int kHeadDim, int kDtype>
 __device__ __forceinline__ float quantize_rows8(const Raw8<kDtype> (&raw)[kHeadDim / 32], const Rotation<kHeadDim, kDtype>& rotation,
                                                 int lane, float score_scale, float sign, u32 (&quantized)[2][kHeadDim / 32]) {
   float y[2][kHeadDim / 8], amax[2];
-  rotation(raw, [](int, float(&c)[4]) { c[0] = c[1] = c[2] = c[3] = 0.0f; }, y);
+  rotation(raw, [](int, float (&c)[4]) { c[0] = c[1] = c[2] = c[3] = 0.0f; }, y);
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     amax[j] = abs_max(y[j]);

@@ -57,7 +57,7 @@ struct Rotation {
   // Bits 0 to 3 of the contracted index k are bits 0, 3, 4, 1 of the channel; those of A's row are bits 3, 4, 1, 0.
   __device__ explicit Rotation(int lane) {
     constexpr u32 kOne = kDtype == kBfloat16 ? 0x3F80 : 0x3C00, kStep = kDtype == kBfloat16 ? 0x80 : 0x400;  // 1.0; one binade
-    constexpr u32 kEntry = kOne - (kHeadDim == 64 ? 7 : kHeadDim == 128 ? 8 : 9) * kStep;                   // 0.5 / D
+    constexpr u32 kEntry = kOne - (kHeadDim == 64 ? 7 : kHeadDim == 128 ? 8 : 9) * kStep;                    // 0.5 / D
     const u32 g = lane / 4, t = lane % 4;
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {

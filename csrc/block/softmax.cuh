@@ -76,7 +76,8 @@ struct TileSoftmax {
   __device__ __forceinline__ void get_m(float (&out)[kRowTiles][2]) const { share(m_i, out); }
 
   // As Softmax::update, with m_tile: log2(p_max) below the tile's row maxima.
-  __device__ __forceinline__ bool update(const float (&m_tile)[kRowTiles][2], float rescale_threshold, int t, float (&alpha)[kRowTiles][2]) {
+  __device__ __forceinline__ bool update(const float (&m_tile)[kRowTiles][2], float rescale_threshold, int t,
+                                         float (&alpha)[kRowTiles][2]) {
     const float row = own(m_tile, t);
     if (!__any_sync(kAllLanes, row > m_i + rescale_threshold)) return false;
     const float now = fmaxf(m_i, row), own_alpha = now == m_i ? 1.0f : exp2_approx(m_i - now);

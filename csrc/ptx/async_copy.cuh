@@ -73,10 +73,9 @@ __device__ __forceinline__ void cp_async_mbarrier_arrive(u32 barrier) {
 // Waits for the phase of this parity to complete. For the phase before the first (parity 1) it returns at once.
 __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{.reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done,[%0],%1; @!done bra again;}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
+  asm volatile("{.reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done,[%0],%1; @!done bra again;}" ::"r"(barrier),
+               "r"(parity)
+               : "memory");
 #endif
 }
 

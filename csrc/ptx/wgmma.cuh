@@ -95,17 +95,17 @@ __device__ __forceinline__ void named_barrier(int id) {
 #define W_OUT_68(c) W_OUT_64(c), W_OUT_4(c, 64)
 
 // d[64, N] (+)= A · B, both in shared memory. regs = N / 2; x, y, z are the three operand numbers after the accumulators.
-#define WGMMA_SHARED(shape, types, bind, regs, x, y, z)                                                                   \
-  asm volatile("{.reg .pred p; setp.ne.b32 p,%" #z ",0; wgmma.mma_async.sync.aligned." shape "." types                    \
-               " {" W_##regs "},%" #x ",%" #y ",p;}"                                                                      \
-               : W_OUT_##regs(bind)                                                                                       \
+#define WGMMA_SHARED(shape, types, bind, regs, x, y, z)                                                                               \
+  asm volatile("{.reg .pred p; setp.ne.b32 p,%" #z ",0; wgmma.mma_async.sync.aligned." shape "." types " {" W_##regs "},%" #x ",%" #y \
+                                                                                                                     ",p;}"           \
+               : W_OUT_##regs(bind)                                                                                                   \
                : "l"(a), "l"(b), "r"((int)add))
 
 // The same with A in registers: each warp's 16 rows as the A fragment of mma.m16n8k16 (m16n8k32 for bytes).
-#define WGMMA_REGISTERS(shape, types, bind, regs, x0, x1, x2, x3, y, z, flags)                                            \
-  asm volatile("{.reg .pred p; setp.ne.b32 p,%" #z ",0; wgmma.mma_async.sync.aligned." shape "." types                    \
-               " {" W_##regs "},{%" #x0 ",%" #x1 ",%" #x2 ",%" #x3 "},%" #y ",p" flags ";}"                               \
-               : W_OUT_##regs(bind)                                                                                       \
+#define WGMMA_REGISTERS(shape, types, bind, regs, x0, x1, x2, x3, y, z, flags)                                       \
+  asm volatile("{.reg .pred p; setp.ne.b32 p,%" #z ",0; wgmma.mma_async.sync.aligned." shape "." types " {" W_##regs \
+               "},{%" #x0 ",%" #x1 ",%" #x2 ",%" #x3 "},%" #y ",p" flags ";}"                                        \
+               : W_OUT_##regs(bind)                                                                                  \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add))
 
 // d[64, 2·kRegisters] = A[64, 32] · B[2·kRegisters, 32]ᵀ (+ d if add), int8 → int32.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from .. import torch_internals
+from .. import torch_internals, tracing
 from ..layout import from_hnd
 from ..numerics.constants import MASK_LIMIT
 from ..planning.plan import Plan
 from ..planning.problem import Problem
 from .call import PreparedCall, Result
+from .cuda import masked_rows
 
 LSE_CHUNK = 256 << 20  # bytes of fp32 scores at a time
 
@@ -25,10 +26,21 @@ def run(call: PreparedCall[Plan]) -> Result:
         if causal:
             mask, causal = _with_causal(mask, p), False
     out = torch_internals.attention(q, k, v, mask, is_causal=causal, scale=float(p.sm_scale), enable_gqa=bool(p.heads_q != p.heads_kv))
-    if mask is not None:  # not every backend gives 0 for a fully masked row
-        kept = mask if mask.dtype == torch.bool else mask != -torch.inf
-        out = torch.where(kept.any(-1, keepdim=True), out, 0)
+    if mask is not None and not _zeroed_by_kernel(out, call):
+        out = torch.where(_seen(mask).any(-1, keepdim=True), out, 0)
     return from_hnd(out, p.layout), _lse(call, q, k) if p.return_lse else None
+
+
+def _zeroed_by_kernel(out: torch.Tensor, call: PreparedCall[Plan]) -> bool:
+    """Give fully masked rows the 0 that not every backend of torch's gives them, by a kernel; False where torch's operators have to."""
+    p = call.problem
+    if p.device != "cuda" or p.needs_grad or tracing.transformed():
+        return False
+    return masked_rows.zero(out, call.mask, p, call.bound)
+
+
+def _seen(mask: torch.Tensor) -> torch.Tensor:
+    return mask if mask.dtype == torch.bool else mask != -torch.inf
 
 
 def by_torch_alone(
@@ -59,6 +71,8 @@ def _lse(call: PreparedCall[Plan], q: torch.Tensor, k: torch.Tensor) -> torch.Te
 
 def _narrow_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """An additive mask in q's dtype, as SDPA wants it. Finite stays finite, also times log2(e) in fp32, which some backends take."""
+    if mask.dtype == dtype == torch.float16:  # whose largest number is far from that
+        return mask
     limit = min(torch.finfo(dtype).max, torch.finfo(mask.dtype).max, MASK_LIMIT)
     return torch.where(mask == -torch.inf, mask, mask.clamp(-limit, limit)).to(dtype)
 

@@ -27,6 +27,7 @@ from ..variants import Candidate
 from . import workloads
 from .candidates import SDPA_BACKENDS, Attention, chosen_device, ready, sdpa_backend, variant
 from .text import table
+from .timing import gpu_ms
 from .workloads import SHAPES, Shape
 
 if TYPE_CHECKING:
@@ -125,19 +126,6 @@ def time_shape(shape: Shape, candidates: list[Attention], device: torch.device, 
     return rows
 
 
-def gpu_ms(work: Callable[[], object]) -> float:
-    """The time between two CUDA events around `work`, in ms."""
-    import torch
-
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    work()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
-
-
 class _Timer:
     """One candidate's turns on one shape, eager and as a CUDA graph."""
 
@@ -194,7 +182,7 @@ def _summarise(rows: list[Row], shape: Shape) -> None:
     base = min(backends, key=lambda row: (row.candidate != BASELINE, row.event_ms), default=None)
     for row in rows:
         row.baseline = base.candidate if base else ""
-        if base and row.event_ms:
+        if base and base.event_ms and row.event_ms:
             row.event_ratio = base.event_ms / row.event_ms
         if base and base.graph_ms and row.graph_ms:
             row.graph_ratio = base.graph_ms / row.graph_ms
@@ -285,10 +273,6 @@ def main(args: argparse.Namespace) -> int:
     """The command; exit code 0, also where there is no GPU (it says so and times one small shape on the CPU)."""
     import torch
 
-    if args.calibrate:
-        from . import calibrate
-
-        return calibrate.main(args)
     if args.reset:
         raise Unsupported("--reset", "goes with --calibrate: it removes what that made")
     shapes = [parse_shape(text) for text in args.shapes or (QUICK_SHAPES if args.quick else SHAPES)]
@@ -302,13 +286,14 @@ def main(args: argparse.Namespace) -> int:
     candidates = [*map(sdpa_backend, SDPA_BACKENDS), *ours]
     kind = "logits6" if args.peaked else "normal"
     dtype = str(_dtype(device)).removeprefix("torch.")
-    report = {"machine": _machine(device), "kind": kind, "dtype": dtype, "not_run": dict(refused), "rows": []}
+    report = {"machine": _machine(device), "kind": kind, "dtype": dtype, "not_run": dict(refused)}
     report["host_us"] = host_times(candidates, device)  # first, before the card is hot
+    report["rows"] = measured = []
     if not args.json:
         _print_head(report)
     for shape in shapes:
         rows = time_shape(shape, candidates, device, kind=kind, repeats=5 if args.quick else 11, budget_ms=10 if args.quick else 30)
-        report["rows"] += [asdict(row) for row in rows]
+        measured += [asdict(row) for row in rows]
         torch.cuda.empty_cache()
         print(f"{shape} done", file=sys.stderr) if args.json else _print_shape(shape, rows)
     if args.json:

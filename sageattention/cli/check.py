@@ -128,8 +128,8 @@ def judge(candidate: Attention, case: Case) -> Result:
         return Result(candidate.name, case.name, "unsupported", bound=bound, detail=str(refused))
     except KernelMissing as missing:
         return Result(candidate.name, case.name, "missing", bound=bound, detail=str(missing))
-    except Exception as error:  # whatever a kernel or its compiler throws is this check's finding, and makes it fail
-        return Result(candidate.name, case.name, "failed", bound=bound, detail=f"{type(error).__name__}: {error}")
+    except Exception as thrown:  # whatever a kernel or its compiler throws is this check's finding, and makes it fail
+        return Result(candidate.name, case.name, "failed", bound=bound, detail=f"{type(thrown).__name__}: {thrown}")
     if not bool(out.isfinite().all()):
         return Result(candidate.name, case.name, "off", None, bound, f"{int((~out.isfinite()).sum())} values are not finite")
     error = workloads.relative_l2(out, case.exact)
@@ -140,8 +140,7 @@ def judge(candidate: Attention, case: Case) -> Result:
 
 
 def _interpreted(candidate: Attention) -> bool:
-    variant = VARIANTS.get(candidate.name)
-    return variant is not None and variant.backend == "triton" and capability.triton_mode() == "interpret"
+    return candidate.variant is not None and candidate.variant.backend == "triton" and capability.triton_mode() == "interpret"
 
 
 def _deviations(out: torch.Tensor, lse: torch.Tensor | None, case: Case) -> list[str]:
@@ -168,10 +167,7 @@ def _deviations(out: torch.Tensor, lse: torch.Tensor | None, case: Case) -> list
 
 def run(device: torch.device, names: list[str] | None = None, *, quick: bool = False) -> tuple[list[Result], list[tuple[str, str]]]:
     """Judge the ready variants (or those named) on every case: the results, and (name, reason) of the variants left out."""
-    if names:
-        chosen, refused = [variant(name) for name in names], []
-    else:
-        chosen, refused = ready(device, accumulators=True)
+    chosen, refused = ([variant(name) for name in names], []) if names else ready(device, accumulators=True)
     results = [judge(candidate, case) for case in cases(device, quick=quick) for candidate in chosen]
     results.sort(key=lambda r: [c.name for c in chosen].index(r.variant))
     return results, refused
@@ -185,7 +181,7 @@ def main(args: argparse.Namespace) -> int:
     # A variant asked for by name has to be there; of the others, what is missing is told, and is not wrong.
     bad = [r for r in results if r.status in ("off", "failed") or (args.variants and r.status in ("missing", "unsupported"))]
     judged = {r.variant.partition(":")[0] for r in results if r.status in ("ok", "off", "failed")}
-    kernels = sorted(name for name in judged if VARIANTS[name].backend in ("triton", "cuda"))
+    kernels = sorted(name for name in judged if VARIANTS[name].has_kernels)
     code = 1 if bad else 0 if kernels or args.variants else 3
     if args.json:
         found = {"device": str(device), "ok": not bad, "kernels": kernels, "results": [asdict(r) for r in results]}

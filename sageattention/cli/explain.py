@@ -44,8 +44,8 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"calls": {shape: asdict(one) for shape, one in found.items()}, "refused": refused}, indent=2))
     else:
-        for shape, one in found.items():
-            print(f"{shape}: {one}")
-        for shape, reason in refused.items():
-            print(f"{shape}: refused, {reason}")
+        for name, one in found.items():
+            print(f"{name}: {one}")
+        for name, reason in refused.items():
+            print(f"{name}: refused, {reason}")
     return 1 if refused else 0

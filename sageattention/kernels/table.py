@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .architectures import TARGETS, TEST_TARGETS
 from .binaries import Entry, Image
 from .family import MASKS, KernelFamily
 from .mma import MMA_FP8, MMA_FP16, MMA_INT8
-from .params import QuantizeKParams, QuantizeVParams
+from .params import QuantizeKParams, QuantizeVParams, ZeroMaskedRowsParams
 from .wgmma import WGMMA_FP8, WGMMA_FP16
 
-TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_75", "compute_80", "compute_89")
-# The PTX of architectures whose machine code is there is for running their kernels on a later card, which itself takes the last one.
-TEST_TARGETS = ("compute_75", "compute_80")
 KERNELS: tuple[KernelFamily, ...] = (WGMMA_FP16, MMA_FP16, MMA_FP8, WGMMA_FP8, MMA_INT8)
 
 QUANTIZE_V_THREADS = 128
@@ -40,6 +38,9 @@ def _quantize_v_entry(kernels: KernelFamily, head_dim: int) -> Entry:
     )  # fmt: skip
 
 
+ZERO_MASKED_ROWS = Entry("zero_masked_rows", "zero_rows", ZeroMaskedRowsParams, 128, checks=("kZeroRowsThreads == 128",))
+
+
 def _images(target: str) -> Iterator[Image]:
     """Every image for one target of the compiler."""
     arch, built = int(target.split("_")[1].rstrip("a")), [k for k in KERNELS if k.built_for(target)]
@@ -48,6 +49,7 @@ def _images(target: str) -> Iterator[Image]:
         keys = {k.quantize_k_symbol(d): _quantize_k_entry(k, arch, d) for k, d in reversed(made)}
         entries = (*reversed(keys.values()), *(_quantize_v_entry(k, d) for k, d in made))
         yield Image(name, target, "kernel/quantize.cuh", entries, released=target not in TEST_TARGETS)
+    yield Image("masked_rows", target, "kernel/zero_masked_rows.cuh", (ZERO_MASKED_ROWS,), released=target not in TEST_TARGETS)
     for k in built:
         for d in k.head_dims:
             entries = tuple(k.entry(k, arch, d, mask, accumulate) for mask in MASKS for accumulate in k.accumulators)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import TorchOnly, Unsupported
 from ..layout import AXES
@@ -251,8 +251,9 @@ def check_plain(name: str, t: torch.Tensor) -> None:
         raise TorchOnly(name, "is a nested tensor, accepted is a dense one: pad it (and mask), or call sageattn_varlen")
     if str(t.layout) != "torch.strided":
         raise Unsupported(name, f"its layout is {t.layout}, accepted is a dense tensor; call .to_dense()")
-    base = next(c for c in type(t).__mro__ if c.__module__ == "torch" and c.__name__ == "Tensor")
-    if type(t).__torch_dispatch__ is not base.__torch_dispatch__:
+    own: Any = type(t)
+    base: Any = next(c for c in own.__mro__ if c.__module__ == "torch" and c.__name__ == "Tensor")
+    if own.__torch_dispatch__ is not base.__torch_dispatch__:
         kind = Unsupported if type(t).__name__ == "FakeTensor" else TorchOnly
         raise kind(name, f"is a {type(t).__name__}, which may hold no data of its own; accepted is a plain torch.Tensor")
 

@@ -99,7 +99,7 @@ class SparseProblem(NamedTuple):
         )  # fmt: skip
         if q_start is None and p.len_q == p.len_kv:
             q_start = 0
-        problem = cls(
+        sparse = cls(
             p,
             selection,
             _threshold("tau", tau, selection, TAU, p, q, -math.inf if selection == "sol" else 0.0, math.inf),
@@ -113,8 +113,8 @@ class SparseProblem(NamedTuple):
             _within("query_sinks", token_ranges("query_sinks", query_sinks), p.len_q),
             tuple(name for name, t in zip(SparseTensors._fields, tensors) if t is not None),
         )
-        problem._check_tensors(q, tensors)
-        return problem, tensors
+        sparse._check_tensors(q, tensors)
+        return sparse, tensors
 
     def _check_tensors(self, q: torch.Tensor, tensors: SparseTensors) -> None:
         p = self.problem

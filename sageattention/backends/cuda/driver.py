@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from ...device import libcuda
 from ...errors import CudaError, KernelMissing
 from ...kernels import store
+from ...kernels.architectures import ARCHITECTURES, PTX_DRIVER
 from ...kernels.binaries import Entry, Image
 from ...kernels.store import Unusable
 from . import launcher
@@ -172,7 +173,7 @@ def _module(card: Device, image: Image) -> int:
 
 
 def _check_driver(image: Image) -> None:
-    version, branch = libcuda.PTX if image.is_ptx else libcuda.BLACKWELL if image.capability >= 100 else libcuda.CUBIN
+    version, branch = PTX_DRIVER if image.is_ptx else ARCHITECTURES[image.capability].driver
     if libcuda.cuda_version() < version:
         raise Unusable(
             f"{store.KERNELS / image.path} needs an NVIDIA driver >= {branch} (CUDA {version // 1000}.{version % 1000 // 10}), "

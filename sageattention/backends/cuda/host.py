@@ -54,7 +54,7 @@ def run(call: PreparedCall[CudaPlan]) -> Result:
     ring = torch.empty(form.size, dtype=torch.uint8, device=q.device)
     base, lse_at = ring.data_ptr(), 0 if lse is None else lse.data_ptr()
     launch_plan, size = form.launch_plan, form.launch_plan.workspace.size
-    chains = [
+    chains: list[tuple[Launch, ...]] = [
         (*_quantize_launches(launch_plan, quantize_bound, base + number % 2 * size, k_at, v_at),
          _attend_launch(launch_plan, attend_bound, base + number % 2 * size, q_at, mask_at, out_at, lse_at))
         for number, (quantize_bound, attend_bound) in enumerate(zip(form.quantize_bound, form.attend_bound))

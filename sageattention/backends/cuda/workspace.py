@@ -91,7 +91,7 @@ def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False) -> Launc
     v_ctas_per_head = _runs(bh_count, units[1], values.min_blocks * card.multiprocessors)  # a warp has 256 / v_bits keys at a time
     q_tiles = -(-p.len_q // plan.tile.block_m)
     limit, split_kv_bytes = MAX_GRID, 0
-    if names.persistent and len(groups) == 1 and p.mask == "none" and not p.causal:
+    if names.split_kv_bytes is not None and len(groups) == 1 and p.mask == "none" and not p.causal:
         limit = card.multiprocessors
         items, leftover_tiles = q_tiles * bh_count * (p.heads_q // p.heads_kv), 2 * limit * tiles
         if not one_group and items > limit and items % limit and leftover_tiles * limit < 2**32:  # the kernel counts in 32 bits
