@@ -50,6 +50,11 @@ class Variant:
     kernels: tuple[KernelFamily, ...] = ()
 
     @property
+    def has_kernels(self) -> bool:
+        """Whether kernels of this package run it, not PyTorch's operators."""
+        return self.backend in ("triton", "cuda")
+
+    @property
     def schemes(self) -> dict[str, Scheme]:
         """All that it computes anywhere, by accumulator or kernels and accumulator."""
         own = {"default": self.scheme} if self.scheme else {}

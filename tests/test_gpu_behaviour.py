@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 def ready() -> list[str]:
     """The variants with kernels of their own that run here; without a GPU all of them, for the tests to be listed as skipped."""
-    own = [name for name, variant in VARIANTS.items() if variant.backend in ("triton", "cuda")]
+    own = [name for name, variant in VARIANTS.items() if variant.has_kernels]
     if not torch.cuda.is_available():
         return own
     return [found.name for found in available_variants("cuda") if found.status == "ready" and found.name in own]
