@@ -17,19 +17,24 @@ LSE_CHUNK = 256 << 20  # bytes of fp32 scores at a time
 
 def run(call: PreparedCall[Plan]) -> Result:
     """Compute a call by `scaled_dot_product_attention`."""
-    q, k, v = call.hnd()
-    p, mask = call.problem, call.mask
-    causal = p.causal
-    if mask is not None:
-        if p.mask == "additive":
-            mask = _narrow_mask(call, mask, q.dtype)
-        if causal:
-            mask, causal = _with_causal(mask, p), False
-    out = torch_internals.attention(q, k, v, mask, is_causal=causal, scale=float(p.sm_scale), enable_gqa=bool(p.heads_q != p.heads_kv))
-    # Not every backend of torch's gives fully masked rows the 0 that they should be.
-    if mask is not None and not (_has_kernels(call) and sdpa_mask.zero(out, call.mask, p, call.bound)):
-        out = torch.where(_seen(mask).any(-1, keepdim=True), out, 0)
+    (q, k, v), p = call.hnd(), call.problem
+    out = _attention(q, k, v, None, p.causal, p) if call.mask is None else _masked(call, call.mask, q, k, v)
     return from_hnd(out, p.layout), _lse(call, q, k) if p.return_lse else None
+
+
+def _masked(call: PreparedCall[Plan], given: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    p = call.problem
+    mask = _narrow_mask(call, given, q.dtype) if p.mask == "additive" else given
+    mask = _with_causal(mask, p) if p.causal else mask
+    out = _attention(q, k, v, mask, False, p)
+    # Not every backend of torch's gives fully masked rows the 0 that they should be.
+    if _has_kernels(call) and sdpa_mask.zero(out, given, p, call.bound):
+        return out
+    return torch.where(_seen(mask).any(-1, keepdim=True), out, 0)
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, p: Problem) -> torch.Tensor:
+    return torch_internals.attention(q, k, v, mask, is_causal=causal, scale=float(p.sm_scale), enable_gqa=bool(p.heads_q != p.heads_kv))
 
 
 def _has_kernels(call: PreparedCall[Plan]) -> bool:
