@@ -3,7 +3,7 @@
 
     python3 dev.py demo     sample a small diffusion model with every attention variant, and picture the difference
     python3 dev.py test     the tests (further arguments go to pytest; `-n 0` for one process)
-    python3 dev.py lint     ruff and mypy
+    python3 dev.py lint     ruff, mypy and clang-format
     python3 dev.py build    the CUDA kernels (further arguments go to csrc/tools/build.py)
     python3 dev.py wheels   the launchers' wheels and their index (further arguments go to wheels/build.py)
     python3 dev.py windows  installer, loader and launchers as on Windows, under wine (Linux; `--full` for all of it)
@@ -170,8 +170,10 @@ def test(here: bool, arguments: list[str]) -> int:
 
 
 def lint(here: bool, arguments: list[str]) -> int:
-    """ruff on everything, mypy on what users run; 0 where both have nothing to say."""
+    """ruff on everything, mypy on what users run, clang-format on csrc; 0 where none has anything to say."""
     python = _python(here)
+    clang_format = [python, "-c", "import clang_format; clang_format.clang_format()", "--dry-run", "-Werror"]
+    sources = [str(path) for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in (".cuh", ".cpp")]
     mypy = [python, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache"), *arguments]
     with tempfile.TemporaryDirectory() as folder:
         pack = Path(folder) / "pack"  # the pack is a package by its folder's name, and a clone's need not be a module's
@@ -180,6 +182,7 @@ def lint(here: bool, arguments: list[str]) -> int:
             subprocess.call([python, "-m", "ruff", "check", "."], cwd=ROOT),
             subprocess.call([*mypy, str(pack / "sageattention"), str(pack / "nodes")], cwd=folder),
             subprocess.call([*mypy, "--explicit-package-bases", "installer", "install.py", "prestartup_script.py"], cwd=ROOT),
+            subprocess.call([*clang_format, *sources], cwd=ROOT),
         ]
     return max(found)
 
