@@ -124,7 +124,10 @@ def _kernel_backend(variant: Variant) -> KernelBackend:
     if known is None:
         try:
             known = importlib.import_module(f".backends.{variant.backend}.host", __package__)
-        except ImportError as error:  # Triton's kernels are written for other releases than the one that is installed
+        except ImportError as error:
+            if variant is not TRITON_FP16:
+                raise
+            # Its kernels are written for other releases than the one that is installed.
             raise KernelMissing(variant.name, f"its kernels can't be imported with the Triton installed here: {error}") from error
         _BACKENDS[variant.backend] = known
     return known

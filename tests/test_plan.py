@@ -46,7 +46,7 @@ def test_auto_always_finds_something(arch, triton):
     chosen = plan(problem(), gpu(arch, triton))
     assert refusal(chosen.variant, gpu(arch, triton)) is None
     assert chosen.reason
-    order = (*rules.choose(problem(), gpu(arch, triton), arch).order, Candidate("sdpa"))
+    order = (*rules.choose(problem(), gpu(arch, triton), arch).candidates, Candidate("sdpa"))
     tried = [name for name, _ in chosen.rejected]
     assert tried == list(order[: len(tried)])  # best first, none skipped silently
     assert order[len(tried)] == Candidate(chosen.variant.name, chosen.accum)

@@ -73,7 +73,8 @@ def candidates(device: torch.device) -> list[Attention]:
     for candidate in ready(device, accumulators=True)[0]:
         if candidate.variant is None or not candidate.variant.has_kernels:
             continue
-        slow = candidate.variant.backend == "triton" and capability.of_device("cuda", device.index or 0).arch < 80  # minutes to compile, no INT8 there
+        # Triton takes minutes to compile for such a card, and has no INT8 product there.
+        slow = candidate.variant.backend == "triton" and capability.of_device("cuda", device.index or 0).arch < 80
         known = any((c.variant, c.scheme) == (candidate.variant, candidate.scheme) for c in found.values())
         if not slow and not known:
             found[candidate.name] = candidate
