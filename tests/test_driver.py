@@ -131,14 +131,6 @@ def test_the_environment_forces_a_family(monkeypatch, text, forced, path):
     assert binaries.select(TABLE, "demo", 90, *forced).path == path
 
 
-def test_a_family_compiled_for_the_card_goes_before_its_ptx():
-    both = (*TABLE, binaries.Image("demo", "sm_90a", "demo.cuh", ENTRIES, family=80))
-    assert both[-1].path == "sm_90a/demo.f80.cubin.xz"
-    assert binaries.select(both, "demo", 90, 80) is both[-1]
-    assert binaries.select(both, "demo", 90, 80, True).path == "compute_80/demo.ptx.xz"
-    assert binaries.select(both, "demo", 90).path == "sm_90a/demo.cubin.xz"
-
-
 def test_a_family_the_card_cannot_run_is_not_replaced_by_another():
     assert binaries.select(TABLE, "demo", 80, 89) is None
 

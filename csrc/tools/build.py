@@ -113,7 +113,7 @@ def shared_memory(image, csrc: Path = CSRC) -> dict[str, int]:
     """Dynamic shared memory of each kernel, in bytes: the sources' constants, read from PTX that holds nothing else."""
     lines = [f'#include "{image.source}"', "namespace sage {"]
     lines += [f'extern "C" __device__ const int {e.symbol}_smem = {e.smem};' for e in image.entries]
-    options = [*OPTIONS, *image.options, f"--include-path={csrc}"]
+    options = [*OPTIONS, f"--include-path={csrc}"]
     text, arch = "\n".join([*lines, "}", ""]), image.arch.replace("sm_", "compute_")
     ptx, _, _ = nvrtc.compile_text(text, f"{image.name}.smem.cu", arch, options, {CONSTANTS: constants()})
     found = dict(re.findall(r"\b(\w+)_smem(?: = (\d+))?;", ptx.decode()))
@@ -160,7 +160,7 @@ def code_of(text: str) -> str:
 def source_hash(image, csrc: Path = CSRC) -> str:
     """What the image depends on, as one sha256: compiler, options, and the code of the generated text and of all included files."""
     digest = hashlib.sha256()
-    parts = [nvrtc.VERSION, image.arch, *OPTIONS, *image.options, code_of(translation_unit(image)), *(e.smem for e in image.entries)]
+    parts = [nvrtc.VERSION, image.arch, *OPTIONS, code_of(translation_unit(image)), *(e.smem for e in image.entries)]
     for key, text in sorted(include_closure(image.source, csrc).items()):
         parts += [key, code_of(text)]
     for part in parts:
@@ -168,11 +168,11 @@ def source_hash(image, csrc: Path = CSRC) -> str:
     return digest.hexdigest()
 
 
-def compile_image(job: tuple[str, str, str, list[str], str]) -> tuple[bytes, dict[str, nvrtc.Usage], str, float]:
+def compile_image(job: tuple[str, str, str, str]) -> tuple[bytes, dict[str, nvrtc.Usage], str, float]:
     """Worker: one translation unit to (image, usage by symbol, warnings, seconds). `job` is plain text, so any process can run it."""
-    text, name, arch, options, csrc = job
+    text, name, arch, csrc = job
     start = time.perf_counter()
-    options = [*OPTIONS, *options, f"--include-path={csrc}"]
+    options = [*OPTIONS, f"--include-path={csrc}"]
     image, usage, warnings = nvrtc.compile_text(text, name, arch, options, {CONSTANTS: constants()})
     return image, usage, warnings, time.perf_counter() - start
 
@@ -188,9 +188,7 @@ def compile_all(images: Iterable, jobs: int, csrc: Path = CSRC, say: Callable[[s
         return
     # Fresh processes: a fork of one that has torch's threads may hang.
     with ProcessPoolExecutor(max(1, min(jobs, len(images))), multiprocessing.get_context("spawn")) as pool:
-        pending = {
-            pool.submit(compile_image, (translation_unit(i), f"{i.name}.image.cu", i.arch, list(i.options), str(csrc))): i for i in images
-        }
+        pending = {pool.submit(compile_image, (translation_unit(i), f"{i.name}.image.cu", i.arch, str(csrc))): i for i in images}
         for count, future in enumerate(as_completed(pending), 1):
             image = pending[future]
             head = f"[{count:3}/{len(images)}] {image.path:44}"
@@ -261,7 +259,7 @@ def record(image, binary: bytes, usage: dict[str, nvrtc.Usage], shared: dict[str
             "params": ctypes.sizeof(entry.params),
         }
     return {
-        "name": image.name, "arch": image.arch, "family": image.tiles_of, "compiler": nvrtc.VERSION, "source": source,
+        "name": image.name, "arch": image.arch, "family": image.capability, "compiler": nvrtc.VERSION, "source": source,
         "sha256": hashlib.sha256(binary).hexdigest(), "bytes": len(binary), "kernels": kernels,
     }  # fmt: skip
 

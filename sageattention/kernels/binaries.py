@@ -41,7 +41,6 @@ class Entry:
 class Image:
     """One compiled file: kernels of one source for one architecture.
 
-    `family` says whose tiles it carries where that differs from `arch`: the sm_80 kernels compiled for sm_90a have family 80.
     `released` images are part of the package; the others serve tests.
     """
 
@@ -49,8 +48,6 @@ class Image:
     arch: str
     source: str  # relative to csrc/
     entries: tuple[Entry, ...]
-    family: int = 0  # 0: that of `arch`
-    options: tuple[str, ...] = ()  # for the compiler, beyond the ones common to all
     released: bool = True
 
     @property
@@ -62,16 +59,10 @@ class Image:
         """The architecture it is compiled for, as a number."""
         return int(re.sub(r"\D", "", self.arch))
 
-    @property
-    def tiles_of(self) -> int:
-        """The architecture whose row of the variant's tiles it was compiled with."""
-        return self.family or self.capability
-
     @functools.cached_property
     def path(self) -> str:
         """Its file below `kernels/`, with forward slashes."""
-        suffix = f".f{self.family}" if self.family and self.family != self.capability else ""
-        return f"{self.arch}/{self.name}{suffix}.{'ptx' if self.is_ptx else 'cubin'}.xz"
+        return f"{self.arch}/{self.name}.{'ptx' if self.is_ptx else 'cubin'}.xz"
 
     def entry(self, symbol: str) -> Entry:
         """The kernel of that name.
@@ -98,15 +89,15 @@ class Image:
 def select(images: Iterable[Image], name: str, arch: int, family: int = 0, ptx: bool = False) -> Image | None:
     """The image called `name` that a card of compute capability `arch` should run, or None.
 
-    Machine code goes before PTX, the closest architecture before an older one. `family` asks for the tiles of another
+    Machine code goes before PTX, the closest architecture before an older one. `family` asks for the kernels of another
     architecture (the closest there is, not above it); `ptx` accepts nothing but PTX.
     """
     named = [i for i in images if i.name == name]
     if family:
-        closest = max((i.tiles_of for i in named if i.tiles_of <= family), default=0)
-        named = [i for i in named if i.tiles_of == closest]
+        closest = max((i.capability for i in named if i.capability <= family), default=0)
+        named = [i for i in named if i.capability == closest]
     able = [i for i in named if i.runs_on(arch) and (i.is_ptx or not ptx)]
-    return max(able, key=lambda i: (not i.is_ptx, i.capability, i.tiles_of), default=None)
+    return max(able, key=lambda i: (not i.is_ptx, i.capability), default=None)
 
 
 def forced() -> tuple[int, bool]:
@@ -130,4 +121,4 @@ def forced() -> tuple[int, bool]:
 
 def describe(images: Iterable[Image], name: str) -> Iterator[str]:
     """The architectures an image exists for, in the table's order, for messages."""
-    return (i.arch + (f" (tiles of {i.family})" if i.family else "") for i in images if i.name == name)
+    return (i.arch for i in images if i.name == name)

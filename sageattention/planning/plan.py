@@ -224,7 +224,7 @@ def _fit_cuda(problem: Problem, target: Target, variant: Variant, accum: str, sc
     head_dim, mask = pad_head_dim(problem.head_dim), problem.mask_kind
     kernels, images = _kernels(variant, target, head_dim, accum)
     scheme = kernels.schemes[accum or next(iter(variant.accum))]
-    tile = find_tile(kernels.tiles, images[1].tiles_of, head_dim, mask, scheme.accumulate)
+    tile = find_tile(kernels.tiles, images[1].capability, head_dim, mask, scheme.accumulate)
     heads = CudaPlan.grouped(problem, kernels.tile_bytes(head_dim), tile.block_n)
     return CudaPlan(
         variant, reason, target.family, accum,

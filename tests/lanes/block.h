@@ -159,7 +159,6 @@ inline bool __any_sync(unsigned, bool x) {
 inline u32 __umulhi(u32 a, u32 b) { return (unsigned long long)a * b >> 32; }
 inline void __threadfence() {}
 inline int atomicAdd(int* p, int x) { return *p += x, *p - x; }
-inline void atomicMax(int* p, int x) { *p = x > *p ? x : *p; }
 template <class T> T min(T a, T b) { return a < b ? a : b; }
 template <class T> T max(T a, T b) { return a > b ? a : b; }
 
