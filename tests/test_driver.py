@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import stub
-from stub import ENTRIES, TABLE, DemoParams, by_path
+from stub import TABLE, DemoParams, by_path
 
 from sageattention import CudaError, KernelMissing, Unsupported
 from sageattention.backends.cuda import driver, launcher
