@@ -5,9 +5,8 @@
 //
 //   K: 16-byte chunk b of key n at b·16·kTile + 16·n. Chunk 4·c2 + t holds codes 16·c2 … of those that rotate.cuh (`code_register`)
 //      gives lane t of the four that share a row.
-//   Scales: for t = 0..3, 16 bytes {scale of the tile's first half, of its second, INT_MIN, 0}. Scale t belongs to keys 8j + 2t,
-//      8j + 2t + 1: those of one lane's accumulators. The INT_MIN starts the lane's row maxima: a register that is loaded only
-//      after the next product was issued keeps the compiler from moving the maxima in front of it.
+//   Scales: for t = 0..3, 16 bytes {scale of the tile's first half, of its second, unused, the tile's number}. Scale t belongs to keys
+//      8j + 2t, 8j + 2t + 1: those of one lane's accumulators.
 //   V: transposed, a run of keys of a column in 16 bytes: chunk b of column n at 16·(b·kColumns + n).
 //      2 bytes: keys 8b … 8b + 7. 1 byte: of the keys 16b …, position 4t + i holds key 16b + 8·(i/2) + 2t + i%2, so that the
 //      accumulators of the scores, narrowed in place, are the A fragments of P.
@@ -26,6 +25,7 @@ struct CoreMatrix {
   static constexpr int kScaleKeys = kTile / 2;
   static constexpr int kScales = kTile * kHeadDim, kScalesBytes = 128;
   static constexpr int kScalesPitch = 16;
+  static constexpr bool kNumbered = true;  // a tile says its number
   static constexpr int kKBytes = kScales + kScalesBytes;
   static constexpr int kV = kKBytes, kColumns = kHeadDim + (kOnes ? 8 : 0);
   static_assert(kColumns <= 256, "a wgmma has 256 columns");

@@ -31,6 +31,7 @@ struct Fragment {
   static constexpr int kValueKeys = 32 / kValueBytes;                       // of a block of V
   static constexpr int kV = kTile * kHeadDim;                               // offset of V's first block
   static constexpr int kScales = kV + kTile * kHeadDim * kValueBytes;       // of the scales
+  static constexpr bool kNumbered = false;
   static constexpr int kScalesPitch = 4;                                    // from scale t to t + 1
   static constexpr int kTileBytes = kScales + kScalesPerTile * kScalesPitch;
   static __host__ __device__ constexpr int k_block(int c2, int j) { return (8 * c2 + j) * kBlockBytes; }

@@ -7,6 +7,7 @@ namespace sage {
 enum Dtype : i32 { kFloat16 = 0, kBfloat16 = 1, kFloat32 = 2 };
 
 constexpr int kChunk = 8;  // channels
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr float kInf = __builtin_bit_cast(float, 0x7F800000);
 
 template <int kDtype>

@@ -1,12 +1,12 @@
-// Which keys a row sees, and the additive bias of a dense mask.
+// Which keys of a step a row sees, as bits, and the additive bias of a dense mask.
 #pragma once
-#include "../ptx/copy.cuh"
+#include "../ptx/special.cuh"
 #include "fragment.cuh"
 #include "load.cuh"
 
 namespace sage {
 
-enum class Mask { none, causal, dense };  // compile time; `dense` may be causal as well
+enum class Mask { none, causal, list };  // compile time; `list`: a dense mask, perhaps causal as well, by lists of KV tiles
 enum MaskKind : i32 { kMaskF16 = kFloat16, kMaskBf16 = kBfloat16, kMaskF32 = kFloat32, kMaskBool = 3 };
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
@@ -16,67 +16,86 @@ __device__ __forceinline__ float bias_to_base2(float bias) {
   return bias == -kInf ? -kInf : fminf(fmaxf(bias * kLog2e, -1e38f), 1e38f);
 }
 
+__device__ __forceinline__ float mask_element(i32 kind, const void* at) {
+  if (kind == kMaskF32) return *static_cast<const float*>(at);
+  const u32 bits = *static_cast<const u16*>(at);
+  return kind == kMaskF16 ? f16_to_f32(bits) : __uint_as_float(bits << 16);
+}
+
+__device__ __forceinline__ int mask_element_bytes(i32 kind) { return kind == kMaskBool ? 1 : kind == kMaskF32 ? 4 : 2; }
+
 // A dense mask as it lies in memory, at one (batch, head): strides in elements, 0 where it broadcasts.
 struct MaskView {
-  const void* data;
+  const u8* data;
   i64 stride_q, stride_k;
-  i32 kind, len_q, len_kv;
+  i32 kind, len_q, len_kv, pairs;
+
+  __device__ __forceinline__ const u8* at(int row, int key) const {
+    return data + (min(row, len_q - 1) * stride_q + min(key, len_kv - 1) * stride_k) * mask_element_bytes(kind);
+  }
+
+  // Bias of keys `key` and `key` + 1 of a row, in natural-log units.
+  __device__ __forceinline__ float2 bias(int row, int key) const {
+    if (kind == kMaskF32) {
+      if (pairs) return *reinterpret_cast<const float2*>(at(row, min(key, len_kv - 2)));
+      return {*reinterpret_cast<const float*>(at(row, key)), *reinterpret_cast<const float*>(at(row, key + 1))};
+    }
+    const u32 both = pairs ? *reinterpret_cast<const u32*>(at(row, min(key, len_kv - 2)))
+                           : *reinterpret_cast<const u16*>(at(row, key)) | (u32)*reinterpret_cast<const u16*>(at(row, key + 1)) << 16;
+    if (kind == kMaskF16) return unpack_f16(both);
+    return {__uint_as_float(both << 16), __uint_as_float(both & 0xFFFF0000u)};
+  }
 };
 
-// The bias of 16 queries × 64 keys, staged in shared memory by one warp: read coalesced from memory, converted once.
-struct BiasTile {
-  static constexpr int kRows = 16, kAtOnce = 4, kPitch = (kKvTile + 8) * 4;  // bytes a row; the 8 keep the reads free of bank conflicts
-  static constexpr int kBytes = kRows * kPitch;
-  u32 shared;
+// The keys that a lane's two rows, g and g + 8 of sixteen, see of kKeys from key0 on: bit k % 32 of word k / 32 is key0 + k.
+template <int kKeys>
+struct KeyBits {
+  static_assert(kKeys % 32 == 0, "whole words");
+  u32 row[2][kKeys / 32];
 
-  template <class Element, class Convert>
-  __device__ __forceinline__ void stage_as(const MaskView& mask, int row0, int key0, Convert convert) const {
-    const int lane = threadIdx.x % 32, last = mask.len_q - 1 - row0;
-    const Element* from[2];
+  // Those below `limit`, counted from key0.
+  __device__ __forceinline__ void below(int half, int limit) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      from[half] = static_cast<const Element*>(mask.data) + (row0 + min(last, 0)) * mask.stride_q +
-                   min(key0 + 32 * half + lane, mask.len_kv - 1) * mask.stride_k;
-    if (mask.stride_q == 0) {  // one row for all queries; conditions on single rows in the loop would cost registers
-      const Element x[2] = {*from[0], *from[1]};  // both before the first store, which no load passes
-#pragma unroll
-      for (int half = 0; half < 2; ++half) store_shared_float(shared + (32 * half + lane) * 4, convert(x[half]));
-      return;
+    for (int w = 0; w < kKeys / 32; ++w) {
+      const int left = limit - 32 * w;
+      row[half][w] = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0u;
     }
-#pragma unroll 1
-    for (int i = 0; i < kRows; i += kAtOnce) {
-      Element x[kAtOnce][2];
+  }
+
+  // … and not removed by a bool mask. All lanes of the warp take part: a lane reads one key of each of the sixteen rows from row0 on.
+  __device__ __forceinline__ void keep(const MaskView& mask, int row0, int key0) {
+    const int lane = special_tid_x() % 32, g = lane / 4;
+    constexpr int kAtOnce = 8;
 #pragma unroll
-      for (int r = 0; r < kAtOnce; ++r)
+    for (int w = 0; w < kKeys / 32; ++w) {
+      if (mask.stride_q == 0) {
+        const u32 word = __ballot_sync(kAllLanes, *mask.at(0, key0 + 32 * w + lane) != 0);
+        row[0][w] &= word, row[1][w] &= word;
+        continue;
+      }
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          x[r][half] = *from[half];
-          if (i + r < last) from[half] += mask.stride_q;
+      for (int half = 0; half < 2; ++half) {
+        u8 x[kAtOnce];
+#pragma unroll
+        for (int r = 0; r < kAtOnce; ++r) x[r] = *mask.at(row0 + 8 * half + r, key0 + 32 * w + lane);
+        u32 own = 0;
+#pragma unroll
+        for (int r = 0; r < kAtOnce; ++r) {
+          const u32 word = __ballot_sync(kAllLanes, x[r] != 0);
+          if (g == r) own = word;
         }
-#pragma unroll
-      for (int r = 0; r < kAtOnce; ++r)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) store_shared_float(shared + (i + r) * kPitch + (32 * half + lane) * 4, convert(x[r][half]));
+        row[half][w] &= own;
+      }
     }
   }
 
-  __device__ __forceinline__ void stage(const MaskView& mask, int row0, int key0) const {
-    __syncwarp();  // the last tile's bias has been read
-    if (mask.kind == kMaskBool)
-      stage_as<u8>(mask, row0, key0, [](u8 keep) { return keep ? 0.0f : -kInf; });
-    else if (mask.kind == kMaskF32)
-      stage_as<float>(mask, row0, key0, [](float x) { return bias_to_base2(x); });
-    else if (mask.kind == kMaskF16)
-      stage_as<u16>(mask, row0, key0, [](u16 x) { return bias_to_base2(f16_to_f32(x)); });
-    else
-      stage_as<u16>(mask, row0, key0, [](u16 x) { return bias_to_base2(__uint_as_float((u32)x << 16)); });
-    __syncwarp();  // every lane's part is there
+  // Makes bit 8·j + e of a row, j counting groups of eight keys, the lane's own column 2t + e.
+  __device__ __forceinline__ void align(int t) {
+#pragma unroll
+    for (int i = 0; i < 2 * (kKeys / 32); ++i) row[i % 2][i / 2] >>= 2 * t;
   }
 
-  // Of keys `column` and `column` + 1 for one row; a mask that is the same for all queries has one row.
-  __device__ __forceinline__ float2 get(const MaskView& mask, int row, int column) const {
-    return load_shared_float2(shared + (mask.stride_q ? row : 0) * kPitch + 4 * column);
-  }
+  __device__ __forceinline__ bool sees(int half, int j, int e) const { return row[half][j / 4] >> (j % 4 * 8 + e) & 1; }
 };
 
 }  // namespace sage

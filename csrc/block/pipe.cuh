@@ -1,6 +1,7 @@
 // The pipeline of KV tiles: global memory → a ring of stages in shared memory, ahead of their use.
 //
-// Every warp walks over the same tiles, from tile `last` down to tile 0: acquire(n) → use the stage → release(). From Hopper on one thread has
+// Every warp walks over the same tiles: acquire(ahead) → use the stage → release(), `ahead` being the tile that comes kStages − 1 after the
+// current one, −1 where there is none (the current one itself where there is one stage). From Hopper on one thread has
 // whole tiles fetched and the warps need not keep step: a `full` barrier a stage says that its tile has landed, an `empty` one
 // that all warps are done with it. Before Hopper every thread copies its share and the block keeps step with __syncthreads().
 #pragma once
@@ -29,7 +30,9 @@ struct TilePipe {
 
   __device__ __forceinline__ int before() const { return stage == 0 ? kStages - 1 : stage - 1; }
 
-  __device__ __forceinline__ void start(u32 ring, const u8* all_tiles, int tile0, int last) {
+  // next(): the number of the walk's next tile, −1 behind the last.
+  template <class Next>
+  __device__ __forceinline__ void start(u32 ring, const u8* all_tiles, int tile0, Next next) {
     shared = ring, source = all_tiles, first = tile0, stage = 0, phase = 0;
     if constexpr (kFirstShared)  // a __syncthreads() follows, here or in acquire(), before it is read
       if (threadIdx.x == 0) store_shared_float(shared + kFirst, __int_as_float(tile0));
@@ -40,34 +43,34 @@ struct TilePipe {
       __syncthreads();  // the barriers are initialised
     }
 #pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) fetch<true>(s, last - s);
+    for (int s = 0; s < kStages - 1; ++s) fetch<true>(s, next());
   }
 
-  // Waits for tile n. Called by all threads, which may then read tile().
-  __device__ __forceinline__ void acquire(int n) {
+  // Waits for the next tile. Called by all threads, which may then read tile().
+  __device__ __forceinline__ void acquire(int ahead) {
     if constexpr (kBulkCopy) {
       if constexpr (kStages == 1) {  // nothing is fetched ahead: once all warps are done with the tile before
         mbarrier_wait(empty(0), phase ^ 1);
-        fetch(0, n);
+        fetch(0, ahead);
       }
       mbarrier_wait(full(stage), phase);
     } else if constexpr (kStages == 1) {
       __syncthreads();  // every warp is done with the one stage
-      fetch(0, n);
+      fetch(0, ahead);
       copy_wait<0>();
       __syncthreads();  // every thread's part of the tile has landed
     } else {
       copy_wait<kStages - 2>();
       __syncthreads();  // the tile has landed for all, and every warp is done with the stage before it
-      fetch(before(), n - (kStages - 1));
+      fetch(before(), ahead);
     }
   }
 
-  // From Hopper on: while tile n is the current one, refills the stage of the tile before it, once all warps are done with that.
-  __device__ __forceinline__ void refill(int n) {
+  // From Hopper on: refills the stage of the tile before the current one, once all warps are done with that.
+  __device__ __forceinline__ void refill(int ahead) {
     if constexpr (kBulkCopy && kStages > 1) {
-      if (n >= kStages - 1) mbarrier_wait(empty(before()), stage == 0 ? phase ^ 1 : phase);
-      fetch(before(), n - (kStages - 1));
+      if (ahead >= 0) mbarrier_wait(empty(before()), stage == 0 ? phase ^ 1 : phase);
+      fetch(before(), ahead);
     }
   }
 

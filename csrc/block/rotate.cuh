@@ -14,7 +14,6 @@
 
 namespace sage {
 
-constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 // The maximum over the four lanes that share a row.
 __device__ __forceinline__ float row_max(float x) {

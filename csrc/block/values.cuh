@@ -15,10 +15,11 @@ template <Values kValues>
 constexpr int kCodeUnits = kValues == Values::fp8 ? 64 : 1;
 
 // What is added to a channel's output so that V as it was rounded has V's mean: V's own mean, which was taken out, less that of the
-// codes, which rounding moved off zero. amax: what the largest code, 1 / inv_v_max, stands for.
+// codes, which rounding moved off zero. amax: what the largest code, 1 / inv_v_max, stands for;
+// keys: how many were summed.
 template <Values kValues>
-__device__ __forceinline__ float mean_beside_codes(float mean, float amax, i32 codes, float inv_v_max, int len) {
-  return fmaf(-amax * (inv_v_max / (kCodeUnits<kValues> * (float)len)), (float)codes, mean);
+__device__ __forceinline__ float mean_beside_codes(float mean, float amax, i32 codes, float inv_v_max, float keys) {
+  return fmaf(-amax * (inv_v_max / (kCodeUnits<kValues> * keys)), (float)codes, mean);
 }
 
 }  // namespace sage

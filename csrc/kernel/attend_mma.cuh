@@ -1,7 +1,7 @@
 // Third launch: softmax(Q·Kᵀ)·V with mma.sync – INT8 for the scores, fp16, FP8 or INT8 for P·V – on every architecture from Turing on.
 //
-// A warp owns 16 or 32 queries and walks over the tiles of 64 keys, last tile first, so that the tiles with masked keys come
-// before the long run without. 32 rows, where the registers allow it, halve the shared-memory traffic: each fragment of K or V
+// A warp owns 16 or 32 queries and walks over the tiles of 64 keys: those with masked keys first, so that the long run is without. They
+// come from a list, or are all up to the last, which comes first. 32 rows, where the registers allow it, halve the shared-memory traffic: each fragment of K or V
 // that is loaded feeds two row tiles. Q stays in registers for the whole walk.
 #pragma once
 #include "../block/epilogue.cuh"
@@ -11,6 +11,7 @@
 #include "../block/product.cuh"
 #include "../block/query.cuh"
 #include "../block/softmax.cuh"
+#include "../block/tile_list.cuh"
 #include "../block/values.cuh"
 #include "../ptx/special.cuh"
 #include "params.cuh"
@@ -218,7 +219,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
 #pragma unroll
       for (int e = 0; e < kChunk; ++e) {
         const int channel = at.pair * C::kHeadDim + 32 * c + kChunk * at.t + e;
-        mean[e] = mean_beside_codes<C::kValues>(p.v_mean[channel], channel_scale[e], p.v_codes[channel], p.inv_v_max, p.len_kv);
+        mean[e] = mean_beside_codes<C::kValues>(p.v_mean[channel], channel_scale[e], p.v_codes[channel], p.inv_v_max, p.live_keys[at.pair]);
       }
     }
 #pragma unroll
@@ -268,32 +269,42 @@ struct Walk {
   // The scores themselves of a row tile, −inf where masked out, in place; top: the lane's largest of each half.
   __device__ __forceinline__ void mask_scores(u32 (&s)[kColumns][4], int r, const float (&scale)[2], int key0, float (&top)[2]) const {
     const Place<C> at(p);
+    KeyBits<kKvTile> keys;
     MaskView mask;
-    BiasTile bias;
-    if constexpr (C::kMask == Mask::dense) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) keys.below(half, (causal ? min(at.row(r, half) + 1, p.len_kv) : p.len_kv) - key0);
+    if constexpr (C::kMask == Mask::list) {
       const i64 offset = at.batch * p.mask_stride_b + at.head * p.mask_stride_h;
-      mask = {static_cast<const u8*>(p.mask) + offset * (p.mask_kind == kMaskBool ? 1 : p.mask_kind == kMaskF32 ? 4 : 2),
-              p.mask_stride_q, p.mask_stride_k, p.mask_kind, p.len_q, p.len_kv};
-      bias.shared = pipe.shared + C::Pipe::kBytes + Queries<C>::kBytes + at.warp * BiasTile::kBytes;
-      bias.stage(mask, at.row0 + 16 * r, key0);
+      mask = {static_cast<const u8*>(p.mask) + offset * mask_element_bytes(p.mask_kind),
+              p.mask_stride_q, p.mask_stride_k, p.mask_kind, p.len_q, p.len_kv, p.mask_pairs};
+      if (p.mask_kind == kMaskBool) keys.keep(mask, at.row0 + 16 * r, key0);
     }
+    keys.align(at.t);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < 2 * kColumns; ++i) {
+        u32& bits = s[i / 2][2 * half + i % 2];
+        bits = __float_as_uint(fmaf(__uint_as_float(bits), scale[half], -kPreset * scale[half]));
+      }
+    if (C::kMask == Mask::list && p.mask_kind != kMaskBool)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          const float2 bias = mask.bias(at.row(r, half), key0 + 8 * j + 2 * at.t);
+          u32* pair = s[j] + 2 * half;
+          pair[0] = __float_as_uint(__uint_as_float(pair[0]) + bias_to_base2(bias.x));
+          pair[1] = __float_as_uint(__uint_as_float(pair[1]) + bias_to_base2(bias.y));
+        }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = at.row(r, half), limit = (causal ? min(row + 1, p.len_kv) : p.len_kv) - key0 - 2 * at.t;
       top[half] = -kInf;
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        float2 add = {0.0f, 0.0f};
-        if constexpr (C::kMask == Mask::dense) add = bias.get(mask, 8 * half + at.g, 8 * j + 2 * at.t);
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          u32& bits = s[j][2 * half + e];
-          float score = fmaf(__uint_as_float(bits), scale[half], -kPreset * scale[half]);
-          if constexpr (C::kMask == Mask::dense) score += e ? add.y : add.x;
-          score = 8 * j + e < limit ? score : -kInf;
-          top[half] = fmaxf(top[half], score);
-          bits = __float_as_uint(score);
-        }
+      for (int i = 0; i < 2 * kColumns; ++i) {
+        u32& bits = s[i / 2][2 * half + i % 2];
+        bits = keys.sees(half, i / 2, i % 2) ? bits : __float_as_uint(-kInf);
+        top[half] = fmaxf(top[half], __uint_as_float(bits));
       }
     }
   }
@@ -362,56 +373,77 @@ struct Walk {
     }
   }
 
+  // One tile, number n of the sequence; ahead: as for the pipe.
   template <bool kMasked>
-  __device__ __forceinline__ void step(int n) {
+  __device__ __forceinline__ void step(int n, int ahead) {
     if constexpr (C::kThreadAnew) thread16 = 16 * special_tid_x(), queries.place(pipe.shared + C::Pipe::kBytes, thread16);
     Scores s;
     Weights prob;
     float weight[kRowTiles][2];
-    pipe.acquire(n);
+    pipe.acquire(ahead);
     const u32 tile = pipe.tile() + (thread16 & 0x1F0);
     scores<C>(s, queries, tile);
-    if constexpr (C::kStages == 2) pipe.refill(n);
+    if constexpr (C::kStages == 2) pipe.refill(ahead);
     weigh<kMasked>(s, prob, weight, n * kKvTile);
     // 0, for no weight is negative; but the compiler does not know that and loads V after the sums.
     const u32 late = C::kValuesLate == 1 ? __float_as_uint(softmax.sum[kRowTiles - 1][1]) >> 31 : 0;
     if constexpr (C::kValuesLate == 2) __syncwarp();
     add_values<C>(o, prob, weight, tile + late);
-    if constexpr (C::kStages > 2) pipe.refill(n);
+    if constexpr (C::kStages > 2) pipe.refill(ahead);
     pipe.release();
   }
 
   // From the last tile to the first; tiles [0, full) hold no masked key.
   __device__ __forceinline__ void run(int tiles, int full) {
+    constexpr int kAhead = C::kStages - 1;
     int n = tiles - 1;
-    for (; n >= (C::kThreadAnew && C::kMask == Mask::dense ? 0 : full); --n) step<true>(n);
-    if constexpr (C::kMask != Mask::dense)
-      for (; n >= 0; --n) step<false>(n);
+    for (; n >= full; --n) step<true>(n, n - kAhead);
+    for (; n >= 0; --n) step<false>(n, n - kAhead);
+  }
+
+  // By a list of as many mixed and full tiles; ahead: its position behind the tiles that the pipe has started with.
+  template <class Load>
+  __device__ __forceinline__ void run_list(int2 tiles, ListCursor& ahead, Load load) {
+    ListCursor current;
+    for (int i = 0; i < tiles.x; ++i) step<true>(current.next(p.lists.words, load), ahead.next(p.lists.words, load));
+    for (int i = 0; i < tiles.y; ++i) step<false>(0, ahead.next(p.lists.words, load));
   }
 };
 
 // kSharedBytes: the dynamic shared memory that the launch has (sageattention/variants.py).
 template <class C, int kSharedBytes>
 __device__ void attend_mma(const AttendParams& p) {
-  static_assert(kSharedBytes == C::Pipe::kBytes + Queries<C>::kBytes + (C::kMask == Mask::dense ? C::kWarps * BiasTile::kBytes : 0),
+  static_assert(kSharedBytes == C::Pipe::kBytes + Queries<C>::kBytes,
                 "the table of variants and the kernel disagree about shared memory");
-  extern __shared__ __align__(128) u8 stages[];  // the pipe, Q where it is shared, a mask's bias
+  extern __shared__ __align__(128) u8 stages[];  // the pipe, Q where it is shared
   Walk<C> walk{p};
   walk.thread16 = 16 * threadIdx.x;
-  walk.causal = C::kMask == Mask::causal || (C::kMask == Mask::dense && p.causal);
+  walk.causal = C::kMask == Mask::causal || (C::kMask == Mask::list && p.causal);
 
   const Place<C> at(p, threadIdx.x, blockIdx.x);
-  // Tiles [0, tiles) hold a key that some row of the block sees; of them, [0, full) hold no key that any row does not see.
-  int tiles = p.tiles, full = C::kMask == Mask::dense ? 0 : p.len_kv / kKvTile;
-  if (walk.causal) tiles = min(tiles, (at.block_row0 + C::kBlockM - 1) / kKvTile + 1), full = min(full, (at.block_row0 + 1) / kKvTile);
   walk.queries.place(shared_address(stages) + C::Pipe::kBytes, walk.thread16);
   load_queries<C>(p, walk.queries);
-  walk.pipe.start(shared_address(stages), p.kv, at.pair * p.tiles, tiles - 1);
 #pragma unroll
   for (int r = 0; r < C::kRowTiles; ++r)
 #pragma unroll
     for (int n = 0; n < C::kHeadDim / 8; ++n) walk.o[r][n][0] = walk.o[r][n][1] = walk.o[r][n][2] = walk.o[r][n][3] = 0.0f;
-  walk.run(tiles, full);
+  if constexpr (C::kMask == Mask::list) {
+    const auto list = [&] {
+      const Place<C> at(p);
+      return TileList(p.lists, at.batch, at.head, at.block_row0, C::kBlockM, p.len_q);
+    };
+    const auto load = [&](int w) { return list().word(w); };
+    ListCursor ahead;
+    walk.pipe.start(shared_address(stages), p.kv, at.pair * p.tiles, [&] { return ahead.next(p.lists.words, load); });
+    walk.run_list(list().count(), ahead, load);
+  } else {
+    // Tiles [0, tiles) hold a key that some row of the block sees; of them, [0, full) hold no key that any row does not see.
+    int tiles = p.tiles, full = p.len_kv / kKvTile;
+    if (walk.causal) tiles = min(tiles, (at.block_row0 + C::kBlockM - 1) / kKvTile + 1), full = min(full, (at.block_row0 + 1) / kKvTile);
+    int next = tiles;
+    walk.pipe.start(shared_address(stages), p.kv, at.pair * p.tiles, [&] { return --next; });
+    walk.run(tiles, full);
+  }
   store_output<C>(p, walk.o, walk.softmax);
 }
 

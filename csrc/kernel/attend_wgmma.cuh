@@ -15,13 +15,11 @@ template <class C>
 struct WgmmaWalk : ScoreWalk<C> {
   using Walk = ScoreWalk<C>;
   using typename Walk::Layout, typename Walk::Scores, typename Walk::Weights;
-  using Walk::barrier, Walk::tile, Walk::mask_scores, Walk::fetch_scales, Walk::reference, Walk::ring, Walk::k_scales,
+  using Walk::barrier, Walk::tile, Walk::mask_scores, Walk::fetch_scales, Walk::tile_number, Walk::reference, Walk::ring, Walk::k_scales,
       Walk::q_scale, Walk::queries, Walk::p;
   static constexpr int kHeadDim = C::kHeadDim, kSteps = kHeadDim / 32;
   // Q's A fragments of so many of the scores' steps are in registers, where there are any left: shared memory has less to feed.
-  static constexpr int kHeld = kHeadDim == 64 || C::kMask == Mask::dense ? 0 : 2;
-  // Whether the tiles of a dense mask go through the pipeline too. At head_dim 128 it leaves too few registers to load the mask ahead.
-  static constexpr bool kAllMasked = C::kMask == Mask::dense && kHeadDim == 64;
+  static constexpr int kHeld = kHeadDim == 64 ? 0 : 2;
   // Whether the exponentials are taken before P·V of the last tile is awaited, and how many of them are tied together: left alone,
   // the compiler gathers all of a tile in front of all conversions. Both by measurement.
   static constexpr bool kEarly = kHeadDim == 64;
@@ -146,15 +144,15 @@ struct WgmmaWalk : ScoreWalk<C> {
 
   // One tile, whose scores are under way to `s`. Meanwhile the tensor cores have the scores of the next tile and P·V of the one
   // before, and afterwards P·V of this one. last: there is no next tile, and this one's scores are taken again, for nothing: one loop
-  // without other ends is worth more, its instructions stay in the multiprocessor's cache. key0: of a masked tile.
-  __device__ __forceinline__ void step(Scores& s, Scores& next, Weights& prob, bool first, bool last, int key0) {
+  // without other ends is worth more, its instructions stay in the multiprocessor's cache.
+  __device__ __forceinline__ void step(Scores& s, Scores& next, Weights& prob, bool first, bool last) {
     Ring<C::kStages> after = ring, before = ring;
     if (!last) after.advance();
     before.retreat();
     issue_scores(next, after);
     wgmma_wait<2>();  // `s`, awaited only here: so the issue above can't sink into the softmax
     wgmma_hold(s);
-    weigh<kAllMasked>(s, prob, key0, [&] {
+    weigh<false>(s, prob, 0, [&] {
       wgmma_wait<1>();
       wgmma_hold(o);
       release_values(before.stage, !first);
@@ -172,21 +170,20 @@ struct WgmmaWalk : ScoreWalk<C> {
     ring.advance();
   }
 
-  // Tile n on its own.
-  __device__ __forceinline__ void single(int n) {
+  // One tile on its own, masked.
+  __device__ __forceinline__ void single() {
     Scores s;
     Weights prob;
     issue_scores(s, ring);
     fetch_scales(ring.stage);
     wgmma_wait<0>();
     wgmma_hold(s);
-    weigh<true>(s, prob, n * C::kTile, [] {});
+    weigh<true>(s, prob, tile_number * C::kTile, [] {});
     issue_values(prob);
     finish();
   }
 
-  // `tiles` of them, without masked keys but for a dense mask's, where they are the first ones of all. ptxas wants two ends
-  // (docs/kernels.md).
+  // `tiles` of them without masked keys. ptxas wants two ends (docs/kernels.md).
   __device__ __forceinline__ void run(int tiles) {
     Scores even, odd;
     Weights prob;
@@ -197,12 +194,12 @@ struct WgmmaWalk : ScoreWalk<C> {
     mbarrier_wait(barrier(ring.stage) + kValuesFull, ring.parity);
     issue_values<1>(prob);  // nothing: so the loop is entered as it is repeated
     for (bool first = true;; first = false, tiles -= 2) {
-      step(even, odd, prob, first, tiles == 1, (tiles - 1) * C::kTile);
+      step(even, odd, prob, first, tiles == 1);
       if (tiles == 1) {
         finish();
         return;
       }
-      step(odd, even, prob, false, tiles == 2, (tiles - 2) * C::kTile);
+      step(odd, even, prob, false, tiles == 2);
       if (tiles == 2) {
         finish();
         return;
@@ -216,10 +213,8 @@ struct WgmmaWalk : ScoreWalk<C> {
 #pragma unroll
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] = 0.0f;
     wgmma_hold(o);
-    int n = span.last - 1;
-    for (; !kAllMasked && n >= span.first && n >= span.full; --n) single(n);
-    if constexpr (C::kMask != Mask::dense || kAllMasked)
-      if (n >= span.first) run(n - span.first + 1);
+    for (int left = span.masked; left; --left) single();
+    if (span.unmasked) run(span.unmasked);
     sums[0] = o[kHeadDim / 2], sums[1] = o[kHeadDim / 2 + 2];  // the columns of ones
   }
 };

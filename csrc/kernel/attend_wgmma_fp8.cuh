@@ -23,7 +23,7 @@ template <class C>
 struct WgmmaFp8Walk : ScoreWalk<C> {
   using Walk = ScoreWalk<C>;
   using typename Walk::Layout, typename Walk::Scores, typename Walk::Weights;
-  using Walk::barrier, Walk::tile, Walk::mask_scores, Walk::fetch_scales, Walk::reference, Walk::ring, Walk::k_scales,
+  using Walk::barrier, Walk::tile, Walk::mask_scores, Walk::fetch_scales, Walk::tile_number, Walk::reference, Walk::ring, Walk::k_scales,
       Walk::q_scale, Walk::queries, Walk::p;
   using Scales = float[C::kScales][2];  // [part of the step][row half]
   static constexpr int kHeadDim = C::kHeadDim, kParts = C::kParts;
@@ -218,9 +218,9 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
     ring = after;
   }
 
-  // Tile n on its own.
+  // One part of a tile on its own, masked.
   template <int kPart>
-  __device__ __forceinline__ void masked_step(Scores& s, int key0) {
+  __device__ __forceinline__ void masked_step(Scores& s) {
     Scales scale;
     Weights prob;
     float top[2];
@@ -230,7 +230,7 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
     take_scales<kPart>(scale);
     wgmma_hold(s);
     if (kPart == kParts - 1) release(kKeysFree, ring.stage);
-    mask_scores(s, scale, key0, top);
+    mask_scores(s, scale, tile_number * C::kTile + kPart * C::kStep, top);
     if (__any_sync(kAllLanes, top[0] > reference[0] + kLog2Largest || top[1] > reference[1] + kLog2Largest)) move_reference(top);
     near[0] = reference[0], near[1] = reference[1];
     weigh<true>(s, scale, prob);
@@ -240,10 +240,10 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
     promote();
   }
 
-  __device__ __forceinline__ void single(int n) {
+  __device__ __forceinline__ void single() {
     Scores s;
-    masked_step<0>(s, n * C::kTile);
-    if constexpr (kParts == 2) masked_step<1>(s, n * C::kTile + C::kStep);
+    masked_step<0>(s);
+    if constexpr (kParts == 2) masked_step<1>(s);
     release(kValuesFree, ring.stage);
     ring.advance();
   }
@@ -307,10 +307,9 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
     sum[0] = sum[1] = 0.0f;
     arrives = anew(elected());
     reference[0] = reference[1] = near[0] = near[1] = kNone;
-    int n = span.last - 1;
-    for (; n == span.first || (n > span.first && n >= span.full); --n) single(n);
-    if constexpr (C::kMask != Mask::dense)
-      if (n > span.first) run(n - span.first + 1);
+    const bool lone = span.unmasked == 1;  // the loop wants two
+    for (int left = span.masked + lone; left; --left) single();
+    if (span.unmasked > 1) run(span.unmasked);
     sums[0] = sum[0], sums[1] = sum[1];
   }
 };

@@ -10,11 +10,14 @@
 #pragma once
 #include "../block/core_matrix.cuh"
 #include "../block/fragment.cuh"
+#include "../block/live_keys.cuh"
 #include "../block/rotate.cuh"
 #include "../ptx/copy.cuh"
 #include "params.cuh"
 
 namespace sage {
+
+constexpr int kLiveWords = 512, kMostSamples = 128;
 
 template <class Layout>
 struct KeysShared {
@@ -25,6 +28,9 @@ struct KeysShared {
   alignas(16) float anchor[kHeadDim];  // times the rotation's power of two
   float4 start[kHeadDim / 16][8];      // minus the anchor as an MMA leaves it, by MMA and g
   float k_amax[2][kWarps][4];
+  LiveWindow<kLiveWords> live;  // where some keys are not
+  i32 sample[kMostSamples];     // the keys whose mean is the anchor, where some keys are not live
+  i32 live_samples;
 };
 
 // Of one thread's eight channels, over its rows.
@@ -54,23 +60,31 @@ struct Spread {
   }
 };
 
-// Statistics of `count` rows at `rows`; out(result, channel, value) for each. Summands are multiplied by `weight` at once: a plain
-// sum could overflow. All threads of the block take part.
-template <class Statistics, int kDtype, bool kVectors, class Shared, class Out>
-__device__ __forceinline__ void reduce_rows(const u8* rows, i64 row_bytes, int count, int head_dim, float weight, Shared& shared, Out out) {
+// Which row is number i of those that statistics are taken of, and whether it counts in a sum. One that does not count repeats another.
+struct Row {
+  i64 at;
+  bool counts;
+};
+
+// Statistics of `count` rows: row_of(i) of those at `rows`; out(result, channel, value) for each. Summands are multiplied by `weight` at
+// once: a plain sum could overflow. All threads of the block take part.
+template <class Statistics, int kDtype, bool kVectors, class Shared, class RowOf, class Out>
+__device__ __forceinline__ void reduce_rows(const u8* rows, i64 row_bytes, int count, int head_dim, float weight, Shared& shared, RowOf row_of,
+                                            Out out) {
   constexpr int kUnroll = !kVectors ? 1 : kDtype == kFloat32 ? 2 : 4;
   const int channel = threadIdx.x % Shared::kLanes * kChunk;
   Statistics statistics;
   for (int base = threadIdx.x / Shared::kLanes; base < count; base += Shared::kRows * kUnroll) {
     Raw8<kDtype> raw[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)  // rows beyond the end repeat the last, and count for nothing in a sum
-      raw[u] = load8<kDtype, kVectors>(rows + min(base + u * Shared::kRows, count - 1) * row_bytes, channel, head_dim);
+    for (int u = 0; u < kUnroll; ++u)  // rows beyond the end repeat the last
+      raw[u] = load8<kDtype, kVectors>(rows + row_of(min(base + u * Shared::kRows, count - 1)).at * row_bytes, channel, head_dim);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       float x[kChunk];
       unpack8<kDtype>(raw[u], x);
-      const float w = base + u * Shared::kRows < count ? weight : 0.0f;
+      const int i = base + u * Shared::kRows;
+      const float w = i < count && row_of(min(i, count - 1)).counts ? weight : 0.0f;
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) statistics.add(i, x[i], w);
     }
@@ -140,6 +154,7 @@ __device__ __forceinline__ float share_scales(float amax, int group, bool whole,
   if (threadIdx.x < 4) {
     u8* scales = out + Layout::scales(tile_bytes) + Layout::kScalesPitch * lane;
     *reinterpret_cast<float*>(scales + 4 * part) = scale;
+    if constexpr (Layout::kNumbered) *reinterpret_cast<i32*>(scales + 12) = unit / kParts;
   }
   return inverse;
 }
@@ -156,12 +171,13 @@ struct LaneKeys {
   static __device__ __forceinline__ int row() { return threadIdx.x / 4; }
   __device__ __forceinline__ void prepare(Shared&) {}
 
-  template <class Load>
-  __device__ __forceinline__ float quantise(const RawRow<kHeadDim, kDtype>& raw, Load load, int unit, int first_key, int len, int tile_bytes,
+  // counts(i): whether key i of the unit does; of the others the codes are 0.
+  template <class Counts, class Load>
+  __device__ __forceinline__ float quantise(const RawRow<kHeadDim, kDtype>& raw, Counts counts, Load load, int unit, int tile_bytes,
                                             Shared& shared, u8* out) const {
     const int lane = threadIdx.x % 32, t = lane % 4;
     float x[kHeadDim / 4], scale;
-    unpack_key(raw, first_key + row() < len, shared, x);
+    unpack_key(raw, counts(row()), shared, x);
     load();
     rotate<kHeadDim>(x, t);
     float amax = largest(x);
@@ -201,8 +217,9 @@ struct WarpKeys {
     __syncthreads();
   }
 
-  template <class Load>
-  __device__ __forceinline__ float quantise(const RawRow<kHeadDim, kDtype>& raw, Load load, int unit, int first_key, int len, int tile_bytes,
+  // As of LaneKeys; `raw` of a key that does not count is finite.
+  template <class Counts, class Load>
+  __device__ __forceinline__ float quantise(const RawRow<kHeadDim, kDtype>& raw, Counts counts, Load load, int unit, int tile_bytes,
                                             Shared& shared, u8* out) const {
     const int lane = threadIdx.x % 32, t = lane % 4, g = lane / 4, own = threadIdx.x / 32 * 8 + t;
     float y[2][kHeadDim / 8], scale;
@@ -215,7 +232,7 @@ struct WarpKeys {
     bool valid[2];
     float top[2];
 #pragma unroll
-    for (int j = 0; j < 2; ++j) valid[j] = first_key + own + 4 * j < len, top[j] = fminf(largest(y[j]), valid[j] ? kInf : 0.0f);
+    for (int j = 0; j < 2; ++j) valid[j] = counts(own + 4 * j), top[j] = fminf(largest(y[j]), valid[j] ? kInf : 0.0f);
     // Keys t and t + 1 share a scale, of even t: their maximum goes to lane t, that of keys t + 4 and t + 5 to lane t + 1.
     float amax = fmaxf(t % 2 ? top[1] : top[0], __shfl_xor_sync(kAllLanes, t % 2 ? top[0] : top[1], 1));
 #pragma unroll
@@ -253,8 +270,29 @@ struct KeysOf<true, Layout, kDtype> {
   using Type = WarpKeys<Layout, kDtype>;
 };
 
+// The anchor's keys where not all are live: of every `sample_step` keys the first live one in the word of 32 that they begin in. If there
+// is none anywhere, the first live key of all, and if there is none of those, no key. Returns how many. All threads take part.
+template <class Layout>
+__device__ __forceinline__ int find_samples(const KeysParams& p, const LiveRows& live, KeysShared<Layout>& shared) {
+  if (threadIdx.x == 0) shared.live_samples = 0;
+  __syncthreads();  // the counter is 0
+  if (threadIdx.x < p.samples) {
+    const int key = threadIdx.x * p.sample_step, word = key / 32, end = key + p.sample_step - word * 32;
+    u32 bits = live.word(word) >> key % 32 << key % 32;
+    if (end < 32) bits &= (1u << end) - 1;
+    if (bits) shared.sample[atomicAdd(&shared.live_samples, 1)] = word * 32 + __ffs(bits) - 1;
+  }
+  __syncthreads();  // the samples are there
+  if (!shared.live_samples && threadIdx.x == 0)
+    for (int w = 0; w < live.words && !shared.live_samples; ++w)
+      if (const u32 bits = live.word(w)) shared.sample[0] = w * 32 + __ffs(bits) - 1, shared.live_samples = 1;
+  __syncthreads();  // and the one there is instead
+  return shared.live_samples;
+}
+
 template <class Layout, int kDtype, bool kVectors>
-__device__ __forceinline__ void quantise_run(const KeysParams& p, const u8* k, int pair, int run, KeysShared<Layout>& shared) {
+__device__ __forceinline__ void quantise_run(const KeysParams& p, const u8* k, const LiveRows& live, int pair, int run,
+                                             KeysShared<Layout>& shared) {
   constexpr int kHeadDim = Layout::kHeadDim, kKeys = Layout::kScaleKeys, kParts = Layout::kTile / kKeys;
   using Keys = typename KeysOf<kMma16 && kDtype != kFloat32, Layout, kDtype>::Type;
   // The next unit's loads are under way while this one is rotated, where the registers allow it.
@@ -262,17 +300,28 @@ __device__ __forceinline__ void quantise_run(const KeysParams& p, const u8* k, i
   const i64 row_bytes = p.k.stride_n * kElementBytes<kDtype>;
   const int units = kParts * p.tiles, length = (units + p.runs - 1) / p.runs, first = run * length, last = min(first + length, units);
   RawRow<kHeadDim, kDtype> raw;
+  int window = 0;  // the key from which shared.live has words
   const u8* key = k + min(first * kKeys + Keys::row(), p.len - 1) * row_bytes;
   const auto load = [&] { raw.template load<kVectors>(key, threadIdx.x % 4, p.head_dim); };
   const auto advance = [&](int unit) {  // instead of a key beyond the end, one that there is
     if (unit * kKeys + Keys::row() < p.len) key += kKeys * row_bytes;
   };
   if (kAhead) load();
-  reduce_rows<Sum, kDtype, kVectors>(k, p.sample_step * row_bytes, p.samples, p.head_dim, 1.0f / p.samples, shared,
-                                     [&](int, int c, float mean) {
-                                       shared.anchor[c] = mean * (0.5f / kHeadDim);
-                                       if (run == 0) p.anchor[pair * kHeadDim + c] = mean;
-                                     });
+  const auto keep_anchor = [&](int, int c, float mean) {
+    shared.anchor[c] = mean * (0.5f / kHeadDim);
+    if (run == 0) p.anchor[pair * kHeadDim + c] = mean;
+  };
+  if (live.bits) {
+    const int samples = find_samples(p, live, shared);
+    reduce_rows<Sum, kDtype, kVectors>(k, row_bytes, samples, p.head_dim, 1.0f / max(samples, 1), shared,
+                                       [&](int i) -> Row { return {shared.sample[i], true}; }, keep_anchor);
+    __syncthreads();  // the sums have been read: the window may lie where they were
+    window = first * kKeys;
+    shared.live.load(live, window, KeysShared<Layout>::kThreads);
+  } else {
+    reduce_rows<Sum, kDtype, kVectors>(k, p.sample_step * row_bytes, p.samples, p.head_dim, 1.0f / p.samples, shared,
+                                       [](int i) -> Row { return {i, true}; }, keep_anchor);
+  }
   __syncthreads();  // the anchor is complete
   Keys keys;
   keys.prepare(shared);
@@ -284,10 +333,34 @@ __device__ __forceinline__ void quantise_run(const KeysParams& p, const u8* k, i
       advance(unit + 1);
       if (kAhead && unit + 1 < last) load();
     };
-    top = fmaxf(top, keys.quantise(raw, load_next, unit, unit * kKeys, p.len, p.tile_bytes, shared, out));
+    const int first_key = unit * kKeys;
+    if (live.bits && first_key + kKeys > window / 32 * 32 + shared.live.kKeys) {  // share_scales() comes after the last look at it
+      window = first_key;
+      shared.live.load(live, window, KeysShared<Layout>::kThreads);
+    }
+    const auto counts = [&](int i) { return live.bits ? shared.live.get(first_key + i, window) : first_key + i < p.len; };
+    if (live.bits && !counts(Keys::row())) raw = {};
+    top = fmaxf(top, keys.quantise(raw, counts, load_next, unit, p.tile_bytes, shared, out));
   }
   top = row_max(top);
   if (threadIdx.x == 0) p.k_scale_parts[blockIdx.x - p.pairs * p.splits] = top;
+}
+
+// Of the keys [first, first + count): stores how many are live, and returns the first of those, counted from `first`, −1 if there is
+// none. All threads take part.
+template <class Layout>
+__device__ __forceinline__ int count_live(const LiveRows& live, int first, int count, i32* total, KeysShared<Layout>& shared) {
+  shared.live.load(live, first, KeysShared<Layout>::kThreads);
+  int number = 0, substitute = -1;
+  for (int key = first; key < first + count;) {
+    const int end = min(first + count, key / 32 * 32 + 32);
+    u32 bits = shared.live.word[key / 32 - first / 32] >> key % 32 << key % 32;
+    if (end % 32) bits &= (1u << end % 32) - 1;
+    if (bits && substitute < 0) substitute = key / 32 * 32 + __ffs(bits) - 1 - first;
+    number += __popc(bits), key = end;
+  }
+  if (threadIdx.x == 0) *total = number;
+  return substitute;
 }
 
 // Layout: with V of either size.
@@ -296,30 +369,51 @@ __device__ void quantise_keys(const KeysParams& p) {
   __shared__ KeysShared<Layout> shared;
   const int parts = p.pairs * p.splits, block = blockIdx.x;
   wait_for_previous_launch();
+  if (block == 0) {
+    for (int i = threadIdx.x; i < p.dones; i += KeysShared<Layout>::kThreads) p.partials_done[i] = 0;
+    __syncthreads();  // thread 0 publishes them all
+  }
   if (threadIdx.x == 0) {
     if (block < parts) p.v_parts_done[block] = 0;
     __threadfence();  // no block of the next launch starts before all of this one have come here
     let_next_launch_start();
   }
-  if (block == 0)
-    for (int i = threadIdx.x; i < p.dones; i += KeysShared<Layout>::kThreads) p.partials_done[i] = 0;
   with_access(p.dtype, p.vectors, [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
     const auto head_of = [&](const Tokens& x, int pair) {
       const int batch = (p.first + pair) / p.heads, head = (p.first + pair) % p.heads;
       return static_cast<const u8*>(x.data) + (batch * x.stride_b + head * x.stride_h) * kElementBytes<kDtype>;
     };
+    const auto live_of = [&](int pair) { return LiveRows(p.live, (p.first + pair) / p.heads, (p.first + pair) % p.heads); };
     if (block >= parts) {
       const int run = block - parts, pair = run / p.runs;
-      quantise_run<Layout, kDtype, decltype(vectors)::value>(p, head_of(p.k, pair), pair, run - pair * p.runs, shared);
+      quantise_run<Layout, kDtype, decltype(vectors)::value>(p, head_of(p.k, pair), live_of(pair), pair, run - pair * p.runs, shared);
     } else {
       const int pair = block / p.splits, first = block % p.splits * p.split_tokens;
       const i64 row_bytes = p.v.stride_n * kElementBytes<kDtype>;
       float* to = p.v_parts + (i64)block * 3 * Layout::kHeadDim;
       if (first == 0 && threadIdx.x < Layout::kHeadDim) p.v_codes[pair * Layout::kHeadDim + threadIdx.x] = 0;
-      reduce_rows<Spread, kDtype, decltype(vectors)::value>(
-          head_of(p.v, pair) + first * row_bytes, row_bytes, min(p.split_tokens, p.len - first), p.head_dim, 1.0f / p.len, shared,
-          [&](int result, int c, float value) { to[result * Layout::kHeadDim + c] = value; });
+      const int count = min(p.split_tokens, p.len - first);
+      const u8* rows = head_of(p.v, pair) + first * row_bytes;
+      const auto keep = [&](int result, int c, float value) { to[result * Layout::kHeadDim + c] = value; };
+      const LiveRows live = live_of(pair);
+      if (live.bits) {
+        const int substitute = count_live(live, first, count, p.v_parts_live + block, shared);
+        if (substitute < 0) {
+          for (int c = threadIdx.x; c < Layout::kHeadDim; c += KeysShared<Layout>::kThreads) keep(0, c, -kInf), keep(1, c, kInf), keep(2, c, 0.0f);
+        } else {
+          reduce_rows<Spread, kDtype, decltype(vectors)::value>(
+              rows, row_bytes, count, p.head_dim, 1.0f / p.len, shared,
+              [&](int i) -> Row {
+                const bool counts = shared.live.get(first + i, first);
+                return {counts ? i : substitute, counts};
+              },
+              keep);
+        }
+      } else {
+        reduce_rows<Spread, kDtype, decltype(vectors)::value>(rows, row_bytes, count, p.head_dim, 1.0f / p.len, shared,
+                                                              [](int i) -> Row { return {i, true}; }, keep);
+      }
       __threadfence();
       __syncthreads();  // all has been written
       if (threadIdx.x == 0) store_release(p.v_parts_done + block, 1);

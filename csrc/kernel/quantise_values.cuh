@@ -6,6 +6,7 @@
 #pragma once
 #include "../block/core_matrix.cuh"
 #include "../block/fragment.cuh"
+#include "../block/live_keys.cuh"
 #include "../block/load.cuh"
 #include "../block/rotate.cuh"
 #include "../block/values.cuh"
@@ -48,6 +49,13 @@ __device__ __forceinline__ void finish_statistics(const ValuesParams& p, int pai
     while (!load_acquire(p.v_parts_done + pair * p.splits + s)) {
     }
   __syncthreads();  // every part is there
+  int live = p.len;
+  if (p.live.bits) {
+    live = 0;
+    for (int s = 0; s < p.splits; ++s) live += p.v_parts_live[pair * p.splits + s];
+  }
+  if (keep && threadIdx.x == 0) p.live_keys[pair] = (float)max(live, 1);
+  const float share = live == p.len ? 1.0f : (float)p.len / (float)max(live, 1);
 #pragma unroll 4
   for (int s = row; s < p.splits; s += kRows) {
     const float4 a = *reinterpret_cast<const float4*>(parts + s * 3 * kHeadDim);
@@ -66,6 +74,8 @@ __device__ __forceinline__ void finish_statistics(const ValuesParams& p, int pai
 #pragma unroll
     for (int r = 1; r < kRows; ++r)
       high = fmaxf(high, shared.parts[r][0][c]), low = fminf(low, shared.parts[r][1][c]), mean += shared.parts[r][2][c];
+    mean *= share;
+    if (live == 0) high = low = mean = 0.0f;
     mean = mean > high ? high : mean < low ? low : mean;  // however it was rounded; NaN stays
     shared.centred[c] = p.centred && 0.5f * high - 0.5f * low <= kWidest;
     if (mean == mean && !shared.centred[c]) mean = 0.0f;
@@ -185,6 +195,7 @@ __device__ __forceinline__ void quantise_run(const ValuesParams& p, int pair, in
   constexpr int kMost = kDtype == kFloat32 || !kVectors ? 4 : 8, kBatch = kPasses < kMost ? kPasses : kMost;  // under way together
   static_assert(kPasses % kBatch == 0, "no pass is left over");
   const int batch = (p.first + pair) / p.heads, head = (p.first + pair) % p.heads;
+  const LiveRows live(p.live, batch, head);
   const i64 row_bytes = p.v.stride_n * kElementBytes<kDtype>;
   const u8* v = static_cast<const u8*>(p.v.data) + (batch * p.v.stride_b + head * p.v.stride_h) * kElementBytes<kDtype>;
   const int warp = threadIdx.x / 32, chunk = threadIdx.x % kLanes, row = threadIdx.x % 32 / kLanes;
@@ -200,6 +211,9 @@ __device__ __forceinline__ void quantise_run(const ValuesParams& p, int pair, in
     for (int i = 0; i < kChunk; ++i) mean[i] *= -scale[i];
   __syncthreads();  // the statistics have been read: `rows` lies where their parts were
   for (int unit = first + warp; unit < last; unit += kValuesWarps) {
+    // Bit i: key i of the unit is live. A unit of 16 keys has half of a word.
+    const int first_key = unit * Shared::kUnitKeys;
+    const u32 counts = live.bits ? first_key < p.len ? live.word_by_warp(first_key / 32) >> first_key % 32 : 0u : ~0u;
 #pragma unroll 1
     for (int pass = 0; pass < kPasses; pass += kBatch) {
       Raw8<kDtype> raw[kBatch];
@@ -214,6 +228,9 @@ __device__ __forceinline__ void quantise_run(const ValuesParams& p, int pair, in
         unpack8<kDtype>(raw[i], x);
 #pragma unroll
         for (int e = 0; e < kChunk; ++e) x[e] = kOneStep ? fmaf(x[e], scale[e], mean[e]) : (x[e] - mean[e]) * scale[e];
+        if (live.bits && !(counts >> (pass + i) * kRows + row & 1))  // whatever a key that nobody sees holds, it is 0
+#pragma unroll
+          for (int e = 0; e < kChunk; ++e) x[e] = 0.0f;
         stage8<kValues>(rows + ((pass + i) * kRows + row) * Shared::kPitch, chunk, x);
       }
     }

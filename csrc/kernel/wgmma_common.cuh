@@ -6,6 +6,7 @@
 #include "../block/mask.cuh"
 #include "../block/query.cuh"
 #include "../block/softmax.cuh"
+#include "../block/tile_list.cuh"
 #include "../block/values.cuh"
 #include "../ptx/copy.cuh"
 #include "../ptx/special.cuh"
@@ -26,22 +27,16 @@ struct WgmmaConfig {
   static constexpr int kScoreRegisters = kTile / 2, kOutRegisters = Layout::kColumns / 2;
   static constexpr int kWeightRegisters = Layout::kVBytes / Layout::kColumns / 8;  // of P, in the type of V
 
-  static constexpr bool kTurns = kMask == Mask::none;  // the grid may have fewer blocks than there are items
-
   // Shared memory: Q in core-matrix order (64 rows after another), the tiles, their barriers, the bias of a dense mask
   static constexpr int kQueryPitch = 64 * 16, kQueryBytes = 64 * kHeadDim;
   static constexpr int kStage0 = kQueryPlaces * kConsumers * kQueryBytes;
   static constexpr int kBarriers = kStage0 + kStages * Layout::kTileBytes, kBarrierPitch = 32;
-  // …, the rotation's matrix, for two turns a Turn and what the channels of its output are made of, and Q as it lies in memory where
-  // there is no bias
+  // …, the rotation's matrix, for two turns a Turn and what the channels of its output are made of, and Q as it lies in memory
   static constexpr int kTurnBarriers = kBarriers + kStages * kBarrierPitch;
-  static constexpr int kRotation = kTurnBarriers + 16, kFirstTurn = kRotation + 32 * 16;
+  static constexpr int kRotation = kTurnBarriers + 32, kFirstTurn = kRotation + 32 * 16;
   static constexpr int kTurnHead = 48, kTurnBytes = kTurnHead + 2 * kHeadDim * 4;
-  static constexpr int kBias = kFirstTurn + 2 * kTurnBytes;
-  static constexpr int kBiasBytes = (kTile + kKvTile - 1) / kKvTile * BiasTile::kBytes;  // a warp's
-  static constexpr bool kStagesQueries = kMask != Mask::dense;
-  static constexpr int kRawQueries = kBias, kRawPitch = 2 * kHeadDim + 64;  // a row's bytes; the 64 keep reads free of bank conflicts
-  static constexpr int kSharedBytes = kBias + (kMask == Mask::dense ? kConsumerWarps * kBiasBytes : kBlockM * kRawPitch);
+  static constexpr int kRawQueries = kFirstTurn + 2 * kTurnBytes, kRawPitch = 2 * kHeadDim + 64;  // a row's bytes; the 64 keep reads free of bank conflicts
+  static constexpr int kSharedBytes = kRawQueries + kBlockM * kRawPitch;
 
   static __device__ __forceinline__ u32 queries(int number, int warpgroup) {
     return (number % (u32)kQueryPlaces * kConsumers + warpgroup) * kQueryBytes;
@@ -52,8 +47,8 @@ struct WgmmaConfig {
 
 // A stage's barriers: K has landed, V has landed, K has been read by all consumer warps, V has.
 enum StageBarrier : u32 { kKeysFull = 0, kValuesFull = 8, kKeysFree = 16, kValuesFree = 24 };
-// What a turn needs besides has landed; its queries have been taken by all consumer warps.
-enum TurnBarrier : u32 { kTurnFull = 0, kTurnFree = 8 };
+// What a turn needs besides has landed; its queries have been taken by all consumer warps; the fetching warps may read it.
+enum TurnBarrier : u32 { kTurnFull = 0, kTurnFree = 8, kTurnFound = 16 };
 
 // A position in the ring of stages.
 template <int kStages>
@@ -77,66 +72,106 @@ __device__ __forceinline__ int anew(int x) {
   return x;
 }
 
-// What a block does in one turn: the tiles [first, last) of an item, last one first; those of [0, full) hold no masked key. An item is
-// a block of queries of one head, from row0 on. Whoever fetches works it out ahead, on its own; one of them leaves it in shared memory,
-// where the computing warps read what they need when they do, so that none of it occupies registers in between.
-struct Turn {
-  int first, last, full;  // last: 0 where nothing is left to do
-  float max_scale;        // of a query, so that no score leaves the range in which the softmax works
-  int pair, batch, head, row0;
+enum TurnFlag : u32 {
+  kTurnValid = 1,      // 0: nothing is left to do
+  kWritesPartial = 2,  // the turn begins within an item: it leaves what it found to the block that has the tiles before
+  kJoinsPartial = 4,   // it ends within one: it takes up what that block found
+};
 
-  // And `out`: how many elements into the output the head begins.
+// What a block does in one turn: tiles of one item, which is a block of queries of one head, from row0 on. One of the fetching warps works
+// it out and leaves it in shared memory, where all others read what they need when they do, so that none of it occupies registers
+// in between.
+struct Turn {
+  int masked, unmasked;  // tiles that hold a masked or biased pair, which come first, and that do not
+  u32 flags;
+  float max_scale;       // of a query, so that no score leaves the range in which the softmax works
+  int pair, batch, head, row0;
+  int first;             // the place of its first tile in the order of the item's tiles
+  int partial;           // the place of the partial result that it writes or joins
+
+  // And `out`: how many elements into the output the head begins. max_scale comes later.
   __device__ __forceinline__ void store(u32 to, i64 out) const {
-    store_shared16(to, {(u32)first, (u32)last, (u32)full, __float_as_uint(max_scale)});
+    store_shared16(to, {(u32)masked, (u32)unmasked, flags, 0u});
     store_shared16(to + 16, {(u32)pair, (u32)batch, (u32)head, (u32)row0});
-    store_shared8(to + 32, (u32)out, (u32)(out >> 32));
+    store_shared16(to + 32, {(u32)out, (u32)(out >> 32), (u32)first, (u32)partial});
   }
-  static __device__ __forceinline__ float load_max_scale(u32 from) { return load_shared_float(from + 12); }
+  static __device__ __forceinline__ u32 max_scale_at(u32 turn) { return turn + 12; }
   static __device__ __forceinline__ i64 load_out(u32 from) {
     const uint2 v = load_shared8(from + 32);
     return (i64)((u64)v.y << 32 | v.x);
   }
+  static __device__ __forceinline__ int load_partial(u32 from) { return (int)load_shared(from + 44); }
 };
 
-// Turn number 0, 1, …. With a mask a block has one item. Without, first p.rounds items, gridDim.x apart; if p.partials, the tiles of those
-// that are left over are then dealt out in equal shares: at least as many as an item has, so that no more than two blocks work on one.
-template <class C>
-__device__ __forceinline__ Turn find_turn(const AttendParams& p, int number) {
-  const int blocks = gridDim.x, block = blockIdx.x, items = p.blocks_q * p.pairs * p.ratio;
-  int item = block + number * blocks;
-  Turn turn{0, p.tiles, C::kMask == Mask::dense ? 0 : p.len_kv / C::kTile, 0.0f};
-  if (C::kTurns && number < p.rounds) {
-    if (item >= items) return {};
-  } else if (C::kTurns) {
-    if (!p.partials) return {};
-    const unsigned tiles = p.tiles, share = (items - p.rounds * blocks) * tiles;
-    const unsigned begin = share * block / blocks, end = share * (block + 1) / blocks;
-    const unsigned from = number == p.rounds ? begin : (begin / tiles + number - p.rounds) * tiles;
-    if (from >= end) return {};
-    const unsigned shared_item = from / tiles, item_end = (shared_item + 1) * tiles;
-    item = p.rounds * blocks + shared_item, turn.first = item_end - min(end, item_end), turn.last = item_end - from;
-  }
-  // Consecutive blocks share a head, so that its K and V stay in L2. Causal: the longest rows first.
-  const int blocks_q = anew(p.blocks_q), ratio = anew(p.ratio), heads_kv = anew(p.heads_kv);  // registers are short in those who fetch
-  const auto [head_in_group, rows] = divide(item, blocks_q, p.per_blocks_q);
-  const auto [own_pair, head_of_pair] = divide(head_in_group, ratio, p.per_ratio);
-  const auto [batch, head_kv] = divide(p.first + own_pair, heads_kv, p.per_heads_kv);
-  turn.row0 = (C::kMask == Mask::none ? rows : blocks_q - 1 - rows) * C::kBlockM;
-  turn.pair = own_pair, turn.batch = batch, turn.head = head_kv * ratio + head_of_pair;
-  if (C::kMask == Mask::causal || (C::kMask == Mask::dense && p.causal)) {
-    turn.last = min(turn.last, (turn.row0 + C::kBlockM - 1) / C::kTile + 1);
-    turn.full = min(turn.full, (turn.row0 + 1) / C::kTile);
-  }
-  return turn;
-}
-
-// What the walk wants of a Turn in shared memory. The shuffles tell the compiler that all lanes have the same.
+// The turn's tiles, for a warp. The shuffles tell the compiler that all lanes have the same.
 struct Span {
-  int first, last, full;
+  int masked, unmasked;
+  u32 flags;
 
   __device__ __forceinline__ explicit Span(u32 turn) {
     const uint4 v = load_shared16(turn);
-    first = __shfl_sync(kAllLanes, v.x, 0), last = __shfl_sync(kAllLanes, v.y, 0), full = __shfl_sync(kAllLanes, v.z, 0);
+    masked = __shfl_sync(kAllLanes, v.x, 0), unmasked = __shfl_sync(kAllLanes, v.y, 0), flags = __shfl_sync(kAllLanes, v.z, 0);
+  }
+};
+
+// Deals out turns. First come p.rounds whole items for each block, gridDim.x apart, or, where the items are not alike, whole items for
+// whoever asks first. If p.partials, what is left over is cut into one share for each block: at least as many parts as an item has, so
+// that no more than two blocks work on one. Where an item is cut follows from its own tiles, and not from who works on it.
+template <class C>
+struct Scheduler {
+  static constexpr bool kDynamic = C::kMask != Mask::none;
+  int number = 0;       // of requests so far
+  int at = 0, end = 0;  // of the share under way, in parts of an item, of which each has gridDim.x
+  int share = 0;
+
+  // All lanes of the warp take part.
+  __device__ __forceinline__ Turn next(const AttendParams& p) {
+    const int blocks = gridDim.x, items = p.blocks_q * p.pairs * p.ratio, whole = p.rounds * blocks;
+    int item, from = 0, to = blocks;
+    if (at == end) {
+      int unit = blockIdx.x + number * blocks;
+      if (kDynamic && p.next_item && number) {
+        wait_for_previous_launch();  // which sets the counter to 0
+        if (elected()) unit = blocks + atomicAdd(p.next_item, 1);
+        unit = __shfl_sync(kAllLanes, unit, 0);
+      }
+      ++number, item = unit;
+      if (unit >= whole) {
+        share = unit - whole;
+        if (!p.partials || share >= blocks) return {};
+        at = (items - whole) * share, end = at + items - whole;
+      } else if (unit >= items) {
+        return {};
+      }
+    }
+    if (at != end) {
+      const int own = at / blocks;
+      from = at - own * blocks, to = min(end - own * blocks, blocks), item = whole + own, at += to - from;
+    }
+    Turn turn{};
+    turn.flags = kTurnValid | (from > 0 ? kWritesPartial : 0u) | (to < blocks ? kJoinsPartial : 0u);
+    turn.partial = to < blocks ? share + 1 : share;
+    // Consecutive blocks share a head, so that its K and V stay in L2. Causal: the longest rows first.
+    const auto [head_in_group, rows] = divide(item, p.blocks_q, p.per_blocks_q);
+    const auto [own_pair, head_of_pair] = divide(head_in_group, p.ratio, p.per_ratio);
+    const auto [batch, head_kv] = divide(p.first + own_pair, p.heads_kv, p.per_heads_kv);
+    turn.row0 = (C::kMask == Mask::none ? rows : p.blocks_q - 1 - rows) * C::kBlockM;
+    turn.pair = own_pair, turn.batch = batch, turn.head = head_kv * p.ratio + head_of_pair;
+    int tiles, masked;  // of the item
+    if constexpr (C::kMask == Mask::list) {
+      const int2 count = TileList(p.lists, turn.batch, turn.head, turn.row0, C::kBlockM, p.len_q).count();
+      tiles = count.x + count.y, masked = count.x;
+    } else {
+      int full = p.len_kv / C::kTile;
+      tiles = p.tiles;
+      if (C::kMask == Mask::causal)
+        tiles = min(tiles, (turn.row0 + C::kBlockM - 1) / C::kTile + 1), full = min(full, (turn.row0 + 1) / C::kTile);
+      masked = tiles - full;
+    }
+    const int begin = tiles * from / blocks, count = tiles * to / blocks - begin;
+    turn.first = begin, turn.masked = min(max(masked - begin, 0), count), turn.unmasked = count - turn.masked;
+    if (C::kMask != Mask::list) turn.first = tiles - 1 - begin;  // the last tile comes first
+    return turn;
   }
 };
 
@@ -158,26 +193,47 @@ struct Rows {
   }
 };
 
-// The producer, one warp: K and V of every tile of a turn, in the order of the walk.
+// The producer, one warp: K and V of every tile of every turn, in the order of the walk.
 template <class C>
-__device__ __forceinline__ void fetch_tiles(const AttendParams& p, u32 shared, const Turn& turn, Ring<C::kStages>& ring) {
+__device__ __forceinline__ void fetch_tiles(const AttendParams& p, u32 shared) {
   using Layout = typename C::Layout;
-  const u8* tile = static_cast<const u8*>(p.kv) + ((i64)turn.pair * p.tiles + turn.last - 1) * Layout::kTileBytes;
-  for (int n = turn.last; n > turn.first; --n, tile -= Layout::kTileBytes) {
-    const u32 stage = shared + C::kStage0 + ring.stage * Layout::kTileBytes;
-    const u32 barrier = shared + C::kBarriers + ring.stage * C::kBarrierPitch;
-    mbarrier_wait(barrier + kKeysFree, ring.parity);
-    copy_bulk(elected(), stage, tile, Layout::kKBytes, barrier + kKeysFull);
-    mbarrier_wait(barrier + kValuesFree, ring.parity);
-    copy_bulk(elected(), stage + Layout::kV, tile + Layout::kV, Layout::kVBytes, barrier + kValuesFull);
-    ring.advance();
+  wait_for_previous_launch();
+  Ring<C::kStages> ring{0, 1};  // every stage is free at first: a wait for the phase before the first returns at once
+  for (int number = 0;; ++number) {
+    mbarrier_wait(shared + C::kTurnBarriers + kTurnFound, number & 1);
+    const u32 turn = shared + C::turn(number);
+    const Span span(turn);
+    if (!(span.flags & kTurnValid)) break;
+    const auto fetch = [&](const u8* tile) {
+      const u32 stage = shared + C::kStage0 + ring.stage * Layout::kTileBytes;
+      const u32 barrier = shared + C::kBarriers + ring.stage * C::kBarrierPitch;
+      mbarrier_wait(barrier + kKeysFree, ring.parity);
+      copy_bulk(elected(), stage, tile, Layout::kKBytes, barrier + kKeysFull);
+      mbarrier_wait(barrier + kValuesFree, ring.parity);
+      copy_bulk(elected(), stage + Layout::kV, tile + Layout::kV, Layout::kVBytes, barrier + kValuesFull);
+      ring.advance();
+    };
+    int left = span.masked + span.unmasked;
+    const int first = (int)load_shared(turn + 40);
+    const u8* tiles = p.kv + (i64)load_shared(turn + 16) * p.tiles * Layout::kTileBytes;
+    if constexpr (C::kMask == Mask::list) {
+      const auto load = [&](int w) {
+        const uint4 v = load_shared16(turn + 16);
+        return TileList(p.lists, v.y, v.z, v.w, C::kBlockM, p.len_q).word(w);
+      };
+      ListCursor cursor;
+      cursor.skip(first, p.lists.words, load);
+      for (; left; --left) fetch(tiles + (i64)cursor.next(p.lists.words, load) * Layout::kTileBytes);
+    } else {
+      for (const u8* tile = tiles + (i64)first * Layout::kTileBytes; left; --left, tile -= Layout::kTileBytes) fetch(tile);
+    }
   }
 }
 
 // Whether Q's rows can be fetched ahead: 16-bit, aligned, a multiple of 16 bytes.
 template <class C>
 __device__ __forceinline__ bool stages_queries(const AttendParams& p) {
-  return C::kStagesQueries && p.dtype != kFloat32 && p.q_vectors;
+  return p.dtype != kFloat32 && p.q_vectors;
 }
 
 // Two warps beside the producer fetch what a turn needs, so that no consumer waits for memory between two walks. One: Q as it is.
@@ -186,20 +242,22 @@ __device__ __forceinline__ void fetch_queries(const AttendParams& p, u32 shared)
   constexpr int kPieces = C::kHeadDim / kChunk, kRows = 32 / kPieces;  // 16-byte pieces of a row; rows at a time
   const u32 barrier = shared + C::kTurnBarriers, lane = special_tid_x() % 32;
   for (int number = 0;; ++number) {
-    const Turn turn = find_turn<C>(p, number);
-    mbarrier_wait(barrier + kTurnFree, (number & 1) ^ 1);  // the queries of the turn before have been taken
-    if (turn.last && stages_queries<C>(p)) {
-      const int channel = lane % kPieces * kChunk, row = lane / kPieces;
+    mbarrier_wait(barrier + kTurnFound, number & 1);  // and the queries of the turn before have been taken
+    const u32 turn = shared + C::turn(number);
+    const bool valid = Span(turn).flags & kTurnValid;
+    if (valid && stages_queries<C>(p)) {
+      const uint4 at = load_shared16(turn + 16);
+      const int channel = lane % kPieces * kChunk, row = lane / kPieces, batch = at.y, head = at.z, row0 = at.w;
       const u8* from = static_cast<const u8*>(p.q.data) +
-                       (turn.batch * p.q.stride_b + turn.head * p.q.stride_h + (turn.row0 + row) * p.q.stride_n + channel) * 2;
+                       (batch * p.q.stride_b + head * p.q.stride_h + (row0 + row) * p.q.stride_n + channel) * 2;
       const u32 to = shared + C::kRawQueries + row * C::kRawPitch + 2 * channel;
       // Nothing is fetched for rows beyond the end: whatever is there in their place does not get beyond them.
-      const int rows = channel < p.head_dim ? min(C::kBlockM, p.len_q - turn.row0) - row : 0;
+      const int rows = channel < p.head_dim ? min(C::kBlockM, p.len_q - row0) - row : 0;
 #pragma unroll 4
       for (int i = 0; i < rows; i += kRows, from += 2 * kRows * p.q.stride_n) copy16_async(to + i * C::kRawPitch, from);
     }
     mbarrier_arrive_copied(barrier + kTurnFull);
-    if (!C::kTurns || !turn.last) break;
+    if (!valid) break;
   }
 }
 
@@ -207,12 +265,17 @@ __device__ __forceinline__ void fetch_queries(const AttendParams& p, u32 shared)
 template <class C>
 __device__ __forceinline__ void fetch_channels(const AttendParams& p, u32 shared) {
   const u32 barrier = shared + C::kTurnBarriers;
-  wait_for_previous_launch();
+  Scheduler<C> scheduler;
   for (int number = 0;; ++number) {
-    Turn turn = find_turn<C>(p, number);
-    mbarrier_wait(barrier + kTurnFree, (number & 1) ^ 1);
+    const Turn turn = scheduler.next(p);
+    mbarrier_wait(barrier + kTurnFree, (number & 1) ^ 1);  // the turn before the last is over
     const u32 to = shared + C::turn(number), channels = C::channels(to);
-    if (turn.last) {
+    if (elected()) {
+      turn.store(to, turn.batch * p.out_stride_b + turn.head * p.out_stride_h);
+      mbarrier_arrive(true, barrier + kTurnFound);
+    }
+    wait_for_previous_launch();
+    if (turn.flags) {
 #pragma unroll 1
       for (int c = special_tid_x() % 32; c < C::kHeadDim; c += 32) {
         const float scale = p.v_amax[turn.pair * C::kHeadDim + c];
@@ -220,18 +283,16 @@ __device__ __forceinline__ void fetch_channels(const AttendParams& p, u32 shared
         if constexpr (C::Layout::kValueBytes == 1) {
           const float mean = p.v_mean[turn.pair * C::kHeadDim + c];
           const i32 codes = p.v_codes[turn.pair * C::kHeadDim + c];
-          store_shared_float(channels + 4 * (C::kHeadDim + c), mean_beside_codes<Values::fp8>(mean, scale, codes, p.inv_v_max, p.len_kv));
+          store_shared_float(channels + 4 * (C::kHeadDim + c),
+                             mean_beside_codes<Values::fp8>(mean, scale, codes, p.inv_v_max, p.live_keys[turn.pair]));
         }
       }
       // A largest K scale of 0 (all keys alike) must not make the bound infinite; the scores are 0 then whatever it is.
-      turn.max_scale = p.score_limit / fmaxf(__int_as_float(p.k_scale_max[turn.pair]), 7.5e-37f);
+      if (elected()) store_shared_float(Turn::max_scale_at(to), p.score_limit / fmaxf(__int_as_float(p.k_scale_max[turn.pair]), 7.5e-37f));
     }
     __syncwarp();
-    if (elected()) {
-      turn.store(to, turn.batch * p.out_stride_b + turn.head * p.out_stride_h);
-      mbarrier_arrive(true, barrier + kTurnFull);
-    }
-    if (!C::kTurns || !turn.last) break;
+    mbarrier_arrive(elected(), barrier + kTurnFull);
+    if (!turn.flags) break;
   }
 }
 
@@ -304,7 +365,7 @@ __device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, 
     }
   });
   fence_async_proxy();
-  const float max_scale = Turn::load_max_scale(shared + C::turn(number));
+  const float max_scale = load_shared_float(Turn::max_scale_at(shared + C::turn(number)));
   named_barrier<128>(1 + at.warp / 4);  // the warpgroup's Q is complete in shared memory
 #pragma unroll
   for (int half = 0; half < 2; ++half) scale[half] = fminf(scale[half], max_scale);
@@ -373,7 +434,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
 #pragma unroll
         for (int e = 0; e < kChunk; ++e)
           y[e] = fmaf(o[16 * c + e / 2 * 4 + 2 * half + e % 2] * inverse[half], scale[c][e],
-                      C::kMask == Mask::dense && !(inverse[half] > 0.0f) ? 0.0f : mean[c][e]);
+                      C::kMask == Mask::list && !(inverse[half] > 0.0f) ? 0.0f : mean[c][e]);
         store8<kDtype, decltype(vectors)::value>(row[half], 32 * c + kChunk * t, width[half], y);
       }
     }
@@ -445,6 +506,7 @@ struct ScoreWalk {
   u32 shared, queries;  // the warpgroup's
   float q_scale[2];
   uint2 k_scales;  // of the current tile
+  int tile_number;  // of a masked tile
   Ring<C::kStages> ring;
   float reference[2];  // P = 2^(score − reference); log2(p_max) below the maximum that the row was last scaled to
   bool causal;
@@ -470,7 +532,7 @@ struct ScoreWalk {
   // K scales of the tile in `stage`, ahead of their use.
   __device__ __forceinline__ void fetch_scales(u32 stage) {
     const uint4 v = load_shared16(tile(stage) + Layout::kScales + Layout::kScalesPitch * (special_tid_x() % 4u));
-    k_scales = {v.x, v.y};
+    k_scales = {v.x, v.y}, tile_number = v.w;
   }
 
   __device__ __forceinline__ u32 barrier(u32 stage) const { return shared + C::kBarriers + stage * C::kBarrierPitch; }
@@ -481,43 +543,49 @@ struct ScoreWalk {
   template <int kScales>
   __device__ __forceinline__ void mask_scores(Scores& s, const float (&scale)[kScales][2], int key0, float (&top)[2]) const {
     const Rows<C> at(shared + C::turn(number));
-    constexpr int kBiasTiles = (kColumns8 + kColumns - 1) / kColumns;
+    KeyBits<8 * kColumns8> keys;
     MaskView mask;
-    BiasTile bias[kBiasTiles];
-    if constexpr (C::kMask == Mask::dense) {
-      const i64 offset = at.batch * p.mask_stride_b + at.head * p.mask_stride_h;
-      mask = {static_cast<const u8*>(p.mask) + offset * (p.mask_kind == kMaskBool ? 1 : p.mask_kind == kMaskF32 ? 4 : 2),
-              p.mask_stride_q, p.mask_stride_k, p.mask_kind, p.len_q, p.len_kv};
 #pragma unroll
-      for (int i = 0; i < kBiasTiles; ++i) {
-        bias[i].shared = shared + C::kBias + at.warp * C::kBiasBytes + i * BiasTile::kBytes;
-        bias[i].stage(mask, at.row0, key0 + i * kKvTile);
-      }
+    for (int half = 0; half < 2; ++half) keys.below(half, (causal ? min(at.row(half) + 1, p.len_kv) : p.len_kv) - key0);
+    if constexpr (C::kMask == Mask::list) {
+      const i64 offset = at.batch * p.mask_stride_b + at.head * p.mask_stride_h;
+      mask = {static_cast<const u8*>(p.mask) + offset * mask_element_bytes(p.mask_kind),
+              p.mask_stride_q, p.mask_stride_k, p.mask_kind, p.len_q, p.len_kv, p.mask_pairs};
+      if (p.mask_kind == kMaskBool) keys.keep(mask, at.row0, key0);
     }
+    keys.align(at.t);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < 2 * kColumns8; ++i) {
+        i32& bits = s[i / 2 * 4 + 2 * half + i % 2];
+        bits = __float_as_int((float)bits * scale[i / 2 * kScales / kColumns8][half]);
+      }
+    if (C::kMask == Mask::list && p.mask_kind != kMaskBool)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int j = 0; j < kColumns8; ++j) {
+          const float2 bias = mask.bias(at.row(half), key0 + 8 * j + 2 * at.t);
+          i32* pair = s + 4 * j + 2 * half;
+          pair[0] = __float_as_int(__int_as_float(pair[0]) + bias_to_base2(bias.x));
+          pair[1] = __float_as_int(__int_as_float(pair[1]) + bias_to_base2(bias.y));
+        }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = at.row(half), limit = (causal ? min(row + 1, p.len_kv) : p.len_kv) - key0 - 2 * at.t;
       top[half] = -kInf;
 #pragma unroll
-      for (int j = 0; j < kColumns8; ++j) {
-        float2 add = {0.0f, 0.0f};
-        if constexpr (C::kMask == Mask::dense) add = bias[j / kColumns].get(mask, 8 * half + at.g, 8 * (j % kColumns) + 2 * at.t);
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          i32& bits = s[4 * j + 2 * half + e];
-          float score = (float)bits * scale[j * kScales / kColumns8][half];
-          if constexpr (C::kMask == Mask::dense) score += e ? add.y : add.x;
-          score = 8 * j + e < limit ? score : -kInf;
-          top[half] = fmaxf(top[half], score);
-          bits = __float_as_int(score);
-        }
+      for (int i = 0; i < 2 * kColumns8; ++i) {
+        i32& bits = s[i / 2 * 4 + 2 * half + i % 2];
+        bits = keys.sees(half, i / 2, i % 2) ? bits : __float_as_int(-kInf);
+        top[half] = fmaxf(top[half], __int_as_float(bits));
       }
     }
   }
 };
 
 // A block: one piece of work after another, the tiles of the next already on their way while the last is stored. Walk<C> is a
-// ScoreWalk<C> with O in `o` and `all(span, sums)`, which goes over the tiles from the last to the first.
+// ScoreWalk<C> with O in `o` and `all(span, sums)`, which goes over a turn's tiles.
 // kSharedBytes: the dynamic shared memory that the launch has (sageattention/variants.py).
 template <class C, template <class> class Walk, int kSharedBytes>
 __device__ __forceinline__ void attend_block(const AttendParams& p) {
@@ -533,6 +601,7 @@ __device__ __forceinline__ void attend_block(const AttendParams& p) {
     }
     mbarrier_init(shared + C::kTurnBarriers + kTurnFull, 32 + 1);  // the lanes that copy Q, and the channels' warp
     mbarrier_init(shared + C::kTurnBarriers + kTurnFree, C::kConsumerWarps);
+    mbarrier_init(shared + C::kTurnBarriers + kTurnFound, 1);
     fence_async_proxy();
   }
   if (threadIdx.x / 32 == 1) {  // meanwhile: for every prologue of every consumer
@@ -546,45 +615,37 @@ __device__ __forceinline__ void attend_block(const AttendParams& p) {
   __syncthreads();  // the barriers are initialised, the matrix is there
   if (threadIdx.x < 128) {
     registers_shrink<C::kProducerRegisters>();
-    if (threadIdx.x < 32) {
-      wait_for_previous_launch();
-      Ring<C::kStages> ring{0, 1};  // every stage is free at first: a wait for the phase before the first returns at once
-      for (int number = 0;; ++number) {
-        const Turn turn = find_turn<C>(p, number);
-        if (!turn.last) break;
-        fetch_tiles<C>(p, shared, turn, ring);
-        if constexpr (!C::kTurns) break;
-      }
-    } else if (threadIdx.x < 64) {
+    if (threadIdx.x < 32)
+      fetch_tiles<C>(p, shared);
+    else if (threadIdx.x < 64)
       fetch_queries<C>(p, shared);
-    } else if (threadIdx.x < 96) {
+    else if (threadIdx.x < 96)
       fetch_channels<C>(p, shared);
-    }
   } else {
     registers_grow<C::kConsumerRegisters>();
     // The shuffle tells the compiler that all lanes have the same: descriptors are made in uniform registers.
     const u32 queries = __shfl_sync(kAllLanes, shared + C::queries(0, special_tid_x() / 128 - 1), 0);
     Walk<C> walk{p, shared, queries};
-    walk.causal = C::kMask == Mask::causal || (C::kMask == Mask::dense && p.causal);
+    walk.causal = C::kMask == Mask::causal || (C::kMask == Mask::list && p.causal);
     for (walk.number = 0;; ++walk.number) {
       mbarrier_wait(shared + C::kTurnBarriers + kTurnFull, walk.number & 1);
       const Span span(shared + C::turn(walk.number));
-      if (C::kTurns && !span.last) break;
+      if (!(span.flags & kTurnValid)) break;
       if constexpr (C::kQueryPlaces > 1) walk.queries = queries + C::queries(walk.number, 0);
       load_queries<C>(p, shared, walk.number, walk.q_scale);
       walk.reference[0] = walk.reference[1] = -kInf;
       float sums[2];
       walk.all(span, sums);
       const u32 turn = shared + C::turn(walk.number);
-      if (C::kTurns && p.partials && walk.number >= p.rounds) {
-        if (span.last < p.tiles) {
-          Partial<C>(p, special_ctaid_x()).write(walk.o, sums, walk.reference);
+      if (p.partials) {
+        const u32 flags = Span(turn).flags;
+        if (flags & kWritesPartial) {
+          Partial<C>(p, Turn::load_partial(turn)).write(walk.o, sums, walk.reference);
           continue;
         }
-        if (span.first > 0) Partial<C>(p, special_ctaid_x() + 1).join(walk.o, sums, walk.reference);
+        if (flags & kJoinsPartial) Partial<C>(p, Turn::load_partial(turn)).join(walk.o, sums, walk.reference);
       }
       store_output<C>(p, walk.o, sums, walk.reference, turn);
-      if constexpr (!C::kTurns) break;
     }
   }
 }

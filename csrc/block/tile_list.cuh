@@ -1,0 +1,89 @@
+// A block's list of KV tiles, read from the bits of its bands: first the mixed tiles, which hold a masked or biased pair, then the
+// full ones, each in ascending order.
+#pragma once
+#include "../kernel/params.cuh"
+
+namespace sage {
+
+struct TileList {
+  const u32* bits;  // of the block's first band
+  i64 stride_band;
+  int words, bands;
+
+  // block_m: queries of a block, whose first is row0.
+  __device__ __forceinline__ TileList(const TileLists& lists, int batch, int head, int row0, int block_m, int len_q) {
+    const int rows = block_m / lists.bands, first = row0 / rows;
+    bits = lists.bits + batch * lists.stride_b + head * lists.stride_h + first * lists.stride_band;
+    stride_band = lists.stride_band, words = lists.words;
+    bands = min(lists.bands, (len_q - 1) / rows + 1 - first);
+  }
+
+  // Word w of the mixed tiles, w < words; word w − words of the full ones behind them.
+  __device__ __forceinline__ u32 word(int w) const {
+    const bool full = w >= words;
+    const u32* at = bits + (full ? w - words : w);
+    u32 seen = 0, uneven = 0;
+    for (int b = 0; b < bands; ++b, at += stride_band) seen |= at[0], uneven |= at[words];
+    return full ? seen & ~uneven : seen & uneven;
+  }
+
+  // How many tiles are {mixed, full}. All lanes of a warp take part.
+  __device__ __forceinline__ int2 count() const {
+    int mixed = 0, full = 0;
+    for (int w = special_tid_x() % 32; w < words; w += 32) mixed += __popc(word(w)), full += __popc(word(words + w));
+#pragma unroll
+    for (int other = 1; other < 32; other *= 2)
+      mixed += __shfl_xor_sync(kAllLanes, mixed, other), full += __shfl_xor_sync(kAllLanes, full, other);
+    return {mixed, full};
+  }
+};
+
+// A position in a list, kept by a warp: 32 words at a time, one a lane. All lanes take part in everything and get the same.
+struct ListCursor {
+  int chunk = 0;    // the next one to read
+  u32 own = 0;      // the lane's word of the chunk before
+  u32 waiting = 0;  // lanes whose words are still to come
+  u32 left = 0;     // tiles of the current word that are still to come
+  int base = 0;     // the number of that word's first tile
+
+  // Goes on to the next word that is not empty: false behind the last. words: of a plane; load(w): word w of the list.
+  template <class Load>
+  __device__ __forceinline__ bool next_word(int words, Load load) {
+    while (!waiting) {
+      if (32 * chunk >= 2 * words) return false;
+      const int w = 32 * chunk + special_tid_x() % 32;
+      own = w < 2 * words ? load(w) : 0u;
+      waiting = __ballot_sync(kAllLanes, own != 0);
+      ++chunk;
+    }
+    const int lane = __ffs(waiting) - 1, w = 32 * (chunk - 1) + lane;
+    waiting &= waiting - 1;
+    left = __shfl_sync(kAllLanes, own, lane, 32);
+    base = 32 * (w >= words ? w - words : w);
+    return true;
+  }
+
+  // The number of the next tile, −1 behind the last.
+  template <class Load>
+  __device__ __forceinline__ int next(int words, Load load) {
+    if (!left && !next_word(words, load)) return -1;
+    const int bit = __ffs(left) - 1;
+    left &= left - 1;
+    return base + bit;
+  }
+
+  template <class Load>
+  __device__ __forceinline__ void skip(int count, int words, Load load) {
+    while (count) {
+      if (!left && !next_word(words, load)) return;
+      const int most = __popc(left);
+      if (most <= count) {
+        count -= most, left = 0;
+      } else {
+        for (; count; --count) left &= left - 1;
+      }
+    }
+  }
+};
+
+}  // namespace sage
