@@ -23,6 +23,7 @@ struct TileList {
     const bool full = w >= words;
     const u32* at = bits + (full ? w - words : w);
     u32 seen = 0, uneven = 0;
+#pragma unroll 1
     for (int b = 0; b < bands; ++b, at += stride_band) seen |= at[0], uneven |= at[words];
     return full ? seen & ~uneven : seen & uneven;
   }
@@ -30,7 +31,11 @@ struct TileList {
   // How many tiles are {mixed, full}. All lanes of a warp take part.
   __device__ __forceinline__ int2 count() const {
     int mixed = 0, full = 0;
-    for (int w = special_tid_x() % 32; w < words; w += 32) mixed += __popc(word(w)), full += __popc(word(words + w));
+#pragma unroll 1
+    for (int w = special_tid_x() % 32; w < 2 * words; w += 32) {
+      const int tiles = __popc(word(w));
+      (w < words ? mixed : full) += tiles;
+    }
 #pragma unroll
     for (int other = 1; other < 32; other *= 2)
       mixed += __shfl_xor_sync(kAllLanes, mixed, other), full += __shfl_xor_sync(kAllLanes, full, other);
@@ -74,12 +79,14 @@ struct ListCursor {
 
   template <class Load>
   __device__ __forceinline__ void skip(int count, int words, Load load) {
+#pragma unroll 1
     while (count) {
       if (!left && !next_word(words, load)) return;
       const int most = __popc(left);
       if (most <= count) {
         count -= most, left = 0;
       } else {
+#pragma unroll 1
         for (; count; --count) left &= left - 1;
       }
     }

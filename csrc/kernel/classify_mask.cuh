@@ -5,6 +5,7 @@
 // A lane takes four neighbouring keys of a row at a time, a warp 128, row by row.
 #pragma once
 #include "../block/mask.cuh"
+#include "../ptx/copy.cuh"
 #include "../ptx/special.cuh"
 #include "params.cuh"
 
@@ -68,7 +69,7 @@ __device__ __forceinline__ Quad load_quad(const ClassifyParams& p, const u8* row
 // Bits of the first `count` of four keys.
 __device__ __forceinline__ u32 first_bits(int count) { return count >= 4 ? 15u : count > 0 ? (1u << count) - 1 : 0u; }
 
-__device__ void classify_mask(const ClassifyParams& p) {
+__device__ void classify_band(const ClassifyParams& p) {
   __shared__ ClassifyShared shared;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int band = blockIdx.x % p.bands, matrix = blockIdx.x / p.bands;

@@ -290,13 +290,14 @@ __device__ __forceinline__ int find_samples(const KeysParams& p, const LiveRows&
   return shared.live_samples;
 }
 
-template <class Layout, int kDtype, bool kVectors>
+// kSome: not all keys are live.
+template <class Layout, int kDtype, bool kVectors, bool kSome>
 __device__ __forceinline__ void quantise_run(const KeysParams& p, const u8* k, const LiveRows& live, int pair, int run,
                                              KeysShared<Layout>& shared) {
   constexpr int kHeadDim = Layout::kHeadDim, kKeys = Layout::kScaleKeys, kParts = Layout::kTile / kKeys;
   using Keys = typename KeysOf<kMma16 && kDtype != kFloat32, Layout, kDtype>::Type;
   // The next unit's loads are under way while this one is rotated, where the registers allow it.
-  constexpr bool kAhead = kHeadDim <= 128 && kDtype != kFloat32 && kVectors;
+  constexpr bool kAhead = !kSome && kHeadDim <= 128 && kDtype != kFloat32 && kVectors;
   const i64 row_bytes = p.k.stride_n * kElementBytes<kDtype>;
   const int units = kParts * p.tiles, length = (units + p.runs - 1) / p.runs, first = run * length, last = min(first + length, units);
   RawRow<kHeadDim, kDtype> raw;
@@ -311,7 +312,7 @@ __device__ __forceinline__ void quantise_run(const KeysParams& p, const u8* k, c
     shared.anchor[c] = mean * (0.5f / kHeadDim);
     if (run == 0) p.anchor[pair * kHeadDim + c] = mean;
   };
-  if (live.bits) {
+  if constexpr (kSome) {
     const int samples = find_samples(p, live, shared);
     reduce_rows<Sum, kDtype, kVectors>(k, row_bytes, samples, p.head_dim, 1.0f / max(samples, 1), shared,
                                        [&](int i) -> Row { return {shared.sample[i], true}; }, keep_anchor);
@@ -334,12 +335,12 @@ __device__ __forceinline__ void quantise_run(const KeysParams& p, const u8* k, c
       if (kAhead && unit + 1 < last) load();
     };
     const int first_key = unit * kKeys;
-    if (live.bits && first_key + kKeys > window / 32 * 32 + shared.live.kKeys) {  // share_scales() comes after the last look at it
+    if (kSome && first_key + kKeys > window / 32 * 32 + shared.live.kKeys) {  // share_scales() comes after the last look at it
       window = first_key;
       shared.live.load(live, window, KeysShared<Layout>::kThreads);
     }
-    const auto counts = [&](int i) { return live.bits ? shared.live.get(first_key + i, window) : first_key + i < p.len; };
-    if (live.bits && !counts(Keys::row())) raw = {};
+    const auto counts = [&](int i) { return kSome ? shared.live.get(first_key + i, window) : first_key + i < p.len; };
+    if (kSome && !counts(Keys::row())) raw = {};
     top = fmaxf(top, keys.quantise(raw, counts, load_next, unit, p.tile_bytes, shared, out));
   }
   top = row_max(top);
@@ -363,8 +364,8 @@ __device__ __forceinline__ int count_live(const LiveRows& live, int first, int c
   return substitute;
 }
 
-// Layout: with V of either size.
-template <class Layout>
+// Layout: with V of either size. kSome: p.live says which keys are live.
+template <class Layout, bool kSome>
 __device__ void quantise_keys(const KeysParams& p) {
   __shared__ KeysShared<Layout> shared;
   const int parts = p.pairs * p.splits, block = blockIdx.x;
@@ -387,7 +388,7 @@ __device__ void quantise_keys(const KeysParams& p) {
     const auto live_of = [&](int pair) { return LiveRows(p.live, (p.first + pair) / p.heads, (p.first + pair) % p.heads); };
     if (block >= parts) {
       const int run = block - parts, pair = run / p.runs;
-      quantise_run<Layout, kDtype, decltype(vectors)::value>(p, head_of(p.k, pair), live_of(pair), pair, run - pair * p.runs, shared);
+      quantise_run<Layout, kDtype, decltype(vectors)::value, kSome>(p, head_of(p.k, pair), live_of(pair), pair, run - pair * p.runs, shared);
     } else {
       const int pair = block / p.splits, first = block % p.splits * p.split_tokens;
       const i64 row_bytes = p.v.stride_n * kElementBytes<kDtype>;
@@ -396,8 +397,8 @@ __device__ void quantise_keys(const KeysParams& p) {
       const int count = min(p.split_tokens, p.len - first);
       const u8* rows = head_of(p.v, pair) + first * row_bytes;
       const auto keep = [&](int result, int c, float value) { to[result * Layout::kHeadDim + c] = value; };
-      const LiveRows live = live_of(pair);
-      if (live.bits) {
+      if constexpr (kSome) {
+        const LiveRows live = live_of(pair);
         const int substitute = count_live(live, first, count, p.v_parts_live + block, shared);
         if (substitute < 0) {
           for (int c = threadIdx.x; c < Layout::kHeadDim; c += KeysShared<Layout>::kThreads) keep(0, c, -kInf), keep(1, c, kInf), keep(2, c, 0.0f);

@@ -80,36 +80,25 @@ enum TurnFlag : u32 {
 
 // What a block does in one turn: tiles of one item, which is a block of queries of one head, from row0 on. One of the fetching warps works
 // it out and leaves it in shared memory, where all others read what they need when they do, so that none of it occupies registers
-// in between.
-struct Turn {
-  int masked, unmasked;  // tiles that hold a masked or biased pair, which come first, and that do not
-  u32 flags;
-  float max_scale;       // of a query, so that no score leaves the range in which the softmax works
-  int pair, batch, head, row0;
-  int first;             // the place of its first tile in the order of the item's tiles
-  int partial;           // the place of the partial result that it writes or joins
-
-  // And `out`: how many elements into the output the head begins. max_scale comes later.
-  __device__ __forceinline__ void store(u32 to, i64 out) const {
-    store_shared16(to, {(u32)masked, (u32)unmasked, flags, 0u});
-    store_shared16(to + 16, {(u32)pair, (u32)batch, (u32)head, (u32)row0});
-    store_shared16(to + 32, {(u32)out, (u32)(out >> 32), (u32)first, (u32)partial});
-  }
-  static __device__ __forceinline__ u32 max_scale_at(u32 turn) { return turn + 12; }
-  static __device__ __forceinline__ i64 load_out(u32 from) {
-    const uint2 v = load_shared8(from + 32);
-    return (i64)((u64)v.y << 32 | v.x);
-  }
-  static __device__ __forceinline__ int load_partial(u32 from) { return (int)load_shared(from + 44); }
-};
+// in between:
+//    0  masked, unmasked: how many tiles hold a masked or biased pair, which come first, and how many do not
+//    8  flags
+//   12  max_scale: the largest score scale of a query, so that no score leaves the range in which the softmax works
+//   16  pair, batch, head, row0
+//   32  out: how many elements into the output the head begins, 64 bits
+//   40  first: the place of its first tile in the order of the item's tiles
+//   44  partial: the place of the partial result that it writes or joins
+namespace turn {
+constexpr u32 kMaxScale = 12, kPair = 16, kOut = 32, kFirst = 40, kPartial = 44;
+}
 
 // The turn's tiles, for a warp. The shuffles tell the compiler that all lanes have the same.
 struct Span {
   int masked, unmasked;
   u32 flags;
 
-  __device__ __forceinline__ explicit Span(u32 turn) {
-    const uint4 v = load_shared16(turn);
+  __device__ __forceinline__ explicit Span(u32 own) {
+    const uint4 v = load_shared16(own);
     masked = __shfl_sync(kAllLanes, v.x, 0), unmasked = __shfl_sync(kAllLanes, v.y, 0), flags = __shfl_sync(kAllLanes, v.z, 0);
   }
 };
@@ -124,54 +113,70 @@ struct Scheduler {
   int at = 0, end = 0;  // of the share under way, in parts of an item, of which each has gridDim.x
   int share = 0;
 
-  // All lanes of the warp take part.
-  __device__ __forceinline__ Turn next(const AttendParams& p) {
-    const int blocks = gridDim.x, items = p.blocks_q * p.pairs * p.ratio, whole = p.rounds * blocks;
+  // Leaves the next turn at `to`, but for its max_scale. Returns false where nothing is left to do. All lanes of the warp take part.
+  __device__ __forceinline__ bool next(const AttendParams& p, u32 to_shared) {
+    const int blocks = gridDim.x;
     int item, from = 0, to = blocks;
+    u32 flags = kTurnValid;
     if (at == end) {
-      int unit = blockIdx.x + number * blocks;
+      item = blockIdx.x + number * blocks;
       if (kDynamic && p.next_item && number) {
         wait_for_previous_launch();  // which sets the counter to 0
-        if (elected()) unit = blocks + atomicAdd(p.next_item, 1);
-        unit = __shfl_sync(kAllLanes, unit, 0);
+        if (elected()) item = blocks + atomicAdd(p.next_item, 1);
+        item = __shfl_sync(kAllLanes, item, 0);
       }
-      ++number, item = unit;
-      if (unit >= whole) {
-        share = unit - whole;
-        if (!p.partials || share >= blocks) return {};
-        at = (items - whole) * share, end = at + items - whole;
-      } else if (unit >= items) {
-        return {};
+      ++number;
+      const int items = p.blocks_q * p.pairs * p.ratio, whole = p.rounds * blocks;
+      if (item >= whole) {
+        share = item - whole;
+        if (p.partials && share < blocks)
+          at = (items - whole) * share, end = at + items - whole;
+        else
+          flags = 0;
+      } else if (item >= items) {
+        flags = 0;
       }
+    }
+    if (!flags) {
+      if (elected()) store_shared16(to_shared, {0u, 0u, 0u, 0u});
+      return false;
     }
     if (at != end) {
       const int own = at / blocks;
-      from = at - own * blocks, to = min(end - own * blocks, blocks), item = whole + own, at += to - from;
+      from = at - own * blocks, to = min(end - own * blocks, blocks), item = p.rounds * blocks + own, at += to - from;
+      flags |= (from > 0 ? kWritesPartial : 0u) | (to < blocks ? kJoinsPartial : 0u);
     }
-    Turn turn{};
-    turn.flags = kTurnValid | (from > 0 ? kWritesPartial : 0u) | (to < blocks ? kJoinsPartial : 0u);
-    turn.partial = to < blocks ? share + 1 : share;
     // Consecutive blocks share a head, so that its K and V stay in L2. Causal: the longest rows first.
-    const auto [head_in_group, rows] = divide(item, p.blocks_q, p.per_blocks_q);
-    const auto [own_pair, head_of_pair] = divide(head_in_group, p.ratio, p.per_ratio);
-    const auto [batch, head_kv] = divide(p.first + own_pair, p.heads_kv, p.per_heads_kv);
-    turn.row0 = (C::kMask == Mask::none ? rows : p.blocks_q - 1 - rows) * C::kBlockM;
-    turn.pair = own_pair, turn.batch = batch, turn.head = head_kv * p.ratio + head_of_pair;
+    int row0, batch, head;
+    {
+      const auto [head_in_group, rows] = divide(item, p.blocks_q, p.per_blocks_q);
+      const auto [pair, head_of_pair] = divide(head_in_group, p.ratio, p.per_ratio);
+      const auto [batch_, head_kv] = divide(p.first + pair, p.heads_kv, p.per_heads_kv);
+      row0 = (C::kMask == Mask::none ? rows : p.blocks_q - 1 - rows) * C::kBlockM;
+      batch = batch_, head = head_kv * p.ratio + head_of_pair;
+      const i64 out = batch * p.out_stride_b + head * p.out_stride_h;
+      if (elected()) {
+        store_shared16(to_shared + 16, {(u32)pair, (u32)batch, (u32)head, (u32)row0});
+        store_shared8(to_shared + 32, (u32)out, (u32)(out >> 32));
+      }
+    }
     int tiles, masked;  // of the item
     if constexpr (C::kMask == Mask::list) {
-      const int2 count = TileList(p.lists, turn.batch, turn.head, turn.row0, C::kBlockM, p.len_q).count();
+      const int2 count = TileList(p.lists, batch, head, row0, C::kBlockM, p.len_q).count();
       tiles = count.x + count.y, masked = count.x;
     } else {
       int full = p.len_kv / C::kTile;
       tiles = p.tiles;
-      if (C::kMask == Mask::causal)
-        tiles = min(tiles, (turn.row0 + C::kBlockM - 1) / C::kTile + 1), full = min(full, (turn.row0 + 1) / C::kTile);
+      if (C::kMask == Mask::causal) tiles = min(tiles, (row0 + C::kBlockM - 1) / C::kTile + 1), full = min(full, (row0 + 1) / C::kTile);
       masked = tiles - full;
     }
     const int begin = tiles * from / blocks, count = tiles * to / blocks - begin;
-    turn.first = begin, turn.masked = min(max(masked - begin, 0), count), turn.unmasked = count - turn.masked;
-    if (C::kMask != Mask::list) turn.first = tiles - 1 - begin;  // the last tile comes first
-    return turn;
+    masked = min(max(masked - begin, 0), count);
+    if (elected()) {  // where all tiles are there in order, the last one comes first
+      store_shared16(to_shared, {(u32)masked, (u32)(count - masked), flags, 0u});
+      store_shared8(to_shared + 40, (u32)(C::kMask == Mask::list ? begin : tiles - 1 - begin), (u32)(to < blocks ? share + 1 : share));
+    }
+    return true;
   }
 };
 
@@ -180,9 +185,9 @@ template <class C>
 struct Rows {
   int t, g, warp, pair, batch, head, row0;  // row0: of the warp's sixteen
 
-  __device__ __forceinline__ explicit Rows(u32 turn) {
+  __device__ __forceinline__ explicit Rows(u32 own) {
     const int thread = special_tid_x() - 128;
-    const uint4 v = load_shared16(turn + 16);
+    const uint4 v = load_shared16(own + turn::kPair);
     t = thread % 4, g = thread % 32 / 4, warp = thread / 32;
     pair = v.x, batch = v.y, head = v.z, row0 = (int)v.w + 16 * warp;
   }
@@ -201,8 +206,8 @@ __device__ __forceinline__ void fetch_tiles(const AttendParams& p, u32 shared) {
   Ring<C::kStages> ring{0, 1};  // every stage is free at first: a wait for the phase before the first returns at once
   for (int number = 0;; ++number) {
     mbarrier_wait(shared + C::kTurnBarriers + kTurnFound, number & 1);
-    const u32 turn = shared + C::turn(number);
-    const Span span(turn);
+    const u32 at = shared + C::turn(number);
+    const Span span(at);
     if (!(span.flags & kTurnValid)) break;
     const auto fetch = [&](const u8* tile) {
       const u32 stage = shared + C::kStage0 + ring.stage * Layout::kTileBytes;
@@ -214,11 +219,11 @@ __device__ __forceinline__ void fetch_tiles(const AttendParams& p, u32 shared) {
       ring.advance();
     };
     int left = span.masked + span.unmasked;
-    const int first = (int)load_shared(turn + 40);
-    const u8* tiles = p.kv + (i64)load_shared(turn + 16) * p.tiles * Layout::kTileBytes;
+    const int first = (int)load_shared(at + turn::kFirst);
+    const u8* tiles = p.kv + (i64)load_shared(at + turn::kPair) * p.tiles * Layout::kTileBytes;
     if constexpr (C::kMask == Mask::list) {
       const auto load = [&](int w) {
-        const uint4 v = load_shared16(turn + 16);
+        const uint4 v = load_shared16(at + turn::kPair);
         return TileList(p.lists, v.y, v.z, v.w, C::kBlockM, p.len_q).word(w);
       };
       ListCursor cursor;
@@ -243,10 +248,10 @@ __device__ __forceinline__ void fetch_queries(const AttendParams& p, u32 shared)
   const u32 barrier = shared + C::kTurnBarriers, lane = special_tid_x() % 32;
   for (int number = 0;; ++number) {
     mbarrier_wait(barrier + kTurnFound, number & 1);  // and the queries of the turn before have been taken
-    const u32 turn = shared + C::turn(number);
-    const bool valid = Span(turn).flags & kTurnValid;
+    const u32 own = shared + C::turn(number);
+    const bool valid = Span(own).flags & kTurnValid;
     if (valid && stages_queries<C>(p)) {
-      const uint4 at = load_shared16(turn + 16);
+      const uint4 at = load_shared16(own + turn::kPair);
       const int channel = lane % kPieces * kChunk, row = lane / kPieces, batch = at.y, head = at.z, row0 = at.w;
       const u8* from = static_cast<const u8*>(p.q.data) +
                        (batch * p.q.stride_b + head * p.q.stride_h + (row0 + row) * p.q.stride_n + channel) * 2;
@@ -267,32 +272,31 @@ __device__ __forceinline__ void fetch_channels(const AttendParams& p, u32 shared
   const u32 barrier = shared + C::kTurnBarriers;
   Scheduler<C> scheduler;
   for (int number = 0;; ++number) {
-    const Turn turn = scheduler.next(p);
     mbarrier_wait(barrier + kTurnFree, (number & 1) ^ 1);  // the turn before the last is over
     const u32 to = shared + C::turn(number), channels = C::channels(to);
-    if (elected()) {
-      turn.store(to, turn.batch * p.out_stride_b + turn.head * p.out_stride_h);
-      mbarrier_arrive(true, barrier + kTurnFound);
-    }
+    const bool valid = scheduler.next(p, to);
+    mbarrier_arrive(elected(), barrier + kTurnFound);
     wait_for_previous_launch();
-    if (turn.flags) {
+    if (valid) {
+      __syncwarp();  // the turn is there
+      const int pair = (int)load_shared(to + turn::kPair);
 #pragma unroll 1
       for (int c = special_tid_x() % 32; c < C::kHeadDim; c += 32) {
-        const float scale = p.v_amax[turn.pair * C::kHeadDim + c];
+        const float scale = p.v_amax[pair * C::kHeadDim + c];
         store_shared_float(channels + 4 * c, scale);
         if constexpr (C::Layout::kValueBytes == 1) {
-          const float mean = p.v_mean[turn.pair * C::kHeadDim + c];
-          const i32 codes = p.v_codes[turn.pair * C::kHeadDim + c];
+          const float mean = p.v_mean[pair * C::kHeadDim + c];
+          const i32 codes = p.v_codes[pair * C::kHeadDim + c];
           store_shared_float(channels + 4 * (C::kHeadDim + c),
-                             mean_beside_codes<Values::fp8>(mean, scale, codes, p.inv_v_max, p.live_keys[turn.pair]));
+                             mean_beside_codes<Values::fp8>(mean, scale, codes, p.inv_v_max, p.live_keys[pair]));
         }
       }
       // A largest K scale of 0 (all keys alike) must not make the bound infinite; the scores are 0 then whatever it is.
-      if (elected()) store_shared_float(Turn::max_scale_at(to), p.score_limit / fmaxf(__int_as_float(p.k_scale_max[turn.pair]), 7.5e-37f));
+      if (elected()) store_shared_float(to + turn::kMaxScale, p.score_limit / fmaxf(__int_as_float(p.k_scale_max[pair]), 7.5e-37f));
     }
     __syncwarp();
     mbarrier_arrive(elected(), barrier + kTurnFull);
-    if (!turn.flags) break;
+    if (!valid) break;
   }
 }
 
@@ -365,7 +369,7 @@ __device__ __forceinline__ void load_queries(const AttendParams& p, u32 shared, 
     }
   });
   fence_async_proxy();
-  const float max_scale = load_shared_float(Turn::max_scale_at(shared + C::turn(number)));
+  const float max_scale = load_shared_float(shared + C::turn(number) + turn::kMaxScale);
   named_barrier<128>(1 + at.warp / 4);  // the warpgroup's Q is complete in shared memory
 #pragma unroll
   for (int half = 0; half < 2; ++half) scale[half] = fminf(scale[half], max_scale);
@@ -393,7 +397,7 @@ __device__ __forceinline__ void store_lse(const AttendParams& p, const Rows<C>& 
 // O / sum, times V's channel scales, in the output's dtype; LSE. Of o, the first kHeadDim / 2 registers.
 template <class C>
 __device__ __forceinline__ void store_output(const AttendParams& p, const float (&o)[C::kOutRegisters], const float (&sums)[2],
-                                             const float (&reference)[2], u32 turn) {
+                                             const float (&reference)[2], u32 own) {
   constexpr int kHeadDim = C::kHeadDim;
   const int t = special_tid_x() % 4;
   // First of all what the channels are multiplied with and what is added to them: it takes a while to come.
@@ -407,12 +411,13 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
   };
 #pragma unroll
   for (int c = 0; c < kHeadDim / 32; ++c) {
-    const u32 channels = C::channels(turn) + 4 * (32 * c + kChunk * t);
+    const u32 channels = C::channels(own) + 4 * (32 * c + kChunk * t);
     take(channels, scale[c]);
     if constexpr (C::Layout::kValueBytes == 1) take(channels + 4 * kHeadDim, mean[c]);
   }
-  const Rows<C> at(turn);
-  const i64 head = Turn::load_out(turn);
+  const Rows<C> at(own);
+  const uint2 out = load_shared8(own + turn::kOut);
+  const i64 head = (i64)((u64)out.y << 32 | out.x);
   float inverse[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half)
@@ -636,16 +641,16 @@ __device__ __forceinline__ void attend_block(const AttendParams& p) {
       walk.reference[0] = walk.reference[1] = -kInf;
       float sums[2];
       walk.all(span, sums);
-      const u32 turn = shared + C::turn(walk.number);
+      const u32 to = shared + C::turn(walk.number);
       if (p.partials) {
-        const u32 flags = Span(turn).flags;
+        const u32 flags = Span(to).flags;
         if (flags & kWritesPartial) {
-          Partial<C>(p, Turn::load_partial(turn)).write(walk.o, sums, walk.reference);
+          Partial<C>(p, (int)load_shared(to + turn::kPartial)).write(walk.o, sums, walk.reference);
           continue;
         }
-        if (flags & kJoinsPartial) Partial<C>(p, Turn::load_partial(turn)).join(walk.o, sums, walk.reference);
+        if (flags & kJoinsPartial) Partial<C>(p, (int)load_shared(to + turn::kPartial)).join(walk.o, sums, walk.reference);
       }
-      store_output<C>(p, walk.o, sums, walk.reference, turn);
+      store_output<C>(p, walk.o, sums, walk.reference, to);
     }
   }
 }
