@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from .images import Entry, Image
-from .params import AttendParams, ClassifyParams, KeysParams, ValuesParams
+from .params import AttendParams, KeysParams, ValuesParams
 
 HEAD_DIMS = (64, 128, 256)  # the compiled head dimensions; a real one is zero-padded to the next of these inside the kernels
 INT8_MAX = 127
@@ -189,8 +189,8 @@ class Kernels:
         """Keys of K that share scales: kScaleKeys of the layout."""
         return find_tile(self.tiles, 0, head_dim).block_n // (2 if self.arch else 1)
 
-    def keys_symbol(self, head_dim: int, masked: bool = False) -> str:
-        return f"keys_{self.name.split('_')[0]}_{find_tile(self.tiles, 0, head_dim).block_n}_d{head_dim}" + ("_live" if masked else "")
+    def keys_symbol(self, head_dim: int) -> str:
+        return f"keys_{self.name.split('_')[0]}_{find_tile(self.tiles, 0, head_dim).block_n}_d{head_dim}"
 
     def values_symbol(self, head_dim: int) -> str:
         return f"values_{self.name}_d{head_dim}"
@@ -268,7 +268,7 @@ TRITON_FP16 = Variant(
 
 # --- CUDA kernels ---------------------------------------------------------------------------------------------------------------
 
-MASKS = ("none", "causal", "list")
+MASKS = ("none", "causal", "dense")
 BULK_ARCH = 90  # from here on a tile is one bulk copy, with two barriers a stage: it has landed, it has been read
 BARRIER_BYTES = 8
 WARP_ROWS = 16  # of an MMA
@@ -285,61 +285,61 @@ _TWO, _EIGHT, _TWELVE = Tile(128, 64, 4, 3, 2, True), Tile(128, 64, 8, 3, 1), Ti
 MMA_TILES: Tiles = {
     (0, 64): Tile(128, 64, 8, 3, 2),
     (0, 128): _TWO,
-    (0, 128, "list", "fp16"): replace(_EIGHT, stages=2),
+    (0, 128, "dense", "fp16"): replace(_EIGHT, stages=2),
     (0, 256): Tile(128, 64, 8, 3, 1, True),
-    (0, 256, "list"): Tile(128, 64, 8, 2, 1, True),
-    (0, 256, "list", "fp16"): Tile(128, 64, 8, 1, 1, True),
+    (0, 256, "dense"): Tile(128, 64, 8, 2, 1, True),
+    (0, 256, "dense", "fp16"): Tile(128, 64, 8, 1, 1, True),
     (75, 64): Tile(128, 64, 8, 2, 2),
-    (75, 64, "list"): Tile(64, 64, 4, 2, 1),
+    (75, 64, "dense"): Tile(64, 64, 4, 2, 1),
     (75, 128): replace(_EIGHT, stages=2),
-    (75, 128, "list"): replace(_EIGHT, stages=1),
+    (75, 128, "dense"): replace(_EIGHT, stages=1),
     (75, 256): replace(_EIGHT, stages=1),
-    (75, 256, "list"): Tile(32, 64, 2, 1, 1),
+    (75, 256, "dense"): Tile(32, 64, 2, 1, 1),
     (80, 128): _TWELVE,
     (80, 128, "none", "fp32"): _TWO,
-    (80, 128, "list"): replace(_EIGHT, stages=2),
+    (80, 128, "dense"): replace(_EIGHT, stages=2),
     (80, 256): Tile(128, 64, 8, 2, 1, True),
-    (80, 256, "list"): Tile(64, 64, 4, 2, 1, True),
+    (80, 256, "dense"): Tile(64, 64, 4, 2, 1, True),
     (100, 128): _TWELVE,
-    (100, 128, "list"): _EIGHT,
+    (100, 128, "dense"): _EIGHT,
 }
 MMA_BYTE_TILES: Tiles = {
     (0, 64): Tile(128, 64, 8, 3, 2),
     (0, 128): replace(_TWO, stages=4),
     (0, 256): replace(_EIGHT, stages=4),
     (75, 64): Tile(128, 64, 8, 3, 2),
-    (75, 64, "list"): replace(_EIGHT, stages=2),
+    (75, 64, "dense"): replace(_EIGHT, stages=2),
     (75, 128): _EIGHT,
-    (75, 128, "list"): replace(_EIGHT, stages=1),
+    (75, 128, "dense"): replace(_EIGHT, stages=1),
     (75, 256): replace(_EIGHT, stages=1),
-    (75, 256, "list"): Tile(64, 64, 4, 1, 1),
+    (75, 256, "dense"): Tile(64, 64, 4, 1, 1),
     (80, 128): replace(_TWO, stages=4),
-    (80, 128, "list"): _EIGHT,
+    (80, 128, "dense"): _EIGHT,
     (80, 256): _EIGHT,
     (100, 64): Tile(128, 64, 8, 3, 2),
     (100, 64, "none", "fp8"): _EIGHT,
     (100, 64, "causal", "fp8"): _EIGHT,
     (100, 128): _TWELVE,
-    (100, 128, "list"): _EIGHT,
+    (100, 128, "dense"): _EIGHT,
 }
 for _arch in (86, 89, 120):
     MMA_TILES[_arch, 64] = MMA_BYTE_TILES[_arch, 64] = Tile(128, 64, 8, 3, 2)
-    MMA_TILES[_arch, 64, "list"] = MMA_BYTE_TILES[_arch, 64, "list"] = _EIGHT
+    MMA_TILES[_arch, 64, "dense"] = MMA_BYTE_TILES[_arch, 64, "dense"] = _EIGHT
     MMA_TILES[_arch, 128] = MMA_BYTE_TILES[_arch, 128] = _TWELVE
-    MMA_TILES[_arch, 128, "list"] = MMA_BYTE_TILES[_arch, 128, "list"] = replace(_EIGHT, stages=2)
+    MMA_TILES[_arch, 128, "dense"] = MMA_BYTE_TILES[_arch, 128, "dense"] = replace(_EIGHT, stages=2)
     MMA_TILES[_arch, 256] = MMA_BYTE_TILES[_arch, 256] = replace(_EIGHT, stages=2)
-    MMA_TILES[_arch, 256, "list"] = MMA_BYTE_TILES[_arch, 256, "list"] = replace(_EIGHT, stages=1)
+    MMA_TILES[_arch, 256, "dense"] = MMA_BYTE_TILES[_arch, 256, "dense"] = replace(_EIGHT, stages=1)
 MMA_TILES[120, 128, "causal"] = _EIGHT
 MMA_TILES[120, 256] = Tile(128, 64, 8, 1, 1, True)
-MMA_BYTE_TILES[120, 256, "list"] = Tile(64, 64, 4, 1, 1, True)
+MMA_BYTE_TILES[120, 256, "dense"] = Tile(64, 64, 4, 1, 1, True)
 # Where sums of fp16 or emulated FP8 MMAs take more registers.
 for _mask in MASKS:
     MMA_TILES[0, 64, _mask, "fp16"] = _TWO
-    MMA_TILES[75, 64, _mask, "fp16"] = MMA_TILES[75, 64, "list"] if _mask == "list" else Tile(128, 64, 4, 2, 2)
+    MMA_TILES[75, 64, _mask, "fp16"] = MMA_TILES[75, 64, "dense"] if _mask == "dense" else Tile(128, 64, 4, 2, 2)
     for _sums in ("fp8", "fp16"):
         MMA_BYTE_TILES[0, 128, _mask, _sums] = MMA_BYTE_TILES[100, 128, _mask, _sums] = _EIGHT
         MMA_BYTE_TILES[0, 256, _mask, _sums] = replace(_EIGHT, query_shared=True)
-        MMA_BYTE_TILES[120, 128, _mask, _sums] = replace(_EIGHT, stages=2) if _mask == "list" else _EIGHT
+        MMA_BYTE_TILES[120, 128, _mask, _sums] = replace(_EIGHT, stages=2) if _mask == "dense" else _EIGHT
 MMA_TILES[0, 128, "none", "fp16"], MMA_TILES[0, 128, "causal", "fp16"] = replace(_TWO, stages=2), _EIGHT
 MMA_TILES[100, 128, "none", "fp16"] = MMA_TILES[100, 128, "causal", "fp16"] = _EIGHT
 MMA_BYTE_TILES[89, 128, "none", "fp8"] = MMA_BYTE_TILES[89, 128, "causal", "fp8"] = _EIGHT
@@ -353,31 +353,31 @@ def _frugal(tile: Tile) -> Tile:
 
 
 for _mask in MASKS:
-    _lean = _frugal(replace(_EIGHT, stages=1 if _mask == "list" else 2))
+    _lean = _frugal(replace(_EIGHT, stages=1 if _mask == "dense" else 2))
     MMA_TILES[75, 256, _mask, "fp16"] = _frugal(find_tile(MMA_TILES, 75, 256, _mask))
     MMA_TILES[86, 256, _mask, "fp16"] = MMA_TILES[89, 256, _mask, "fp16"] = _lean
     MMA_BYTE_TILES[89, 256, _mask, "fp8"] = MMA_BYTE_TILES[89, 256, _mask, "fp16"] = _lean
     MMA_BYTE_TILES[120, 256, _mask, "fp8"] = replace(_lean, values_late=2)
-for _arch, _mask, _sums in ((75, "list", "fp32"), (80, "list", "fp16"), (120, "causal", "fp16"), (120, "list", "fp16")):
+for _arch, _mask, _sums in ((75, "dense", "fp32"), (80, "dense", "fp16"), (120, "causal", "fp16"), (120, "dense", "fp16")):
     MMA_TILES[_arch, 256, _mask, _sums] = replace(find_tile(MMA_TILES, _arch, 256, _mask, _sums), thread_anew=True)
 MMA_BYTE_TILES |= {
     (0, 256, "none", "fp8"): _frugal(_SHARED),
     (0, 256, "causal", "fp8"): replace(_SHARED, thread_anew=True),
-    (0, 256, "list", "fp8"): replace(_SHARED, thread_anew=True),
-    (89, 256, "list", "fp8"): replace(_EIGHT, stages=1, thread_anew=True),
+    (0, 256, "dense", "fp8"): replace(_SHARED, thread_anew=True),
+    (89, 256, "dense", "fp8"): replace(_EIGHT, stages=1, thread_anew=True),
     (100, 256): MMA_BYTE_TILES[0, 256],
     (100, 256, "none", "fp8"): replace(_SHARED, stages=2, walk_shared=True, values_late=1),
     (100, 256, "causal", "fp8"): replace(_SHARED, stages=2, walk_shared=True, values_late=1),
-    (100, 256, "list", "fp8"): _SHARED,
+    (100, 256, "dense", "fp8"): _SHARED,
     (100, 256, "none", "fp16"): _SHARED,
     (100, 256, "causal", "fp16"): _SHARED,
-    (100, 256, "list", "fp16"): _SHARED,
+    (100, 256, "dense", "fp16"): _SHARED,
     (120, 256, "causal", "fp8"): replace(MMA_BYTE_TILES[120, 256, "causal", "fp8"], query_shared=True),
-    (120, 256, "list", "fp8"): Tile(64, 64, 4, 2, values_late=2),
+    (120, 256, "dense", "fp8"): Tile(64, 64, 4, 2, values_late=2),
 }
 # Bytes of local memory a thread may use outside its main loop: at head_dim 256 the accumulators leave the compiler a register or two short.
 MMA_LOCAL = {64: 0, 128: 0, 256: 16}
-WGMMA_LOCAL = {"none": 16, "causal": 8, "list": 32}
+WGMMA_LOCAL = {"none": 16, "causal": 8, "dense": 32}
 
 
 def _mma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
@@ -390,6 +390,8 @@ def _mma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumulate
         smem += 8 * row_tiles * 32 * t.warps
     if t.walk_shared:
         smem += 16
+    if mask == "dense":
+        smem += t.warps * BIAS_BYTES
     flags = ", ".join(str(x).lower() for x in (t.query_shared, t.walk_shared, t.thread_anew, t.values_late))
     config = f"{head_dim}, Mask::{mask}, Values::{kernels.pv}, Accumulate::{accumulate}, {t.warps}, {row_tiles}, {t.stages}, {flags}"
     symbol = kernels.attend_symbol(head_dim, mask, accumulate)
@@ -415,18 +417,21 @@ MMA_INT8 = Kernels(
 
 # Hopper's own kernels: two warpgroups of 64 queries each beside one that fetches. 96 keys: two score arrays of more do not fit the
 # registers. head_dim 256 stays with mma.sync: its accumulators alone would take 128 of a thread's 240 registers.
-WGMMA_TILES: Tiles = {(0, d): Tile(128, 96, 12, 4) for d in (64, 128)} | {(0, d, "list"): Tile(128, 96, 12, 3) for d in (64, 128)}
+WGMMA_TILES: Tiles = {(0, d): Tile(128, 96, 12, 4) for d in (64, 128)} | {(0, d, "dense"): Tile(128, 96, 12, 3) for d in (64, 128)}
 WGMMA_BYTE_TILES: Tiles = {(0, d): Tile(128, 128, 12, 4) for d in (64, 128)}
 FETCHING_WARPS = 4  # among a tile's
 
 
 def _wgmma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
     t = find_tile(kernels.tiles, arch, head_dim, mask, accumulate)
-    barriers = 4 * t.stages + 4  # K and V of a stage are there, and have been read; what a turn needs is, and has been
+    barriers = 4 * t.stages + 2  # K and V of a stage are there, and have been read; what a turn needs is, and has been
     turns = 32 * 16 + 2 * (48 + 2 * head_dim * 4)  # the rotation's matrix; what a block works on and what its channels are made of
-    query_places = 2 if head_dim == 128 else 1  # by measurement: at head_dim 64 one is better
+    query_places = 2 if mask == "none" and head_dim == 128 else 1  # by measurement: at head_dim 64 one is better
     smem = query_places * t.block_m * head_dim + t.stages * kernels.tile_bytes(head_dim) + barriers * BARRIER_BYTES + turns
-    smem += t.block_m * (2 * head_dim + 64)  # queries as they come
+    if mask == "dense":
+        smem += t.block_m // WARP_ROWS * -(-t.block_n // BIAS_KEYS) * BIAS_BYTES
+    else:
+        smem += t.block_m * (2 * head_dim + 64)  # queries as they come
     form = "" if kernels.pv == "fp16" else "_fp8"
     config = f"Wgmma{form[1:].capitalize()}Config<{kernels.layout.format(d=head_dim)}, Mask::{mask}, {t.stages}, {query_places}>"
     expression = f"attend_wgmma{form}<{config}, {smem}>"
@@ -507,15 +512,12 @@ VALUES_THREADS = 128
 KEYS_THREADS, VALUES_RESIDENT = {64: 768, 128: 768, 256: 512}, 768
 
 
-def _keys_entry(kernels: Kernels, arch: int, head_dim: int, masked: bool) -> Entry:
+def _keys_entry(kernels: Kernels, arch: int, head_dim: int) -> Entry:
     layout = kernels.layout.format(d=head_dim)
     threads, resident = 4 * kernels.unit_keys(head_dim), KEYS_THREADS[head_dim]
     if arch == 75 and head_dim > 64:
         resident -= threads
-    if masked:  # looking at which keys are live takes registers
-        resident = min(resident, 512)
-    expression = f"quantise_keys<{layout}, {str(masked).lower()}>"
-    return Entry(kernels.keys_symbol(head_dim, masked), expression, KeysParams, threads, max(1, resident // threads))
+    return Entry(kernels.keys_symbol(head_dim), f"quantise_keys<{layout}>", KeysParams, threads, resident // threads)
 
 
 def _values_entry(kernels: Kernels, head_dim: int) -> Entry:
@@ -523,16 +525,13 @@ def _values_entry(kernels: Kernels, head_dim: int) -> Entry:
     return Entry(kernels.values_symbol(head_dim), expression, ValuesParams, VALUES_THREADS, VALUES_RESIDENT // VALUES_THREADS)
 
 
-CLASSIFY = Entry("classify_mask", "classify_band", ClassifyParams, 256, 4)
-
-
 def _images(target: str) -> Iterator[Image]:
     """Every image for one target of the compiler."""
     arch, built = int(target.split("_")[1].rstrip("a")), [k for k in KERNELS if k.built_for(target)]
     for name in dict.fromkeys(k.quantiser for k in built):
         made = [(k, d) for k in built if k.quantiser == name for d in k.head_dims]
-        keys = {k.keys_symbol(d, masked): _keys_entry(k, arch, d, masked) for k, d in reversed(made) for masked in (True, False)}
-        entries = (CLASSIFY, *reversed(keys.values()), *(_values_entry(k, d) for k, d in made))
+        keys = {k.keys_symbol(d): _keys_entry(k, arch, d) for k, d in reversed(made)}
+        entries = (*reversed(keys.values()), *(_values_entry(k, d) for k, d in made))
         yield Image(name, target, "kernel/quantise.cuh", entries, released=target not in TEST_TARGETS)
     for k in built:
         for d in k.head_dims:
