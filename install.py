@@ -398,7 +398,7 @@ class Hook:
 
     @staticmethod
     def pack_version() -> str:
-        text = (PACK / PACKAGE / "__init__.py").read_text(encoding="utf-8")
+        text = (PACK / PACKAGE / "_version.py").read_text(encoding="utf-8")
         return re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)[1]
 
     def put(self, index: Index, wheel: dict, old: Installed | None, prove) -> bool:

@@ -1,4 +1,4 @@
-"""Build the kernel images: the table in `sageattention/variants.py` and this folder's sources become `sageattention/kernels/`.
+"""Build the kernel images: the table in `sageattention/kernels/table.py` and this folder's sources become the files beside that table.
 
     python csrc/build.py                     what has changed
     python csrc/build.py --arch sm_80        one architecture; --only NAME: one image
@@ -49,19 +49,19 @@ class BuildError(Exception):
 
 
 def load_table() -> tuple:
-    """`IMAGES` of sageattention/variants.py, read without importing the package itself, which would want torch."""
+    """`IMAGES` of sageattention/kernels/table.py, read without importing the package itself, which would want torch."""
     name = "_sageattention_tables"
     if name not in sys.modules:
         package = types.ModuleType(name)
         package.__path__ = [str(PACKAGE)]
         sys.modules[name] = package
-    images = importlib.import_module(f"{name}.variants").IMAGES
+    images = importlib.import_module(f"{name}.kernels.table").IMAGES
     paths = [i.path for i in images]
     symbols = [(i.path, e.symbol) for i in images for e in i.entries]
     for what, keys in (("image", paths), ("kernel", symbols)):
         twice = sorted({str(k) for k in keys if keys.count(k) > 1})
         if twice:
-            raise BuildError(f"variants.IMAGES names one {what} twice: {', '.join(twice)}")
+            raise BuildError(f"table.IMAGES names one {what} twice: {', '.join(twice)}")
     return images
 
 
@@ -344,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.sample is not None:
             chosen = sample(chosen, args.sample)
         if not chosen:
-            raise BuildError("no image of variants.IMAGES has that architecture and name")
+            raise BuildError("no image of table.IMAGES has that architecture and name")
         if args.check or args.verify or args.sample is not None:
             differing = check(chosen) if args.check else verify(chosen, args.jobs)
             print("\n".join(differing) or f"{len(chosen)} images are what the sources give")

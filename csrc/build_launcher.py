@@ -70,9 +70,9 @@ class LauncherError(Exception):
 
 def version() -> str:
     """The package's version, read without importing it."""
-    found = re.search(r'^__version__ = "([^"]+)"', (PACKAGE / "__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.search(r'^__version__ = "([^"]+)"', (PACKAGE / "_version.py").read_text(encoding="utf-8"), re.MULTILINE)
     if not found:
-        raise LauncherError(f"{PACKAGE / '__init__.py'} has no __version__")
+        raise LauncherError(f"{PACKAGE / '_version.py'} has no __version__")
     return found[1]
 
 

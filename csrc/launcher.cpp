@@ -50,11 +50,16 @@ struct Driver {
 };
 Driver driver;
 
-void* open_library(const char* path) {
+void* open_library(const std::string& path) {  // UTF-8
 #ifdef _WIN32
-  return reinterpret_cast<void*>(LoadLibraryA(path));
+  std::wstring wide(MultiByteToWideChar(CP_UTF8, 0, path.c_str(), -1, nullptr, 0), L'\0');
+  MultiByteToWideChar(CP_UTF8, 0, path.c_str(), -1, wide.data(), static_cast<int>(wide.size()));
+  if (path.find_first_of("/\\") != std::string::npos) return reinterpret_cast<void*>(LoadLibraryW(wide.c_str()));
+  // A bare name means the driver: the copy that the process has loaded, else System32's. The current folder is never searched.
+  HMODULE loaded = GetModuleHandleW(wide.c_str());
+  return reinterpret_cast<void*>(loaded ? loaded : LoadLibraryExW(wide.c_str(), nullptr, LOAD_LIBRARY_SEARCH_SYSTEM32));
 #else
-  return dlopen(path, RTLD_NOW | RTLD_GLOBAL);
+  return dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);
 #endif
 }
 
@@ -72,9 +77,10 @@ bool bind(void* library, const char* name, F& function) {
   return function != nullptr;
 }
 
-// Binds the driver's calls; returns what is wrong, or an empty text.
-std::string open(const std::string& path) {
-  void* library = open_library(path.c_str());
+// Binds the driver's calls; returns what is wrong, or an empty text. Python calls it `open`, a name that <io.h>, which Windows'
+// Python.h includes, declares in C++ too.
+std::string open_driver(const std::string& path) {
+  void* library = open_library(path);
   if (!library) return path + " can't be opened";
   Driver found;
   const bool all = bind(library, "cuCtxGetCurrent", found.ctx_get) && bind(library, "cuCtxPushCurrent_v2", found.ctx_push) &&
@@ -188,6 +194,6 @@ py::object launch(uintptr_t context, uintptr_t stream, const py::tuple& launches
 PYBIND11_MODULE(sageattention_launcher, m) {
   m.doc() = "Launches CUDA kernels for sageattention of the same version.";
   m.attr("__version__") = SAGEATTENTION_VERSION;
-  m.def("open", &open, py::arg("library"));
+  m.def("open", &open_driver, py::arg("library"));
   m.def("launch", &launch, py::arg("context"), py::arg("stream"), py::arg("launches"));
 }

@@ -1,7 +1,7 @@
 """Measures the tables of `numerics.md` by the emulation and writes them into it: `python docs/numerics.py`.
 
 Each table stands between two markers, `<!-- name -->` and `<!-- /name -->`; the text around them is written by hand. Takes some
-minutes on one core. With `--check` nothing is written: it exits with 1 where a chosen scheme misses a bound of `inputs.KINDS`.
+minutes on one core. With `--check` nothing is written: it exits with 1 where a chosen scheme misses a bound of `workloads.KINDS`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from sageattention import inputs, reference, variants  # noqa: E402
-from sageattention.variants import (  # noqa: E402
+from sageattention.cli import workloads  # noqa: E402
+from sageattention.numerics import reference  # noqa: E402
+from sageattention.numerics.constants import FRAGMENT_KEYS  # noqa: E402
+from sageattention.numerics.scheme import (  # noqa: E402
     FP8_FP16,
     FP8_FP32,
     FP8_FP32_MMA,
@@ -32,7 +34,7 @@ from sageattention.variants import (  # noqa: E402
 )
 
 PAGE = ROOT / "docs" / "numerics.md"
-SHAPE = replace(inputs.ACCURACY, heads=4, len_q=768)
+SHAPE = replace(workloads.ACCURACY, heads=4, len_q=768)
 LONG_ROWS = 256  # queries where a kind needs 16 or 32 thousand keys: its rows are alike
 NEVER = 1 << 30
 
@@ -44,7 +46,7 @@ class Choice:
     name: str
     scheme: Scheme
     chosen: str = ""
-    fragment_keys: int = variants.FRAGMENT_KEYS
+    fragment_keys: int = FRAGMENT_KEYS
 
 
 PRODUCT_QK = (
@@ -110,9 +112,9 @@ class Measurements:
             if kind == "flat":
                 qkv = flat()
             else:
-                long = inputs.KINDS[kind].len_kv
-                shape = inputs.KINDS[kind].sized(replace(SHAPE, heads=1, len_q=LONG_ROWS) if long else SHAPE)
-                qkv = inputs.make(kind, shape)
+                long = workloads.KINDS[kind].len_kv
+                shape = workloads.KINDS[kind].sized(replace(SHAPE, heads=1, len_q=LONG_ROWS) if long else SHAPE)
+                qkv = workloads.make(kind, shape)
             self.made[kind] = (*qkv, reference.oracle(*qkv)[0])
         return self.made[kind]
 
@@ -120,7 +122,7 @@ class Measurements:
         """(relative L2 error, gain)"""
         q, k, v, exact = self.inputs_of(kind)
         out = reference.emulate(q, k, v, replace(choice.scheme, fragment_keys=choice.fragment_keys))[0]
-        return inputs.relative_l2(out, exact), inputs.gain(out, exact)
+        return workloads.relative_l2(out, exact), workloads.gain(out, exact)
 
 
 def flat() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -149,9 +151,9 @@ def table(measured: Measurements, choices: tuple[Choice, ...], kinds: list[str],
 
 
 def bounds_table() -> str:
-    lines = ["| P and V | " + " | ".join(inputs.KINDS) + " |", "|---" * (len(inputs.KINDS) + 1) + "|"]
+    lines = ["| P and V | " + " | ".join(workloads.KINDS) + " |", "|---" * (len(workloads.KINDS) + 1) + "|"]
     for pv in ("fp16", "fp8", "int8"):
-        lines.append("| " + " | ".join([pv, *(error_cell(kind.bounds[pv], 1.0) for kind in inputs.KINDS.values())]) + " |")
+        lines.append("| " + " | ".join([pv, *(error_cell(kind.bounds[pv], 1.0) for kind in workloads.KINDS.values())]) + " |")
     return "\n".join(lines)
 
 
@@ -169,16 +171,16 @@ def outlier_table() -> str:
             scores = (q @ k[:, :, 7:8].mT)[0, 0, :, 0]
             rows = scores < -0.5 * scores.std()
             exact = reference.oracle(q, larger, v)[0][:, :, rows]
-            cells.append(error_cell(inputs.relative_l2(reference.emulate(q, larger, v, scheme)[0][:, :, rows], exact), 1.0))
+            cells.append(error_cell(workloads.relative_l2(reference.emulate(q, larger, v, scheme)[0][:, :, rows], exact), 1.0))
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)
 
 
 def missed_bounds(measured: Measurements) -> list[str]:
-    """The chosen schemes that are over a bound of `inputs.KINDS`."""
+    """The chosen schemes that are over a bound of `workloads.KINDS`."""
     missed = []
     for choice in (*PRODUCT_QK, *PRODUCT_PV):
-        for kind in inputs.KINDS.values() if choice.chosen else ():
+        for kind in workloads.KINDS.values() if choice.chosen else ():
             error, gain = measured.run(choice, kind.name)
             if error > kind.bounds[choice.scheme.pv] or abs(gain - 1) > (kind.gain or 1):
                 missed.append(f"{choice.name} on {kind.name}: {error:.4f}, gain {gain:.4f}, bound {kind.bounds[choice.scheme.pv]}")
@@ -197,8 +199,8 @@ def main() -> int:
         return bool(missed)
     tables = {
         "bounds": bounds_table(),
-        "qk": table(measured, PRODUCT_QK, [k for k in inputs.KINDS if k not in ("large_v", "coherent_v")], error_cell),
-        "pv": table(measured, PRODUCT_PV, list(inputs.KINDS), error_cell),
+        "qk": table(measured, PRODUCT_QK, [k for k in workloads.KINDS if k not in ("large_v", "coherent_v")], error_cell),
+        "pv": table(measured, PRODUCT_PV, list(workloads.KINDS), error_cell),
         "accumulators": table(measured, ACCUMULATORS, ["flat", "coherent_v"], gain_cell),
         "outlier": outlier_table(),
     }

@@ -12,17 +12,36 @@ cores add.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..sageattention import KernelMissing, Unsupported, ops
+from ..sageattention import KernelMissing, Unsupported, dispatch, settings
+from ..sageattention.backends.call import Call
 from .record import Record
 
 if TYPE_CHECKING:
-    from ..sageattention.plan import Plan
+    from ..sageattention.planning.plan import Plan
 
 Attention = Callable[..., torch.Tensor]
+MAX_FORMS = 4096
+
+
+class Form(NamedTuple):
+    """Calls alike in all that decides how they are computed: how q, k and v are viewed, and by what kernel they run.
+
+    Attributes:
+        views: the shapes, [B, L, heads, D], of q, k and v that come as [B, L, heads·D]; None where they come as [B, heads, L, D].
+        transposed: heads and tokens change places. Views of the inputs cost nothing, where a copy of the output would.
+        layout: the output's, "HND" with `skip_output_reshape`, else "NHD".
+        kernel: what the variant's kernels are compiled for: one that ran once will not turn out to be missing the next time.
+    """
+
+    views: tuple[tuple[int, ...], ...] | None
+    transposed: bool
+    layout: str
+    variant: str
+    kernel: tuple[Any, ...]
 
 
 class SageOverride:
@@ -35,7 +54,8 @@ class SageOverride:
         variant: a name from `sageattention.variants.VARIANTS`, or "auto".
         previous: the override that this one replaced, or None.
         record: what ran so far.
-        proven: the kernels that ran at least once, see `_kernel`.
+        proven: the kernels that ran at least once, see `Form`.
+        forms: what is known of calls like earlier ones: their `Form`, or why they are left to the model's own attention on purpose.
     """
 
     def __init__(self, variant: str, previous: Attention | None = None):
@@ -43,10 +63,15 @@ class SageOverride:
         self.previous = previous
         self.record = Record()
         self.proven: set[tuple[Any, ...]] = set()
+        self.forms: dict[tuple[Any, ...], Form | str] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SageOverride:
         """Itself: a clone of a patched model deep-copies its options, and the counts should stay in one place."""
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it starts with counts of its own."""
+        return SageOverride, (self.variant, self.previous)
 
     def __call__(self, func: Attention, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One attention call, as the module's head describes it."""
@@ -86,63 +111,96 @@ class SageOverride:
         enable_gqa: bool = False,
         low_precision_attention: bool = True,
         **others: Any,
-    ) -> ops.Call | None:
+    ) -> tuple[Call, Form] | None:
         """The call as our package takes it, or None where it is left to the model's own attention on purpose; nothing runs.
-
-        Its layout is the output's: "HND" with `skip_output_reshape`, else "NHD".
 
         Raises:
             Unsupported, KernelMissing: our variant can't do this call.
         """
-        if low_precision_attention is False:
-            self.record.count_kept("the model asks for full precision in some layers")
+        key = (
+            q.shape, k.shape, v.shape, q.dtype, q.device, None if mask is None else (mask.shape, mask.dtype),
+            heads, skip_reshape, skip_output_reshape, enable_gqa, low_precision_attention, settings.state,
+        )  # fmt: skip
+        try:
+            form = self.forms.get(key)
+        except TypeError:  # symbolic sizes have no hash
+            key = form = None
+        if type(form) is str:
+            self.record.count_kept(form)
             return None
-        if ops.transformed():
+        if low_precision_attention is False:
+            return self._keep(key, "the model asks for full precision in some layers")
+        if dispatch.transformed():
             raise Unsupported("q", "torch.jit.trace or a torch.func transform is at work, which only torch's own attention can follow")
-        if ops.needs_grad(q, k, v):
+        if dispatch.needs_grad(q, k, v):
             raise Unsupported("q", "a gradient is asked for, and quantised attention has none; training needs the model's own")
+        if form is not None:
+            return self._call(q, k, v, mask, scale, *form[:3]), form
         if heads is None:
             raise Unsupported("heads", "the call does not say how many there are")
-        split = _check_heads if skip_reshape else _split_heads
-        q, k, v = split(q, k, v, heads, enable_gqa)
-        # Views of the inputs cost nothing, where a copy of the output would: so the inputs follow the layout that is wanted.
-        if skip_reshape != skip_output_reshape:
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        call = ops.prepare(
-            q, k, v, tensor_layout="HND" if skip_output_reshape else "NHD", is_causal=False, attn_mask=_four_dimensional(mask),
-            sm_scale=scale, return_lse=False, variant=self.variant,
-        )  # fmt: skip
+        how = (
+            _check_heads(q, k, v, heads, enable_gqa) if skip_reshape else _split_heads(q, k, v, heads, enable_gqa),
+            bool(skip_reshape) != bool(skip_output_reshape),
+            "HND" if skip_output_reshape else "NHD",
+        )
+        call = self._call(q, k, v, mask, scale, *how)
         if call.plan.variant.backend == "sdpa":
-            self.record.count_kept(_why_sdpa(call.plan))
-            return None
-        return call
+            return self._keep(key, _why_sdpa(call.plan))
+        p, variant = call.problem, call.plan.variant.name
+        form = Form(*how, variant, (variant, p.device, p.device_index, p.head_dim, p.dtype, p.mask))
+        self._remember(key, form)
+        return call, form
+
+    def _call(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None,
+        views: tuple[tuple[int, ...], ...] | None, transposed: bool, layout: str,
+    ) -> Call:  # fmt: skip
+        if views is not None:
+            q, k, v = q.view(views[0]), k.view(views[1]), v.view(views[2])
+        if transposed:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return dispatch.prepare(
+            q, k, v, tensor_layout=layout, is_causal=False, attn_mask=_four_dimensional(mask), sm_scale=scale, return_lse=False,
+            variant=self.variant,
+        )  # fmt: skip
+
+    def _keep(self, key: tuple[Any, ...] | None, reason: str) -> None:
+        self._remember(key, reason)
+        self.record.count_kept(reason)
+
+    def _remember(self, key: tuple[Any, ...] | None, form: Form | str) -> None:
+        if key is None:
+            return
+        if len(self.forms) >= MAX_FORMS:
+            self.forms.clear()
+        self.forms[key] = form
 
 
 def _attempt(override: SageOverride, args: tuple[Any, ...], kwargs: dict[str, Any], contained: bool = False) -> torch.Tensor | None:
     """Our attention's result in the shape that the model wants, or None where the call goes on to the attention behind us."""
     try:
         if contained:
-            call = override.prepare(*(container.peek() for container in args[:3]), *args[3:], **kwargs)
+            prepared = override.prepare(*(container.peek() for container in args[:3]), *args[3:], **kwargs)
         else:
-            call = override.prepare(*args, **kwargs)
-        if call is None:
+            prepared = override.prepare(*args, **kwargs)
+        if prepared is None:
             return None
-        variant, layout, kernel = call.plan.variant.name, call.problem.layout, _kernel(call)
-        if contained and kernel in override.proven:
-            held, call = [call], None
+        call, form = prepared
+        if contained and form.kernel in override.proven:
+            held, call, prepared = [call], None, None
             out = _run_releasing(held, args[1], args[2])
         else:
             try:
-                out, _ = ops.run_planned(call)
+                out, _ = dispatch.run_planned(call)
             except KernelMissing as error:
-                ops.without(call, error)  # "auto" has further candidates, the last of which is the model's own attention
+                dispatch.without(call, error)  # "auto" has further candidates, the last of which is the model's own attention
                 return _attempt(override, args, kwargs, contained)
-            override.proven.add(kernel)
+            override.proven.add(form.kernel)
     except (Unsupported, KernelMissing) as error:
         override.record.count_fallback(str(error), layer_name(kwargs.get("transformer_options")))
         return None
-    override.record.count_run(variant)
-    return out if layout == "HND" else out.flatten(2)
+    override.record.count_run(form.variant)
+    return out if form.layout == "HND" else out.flatten(2)
 
 
 # In a model under torch.compile our part stays out of the graph: counts are Python's, and a traced count would be a guard that
@@ -150,26 +208,20 @@ def _attempt(override: SageOverride, args: tuple[Any, ...], kwargs: dict[str, An
 _attempt_uncompiled = torch.compiler.disable(_attempt)
 
 
-def _kernel(call: ops.Call) -> tuple[Any, ...]:
-    """What a variant's kernels are compiled for: one that ran once will not turn out to be missing the next time."""
-    p = call.problem
-    return call.plan.variant.name, p.device, p.device_index, p.head_dim, p.dtype, p.mask
-
-
-def _run_releasing(held: list[ops.Call], *containers: Any) -> torch.Tensor:
-    """`ops.run` in two halves: K and V, in `containers`, are freed once they are quantised, before the output is allocated.
+def _run_releasing(held: list[Call], *containers: Any) -> torch.Tensor:
+    """`dispatch.run` in two halves: K and V, in `containers`, are freed once they are quantised, before the output is allocated.
 
     `held` is emptied, so that nobody keeps the call alive. Where the halves save nothing it is run as a whole.
     """
     call = held.pop()
-    if not ops.halves_save_memory(call):
-        return ops.run_planned(call)[0]
+    if not dispatch.halves_save_memory(call):
+        return dispatch.run_planned(call)[0]
     q, mask, problem = call.q, call.mask, call.problem
-    kv = ops.quantize_planned(call.k, call.v, problem, call.plan)
+    kv = dispatch.quantize_planned(call.k, call.v, problem, call.plan)
     del call
     for container in containers:
         container.take()
-    return ops.attend(q, kv, is_causal=False, sm_scale=problem.sm_scale, return_lse=False, attn_mask=mask)[0]
+    return dispatch.attend(q, kv, is_causal=False, sm_scale=problem.sm_scale, return_lse=False, attn_mask=mask)[0]
 
 
 def layer_name(transformer_options: dict[str, Any] | None) -> str:
@@ -183,38 +235,26 @@ def layer_name(transformer_options: dict[str, Any] | None) -> str:
     return f"{options.get('block_type', '')} block {index}".lstrip()
 
 
-def _split_heads(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, enable_gqa: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[B, L, heads·D] to [B, L, heads, D]; k and v have fewer heads where `enable_gqa` says so."""
+def _split_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, enable_gqa: bool) -> tuple[tuple[int, ...], ...]:
+    """How [B, L, heads·D] is viewed as [B, L, heads, D]; k and v have fewer heads where `enable_gqa` says so."""
     _check_rank(3, "[B, L, heads·D]", q, k, v)
-    batch, len_q, inner = q.shape
+    inner = q.shape[2]
     if heads < 1 or inner < 1 or inner % heads:
         raise Unsupported("heads", f"got {heads}, accepted is a divisor of q's last dimension, {inner}")
     dim = inner // heads
-    q = q.view(batch, len_q, heads, dim)
-    return q, _split_kv("k", k, heads, dim, enable_gqa), _split_kv("v", v, heads, dim, enable_gqa)
+    for name, t in (("k", k), ("v", v)):
+        if (t.shape[2] != inner and not enable_gqa) or t.shape[2] % dim:
+            accepted = f"a multiple of {dim}" if enable_gqa else f"q's, {inner} (fewer heads only with enable_gqa)"
+            raise Unsupported(name, f"its last dimension is {t.shape[2]}, accepted is {accepted}")
+    return tuple((*t.shape[:2], t.shape[2] // dim, dim) for t in (q, k, v))
 
 
-def _split_kv(name: str, t: torch.Tensor, heads: int, dim: int, enable_gqa: bool) -> torch.Tensor:
-    batch, length, inner = t.shape
-    if inner == heads * dim:
-        return t.view(batch, length, heads, dim)
-    if not enable_gqa or inner % dim:
-        accepted = f"a multiple of {dim}" if enable_gqa else f"q's, {heads * dim} (fewer heads only with enable_gqa)"
-        raise Unsupported(name, f"its last dimension is {inner}, accepted is {accepted}")
-    return t.view(batch, length, inner // dim, dim)
-
-
-def _check_heads(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, enable_gqa: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[B, heads, L, D], as it is."""
+def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, enable_gqa: bool) -> None:
+    """[B, heads, L, D], taken as it is."""
     _check_rank(4, "[B, heads, L, D]", q, k, v)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.shape[1] != heads and (name == "q" or not enable_gqa):
             raise Unsupported(name, f"it has {t.shape[1]} heads, the call says {heads}; only k and v may differ, with enable_gqa")
-    return q, k, v
 
 
 def _check_rank(rank: int, shape: str, *tensors: torch.Tensor) -> None:

@@ -1,5 +1,6 @@
 """Quantised attention with kernels of its own. Importing touches neither torch nor CUDA, and never raises."""
 
+from ._version import __version__
 from .api import (
     Availability,
     Explanation,
@@ -17,14 +18,13 @@ from .api import (
 )
 from .errors import CudaError, KernelMissing, Unsupported
 
-__version__ = "3.0.0"
-
 __all__ = [
     "Availability",
     "CudaError",
     "Explanation",
     "KernelMissing",
     "Unsupported",
+    "__version__",
     "attend",
     "available_variants",
     "explain",

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from .triton_ops import QuantizedKV
+    from .backends.triton.host import QuantizedKV
 
     Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -182,11 +182,11 @@ def sageattn_varlen(
         [total_q, Hq, D]. A sequence without keys gives zeros.
     """
     if _traced(q):
-        from . import operators
+        from . import torch_library
 
-        call_operator = operators.varlen_untraced if operators.compiled_with_grad(q, k, v) else operators.varlen
+        call_operator = torch_library.varlen_untraced if torch_library.compiled_with_grad(q, k, v) else torch_library.varlen
         return call_operator(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, sm_scale)
-    return _ops().run_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, sm_scale=sm_scale)
+    return _dispatch().run_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, sm_scale=sm_scale)
 
 
 def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", *, variant: str = "auto") -> QuantizedKV:
@@ -195,7 +195,7 @@ def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", *,
     Raises:
         Unsupported: also where the variant that runs keeps no quantised form ("sdpa", "reference").
     """
-    return _ops().quantize_kv(k, v, tensor_layout, variant)
+    return _dispatch().quantize_kv(k, v, tensor_layout, variant)
 
 
 def attend(
@@ -208,7 +208,7 @@ def attend(
     attn_mask: torch.Tensor | None = None,
 ) -> Output:
     """Attention of q (in the layout, dtype and on the device of the k and v that were quantised) against a `QuantizedKV`."""
-    out, lse = _ops().attend(q, kv, is_causal=is_causal, sm_scale=sm_scale, return_lse=return_lse, attn_mask=attn_mask)
+    out, lse = _dispatch().attend(q, kv, is_causal=is_causal, sm_scale=sm_scale, return_lse=return_lse, attn_mask=attn_mask)
     return (out, lse) if return_lse else out
 
 
@@ -226,14 +226,15 @@ def available_variants(device: torch.device | str | None = None) -> list[Availab
     """Every variant, and whether it can run on `device` (default: the current CUDA device, else the CPU) – or why not."""
     import torch
 
-    from . import capability, images
-    from .plan import refusal
+    from .device import capability
+    from .kernels import binaries
+    from .planning.plan import refusal
 
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     index = device.index if device.index is not None else torch.cuda.current_device() if device.type == "cuda" else -1
     machine = capability.of_device(device.type, index)
     try:
-        forced, malformed = images.forced(), None
+        forced, malformed = binaries.forced(), None
     except Unsupported as error:  # a malformed SAGEATTENTION_ARCH: nothing of ours runs, and the list says why
         forced, malformed = (0, False), error
     found = []
@@ -248,7 +249,7 @@ def available_variants(device: torch.device | str | None = None) -> list[Availab
 class Explanation:
     """Which variant a call gets and why; `rejected` lists the candidates before it, each with its reason.
 
-    `reason` of an "auto" call is the row of `auto.RULES` that decided, `basis` what that rests on: "measured", "static" (the
+    `reason` of an "auto" call is the row of `rules.RULES` that decided, `basis` what that rests on: "measured", "static" (the
     architecture's rates) or "" where no row was needed. `accum` is the `pv_accum_dtype`, "" the variant's default.
     """
 
@@ -280,22 +281,22 @@ def explain(
     variant: str = "auto",
 ) -> Explanation:
     """What `sageattn` would do with this call; nothing runs. Same arguments, same errors."""
-    call = _ops().prepare(
+    call = _dispatch().prepare(
         q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse,
         variant=variant,
     )  # fmt: skip
     plan = call.plan
-    return Explanation(plan.variant.name, plan.reason, plan.rejected, _ops().machine(call.problem).name, plan.basis, plan.accum)
+    return Explanation(plan.variant.name, plan.reason, plan.rejected, _dispatch().machine(call.problem).name, plan.basis, plan.accum)
 
 
 _loaded: ModuleType | None = None
 
 
-def _ops() -> ModuleType:
-    """`ops`, which imports torch, imported when it is first needed: the statement costs each call that comes past it a microsecond."""
+def _dispatch() -> ModuleType:
+    """`dispatch`, which imports torch, imported when it is first needed: the statement costs each call that comes past it a microsecond."""
     global _loaded
     if _loaded is None:
-        from . import ops as _loaded
+        from . import dispatch as _loaded
     return _loaded
 
 
@@ -305,7 +306,7 @@ def _traced(q: torch.Tensor) -> bool:
     Under torch.compile nothing of this module's is read: the graph would be guarded by it, and compiled anew once it is set.
     """
     torch = sys.modules.get("torch")
-    return torch is not None and (torch.compiler.is_compiling() or _ops().traced(q))
+    return torch is not None and (torch.compiler.is_compiling() or _dispatch().traced(q))
 
 
 def _check_choice(name: str, given: str, accepted: tuple[str, ...]) -> None:
@@ -327,17 +328,17 @@ def _call(
     accum: str = "",
 ) -> Output:
     if _traced(q):
-        from . import operators
+        from . import torch_library
 
-        if operators.compiled_with_grad(q, k, v, attn_mask):
-            call_operator = operators.attention_lse_untraced if return_lse else operators.attention_untraced
+        if torch_library.compiled_with_grad(q, k, v, attn_mask):
+            call_operator = torch_library.attention_lse_untraced if return_lse else torch_library.attention_untraced
         else:
-            call_operator = operators.attention_lse if return_lse else operators.attention
+            call_operator = torch_library.attention_lse if return_lse else torch_library.attention
         return call_operator(q, k, v, attn_mask, tensor_layout, is_causal, sm_scale, variant, accum)
-    ops = _ops()
-    call = ops.prepare(
+    dispatch = _dispatch()
+    call = dispatch.prepare(
         q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse,
         variant=variant, accum=accum,
     )  # fmt: skip
-    out, lse = ops.run(call)
+    out, lse = dispatch.run(call)
     return (out, lse) if return_lse else out

@@ -71,7 +71,7 @@ def make_pack(folder: Path, launcher: bool = True, **options: str) -> Path:
         launcher_wheel(folder / "wheels", options.get("version", "3.0.0"))
     build.write_index(folder / "wheels", [])
     version = options.get("version", "3.0.0")
-    (folder / "sageattention" / "__init__.py").write_text(f'__version__ = "{version}"\n', encoding="utf-8")
+    (folder / "sageattention" / "_version.py").write_text(f'__version__ = "{version}"\n', encoding="utf-8")
     return folder
 
 
@@ -96,25 +96,33 @@ def python_of(version: str) -> str | None:
     return None
 
 
+def run_python(exe: str, code: str, check: bool = True, **options: object) -> subprocess.CompletedProcess:
+    """Run `code`; its output is UTF-8 whatever the console's code page is, as paths here have letters beyond it."""
+    command = [exe, "-X", "utf8", "-c", code]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60, check=check, env=environment, **options)
+
+
 class Python:
     """A virtual environment to install into."""
 
     def __init__(self, folder: Path, base: str = sys.executable, pip: bool = True):
         where = "import importlib.util as i; s = i.find_spec('pip'); print(s.submodule_search_locations[0] if s else '')"
-        theirs = subprocess.run([base, "-c", where], check=True, capture_output=True, text=True).stdout.strip()
+        theirs = run_python(base, where).stdout.strip()
         bare = ["--without-pip"] if theirs or not pip else []
         subprocess.run([base, "-m", "venv", *bare, str(folder)], check=True, capture_output=True)
         self.folder = folder
         self.exe = str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
-        self.site = Path(self("import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
-
+        self.site = Path(run_python(self.exe, "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
+        if not self.site.is_absolute() or folder.resolve() not in self.site.resolve().parents:  # clean() deletes there
+            raise RuntimeError(f"the environment {folder} says that its packages are in {str(self.site)!r}")
         if pip and theirs:  # ten times quicker than venv's own way
             shutil.copytree(theirs, self.site / "pip")
             for info in Path(theirs).parent.glob("pip-*.dist-info"):
                 shutil.copytree(info, self.site / info.name)
 
     def __call__(self, code: str) -> subprocess.CompletedProcess:
-        return subprocess.run([self.exe, "-c", code], capture_output=True, text=True, cwd=self.folder, timeout=60)
+        return run_python(self.exe, code, check=False, cwd=self.folder)
 
     def put(self, wheel: Path) -> None:
         """Install a wheel as pip would have, without its time."""

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sageattention import inputs, ops, reference
+from sageattention import dispatch
+from sageattention.cli import workloads
+from sageattention.numerics import reference
 
 HEAD_DIMS = (40, 64, 80, 96, 128, 160, 256)
 DTYPES = ("bfloat16", "float16", "float32")
@@ -81,11 +83,11 @@ def run(case: Case, variant: str, accum: str = "", device: str = "cpu") -> dict[
     """Run one case; returns the kernel's, the emulation's and the oracle's (out, lse) as [B, H, N, D] and [B, H, N]."""
     t, mask = tensors(case, device)
     given = t if case.layout == "HND" else {name: x.transpose(1, 2).contiguous() for name, x in t.items()}
-    call = ops.prepare(
+    call = dispatch.prepare(
         **given, tensor_layout=case.layout, is_causal="causal" in case.mask, attn_mask=mask, sm_scale=case.sm_scale, return_lse=True,
         variant=variant, accum=accum,
     )  # fmt: skip
-    out, lse = ops.run(call)
+    out, lse = dispatch.run(call)
     options = {"is_causal": "causal" in case.mask, "attn_mask": mask, "sm_scale": case.sm_scale}
     emulated, emulated_lse = reference.emulate(**t, scheme=call.plan.scheme, **options)
     exact, exact_lse = reference.oracle(**t, **options)
@@ -107,13 +109,13 @@ def check(case: Case, variant: str, accum: str = "", device: str = "cpu", output
     if not r["exact"].any():  # every row masked: no relative error to speak of
         assert not r["out"].any() and (r["lse"] == -torch.inf).all()
         return
-    error = inputs.relative_l2(r["out"], r["emulated"])
+    error = workloads.relative_l2(r["out"], r["emulated"])
     if joined and r["pv"] == "fp8":
-        assert inputs.relative_l2(r["out"], r["exact"]) <= 1.05 * inputs.relative_l2(r["emulated"], r["exact"]) + step
+        assert workloads.relative_l2(r["out"], r["exact"]) <= 1.05 * workloads.relative_l2(r["emulated"], r["exact"]) + step
     else:
         assert error <= EMULATION_BOUND[r["pv"]] + step, f"{error:.2e} off the emulation"
     masked = r["exact_lse"] == -torch.inf
     assert (r["lse"][masked] == -torch.inf).all() and (r["out"][masked] == 0).all()
     off = (r["lse"] - r["emulated_lse"])[~masked].abs()
     assert off.mean() <= 2e-3 and off.max() <= 0.1, f"LSE off by {off.mean():.1e} on average, {off.max():.1e} at most"
-    assert inputs.relative_l2(r["out"], r["exact"]) <= 0.08
+    assert workloads.relative_l2(r["out"], r["exact"]) <= 0.08

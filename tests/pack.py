@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def load_pack(root: Path = ROOT) -> ModuleType:
-    """The pack's root module; its parts are attributes (`pack.nodes.adapter`, `pack.sageattention.ops`)."""
+    """The pack's root module; its parts are attributes (`pack.nodes.adapter`, `pack.sageattention.dispatch`)."""
     name = str(root).replace(".", "_x_")
     if name in sys.modules:
         return sys.modules[name]

@@ -83,7 +83,7 @@ def choose_triton_mode() -> None:
     spec = importlib.util.spec_from_file_location("sageattention_probe", package)
     sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    libcuda = importlib.import_module(f"{spec.name}.libcuda")
+    libcuda = importlib.import_module(f"{spec.name}.device.libcuda")
     try:
         libcuda.library()
     except libcuda.NoDriver:
@@ -142,7 +142,7 @@ def comfyui_model(path: str) -> Model:
 
 def oracle_override(pack: Any) -> Callable[..., torch.Tensor]:
     """An override that computes every call in fp64."""
-    oracle = part(pack, "reference").oracle
+    oracle = part(pack, "numerics.reference").oracle
 
     def override(func, q, k, v, heads, *args, skip_reshape=False, skip_output_reshape=False, **others):
         if not skip_reshape:
@@ -171,7 +171,7 @@ def run_all(model: Model) -> tuple[torch.Tensor, list[Run]]:
         latent = model.sample(override)
         seconds = time.perf_counter() - begun
         counts = override.record.as_dict() if override is not None else {}
-        bound = part(model.pack, "inputs").KINDS["normal"].bounds[variants[name].scheme.pv] if name in ready else None
+        bound = part(model.pack, "cli.workloads").KINDS["normal"].bounds[variants[name].scheme.pv] if name in ready else None
         error = float((latent - exact).norm() / exact.norm())
         runs.append(Run(name, latent, seconds, error, bound, model.calls, **counts))
     return exact, runs

@@ -21,7 +21,7 @@ sys.path[:0] = [str(CSRC), str(HERE.parent)]
 import build  # noqa: E402
 import nvrtc  # noqa: E402
 
-from sageattention.images import Entry, Image  # noqa: E402
+from sageattention.kernels.binaries import Entry, Image  # noqa: E402
 
 
 class Pair(ctypes.Structure):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import pickle
 import sys
 import threading
 import weakref
@@ -149,6 +150,59 @@ def test_auto_leaves_cpu_tensors_to_the_model_and_that_is_no_fallback(core):
     assert sum(override.record.kept.values()) == 1 and not override.record.fallbacks
 
 
+def test_a_call_like_one_left_before_is_left_without_a_look_at_it(monkeypatch):
+    override, core = adapter.SageOverride("auto"), NewCore()
+    for hnd, mask in itertools.product((False, True), (None, torch.ones(LEN_Q, LEN_K, dtype=torch.bool))):
+        given = tensors(hnd=hnd)
+        call(override, core, *given, HEADS, mask, skip_reshape=hnd)
+        with monkeypatch.context() as patch:
+            for name in ("view", "transpose", "dim"):
+                patch.setattr(torch.Tensor, name, lambda *a, name=name: pytest.fail(f"{name} of a tensor"))
+            assert override.prepare(*given, HEADS, mask, skip_reshape=hnd) is None
+    assert list(override.record.kept.values()) == [8]
+    # What the decision rests on beside the call makes it be taken again.
+    with monkeypatch.context() as patch:
+        patch.setenv("SAGEATTENTION_VARIANT", "reference")
+        adapter.settings.forget()
+        call(override, core, *tensors(), HEADS)
+    adapter.settings.forget()
+    assert override.record.ran == {"reference": 1}
+
+
+@pytest.mark.parametrize("variant", ["auto", "reference"])
+def test_what_is_remembered_of_calls_does_not_grow_without_bound(variant, monkeypatch):
+    monkeypatch.setattr(adapter, "MAX_FORMS", 4)
+    override = adapter.SageOverride(variant)
+    for tokens in range(1, 12):
+        call(override, OldCore(), *(torch.randn(1, tokens, 8) for _ in range(3)), 1)
+        assert len(override.forms) <= 4
+
+
+def test_calls_that_differ_only_in_how_they_are_read_stay_apart():
+    """[B, L, heads·D] of 4 tokens, 4 heads and rank 4 look alike; so do flags that change the output's layout."""
+    override, core = adapter.SageOverride("reference"), NewCore()
+    q, k, v = (torch.randn(2, 4, 4, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    for flags in ({"skip_reshape": True}, {"skip_reshape": True, "skip_output_reshape": True}) * 2:
+        assert_quantised(call(override, core, q, k, v, 4, **flags), sdpa(q, k, v, 4, **flags))
+    flat = [t.flatten(2) for t in (q, k, v)]
+    for heads in (2, 4, 2):
+        assert_quantised(call(override, core, *flat, heads), sdpa(*flat, heads))
+    with_fewer = [flat[0], flat[1][..., :32].contiguous(), flat[2][..., :32].contiguous()]
+    for _ in range(2):
+        call(override, core, *with_fewer, 4, enable_gqa=True)
+        with pytest.raises(RuntimeError):  # the core's own: without the flag the heads have to be as many
+            call(override, core, *with_fewer, 4)
+    assert override.record.ran == {"reference": 9}
+
+
+def test_an_override_is_pickled_without_its_counts():
+    override = adapter.SageOverride("reference", sdpa)
+    call(override, OldCore(), *tensors(), HEADS)
+    copied = pickle.loads(pickle.dumps(override))
+    assert (copied.variant, copied.previous) == ("reference", sdpa) and not copied.record.ran
+    assert_quantised(call(copied, OldCore(), *tensors(), HEADS), sdpa(*tensors(), HEADS))
+
+
 def test_the_model_s_own_attention_gets_the_call_unchanged():
     q, k, v = tensors()
     core, mask = OldCore(), torch.ones(LEN_Q, LEN_K, dtype=torch.bool)
@@ -222,7 +276,7 @@ def test_a_missing_kernel_falls_back_also_where_it_is_only_noticed_at_the_launch
     def run(call):
         raise PACK.sageattention.KernelMissing(call.plan.variant.name, "its cubin can't be loaded")
 
-    monkeypatch.setattr(adapter.ops, "run_planned", run)
+    monkeypatch.setattr(adapter.dispatch, "run_planned", run)
     override, core = adapter.SageOverride("reference"), OldCore()
     assert torch.equal(call(override, core, q, k, v, HEADS), sdpa(q, k, v, HEADS))
     assert reasons(override) == ["reference: its cubin can't be loaded"] and not override.record.ran
@@ -231,28 +285,28 @@ def test_a_missing_kernel_falls_back_also_where_it_is_only_noticed_at_the_launch
 @pytest.mark.parametrize("core", CORES)
 def test_auto_tries_its_next_candidate_where_a_kernel_is_missing(core, monkeypatch, caplog):
     """On a made-up card whose Triton has no C compiler."""
-    triton, calls, auto = "sageattn_qk_int8_pv_fp16_triton", [], sys.modules[PACK.sageattention.__name__ + ".auto"]
-    card = PACK.sageattention.capability.Capability("cuda", 89, 1, "native", "RTX 4090")
-    monkeypatch.setattr(adapter.ops.capability, "of_device", lambda device, index: card)
-    monkeypatch.setattr(auto, "RULES", (auto.Rule((89,), (triton,), "static", "a test", min_q=1, min_kv=1, waves=0),))
-    monkeypatch.setattr(adapter.ops, "_absent", {})
-    adapter.ops.settings.forget()
-    adapter.ops.plan.cache_clear()
+    triton, calls, rules = "sageattn_qk_int8_pv_fp16_triton", [], sys.modules[PACK.sageattention.__name__ + ".planning.rules"]
+    card = PACK.sageattention.device.capability.Capability("cuda", 89, 1, "native", "RTX 4090")
+    monkeypatch.setattr(adapter.dispatch.capability, "of_device", lambda device, index: card)
+    monkeypatch.setattr(rules, "RULES", (rules.Rule((89,), (triton,), "static", "a test", min_q=1, min_kv=1, waves=0),))
+    monkeypatch.setattr(adapter.dispatch, "_absent", {})
+    adapter.dispatch.settings.forget()
+    adapter.dispatch.plan.cache_clear()
 
     def missing(call):
         calls.append(call)
         raise PACK.sageattention.KernelMissing(triton, "no C compiler")
 
-    monkeypatch.setitem(adapter.ops._RUNNERS, "triton", missing)
-    adapter.ops._say_once.cache_clear()
+    monkeypatch.setitem(adapter.dispatch._RUNNERS, "triton", missing)
+    adapter.dispatch._say_once.cache_clear()
     q, k, v = tensors()
     override, core = adapter.SageOverride("auto"), core()
     for _ in range(3):
         assert torch.equal(call(override, core, q, k, v, HEADS), sdpa(q, k, v, HEADS))
     assert len(calls) == 1 and caplog.text.count(f"auto passes by {triton}: no C compiler") == 1
     assert override.record.as_dict() == {"ran": {}, "kept": {f"{triton}: no C compiler": 3}, "fallbacks": {}}
-    adapter.ops.settings.forget()
-    adapter.ops.plan.cache_clear()
+    adapter.dispatch.settings.forget()
+    adapter.dispatch.plan.cache_clear()
 
 
 @pytest.mark.parametrize("core", CORES)
@@ -272,7 +326,7 @@ def test_a_device_s_failure_is_not_swallowed(error, monkeypatch):
     def run(call):
         raise kind("the device failed")
 
-    monkeypatch.setattr(adapter.ops, "run_planned", run)
+    monkeypatch.setattr(adapter.dispatch, "run_planned", run)
     core = OldCore()
     with pytest.raises(kind, match="the device failed"):
         call(adapter.SageOverride("reference"), core, q, k, v, HEADS)
@@ -363,9 +417,9 @@ def test_containers_free_k_and_v_before_the_output_is_made(monkeypatch):
         alive.append([ref() is not None for ref in references])
         return sdpa(*(t.flatten(2) for t in (q, *kv)), HEADS, scale=sm_scale).unflatten(2, (HEADS, DIM)), None
 
-    monkeypatch.setattr(adapter.ops, "halves_save_memory", lambda call: True)
-    monkeypatch.setattr(adapter.ops, "quantize_planned", quantize_planned)
-    monkeypatch.setattr(adapter.ops, "attend", attend)
+    monkeypatch.setattr(adapter.dispatch, "halves_save_memory", lambda call: True)
+    monkeypatch.setattr(adapter.dispatch, "quantize_planned", quantize_planned)
+    monkeypatch.setattr(adapter.dispatch, "attend", attend)
     for _ in range(2):
         given = contained(*tensors())
         references = [weakref.ref(c.tensor) for c in given]

@@ -9,9 +9,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import sageattention  # noqa: E402
-from sageattention import CudaError, KernelMissing, Unsupported, capability, inputs, sageattn, settings  # noqa: E402
-from sageattention.capability import Capability  # noqa: E402
-from sageattention.reference import oracle  # noqa: E402
+from sageattention import CudaError, KernelMissing, Unsupported, sageattn, settings  # noqa: E402
+from sageattention.cli import workloads  # noqa: E402
+from sageattention.device import capability  # noqa: E402
+from sageattention.device.capability import Capability  # noqa: E402
+from sageattention.numerics.reference import oracle  # noqa: E402
 from sageattention.variants import VARIANTS  # noqa: E402
 
 CUDA_FUNCTIONS = {name: getattr(sageattention, name) for name, variant in VARIANTS.items() if variant.backend == "cuda"}
@@ -25,7 +27,7 @@ def qkv(len_q=33, len_kv=70, heads=2, heads_kv=None, head_dim=64, dtype=torch.bf
 
 
 def check(out, lse, exact, exact_lse, bound=0.02):
-    assert inputs.relative_l2(out, exact) < bound
+    assert workloads.relative_l2(out, exact) < bound
     if lse is not None:
         seen = exact_lse != -torch.inf
         assert torch.equal(lse == -torch.inf, ~seen)
@@ -145,7 +147,7 @@ def test_a_fully_masked_row_is_zero_and_a_row_of_finfo_min_is_not(variant, dtype
             # As fp32 attention has it, the bias drowns the scores and leaves the average. SDPA in fp16 holds it at −65504, which does not.
             survive = variant == "sdpa" and dtype == torch.float16
             expected = oracle(q, k, v)[0][:, :, 7] if survive else v.double().mean(2)
-            assert inputs.relative_l2(o[:, :, 7], expected) < 0.02
+            assert workloads.relative_l2(o[:, :, 7], expected) < 0.02
 
 
 @pytest.mark.parametrize("variant", ["auto", QUANTISED])
@@ -186,7 +188,7 @@ def test_compatibility_switches_change_nothing():
 def test_the_quantised_path_is_really_taken():
     q, k, v = qkv()
     exact = oracle(q, k, v)[0]
-    error = inputs.relative_l2(sageattn(q.float(), k.float(), v.float(), variant=QUANTISED), exact)
+    error = workloads.relative_l2(sageattn(q.float(), k.float(), v.float(), variant=QUANTISED), exact)
     assert 0.003 < error < 0.011
 
 
@@ -240,9 +242,9 @@ def test_torch_func_finds_a_gradient_or_a_refusal():
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    from sageattention import ops
+    from sageattention import dispatch
 
-    monkeypatch.setattr(ops, "run", lambda call: pytest.fail(f"{call.plan.variant.name} ran"))
+    monkeypatch.setattr(dispatch, "run", lambda call: pytest.fail(f"{call.plan.variant.name} ran"))
 
 
 FUNCTIONS = {name: getattr(sageattention, name) for name in POSITIONAL if name != "sageattn_varlen"}
@@ -294,7 +296,7 @@ def test_unknown_choices():
 def hopper_without_kernels(monkeypatch):
     """CPU tensors that the planner takes for a GPU's, in an installation that holds no kernel."""
     monkeypatch.setattr(capability, "of_device", lambda device, index: Capability("cuda", 90, 132, "none", "H200"))
-    from sageattention import plan
+    from sageattention.planning import plan
 
     plan.plan.cache_clear()
     yield
@@ -310,20 +312,21 @@ def test_a_missing_kernel_is_never_another_variant():
 
 def test_auto_runs_its_next_candidate_where_a_kernel_is_missing(monkeypatch, caplog):
     """A made-up card whose Triton has no C compiler: that comes out at the first launch only."""
-    from sageattention import auto, ops, plan
+    from sageattention import dispatch
+    from sageattention.planning import plan, rules
 
     triton, calls = "sageattn_qk_int8_pv_fp16_triton", []
     monkeypatch.setattr(capability, "of_device", lambda device, index: Capability("cuda", 89, 1, "native", "RTX 4090"))
-    monkeypatch.setattr(auto, "RULES", (auto.Rule((89,), (triton,), "static", "a test", min_q=1, min_kv=1, waves=0),))
-    monkeypatch.setattr(ops, "_absent", {})
+    monkeypatch.setattr(rules, "RULES", (rules.Rule((89,), (triton,), "static", "a test", min_q=1, min_kv=1, waves=0),))
+    monkeypatch.setattr(dispatch, "_absent", {})
     plan.plan.cache_clear()
 
     def missing(call):
         calls.append(call)
         raise KernelMissing(triton, "no C compiler")
 
-    monkeypatch.setitem(ops._RUNNERS, "triton", missing)
-    ops._say_once.cache_clear()
+    monkeypatch.setitem(dispatch._RUNNERS, "triton", missing)
+    dispatch._say_once.cache_clear()
     q, k, v = qkv()
     assert sageattention.explain(q, k, v).variant == triton
     for _ in range(3):
@@ -417,11 +420,11 @@ def test_quantising_k_and_v_names_what_is_at_fault(changes, fault):
 def test_a_traced_call_is_the_operator(mode):
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    from sageattention import operators
+    from sageattention import torch_library
 
     q, k, v = qkv()
     graph = make_fx(lambda q, k, v: sageattn(q, k, v, variant=QUANTISED), tracing_mode=mode)(q, k, v)
-    assert len(graph.graph.find_nodes(op="call_function", target=operators.attention)) == 1
+    assert len(graph.graph.find_nodes(op="call_function", target=torch_library.attention)) == 1
     assert torch.equal(graph(q, k, v), sageattn(q, k, v, variant=QUANTISED))
 
 

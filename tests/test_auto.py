@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from sageattention import auto
-from sageattention.auto import MIN_TOKENS, RULES, choose, mma_gain
-from sageattention.capability import Capability
-from sageattention.problem import Problem
-from sageattention.variants import HEAD_DIMS, TRITON_FP16, VARIANTS
+from sageattention.device.capability import Capability
+from sageattention.numerics.constants import HEAD_DIMS
+from sageattention.planning import rules
+from sageattention.planning.problem import Problem
+from sageattention.planning.rules import MIN_TOKENS, RULES, choose, mma_gain
+from sageattention.variants import TRITON_FP16, VARIANTS
 
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 
@@ -27,11 +28,11 @@ def problem(**changes):
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_rule_names_what_there_is(rule):
-    assert rule.basis in auto.BASIS and rule.why
+    assert rule.basis in rules.BASIS and rule.why
     assert set(rule.head_dims) <= set(HEAD_DIMS) and set(rule.masks) <= {"none", "causal", "dense"}
     for candidate in rule.order:
         variant = VARIANTS[candidate.partition(":")[0]]
-        assert variant.backend in ("triton", "cuda") and auto.scheme(candidate)
+        assert variant.backend in ("triton", "cuda") and rules.scheme(candidate)
         for arch in rule.archs:
             assert arch >= variant.min_arch and (not variant.archs or arch in variant.archs)
 
@@ -63,10 +64,10 @@ def test_the_document_has_the_model_s_figures():
     text = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text(encoding="utf-8")
     section = text[text.index("## The static model") :]
     order = ("int8_cuda", "fp8_cuda:fp32+fp16", "fp8_cuda:fp32", "fp16_cuda:fp16+fp32", "fp16_cuda")
-    for arch in auto.MMA_RATES:
+    for arch in rules.MMA_RATES:
         row = re.search(rf"^\| {arch // 10}\.{arch % 10} \|(.*)\|$", section, re.MULTILINE)[1].split("|")
         for cell, name in zip(row, order):
-            known = name.partition("_")[0] != "fp8" or ("fp8", "fp16") in auto.MMA_RATES[arch]
+            known = name.partition("_")[0] != "fp8" or ("fp8", "fp16") in rules.MMA_RATES[arch]
             assert cell.strip() == (f"{mma_gain(arch, f'sageattn_qk_int8_pv_{name}'):.2f}" if known else "–"), (arch, name)
 
 
@@ -113,7 +114,7 @@ def test_the_reason_is_the_row():
 
 
 def test_a_rule_looks_at_head_dim_and_mask():
-    rule = auto.Rule((90,), ("sageattn_qk_int8_pv_fp16_cuda",), "measured", "as a test", head_dims=(64,), masks=("none",))
+    rule = rules.Rule((90,), ("sageattn_qk_int8_pv_fp16_cuda",), "measured", "as a test", head_dims=(64,), masks=("none",))
     assert rule.miss(problem(head_dim=40), gpu(90)) == ""
     assert "head_dim 128" in rule.miss(problem(head_dim=72), gpu(90))
     assert "'causal'" in rule.miss(problem(head_dim=64, causal=True), gpu(90))
@@ -122,4 +123,4 @@ def test_a_rule_looks_at_head_dim_and_mask():
 
 @pytest.mark.parametrize(("arch", "family"), [(61, 75), (75, 75), (87, 86), (90, 90), (103, 100), (121, 120), (130, 120)])
 def test_an_unknown_architecture_takes_the_rules_of_the_one_before(arch, family):
-    assert auto.family(arch) == family
+    assert rules.family(arch) == family

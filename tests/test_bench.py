@@ -10,11 +10,11 @@ torch = pytest.importorskip("torch")
 
 from fake_gpu import Gpu, attention, install  # noqa: E402
 
-from sageattention import Unsupported, inputs  # noqa: E402
-from sageattention.cli import bench  # noqa: E402
+from sageattention import Unsupported  # noqa: E402
+from sageattention.cli import bench, workloads  # noqa: E402
 from sageattention.cli.candidates import Candidate  # noqa: E402
 
-SHAPE = inputs.Shape("small", 1, 2, 64, 96, 64)
+SHAPE = workloads.Shape("small", 1, 2, 64, 96, 64)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_shape_that_does_not_fit_the_card_is_skipped(gpu, monkeypatch):
     def full(*arguments, **keywords):
         raise torch.cuda.OutOfMemoryError("full")
 
-    monkeypatch.setattr(bench.inputs, "make", full)
+    monkeypatch.setattr(bench.workloads, "make", full)
     row = run([attention(gpu, "ours", 1.0)])["ours"]
     assert "memory" in row.skipped and row.event_ms is None
     bench._print_shape(SHAPE, [row])

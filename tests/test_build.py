@@ -14,7 +14,7 @@ import types
 import pytest
 from stub import CSRC, DEMO_CSRC, DEMO_KERNELS, ENTRIES, TABLE, DemoParams, build, by_path, nvrtc
 
-from sageattention.images import Entry, Image
+from sageattention.kernels.binaries import Entry, Image
 
 FEW = tuple(i for i in TABLE if i.arch in ("sm_75", "sm_90a", "compute_80"))
 

@@ -13,13 +13,15 @@ torch = pytest.importorskip("torch")
 
 from fake_gpu import attention, install  # noqa: E402
 
-from sageattention import KernelMissing, Unsupported, auto, calibration, capability, libcuda  # noqa: E402
+from sageattention import KernelMissing, Unsupported, _version  # noqa: E402
 from sageattention import __main__ as cli  # noqa: E402
-from sageattention.calibration import Calibration, Ignored, Point  # noqa: E402
-from sageattention.capability import Capability  # noqa: E402
 from sageattention.cli import calibrate  # noqa: E402
-from sageattention.plan import plan  # noqa: E402
-from sageattention.problem import Problem  # noqa: E402
+from sageattention.device import capability, libcuda  # noqa: E402
+from sageattention.device.capability import Capability  # noqa: E402
+from sageattention.planning import calibration, rules  # noqa: E402
+from sageattention.planning.calibration import Calibration, Ignored, Point  # noqa: E402
+from sageattention.planning.plan import plan  # noqa: E402
+from sageattention.planning.problem import Problem  # noqa: E402
 
 CARD = Capability("cuda", 89, 100, "native", "NVIDIA GeForce RTX 4090")
 TRITON = "sageattn_qk_int8_pv_fp16_triton"
@@ -116,7 +118,7 @@ def test_one_made_for_something_else_is_ignored_with_one_line(what, monkeypatch,
     elif what == "torch":
         monkeypatch.setattr(torch, "__version__", OTHERS[what])
     elif what == "sageattention":
-        monkeypatch.setattr("sageattention.__version__", OTHERS[what])
+        monkeypatch.setattr(_version, "__version__", OTHERS[what])
     assert [calibration.of_card(card) for _ in range(3)] == [None] * 3
     assert len(caplog.records) == 1 and f"made for {what} " in caplog.text and "--calibrate" in caplog.text
     assert calibration.state(card).startswith("ignored: ")
@@ -253,8 +255,8 @@ def test_where_sdpa_won_counts_for_calls_of_about_that_length(timed, length, cou
 def test_beyond_what_was_timed_the_table_decides():
     known = kept(point({TRITON: 1.0}))
     for other in (problem(head_dim=64), problem(mask="bool"), problem(heads_q=1, heads_kv=1)):
-        assert auto.choose(other, CARD, 89, known) == auto.choose(other, CARD, 89)
-    assert auto.choose(problem(), CARD, 80, known) == auto.choose(problem(), CARD, 80)  # SAGEATTENTION_ARCH
+        assert rules.choose(other, CARD, 89, known) == rules.choose(other, CARD, 89)
+    assert rules.choose(problem(), CARD, 80, known) == rules.choose(problem(), CARD, 80)  # SAGEATTENTION_ARCH
 
 
 def test_a_call_uses_its_card_s(monkeypatch):

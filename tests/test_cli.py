@@ -91,8 +91,8 @@ def test_doctor_names_a_variant_variable_that_names_none(monkeypatch, capsys):
 
 @pytest.mark.parametrize("needed", [False, True])
 def test_doctor_asks_for_triton_only_where_nothing_else_runs(needed, monkeypatch):
-    from sageattention import capability
     from sageattention.cli import doctor
+    from sageattention.device import capability
 
     monkeypatch.setattr(capability, "triton_mode", lambda: "none")
     problems = []
@@ -126,26 +126,26 @@ def test_check_passes_and_is_parseable(capsys):
     ids=["2 % too large", "NaN"],
 )
 def test_check_fails_when_a_variant_is_off(spoil, word, monkeypatch, capsys):
-    from sageattention import ops
+    from sageattention import dispatch
 
-    honest = ops._RUNNERS["reference"]
+    honest = dispatch._RUNNERS["reference"]
 
     def spoiled(call):
         out, lse = honest(call)
         return spoil(out), lse
 
-    monkeypatch.setitem(ops._RUNNERS, "reference", spoiled)
+    monkeypatch.setitem(dispatch._RUNNERS, "reference", spoiled)
     assert cli.main(QUICK_CHECK) == 1
     assert word in capsys.readouterr().out
 
 
 def test_check_fails_when_a_variant_raises(monkeypatch, capsys):
-    from sageattention import ops
+    from sageattention import dispatch
 
     def broken(call):
         raise RuntimeError("launch failed")
 
-    monkeypatch.setitem(ops._RUNNERS, "reference", broken)
+    monkeypatch.setitem(dispatch._RUNNERS, "reference", broken)
     assert cli.main(QUICK_CHECK) == 1
     assert "RuntimeError: launch failed" in capsys.readouterr().out
 
@@ -156,13 +156,13 @@ def test_check_of_a_variant_asked_for_by_name_fails_where_it_cannot_run(capsys):
 
 
 def test_check_tells_a_kernel_that_turns_out_to_be_missing(monkeypatch, capsys):
-    from sageattention import KernelMissing, ops
+    from sageattention import KernelMissing, dispatch
     from sageattention.cli import check
 
     def missing(call):
         raise KernelMissing("reference", "reference.cubin can't be loaded")
 
-    monkeypatch.setitem(ops._RUNNERS, "reference", missing)
+    monkeypatch.setitem(dispatch._RUNNERS, "reference", missing)
     real = check.cases
     monkeypatch.setattr(check, "cases", lambda device, quick: iter([next(real(device, quick=quick))]))
     assert cli.main(["check", "--device", "cpu", "--quick"]) == 0

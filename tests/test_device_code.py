@@ -15,12 +15,19 @@ import matrix
 import pytest
 import torch
 
-from sageattention import cuda_ops, driver, images, ops, store
-from sageattention.capability import Capability
-from sageattention.plan import WORKSPACE_LIMIT, plan
-from sageattention.problem import Problem
-from sageattention.reference import emulate, oracle, quantise_k, quantise_v
-from sageattention.variants import CUDA_FP16, IMAGES, K_SCALE_SHIFT, KERNELS, MMA_FP16, VARIANTS, Kernels, find_tile
+from sageattention import dispatch
+from sageattention.backends.call import Call
+from sageattention.backends.cuda import driver, host, workspace
+from sageattention.device.capability import Capability
+from sageattention.kernels import binaries, store
+from sageattention.kernels.family import Kernels, find_tile
+from sageattention.kernels.mma import MMA_FP16
+from sageattention.kernels.table import IMAGES, KERNELS
+from sageattention.numerics.constants import K_SCALE_SHIFT
+from sageattention.numerics.reference import emulate, oracle, quantise_k, quantise_v
+from sageattention.planning.plan import WORKSPACE_LIMIT, plan
+from sageattention.planning.problem import Problem
+from sageattention.variants import CUDA_FP16, VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
@@ -72,12 +79,12 @@ def lanes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def card(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> Lanes:
-    monkeypatch.delenv(images.FORCE, raising=False)
+    monkeypatch.delenv(binaries.FORCE, raising=False)
     monkeypatch.setattr(store, "missing", lambda image: "")
-    monkeypatch.setattr(cuda_ops, "_recipes", {})
-    monkeypatch.setattr(cuda_ops.capability, "of_device", lambda *_: lanes.capability)
+    monkeypatch.setattr(workspace, "_recipes", {})
+    monkeypatch.setattr(workspace.capability, "of_device", lambda *_: lanes.capability)
     monkeypatch.setattr(driver, "kernel", lambda index, image, symbol, variant: symbol)
-    monkeypatch.setattr(cuda_ops, "_issue", lambda device, chains: [lanes.launch(device, 0, chain) for chain in chains])
+    monkeypatch.setattr(host, "_issue", lambda device, chains: [lanes.launch(device, 0, chain) for chain in chains])
     plan.cache_clear()  # other tests may have planned without images
     return lanes
 
@@ -92,7 +99,7 @@ def run(card: Lanes, tensors: dict[str, torch.Tensor], mask: torch.Tensor | None
     if card.capability.arch < VARIANTS[variant].min_arch:
         pytest.skip(f"{variant} is not for sm_{card.capability.arch}")
     chosen = plan(problem, card.capability, variant, accum, arch=card.capability.arch)
-    out, lse = cuda_ops.run(ops.Call(*tensors.values(), ops._four_dims(mask), problem, chosen, {}))
+    out, lse = host.run(Call(*tensors.values(), dispatch._four_dims(mask), problem, chosen, {}))
     return out, lse, chosen.scheme
 
 
@@ -127,8 +134,8 @@ def test_kernels_agree_with_the_emulation(
     expected, expected_lse = emulate(**t, scheme=scheme, is_causal=causal, attn_mask=given_mask)
     exact, exact_lse = oracle(**t, is_causal=causal, attn_mask=given_mask)
     assert out.isfinite().all()
-    assert matrix.inputs.relative_l2(out, expected) <= matrix.EMULATION_BOUND[scheme.pv] + matrix.OUTPUT_STEP[dtype]
-    assert matrix.inputs.relative_l2(out, exact) <= 0.08
+    assert matrix.workloads.relative_l2(out, expected) <= matrix.EMULATION_BOUND[scheme.pv] + matrix.OUTPUT_STEP[dtype]
+    assert matrix.workloads.relative_l2(out, exact) <= 0.08
     masked = exact_lse == -torch.inf
     assert (out[masked] == 0).all() and (lse[masked] == -torch.inf).all()
     assert (lse - expected_lse)[~masked].abs().mean() <= 2e-3
@@ -151,7 +158,7 @@ def test_equal_weights_give_the_mean_of_v(card: Lanes, variant: str) -> None:
     t, _ = matrix.tensors(matrix.Case(card.head_dim, "float32", len_q=3, len_kv=333))
     t["q"].zero_()
     out, _, scheme = run(card, t, None, variant, "")
-    error = matrix.inputs.relative_l2(out, t["v"].double().mean(2, keepdim=True).expand_as(out))
+    error = matrix.workloads.relative_l2(out, t["v"].double().mean(2, keepdim=True).expand_as(out))
     assert error <= (1e-3 if scheme.v_rounded or scheme.pv == "fp16" else 0.05)
 
 
@@ -159,7 +166,7 @@ def test_equal_weights_give_the_mean_of_v(card: Lanes, variant: str) -> None:
 def test_where_there_is_nothing_to_quantise(card: Lanes, shape: tuple[int, int, int]) -> None:
     k = torch.zeros(*shape, card.head_dim)
     problem = on_card({"q": k, "k": k, "v": k})
-    kv = cuda_ops.quantize(k, k, problem, plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch))
+    kv = host.quantize(k, k, problem, plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch))
     assert kv.buffer.numel() == 0
 
 
@@ -168,15 +175,15 @@ def test_groups_of_heads_and_halves_give_the_same_bits(card: Lanes, monkeypatch:
     t, _ = matrix.tensors(matrix.Case(card.head_dim, heads_q=4, heads_kv=2, len_q=20, len_kv=100))
     whole = run(card, t, None, CUDA_FP16.name, "fp32", is_causal=causal)
     monkeypatch.setitem(WORKSPACE_LIMIT, "cuda", 2 * 2 * MMA_FP16.tile_bytes(card.head_dim))  # of the four pairs, one a group
-    cuda_ops._recipes.clear()
+    workspace._recipes.clear()
     plan.cache_clear()
     parts = run(card, t, None, CUDA_FP16.name, "fp32", is_causal=causal)
-    (recipe,) = cuda_ops._recipes.values()
+    (recipe,) = workspace._recipes.values()
     assert recipe.groups == ((0, 1), (1, 1), (2, 1), (3, 1))
     assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
     problem = on_card(t, is_causal=causal)
-    kv = cuda_ops.quantize(t["k"], t["v"], problem, plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch))
-    halves = cuda_ops.attend_all(t["q"], kv, problem, None)
+    kv = host.quantize(t["k"], t["v"], problem, plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch))
+    halves = host.attend_all(t["q"], kv, problem, None)
     assert torch.equal(halves[0], whole[0]) and torch.equal(halves[1], whole[1])
 
 
@@ -238,8 +245,8 @@ def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: Ker
     problem = on_card(t)
     chosen = plan(problem, card.capability, variant.name, next(iter(kernels.schemes)), arch=0 if kernels.arch else arch)
     assert chosen.kernels is kernels
-    kv = cuda_ops.quantize(t["k"], t["v"], problem, chosen)
-    (recipe,) = cuda_ops._recipes.values()
+    kv = host.quantize(t["k"], t["v"], problem, chosen)
+    (recipe,) = workspace._recipes.values()
     w, size = recipe.workspace, kernels.tile_bytes(d)
 
     def buffer(at: int, kind: torch.dtype, *shape: int) -> torch.Tensor:

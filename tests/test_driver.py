@@ -16,7 +16,10 @@ import pytest
 import stub
 from stub import ENTRIES, TABLE, DemoParams, by_path
 
-from sageattention import CudaError, KernelMissing, Unsupported, driver, images, launcher, libcuda, store
+from sageattention import CudaError, KernelMissing, Unsupported
+from sageattention.backends.cuda import driver, launcher
+from sageattention.device import libcuda
+from sageattention.kernels import binaries, store
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "a_variant"
@@ -57,7 +60,7 @@ def cuda(library, tmp_path, monkeypatch):
     monkeypatch.setattr(libcuda, "NVML", library.path)
     monkeypatch.setattr(store, "KERNELS", tmp_path / "kernels")
     monkeypatch.setenv(launcher.CHOICE, "ctypes")
-    monkeypatch.delenv(images.FORCE, raising=False)
+    monkeypatch.delenv(binaries.FORCE, raising=False)
     stub.install_images(tmp_path / "kernels")
     forget()
     yield library
@@ -96,7 +99,7 @@ NATIVE = {
 
 @pytest.mark.parametrize("arch", NATIVE)
 def test_every_card_gets_the_closest_image(arch):
-    assert images.select(TABLE, "demo", arch).path == NATIVE[arch]
+    assert binaries.select(TABLE, "demo", arch).path == NATIVE[arch]
 
 
 @pytest.mark.parametrize(
@@ -109,13 +112,13 @@ def test_every_card_gets_the_closest_image(arch):
     ],
 )
 def test_without_its_image_a_card_gets_the_next_best(absent, arch, path):
-    assert images.select([i for i in TABLE if i.arch != absent], "demo", arch).path == path
+    assert binaries.select([i for i in TABLE if i.arch != absent], "demo", arch).path == path
 
 
 def test_too_old_a_card_and_an_unknown_name_get_nothing():
-    assert images.select(TABLE, "demo", 70) is None
-    assert images.select(TABLE, "other", 90) is None
-    assert list(images.describe(TABLE, "demo"))[:2] == ["sm_75", "sm_80"]
+    assert binaries.select(TABLE, "demo", 70) is None
+    assert binaries.select(TABLE, "other", 90) is None
+    assert list(binaries.describe(TABLE, "demo"))[:2] == ["sm_75", "sm_80"]
 
 
 @pytest.mark.parametrize(
@@ -131,28 +134,28 @@ def test_too_old_a_card_and_an_unknown_name_get_nothing():
     ],
 )
 def test_the_environment_forces_a_family(monkeypatch, text, forced, path):
-    monkeypatch.setenv(images.FORCE, text)
-    assert images.forced() == forced
-    assert images.select(TABLE, "demo", 90, *forced).path == path
+    monkeypatch.setenv(binaries.FORCE, text)
+    assert binaries.forced() == forced
+    assert binaries.select(TABLE, "demo", 90, *forced).path == path
 
 
 def test_a_family_compiled_for_the_card_goes_before_its_ptx():
-    both = (*TABLE, images.Image("demo", "sm_90a", "demo.cuh", ENTRIES, family=80))
+    both = (*TABLE, binaries.Image("demo", "sm_90a", "demo.cuh", ENTRIES, family=80))
     assert both[-1].path == "sm_90a/demo.f80.cubin.xz"
-    assert images.select(both, "demo", 90, 80) is both[-1]
-    assert images.select(both, "demo", 90, 80, True).path == "compute_80/demo.ptx.xz"
-    assert images.select(both, "demo", 90).path == "sm_90a/demo.cubin.xz"
+    assert binaries.select(both, "demo", 90, 80) is both[-1]
+    assert binaries.select(both, "demo", 90, 80, True).path == "compute_80/demo.ptx.xz"
+    assert binaries.select(both, "demo", 90).path == "sm_90a/demo.cubin.xz"
 
 
 def test_a_family_the_card_cannot_run_is_not_replaced_by_another():
-    assert images.select(TABLE, "demo", 80, 89) is None
+    assert binaries.select(TABLE, "demo", 80, 89) is None
 
 
 @pytest.mark.parametrize("text", ["hopper", "9", "sm_", "80;90", "-1"])
 def test_nonsense_in_the_environment_is_refused(monkeypatch, text):
-    monkeypatch.setenv(images.FORCE, text)
-    with pytest.raises(Unsupported, match=images.FORCE) as caught:
-        images.forced()
+    monkeypatch.setenv(binaries.FORCE, text)
+    with pytest.raises(Unsupported, match=binaries.FORCE) as caught:
+        binaries.forced()
     assert repr(text) in caught.value.reason
 
 
@@ -491,5 +494,7 @@ def test_the_compiled_launcher_is_of_the_packages_version(either):
 
 
 def test_importing_opens_no_driver():
-    code = "import sys, sageattention.driver as d; assert 'torch' not in sys.modules; assert not d.libcuda.library.cache_info().currsize"
+    code = """if True:
+        import sys, sageattention.backends.cuda.driver as d
+        assert "torch" not in sys.modules and not d.libcuda.library.cache_info().currsize"""
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -13,7 +13,9 @@ from stub import DEMO_KERNELS, TABLE, DemoParams, by_path
 
 torch = pytest.importorskip("torch")
 
-from sageattention import CudaError, KernelMissing, driver, images, launcher, store  # noqa: E402
+from sageattention import CudaError, KernelMissing  # noqa: E402
+from sageattention.backends.cuda import driver, launcher  # noqa: E402
+from sageattention.kernels import binaries, store  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 N = 1000
@@ -33,7 +35,7 @@ def gpu(request, monkeypatch):
 
 def load(index: int, path: str = "", symbol: str = "demo_double") -> launcher.Kernel:
     major, minor = torch.cuda.get_device_capability(index)
-    image = by_path(path) if path else images.select(TABLE, "demo", 10 * major + minor)
+    image = by_path(path) if path else binaries.select(TABLE, "demo", 10 * major + minor)
     return driver.kernel(index, image, symbol, "demo")
 
 
@@ -71,7 +73,7 @@ def test_machine_code_of_another_card_is_refused_and_the_right_one_still_loads(g
 
 
 def test_a_corrupt_image_that_passes_the_hash_is_refused_by_the_driver(gpu, tmp_path, monkeypatch):
-    image = images.select(TABLE, "demo", driver.device(gpu).arch)
+    image = binaries.select(TABLE, "demo", driver.device(gpu).arch)
     monkeypatch.setattr(store, "read", lambda image: b"\x7fELF" + bytes(4096))
     with pytest.raises(KernelMissing, match=r"CUDA_ERROR_\w+ \(\d+\)"):
         driver.kernel(gpu, image, "demo_double", "demo")

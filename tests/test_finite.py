@@ -14,7 +14,7 @@ from hypothesis import assume, example, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from sageattention import variants  # noqa: E402
-from sageattention.reference import emulate, oracle  # noqa: E402
+from sageattention.numerics.reference import emulate, oracle  # noqa: E402
 
 SCHEMES = {s: f"{v.name}-{a}" for v in variants.VARIANTS.values() for a, s in v.schemes.items()}
 repeatable = settings(derandomize=True, deadline=None, database=None)

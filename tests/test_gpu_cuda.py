@@ -6,11 +6,15 @@ import matrix
 import pytest
 import torch
 
-from sageattention import KernelMissing, Unsupported, attend, cuda_ops, images, inputs, ops, quantize_kv, sageattn, settings
-from sageattention import plan as plan_module
-from sageattention.plan import Plan, plan
-from sageattention.problem import Problem
-from sageattention.variants import TEST_TARGETS, VARIANTS
+from sageattention import KernelMissing, Unsupported, attend, dispatch, quantize_kv, sageattn, settings
+from sageattention.backends.cuda import workspace
+from sageattention.cli import workloads
+from sageattention.kernels import binaries
+from sageattention.kernels.table import TEST_TARGETS
+from sageattention.planning import plan as plan_module
+from sageattention.planning.plan import Plan, plan
+from sageattention.planning.problem import Problem
+from sageattention.variants import VARIANTS
 
 pytestmark = pytest.mark.gpu
 CUDA = [v for v in VARIANTS.values() if v.kernels]
@@ -26,11 +30,11 @@ def planned(variant: str, accum: str = "", head_dim: int = 128) -> Plan:
     """The plan of a call; skips where it is not for this card, or is by images that are only built for tests and were not."""
     shape = {"batch": 2, "heads_q": 2, "heads_kv": 2, "len_q": 64, "len_kv": 64, "head_dim": head_dim, "dtype": "bfloat16"}
     try:
-        return ops.plan_for(Problem(**shape, device="cuda", device_index=0), variant, accum)
+        return dispatch.plan_for(Problem(**shape, device="cuda", device_index=0), variant, accum)
     except Unsupported as error:
         pytest.skip(str(error))
     except KernelMissing as error:
-        if settings.read(images.FORCE) not in TEST_TARGETS:
+        if settings.read(binaries.FORCE) not in TEST_TARGETS:
             raise  # the package is to hold it
         pytest.skip(str(error))
 
@@ -59,7 +63,7 @@ def test_matrix(case: matrix.Case, variant: str, accum: str) -> None:
 def test_kernels_of_other_architectures(
     family: str, variant: str, accum: str, head_dim: int, mask: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(images.FORCE, family)
+    monkeypatch.setenv(binaries.FORCE, family)
     assert not planned(variant, accum, head_dim).kernels.arch
     matrix.check(matrix.Case(head_dim, mask=mask, heads_q=4), variant, accum, device="cuda")
 
@@ -67,16 +71,16 @@ def test_kernels_of_other_architectures(
 @each_accumulator
 def test_accuracy_on_every_kind_of_input(variant: str, accum: str) -> None:
     pv = planned(variant, accum).scheme.pv
-    for kind in inputs.KINDS.values():
-        shape = kind.sized(inputs.ACCURACY)
-        q, k, v = inputs.make(kind.name, shape, device="cuda")
-        call = ops.prepare(
+    for kind in workloads.KINDS.values():
+        shape = kind.sized(workloads.ACCURACY)
+        q, k, v = workloads.make(kind.name, shape, device="cuda")
+        call = dispatch.prepare(
             q, k, v, tensor_layout="HND", is_causal=False, attn_mask=None, sm_scale=None, return_lse=False, variant=variant, accum=accum
         )
-        out, exact = ops.run(call)[0], torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
-        assert inputs.relative_l2(out, exact) <= kind.bounds[pv], kind.name
+        out, exact = dispatch.run(call)[0], torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+        assert workloads.relative_l2(out, exact) <= kind.bounds[pv], kind.name
         if kind.gain is not None:
-            assert abs(inputs.gain(out, exact) - 1) <= kind.gain, kind.name
+            assert abs(workloads.gain(out, exact) - 1) <= kind.gain, kind.name
 
 
 @each_variant
@@ -97,16 +101,16 @@ def test_groups_of_heads_change_nothing(variant: str, request: pytest.FixtureReq
     t, _ = matrix.tensors(matrix.Case(128, heads_q=10, heads_kv=5, len_q=500, len_kv=3000), "cuda")
     whole = sageattn(**t, return_lse=True, variant=variant)
     request.getfixturevalue("small_groups")
-    chosen = ops.plan_for(Problem.from_tensors(**t, return_lse=True), variant)
+    chosen = dispatch.plan_for(Problem.from_tensors(**t, return_lse=True), variant)
     first = sageattn(**t, return_lse=True, variant=variant)
     for _ in range(20):
         parts = sageattn(**t, return_lse=True, variant=variant)
         assert torch.equal(parts[0], first[0]) and torch.equal(parts[1], first[1])
     if chosen.scheme.v_mean:  # a sum over tokens whose order depends on how many blocks there are for a head
-        assert inputs.relative_l2(first[0], whole[0]) <= 2e-3 and torch.allclose(first[1], whole[1], atol=1e-3)
+        assert workloads.relative_l2(first[0], whole[0]) <= 2e-3 and torch.allclose(first[1], whole[1], atol=1e-3)
     else:
         assert torch.equal(first[0], whole[0]) and torch.equal(first[1], whole[1])
-    recipe = next(r for r in cuda_ops._recipes.values() if r.plan is chosen)
+    recipe = next(r for r in workspace._recipes.values() if r.plan is chosen)
     assert len(recipe.groups) == 10
 
 

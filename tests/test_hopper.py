@@ -9,10 +9,13 @@ torch = pytest.importorskip("torch")
 import matrix  # noqa: E402
 from stub import CSRC, build, nvrtc  # noqa: E402
 
-from sageattention import Unsupported, inputs, ops, variants  # noqa: E402
-from sageattention.reference import emulate, oracle  # noqa: E402
+from sageattention import Unsupported, dispatch, variants  # noqa: E402
+from sageattention.cli import workloads  # noqa: E402
+from sageattention.kernels import table  # noqa: E402
+from sageattention.numerics.reference import emulate, oracle  # noqa: E402
+from sageattention.numerics.scheme import FP8_FP32_WGMMA, FP16_FP32_WGMMA  # noqa: E402
 
-IMAGES = {i.name: i for i in variants.IMAGES if "wgmma" in i.name}
+IMAGES = {i.name: i for i in table.IMAGES if "wgmma" in i.name}
 
 
 @pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
@@ -28,13 +31,13 @@ def test_compiles_without_spills_or_serialised_wgmma(image):
     assert all(usage[e.symbol].stack <= e.local for e in image.entries)
 
 
-@pytest.mark.parametrize("scheme", [variants.FP16_FP32_WGMMA, variants.FP8_FP32_WGMMA], ids=["fp16", "fp8"])
+@pytest.mark.parametrize("scheme", [FP16_FP32_WGMMA, FP8_FP32_WGMMA], ids=["fp16", "fp8"])
 @pytest.mark.parametrize("kind", ["normal", "channel_bias", "heavy_tailed", "sink"])
 def test_scheme_keeps_the_bounds(kind, scheme):
-    shape = inputs.KINDS[kind].sized(inputs.Shape("small", 1, 1, 256, 2001, 128))
-    q, k, v = inputs.make(kind, shape)
-    error = inputs.relative_l2(emulate(q, k, v, scheme)[0], oracle(q, k, v)[0])
-    assert error <= inputs.KINDS[kind].bounds[scheme.pv]
+    shape = workloads.KINDS[kind].sized(workloads.Shape("small", 1, 1, 256, 2001, 128))
+    q, k, v = workloads.make(kind, shape)
+    error = workloads.relative_l2(emulate(q, k, v, scheme)[0], oracle(q, k, v)[0])
+    assert error <= workloads.KINDS[kind].bounds[scheme.pv]
 
 
 PERSISTENT = [v.name for v in variants.VARIANTS.values() if any(k.persistent for k in v.kernels)]
@@ -50,7 +53,7 @@ def test_blocks_go_on_with_further_queries(variant, head_dim, len_q):
     given, _ = matrix.tensors(case, "cuda")
     options = {"tensor_layout": "HND", "is_causal": False, "attn_mask": None, "sm_scale": None, "return_lse": False}
     try:
-        call = ops.prepare(**given, **options, variant=variant)
+        call = dispatch.prepare(**given, **options, variant=variant)
     except Unsupported as error:
         pytest.skip(str(error))
     if not call.plan.kernels.persistent:

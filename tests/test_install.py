@@ -347,7 +347,7 @@ def test_the_real_package(python, tmp_path):
     pack.mkdir()
     shutil.copy(ROOT / "install.py", pack)
     (pack / "sageattention").mkdir()
-    shutil.copy(ROOT / "sageattention" / "__init__.py", pack / "sageattention")
+    shutil.copy(ROOT / "sageattention" / "_version.py", pack / "sageattention")
     installing.build.build_universal(pack / "wheels")
     installing.build.write_index(pack / "wheels", [])
     done = python.install(pack)

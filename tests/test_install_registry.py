@@ -133,8 +133,8 @@ def test_the_archive_holds_what_is_needed_and_nothing_else(archive):
 def test_metadata_is_static_and_versions_agree():
     """The Manager reads `project.version` itself, and parses versions strictly."""
     project = installing.build.project()
-    package = (ROOT / "sageattention" / "__init__.py").read_text(encoding="utf-8")
-    assert f'__version__ = "{project["version"]}"' in package
+    version = (ROOT / "sageattention" / "_version.py").read_text(encoding="utf-8")
+    assert f'__version__ = "{project["version"]}"' in version
     assert all(part.isdigit() for part in project["version"].split(".")) and project["version"].count(".") == 2
     assert "dynamic" not in project and project["dependencies"] == []
     requirements = ROOT / "requirements.txt"

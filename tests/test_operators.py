@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import sageattention  # noqa: E402
-from sageattention import Unsupported, api, operators, ops  # noqa: E402
+from sageattention import Unsupported, api, dispatch, torch_library  # noqa: E402
 
 PACKAGE = Path(sageattention.__file__).parent
 
@@ -62,7 +62,7 @@ def test_a_compiled_call_is_one_operator_with_the_eager_bits(name):
     compiled, graphs = nodes(call, q, k, v)
     expected = call(q, k, v)
     operator = "attention_lse" if arguments.get("return_lse") else "attention"
-    assert [t for t in graphs[0] if "getitem" not in t] == [f"{operators.NAMESPACE}.{operator}.default"]
+    assert [t for t in graphs[0] if "getitem" not in t] == [f"{torch_library.NAMESPACE}.{operator}.default"]
     for got, want in zip(*((r if isinstance(r, tuple) else (r,)) for r in (compiled, expected))):
         assert torch.equal(got, want) and got.stride() == want.stride() and got.dtype == want.dtype
 
@@ -78,7 +78,7 @@ def test_an_eager_call_after_a_compiled_one_compiles_nothing_anew(monkeypatch):
     compiled = torch.compile(lambda *args: sageattention.sageattn(*args), fullgraph=True, backend=backend)
     for call in (compiled, sageattention.sageattn, compiled):
         call(q, k, v)
-    assert len(graphs) == 1 and api._loaded is ops
+    assert len(graphs) == 1 and api._loaded is dispatch
 
 
 def test_the_legacy_names_compile_to_the_same_operator():
@@ -129,7 +129,7 @@ def test_export_takes_weights_for_constants(strict):
 
 
 def test_eager_calls_do_not_pass_through_the_operator(monkeypatch):
-    monkeypatch.setattr(operators, "attention", None)
+    monkeypatch.setattr(torch_library, "attention", None)
     q, k, v = tensors()
     assert sageattention.sageattn(q, k, v, variant="reference").shape == q.shape
 
@@ -140,16 +140,16 @@ def test_the_operators_keep_torchs_rules(operator):
     q, k, v = tensors()
     mask = torch.randn(1, 1, 65, 70)
     arguments = (q, k.transpose(1, 2).contiguous().transpose(1, 2), v, mask, "HND", False, None, "reference", "")
-    torch.library.opcheck(getattr(operators, operator), arguments)
+    torch.library.opcheck(getattr(torch_library, operator), arguments)
 
 
 def test_a_non_contiguous_result_is_handed_over_as_the_fake_says(monkeypatch):
     q, k, v = tensors()
-    want = ops.run(
-        ops.prepare(q, k, v, tensor_layout="HND", is_causal=False, attn_mask=None, sm_scale=None, return_lse=False, variant="sdpa")
+    want = dispatch.run(
+        dispatch.prepare(q, k, v, tensor_layout="HND", is_causal=False, attn_mask=None, sm_scale=None, return_lse=False, variant="sdpa")
     )
-    monkeypatch.setattr(ops, "run", lambda call: (want[0].transpose(1, 2).contiguous().transpose(1, 2), None))
-    got = operators.attention(q, k, v, None, "HND", False, None, "sdpa", "")
+    monkeypatch.setattr(dispatch, "run", lambda call: (want[0].transpose(1, 2).contiguous().transpose(1, 2), None))
+    got = torch_library.attention(q, k, v, None, "HND", False, None, "sdpa", "")
     assert got.is_contiguous() and torch.equal(got, want[0])
 
 
@@ -177,7 +177,7 @@ def test_copies_of_the_package_live_side_by_side():
             got, graphs = nodes(lambda q, k, v: copy.sageattn(q, k, v, variant="reference"), q, k, v)  # noqa: B023
             assert torch.equal(got, want)
             seen.append(graphs[0][0])
-            alive.append(sys.modules["_a_pack_bundled.operators"])
+            alive.append(sys.modules["_a_pack_bundled.torch_library"])
         finally:
             forget_copy("_a_pack_bundled")
         torch._dynamo.reset()

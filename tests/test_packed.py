@@ -6,13 +6,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from sageattention import Unsupported, ops, packed, sageattn_varlen  # noqa: E402
-from sageattention.plan import Plan  # noqa: E402
+from sageattention import Unsupported, dispatch, sageattn_varlen  # noqa: E402
+from sageattention.planning import varlen  # noqa: E402
+from sageattention.planning.plan import Plan  # noqa: E402
 from sageattention.variants import TRITON_FP16  # noqa: E402
 
 
 def check(offsets, total=12, longest=7, dtype=torch.int32):
-    packed.check("cu_seqlens_k", torch.tensor(offsets, dtype=dtype), "k", total, "max_seqlen_k", longest)
+    varlen.check("cu_seqlens_k", torch.tensor(offsets, dtype=dtype), "k", total, "max_seqlen_k", longest)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -42,11 +43,11 @@ def test_bad_offsets(offsets, parameter, words):
 
 def test_values_are_read_once_and_again_after_a_change(monkeypatch):
     offsets, looks = torch.tensor([0, 5, 12]), []
-    look = packed._look
-    monkeypatch.setattr(packed, "_look", lambda *arguments: looks.append(1) or look(*arguments))
+    look = varlen._look
+    monkeypatch.setattr(varlen, "_look", lambda *arguments: looks.append(1) or look(*arguments))
 
     def again(total=12, longest=7):
-        packed.check("cu_seqlens_q", offsets, "q", total, "max_seqlen_q", longest)
+        varlen.check("cu_seqlens_q", offsets, "q", total, "max_seqlen_q", longest)
 
     again()
     again()
@@ -70,9 +71,9 @@ def test_an_inference_tensor_has_no_version_and_is_read_once():
 
 
 def test_a_forgotten_tensor_is_not_kept():
-    packed._read.clear()
+    varlen._read.clear()
     check([0, 5, 12])
-    assert len(packed._read) == 0
+    assert len(varlen._read) == 0
 
 
 def test_offsets_with_strides_reach_the_kernels_without(monkeypatch):
@@ -80,8 +81,8 @@ def test_offsets_with_strides_reach_the_kernels_without(monkeypatch):
         Packed = staticmethod(lambda *offsets: offsets)
         run_packed = staticmethod(lambda q, k, v, offsets, problem, plan: offsets)
 
-    monkeypatch.setattr(ops, "plan_for", lambda problem, variant: Plan(TRITON_FP16, "a test"))
-    monkeypatch.setattr(ops, "_triton_ops", lambda: Kernels)
+    monkeypatch.setattr(dispatch, "plan_for", lambda problem, variant: Plan(TRITON_FP16, "a test"))
+    monkeypatch.setattr(dispatch, "_triton_host", lambda: Kernels)
     q = torch.zeros(12, 2, 64)
     strided = torch.tensor([0, 99, 5, 99, 12])[::2]
     for offsets in sageattn_varlen(q, q, q, strided, strided, 7, 7):
@@ -91,8 +92,8 @@ def test_offsets_with_strides_reach_the_kernels_without(monkeypatch):
 @pytest.mark.parametrize("name", ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"])
 def test_a_call_checks_both(name, monkeypatch):
     """Before anything runs, also where the longest length says that there is nothing to do."""
-    monkeypatch.setattr(ops, "plan_for", lambda problem, variant: Plan(TRITON_FP16, "a test"))
-    monkeypatch.setattr(ops, "_triton_ops", lambda: pytest.fail("it ran"))
+    monkeypatch.setattr(dispatch, "plan_for", lambda problem, variant: Plan(TRITON_FP16, "a test"))
+    monkeypatch.setattr(dispatch, "_triton_host", lambda: pytest.fail("it ran"))
     q = torch.zeros(12, 2, 64)
     given = {"cu_seqlens_q": torch.tensor([0, 5, 12]), "cu_seqlens_k": torch.tensor([0, 4, 12]), "max_seqlen_q": 7, "max_seqlen_k": 8}
     given[name] = torch.tensor([0, 5, 11]) if name.startswith("cu") else 0

@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 
-from sageattention.params import POINTER, AttendParams, KeysParams, ValuesParams, packer
+from sageattention.kernels.params import POINTER, AttendParams, KeysParams, ValuesParams, packer
 
 
 def leaves(struct: type[ctypes.Structure], prefix: tuple[str, ...] = ()):

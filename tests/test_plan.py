@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from sageattention import KernelMissing, Unsupported, auto, store
-from sageattention.capability import Capability
-from sageattention.plan import GROUPS_ALIVE, WORKSPACE_LIMIT, plan, refusal
-from sageattention.problem import Problem
-from sageattention.variants import HEAD_DIMS, KERNELS, MASKS, TARGETS, TRITON_FP16, VARIANTS, find_tile, pad_head_dim
+from sageattention import KernelMissing, Unsupported
+from sageattention.device.capability import Capability
+from sageattention.kernels import store
+from sageattention.kernels.family import MASKS, find_tile
+from sageattention.kernels.table import KERNELS, TARGETS
+from sageattention.numerics.constants import HEAD_DIMS, pad_head_dim
+from sageattention.planning import rules
+from sageattention.planning.plan import GROUPS_ALIVE, WORKSPACE_LIMIT, plan, refusal
+from sageattention.planning.problem import Problem
+from sageattention.variants import TRITON_FP16, VARIANTS
 
 ARCHS = (75, 80, 86, 89, 90, 100, 103, 120, 121)
 TRITON = "sageattn_qk_int8_pv_fp16_triton"
@@ -38,7 +43,7 @@ def test_auto_always_finds_something(arch, triton):
     chosen = plan(problem(), gpu(arch, triton))
     assert refusal(chosen.variant, gpu(arch, triton)) is None
     assert chosen.reason
-    order = (*auto.choose(problem(), gpu(arch, triton), arch).order, "sdpa")
+    order = (*rules.choose(problem(), gpu(arch, triton), arch).order, "sdpa")
     tried = [name for name, _ in chosen.rejected]
     assert tried == list(order[: len(tried)])  # best first, none skipped silently
     assert order[len(tried)] == f"{chosen.variant.name}:{chosen.accum}".rstrip(":")
@@ -274,7 +279,7 @@ def test_kernels_of_one_kind_of_device_are_built_for_it_alone():
 
 
 def test_importing_the_planner_needs_no_torch():
-    code = "import sys; sys.modules['torch'] = None; from sageattention import plan, variants, problem, capability, images"
+    code = "import sys; sys.modules['torch'] = None; import sageattention.planning.plan, sageattention.cli.doctor"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
@@ -313,7 +318,7 @@ def run_with_triton(folder: Path, text: str, code: str) -> str:
 
 
 def test_triton_mode(tmp_path):
-    code = "from sageattention.capability import triton_mode, triton_error; print(triton_mode(), triton_error())"
+    code = "from sageattention.device.capability import triton_mode, triton_error; print(triton_mode(), triton_error())"
     text = "raise ImportError('DLL load failed while importing libtriton')"
     assert run_with_triton(tmp_path, text, code) == "broken ImportError: DLL load failed while importing libtriton"
     stub = "import types; sys.modules['triton'] = types.ModuleType('triton'); "  # as some packs leave it: no __spec__
@@ -337,11 +342,12 @@ def test_triton_mode(tmp_path):
 )
 def test_halves_are_taken_where_they_save_memory(variant, changes, saves, monkeypatch):
     torch = pytest.importorskip("torch")
-    from sageattention import ops
+    from sageattention import dispatch
+    from sageattention.backends.call import Call
 
     monkeypatch.setattr(store, "missing", lambda image: "")
     plan.cache_clear()
     p = problem(**changes)
     q = torch.empty(p.batch, p.heads_q, p.len_q, p.head_dim, dtype=torch.bfloat16, device="meta")
-    assert ops.halves_save_memory(ops.Call(q, q, q, None, p, plan(p, gpu(89), variant), {})) == saves
+    assert dispatch.halves_save_memory(Call(q, q, q, None, p, plan(p, gpu(89), variant), {})) == saves
     plan.cache_clear()

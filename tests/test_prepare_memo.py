@@ -9,13 +9,15 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import sageattention  # noqa: E402
-from sageattention import Unsupported, calibration, capability, ops, problem, settings  # noqa: E402
-from sageattention.capability import Capability  # noqa: E402
+from sageattention import Unsupported, dispatch, settings  # noqa: E402
+from sageattention.device import capability  # noqa: E402
+from sageattention.device.capability import Capability  # noqa: E402
+from sageattention.planning import calibration, problem  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def forget():
-    ops._prepared.clear()
+    dispatch._prepared.clear()
 
 
 def tensors(**changes):
@@ -27,13 +29,13 @@ DEFAULTS = dict(tensor_layout="HND", is_causal=False, attn_mask=None, sm_scale=N
 
 
 def prepare(**given):
-    return ops.prepare(**(DEFAULTS | given))
+    return dispatch.prepare(**(DEFAULTS | given))
 
 
 def test_equal_calls_are_checked_and_planned_once(monkeypatch):
     first, others = prepare(**tensors(), sm_scale=0.5), tensors()
     monkeypatch.setattr(problem, "_check_kv", None)  # calling it would raise
-    monkeypatch.setattr(ops, "plan_for", None)
+    monkeypatch.setattr(dispatch, "plan_for", None)
     second = prepare(**others, sm_scale=0.5)
     assert second.problem is first.problem and second.plan is first.plan and second.forms is first.forms
     assert second.q is others["q"] and second.k is others["k"] and second.v is others["v"]
@@ -85,7 +87,7 @@ def test_a_variant_and_its_accumulator_make_another_call():
     reference = prepare(**tensors(), variant="reference")
     assert prepare(**tensors()).plan.variant.name == "sdpa" and reference.plan.variant.name == "reference"
     with pytest.raises(Unsupported, match="pv_accum_dtype"):
-        ops.prepare(**tensors(), **(DEFAULTS | {"variant": "reference"}), accum="fp16")
+        dispatch.prepare(**tensors(), **(DEFAULTS | {"variant": "reference"}), accum="fp16")
 
 
 def test_the_environment_is_honoured_once_it_is_read_anew(monkeypatch):
@@ -124,7 +126,7 @@ def test_a_calibration_that_was_written_meanwhile_is_honoured(card):
 def test_a_plan_in_the_making_when_a_calibration_is_written_does_not_outlive_it(card, monkeypatch):
     calibration.save(card, measured(2.0))
     planning, written = threading.Event(), threading.Event()
-    real = ops.plan_for
+    real = dispatch.plan_for
 
     def slow(*arguments):
         chosen = real(*arguments)
@@ -132,7 +134,7 @@ def test_a_plan_in_the_making_when_a_calibration_is_written_does_not_outlive_it(
         assert written.wait(60)
         return chosen
 
-    monkeypatch.setattr(ops, "plan_for", slow)
+    monkeypatch.setattr(dispatch, "plan_for", slow)
     other = threading.Thread(target=lambda: prepare(**tensors()))
     other.start()
     assert planning.wait(60)
@@ -181,8 +183,8 @@ def test_a_scale_in_a_tensor_is_read_at_every_call():
 
 
 def test_the_memory_does_not_grow_without_end(monkeypatch):
-    monkeypatch.setattr(ops, "MAX_PREPARED", 8)
+    monkeypatch.setattr(dispatch, "MAX_PREPARED", 8)
     given = tensors()
     for n in range(1, 30):
         prepare(**given, sm_scale=float(n))
-        assert len(ops._prepared) <= 8
+        assert len(dispatch._prepared) <= 8

@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from sageattention import Unsupported  # noqa: E402
-from sageattention.problem import Problem  # noqa: E402
+from sageattention.planning.problem import Problem  # noqa: E402
 
 
 def zeros(*shape, dtype=torch.bfloat16, device="cpu"):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sageattention.auto import RULES, rules
 from sageattention.cli.doctor import CARDS
+from sageattention.planning.rules import RULES, rules
 from sageattention.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent

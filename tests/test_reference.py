@@ -9,8 +9,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from sageattention import hadamard, inputs, variants  # noqa: E402
-from sageattention.reference import E4M3_MAX, emulate, oracle, quantise_k, quantise_v  # noqa: E402
+from sageattention import variants  # noqa: E402
+from sageattention.cli import workloads  # noqa: E402
+from sageattention.numerics import hadamard  # noqa: E402
+from sageattention.numerics.constants import HEAD_DIMS  # noqa: E402
+from sageattention.numerics.reference import E4M3_MAX, emulate, oracle, quantise_k, quantise_v  # noqa: E402
+from sageattention.numerics.scheme import FP8_FP32, FP16_FP32, FP16_FP32_MMA, INT8_INT32  # noqa: E402
 
 SCHEMES = {
     f"{variant.name.removeprefix('sageattn_qk_int8_')}-{accum}": scheme
@@ -43,39 +47,39 @@ def qkv(len_q=33, len_kv=130, head_dim=64, heads=1, heads_kv=None, seed=0):
 
 
 @each_scheme
-@pytest.mark.parametrize("kind", inputs.KINDS.values(), ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", workloads.KINDS.values(), ids=lambda kind: kind.name)
 def test_error_stays_within_the_bound_of_each_kind(kind, scheme):
     # Where few keys share a row's weight, rows differ much: many of them. The long kinds are alike in every row.
-    shape = kind.sized(replace(inputs.ACCURACY, heads=1, len_q=64) if kind.len_kv else replace(inputs.ACCURACY, heads=4, len_q=256))
-    q, k, v = inputs.make(kind.name, shape)
+    shape = kind.sized(replace(workloads.ACCURACY, heads=1, len_q=64) if kind.len_kv else replace(workloads.ACCURACY, heads=4, len_q=256))
+    q, k, v = workloads.make(kind.name, shape)
     out, lse, exact, exact_lse = attention(q, k, v, scheme)
-    assert inputs.relative_l2(out, exact) <= kind.bounds[scheme.pv]
-    assert abs(inputs.gain(out, exact) - 1) <= (kind.gain or 0.02)
+    assert workloads.relative_l2(out, exact) <= kind.bounds[scheme.pv]
+    assert abs(workloads.gain(out, exact) - 1) <= (kind.gain or 0.02)
     assert (lse - exact_lse).abs().max() <= 0.02 * max(1.0, float(exact_lse.abs().max()))
 
 
 def test_unpromoted_fp8_accumulator_shrinks_as_measured():
     """Hopper's FP8 wgmma on V of mean 1: .98 at 2k keys and .815 at 16k."""
-    unpromoted = replace(variants.FP8_FP32, v_mean=False, p_tile_max=False, promote=1 << 30)
+    unpromoted = replace(FP8_FP32, v_mean=False, p_tile_max=False, promote=1 << 30)
     for keys, measured in ((2048, 0.98), (16384, 0.815)):
         q, k, v = qkv(32, keys)
         out, _, exact, _ = attention(q, k, v + 1, unpromoted)
-        assert inputs.gain(out, exact) == pytest.approx(measured, abs=0.03)
+        assert workloads.gain(out, exact) == pytest.approx(measured, abs=0.03)
 
 
 def test_int8_p_needs_the_tile_maximum():
-    shape = inputs.KINDS["sink"].sized(replace(inputs.ACCURACY, heads=1, len_q=16))
-    q, k, v = inputs.make("sink", shape)
+    shape = workloads.KINDS["sink"].sized(replace(workloads.ACCURACY, heads=1, len_q=16))
+    q, k, v = workloads.make("sink", shape)
     exact = oracle(q, k, v)[0]
-    running = replace(variants.INT8_INT32, p_tile_max=False)
-    assert inputs.relative_l2(emulate(q, k, v, running)[0], exact) > 0.5  # the whole tail rounds to zero
-    assert inputs.relative_l2(emulate(q, k, v, variants.INT8_INT32)[0], exact) < 0.004
+    running = replace(INT8_INT32, p_tile_max=False)
+    assert workloads.relative_l2(emulate(q, k, v, running)[0], exact) > 0.5  # the whole tail rounds to zero
+    assert workloads.relative_l2(emulate(q, k, v, INT8_INT32)[0], exact) < 0.004
 
 
 def test_rotation_spreads_outlier_channels():
-    q, k, v = inputs.make("heavy_tailed", replace(inputs.ACCURACY, heads=8, len_q=128))
+    q, k, v = workloads.make("heavy_tailed", replace(workloads.ACCURACY, heads=8, len_q=128))
     exact = oracle(q, k, v)[0]
-    rotated, plain = (inputs.relative_l2(emulate(q, k, v, replace(variants.FP16_FP32, rotate=r))[0], exact) for r in (True, False))
+    rotated, plain = (workloads.relative_l2(emulate(q, k, v, replace(FP16_FP32, rotate=r))[0], exact) for r in (True, False))
     assert rotated < 0.5 * plain
 
 
@@ -83,7 +87,7 @@ def test_rotation_spreads_outlier_channels():
 def test_a_shift_of_k_changes_nothing_but_the_lse(scheme):
     q, k, v = qkv(64, 700)
     out, lse, exact, exact_lse = attention(q, k + 30 * randn(1, 1, 1, 64, seed=9), v, scheme)
-    assert inputs.relative_l2(out, exact) < 0.06
+    assert workloads.relative_l2(out, exact) < 0.06
     assert (lse - exact_lse).abs().max() < 0.05
 
 
@@ -93,7 +97,7 @@ def test_equal_weights_give_the_mean_of_v(scheme):
     q, k, v = qkv(3, 1000)
     out, _ = emulate(0 * q, k, v, scheme)
     exact = v.double().mean(2, keepdim=True).expand_as(out)
-    assert inputs.relative_l2(out, exact) <= (1e-3 if scheme.v_rounded or scheme.pv == "fp16" else 0.05)
+    assert workloads.relative_l2(out, exact) <= (1e-3 if scheme.v_rounded or scheme.pv == "fp16" else 0.05)
 
 
 @each_scheme
@@ -112,8 +116,8 @@ def test_one_key_300_times_larger_leaves_the_other_rows_alone():
     scores = (q @ k.mT)[0, 0]
     rows = scores[:, 7] < -0.3 * scores[:, 7].abs().max()  # clearly not attending to that key
     assert rows.sum() > 10
-    for scheme, bound in ((variants.FP16_FP32, 0.02), (variants.FP16_FP32_MMA, 0.15)):
-        assert inputs.relative_l2(emulate(q, k, v, scheme)[0][:, :, rows], exact[:, :, rows]) < bound
+    for scheme, bound in ((FP16_FP32, 0.02), (FP16_FP32_MMA, 0.15)):
+        assert workloads.relative_l2(emulate(q, k, v, scheme)[0][:, :, rows], exact[:, :, rows]) < bound
 
 
 # --- the arguments of a call
@@ -125,7 +129,7 @@ def test_head_dims_between_the_compiled_ones(head_dim, scheme):
     q, k, v = qkv(9, 77, head_dim)
     out, lse, exact, exact_lse = attention(q, k, v, scheme)
     assert out.shape == q.shape and out.dtype == q.dtype
-    assert inputs.relative_l2(out, exact) < 0.06
+    assert workloads.relative_l2(out, exact) < 0.06
     assert (lse - exact_lse).abs().max() < 0.05
 
 
@@ -136,7 +140,7 @@ def test_causal_masks_and_grouped_queries(scheme):
     bias = 2 * randn(1, 4, 65, 130, seed=6)
     for arguments in ({"is_causal": True}, {"attn_mask": keep}, {"attn_mask": bias}, {"attn_mask": bias[0, 0], "is_causal": True}):
         out, lse, exact, exact_lse = attention(q, k, v, scheme, **arguments)
-        assert inputs.relative_l2(out, exact) < 0.06, arguments.keys()
+        assert workloads.relative_l2(out, exact) < 0.06, arguments.keys()
         assert (lse - exact_lse).abs().max() < 0.1
 
 
@@ -146,7 +150,7 @@ def test_dtypes(dtype, scheme):
     q, k, v = (t.to(dtype) for t in qkv(33, 100))
     out, lse, exact, _ = attention(q, k, v, scheme)
     assert out.dtype == dtype and lse.dtype == torch.float32
-    assert inputs.relative_l2(out, exact) < 0.06
+    assert workloads.relative_l2(out, exact) < 0.06
 
 
 @each_scheme
@@ -154,7 +158,7 @@ def test_dtypes(dtype, scheme):
 def test_softmax_scales(sm_scale, scheme):
     q, k, v = qkv(17, 90)
     out, lse, exact, exact_lse = attention(q, k, v, scheme, sm_scale=sm_scale)
-    assert inputs.relative_l2(out, exact) < 0.15  # at 1.0 the logits have a standard deviation of 8 nats
+    assert workloads.relative_l2(out, exact) < 0.15  # at 1.0 the logits have a standard deviation of 8 nats
     assert (lse - exact_lse).abs().max() < 0.02 * max(1.0, float(exact_lse.abs().max()))
 
 
@@ -178,7 +182,7 @@ def test_fully_masked_rows_are_zero(scheme):
     for mask in (keep, torch.zeros(4, 200).masked_fill(~keep, -math.inf)):
         out, lse, exact, _ = attention(q, k, v, scheme, attn_mask=mask)
         assert (out[0, 0, 1] == 0).all() and lse[0, 0, 1] == -math.inf
-        assert inputs.relative_l2(out, exact) < 0.02
+        assert workloads.relative_l2(out, exact) < 0.02
         assert lse[0, 0, [0, 2, 3]].isfinite().all()
 
 
@@ -189,7 +193,7 @@ def test_a_row_of_finfo_min_is_not_a_masked_row(dtype, scheme):
     mask = torch.zeros(3, 100, dtype=dtype)
     mask[1] = torch.finfo(dtype).min
     out, lse, exact, _ = attention(0.1 * q, k, v + 1, scheme, attn_mask=mask)
-    assert inputs.relative_l2(out, exact) < 0.05  # the row keeps SDPA's average
+    assert workloads.relative_l2(out, exact) < 0.05  # the row keeps SDPA's average
     assert lse.isfinite().all() and lse[0, 0, 1] < -6e4
 
 
@@ -222,7 +226,7 @@ def test_operands_fit_their_types(scheme):
 # --- the parts
 
 
-@pytest.mark.parametrize("head_dim", variants.HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_rotation_is_orthogonal_and_defined_by_its_formula(head_dim):
     r = hadamard.matrix(head_dim)
     assert torch.equal(r @ r.T * hadamard.gain(head_dim), torch.eye(head_dim))
@@ -235,7 +239,7 @@ def test_rotation_is_orthogonal_and_defined_by_its_formula(head_dim):
 @pytest.mark.parametrize("granularity, keys", [("token", 1), ("fragment", 16), ("tile", 64)])
 def test_keys_that_share_a_scale(granularity, keys):
     k = randn(130, 64)
-    _, scale, _ = quantise_k(k, replace(variants.FP16_FP32, k_scale=granularity))
+    _, scale, _ = quantise_k(k, replace(FP16_FP32, k_scale=granularity))
     first = scale[:64, 0]
     assert [int((first == s).sum()) for s in first.unique()] == [keys] * (64 // keys)
     if granularity == "fragment":  # keys 2t and 2t + 1 of every eight, t = 1, of the second 64

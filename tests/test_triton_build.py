@@ -9,16 +9,17 @@ import matrix
 import pytest
 
 import sageattention
-from sageattention import CudaError, KernelMissing, ops
-from sageattention.capability import Capability
-from sageattention.plan import plan
-from sageattention.problem import Problem
+from sageattention import CudaError, KernelMissing, dispatch
+from sageattention.backends.call import Call
+from sageattention.device.capability import Capability
+from sageattention.planning.plan import plan
+from sageattention.planning.problem import Problem
 from sageattention.variants import TRITON_FP16
 
-triton_ops = pytest.importorskip("sageattention.triton_ops", reason="Triton has no wheel for this platform")
+host = pytest.importorskip("sageattention.backends.triton.host", reason="Triton has no wheel for this platform")
 
 
-def failing_call(monkeypatch: pytest.MonkeyPatch, error: Exception) -> tuple[ops.Call, list[int]]:
+def failing_call(monkeypatch: pytest.MonkeyPatch, error: Exception) -> tuple[Call, list[int]]:
     """A call whose first kernel launch raises `error`, and a list that grows with every launch."""
     launches: list[int] = []
 
@@ -30,12 +31,12 @@ def failing_call(monkeypatch: pytest.MonkeyPatch, error: Exception) -> tuple[ops
 
             return launch
 
-    monkeypatch.setattr(triton_ops, "statistics", Kernel())
-    monkeypatch.setattr(triton_ops, "_broken", {})
+    monkeypatch.setattr(host, "statistics", Kernel())
+    monkeypatch.setattr(host, "_broken", {})
     t, _ = matrix.tensors(matrix.Case(64))
     problem = Problem.from_tensors(**t)
     chosen = plan(problem, Capability("cuda", 90, triton="native"), TRITON_FP16.name)
-    return ops.Call(t["q"], t["k"], t["v"], None, problem, chosen, {}), launches
+    return Call(t["q"], t["k"], t["v"], None, problem, chosen, {}), launches
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_what_cannot_be_built_is_missing_and_not_tried_again(monkeypatch: pytest
     call, launches = failing_call(monkeypatch, error)
     for _ in range(3):
         with pytest.raises(KernelMissing, match="can't build it here") as raised:
-            ops.run(call)
+            dispatch.run(call)
     assert type(error).__name__ in raised.value.reason
     assert len(launches) == 1
 
@@ -61,7 +62,7 @@ def test_another_form_is_still_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     call, launches = failing_call(monkeypatch, FileNotFoundError("ptxas"))
     for causal in (False, True, True):
         with pytest.raises(KernelMissing):
-            ops.run(call._replace(problem=call.problem._replace(causal=causal)))
+            dispatch.run(call._replace(problem=call.problem._replace(causal=causal)))
     assert len(launches) == 2
 
 
@@ -69,15 +70,15 @@ def test_a_failing_launch_is_a_cuda_error_every_time(monkeypatch: pytest.MonkeyP
     call, launches = failing_call(monkeypatch, RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"))
     for _ in range(2):
         with pytest.raises(CudaError, match="illegal memory access"):
-            ops.run(call)
+            dispatch.run(call)
     assert len(launches) == 2
 
 
 def test_a_triton_of_another_release_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     call, _ = failing_call(monkeypatch, RuntimeError())
-    monkeypatch.delattr(sageattention, "triton_ops")
-    monkeypatch.setitem(sys.modules, "sageattention.triton_ops", None)  # importing it raises ImportError
+    monkeypatch.delattr(sageattention.backends.triton, "host")
+    monkeypatch.setitem(sys.modules, "sageattention.backends.triton.host", None)  # importing it raises ImportError
     with pytest.raises(KernelMissing, match="can't be imported"):
-        ops.run(call)
+        dispatch.run(call)
     with pytest.raises(KernelMissing, match="can't be imported"):
-        ops._triton_ops()
+        dispatch._triton_host()

@@ -16,9 +16,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sageattention.triton_attend import attend
-from sageattention.triton_quant import ROWS, SPLITS, quantise, statistics
-from sageattention.variants import HEAD_DIMS, TRITON_FP16, Tile, find_tile
+from sageattention.backends.triton.attend import attend
+from sageattention.backends.triton.quantize import ROWS, SPLITS, quantise, statistics
+from sageattention.kernels.family import Tile, find_tile
+from sageattention.numerics.constants import HEAD_DIMS
+from sageattention.variants import TRITON_FP16
 
 SCALARS = {"factor": "fp32", "sign": "fp32", "out_limit": "fp32"}
 POINTERS = {

@@ -8,7 +8,10 @@ import extremes
 import matrix
 import torch
 
-from sageattention import attend, inputs, ops, quantize_kv, reference, sageattn_qk_int8_pv_fp16_triton, sageattn_varlen, triton_ops
+from sageattention import attend, dispatch, quantize_kv, sageattn_qk_int8_pv_fp16_triton, sageattn_varlen
+from sageattention.backends.triton import host
+from sageattention.cli import workloads
+from sageattention.numerics import reference
 from sageattention.variants import TRITON_FP16
 
 # The interpreter cuts bf16 stores off instead of rounding them: up to 2^-8 of each element, a third of it in the mean square.
@@ -56,23 +59,25 @@ def groups(device: str = "cpu") -> None:
     """Any grouping of the heads gives the same bits."""
     case = matrix.Case(64, "float16", heads_q=6, heads_kv=3, len_q=70, len_kv=90)
     t, _ = matrix.tensors(case, device)
-    call = ops.prepare(**t, tensor_layout="HND", is_causal=False, attn_mask=None, sm_scale=None, return_lse=True, variant=TRITON_FP16.name)
+    call = dispatch.prepare(
+        **t, tensor_layout="HND", is_causal=False, attn_mask=None, sm_scale=None, return_lse=True, variant=TRITON_FP16.name
+    )
     assert call.plan.heads_per_group == 6
-    whole = triton_ops.run(call)
+    whole = host.run(call)
     for size in (1, 4):
-        for a, b in zip(whole, triton_ops.run(call._replace(plan=replace(call.plan, heads_per_group=size)))):
+        for a, b in zip(whole, host.run(call._replace(plan=replace(call.plan, heads_per_group=size)))):
             assert torch.equal(a, b)
 
 
 def finite(device: str = "cpu") -> None:
     """Finite inputs of any size give finite outputs and LSE; the input kinds of the accuracy table stay within their bounds."""
-    small = replace(inputs.ACCURACY, heads=2, len_q=140, len_kv=300)
-    for name, kind in inputs.KINDS.items():
-        q, k, v = inputs.make(name, small, dtype=torch.float16 if name != "large_v" else torch.bfloat16, device=device)
+    small = replace(workloads.ACCURACY, heads=2, len_q=140, len_kv=300)
+    for name, kind in workloads.KINDS.items():
+        q, k, v = workloads.make(name, small, dtype=torch.float16 if name != "large_v" else torch.bfloat16, device=device)
         out = sageattn_qk_int8_pv_fp16_triton(q, k, v)
         exact, _ = reference.oracle(q, k, v)
         assert out.isfinite().all(), name
-        assert inputs.relative_l2(out, exact) <= 1.2 * kind.bounds["fp16"] + 2.0**-8 * (name == "large_v"), name
+        assert workloads.relative_l2(out, exact) <= 1.2 * kind.bounds["fp16"] + 2.0**-8 * (name == "large_v"), name
 
     def rows(*values: float) -> torch.Tensor:
         return torch.tensor(values, device=device).view(1, 1, -1, 2)
@@ -105,11 +110,11 @@ def tiles() -> None:
         for len_kv in (1, 2 * tile.block_n + 1):
             case = matrix.Case(head_dim, "float32", len_q=tile.block_m + 1, len_kv=len_kv)
             t, _ = matrix.tensors(case)
-            call = ops.prepare(
+            call = dispatch.prepare(
                 **t, tensor_layout="HND", is_causal=False, attn_mask=None, sm_scale=None, return_lse=True, variant=TRITON_FP16.name
             )
             scheme = replace(call.plan.scheme, kv_tile=tile.block_n)
-            out, lse = triton_ops.run(call._replace(plan=replace(call.plan, arch=arch, tile=tile, scheme=scheme)))
+            out, lse = host.run(call._replace(plan=replace(call.plan, arch=arch, tile=tile, scheme=scheme)))
             expected, expected_lse = reference.emulate(**t, scheme=scheme)
-            assert inputs.relative_l2(out, expected) <= matrix.EMULATION_BOUND["fp16"], (arch, head_dim, len_kv)
+            assert workloads.relative_l2(out, expected) <= matrix.EMULATION_BOUND["fp16"], (arch, head_dim, len_kv)
             assert (lse - expected_lse).abs().max() <= 0.1, (arch, head_dim, len_kv)

@@ -22,11 +22,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from .. import inputs
 from ..errors import KernelMissing, Unsupported
-from ..inputs import SHAPES, Shape
+from . import workloads
 from .candidates import SDPA_BACKENDS, Candidate, chosen_device, ready, sdpa_backend, variant
 from .text import table
+from .workloads import SHAPES, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -78,14 +78,14 @@ def time_shape(shape: Shape, candidates: list[Candidate], device: torch.device, 
     """Time every candidate on one shape.
 
     Args:
-        kind: the input kind, of `inputs.KINDS`.
+        kind: the input kind, of `workloads.KINDS`.
         repeats: turns that each candidate takes.
         budget_ms: how long one turn of one candidate may last, which sets the calls in it (at least one).
     """
     import torch
 
     try:
-        q, k, v = inputs.make(kind, shape, dtype=_dtype(device), device=device)
+        q, k, v = workloads.make(kind, shape, dtype=_dtype(device), device=device)
         sample, exact = _exact_sample(q, k, v)
     except torch.cuda.OutOfMemoryError:
         return [Row(shape.name, candidate.name, skipped="the card's memory is too small for this shape") for candidate in candidates]
@@ -108,7 +108,7 @@ def time_shape(shape: Shape, candidates: list[Candidate], device: torch.device, 
                 raise
             row.skipped = str(error).splitlines()[0]
             continue
-        row.error = inputs.relative_l2(sample(out), exact)
+        row.error = workloads.relative_l2(sample(out), exact)
         del out
         if candidate.name == "auto":
             from .. import api
@@ -211,7 +211,7 @@ def _exact_sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
     """(out → the sampled rows, their exact value): 64 rows of the first and the last head."""
     import torch
 
-    from ..reference import oracle
+    from ..numerics.reference import oracle
 
     heads = torch.tensor(sorted({0, q.shape[1] - 1}), device=q.device)
     rows = torch.linspace(0, q.shape[2] - 1, min(64, q.shape[2]), device=q.device).long()
@@ -245,7 +245,7 @@ def host_times(
     """
     import torch
 
-    q, k, v = inputs.make("normal", TINY, dtype=_dtype(device), device=device)
+    q, k, v = workloads.make("normal", TINY, dtype=_dtype(device), device=device)
 
     def turn(candidate: Candidate) -> float:
         with candidate.context():
@@ -321,7 +321,7 @@ def _on_cpu(named: list[Candidate], ignored: list[str] | None, *, as_json: bool)
 
     shape = Shape("cpu", 1, 2, 128, 256, 64)
     candidates = named or ready(torch.device("cpu"))[0]
-    q, k, v = inputs.make("normal", shape)
+    q, k, v = workloads.make("normal", shape)
     times, skipped = {}, {}
     for candidate in candidates:
         try:
@@ -350,7 +350,7 @@ def _on_cpu(named: list[Candidate], ignored: list[str] | None, *, as_json: bool)
 def _machine(device: torch.device) -> dict[str, str]:
     import torch
 
-    from .. import __version__
+    from .._version import __version__
     from .doctor import driver_version
 
     properties = torch.cuda.get_device_properties(device)

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from .. import calibration, capability
-from ..calibration import Point
+from ..device import capability
 from ..errors import KernelMissing, Unsupported
+from ..planning import calibration
+from ..planning.calibration import Point
 from ..variants import VARIANTS
 from .bench import gpu_ms
 from .candidates import Candidate, chosen_device, ready

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from .. import api
 from ..errors import Unsupported
-from ..variants import VARIANTS, Scheme
+from ..numerics.scheme import Scheme
+from ..variants import VARIANTS
 
 if TYPE_CHECKING:
     import torch

@@ -8,19 +8,20 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .. import capability, inputs
+from ..device import capability
 from ..errors import KernelMissing, Unsupported
-from ..inputs import KINDS, Kind, Shape
 from ..variants import VARIANTS
+from . import workloads
 from .candidates import Candidate, chosen_device, ready, variant
 from .text import table
+from .workloads import KINDS, Kind, Shape
 
 if TYPE_CHECKING:
     import torch
 
 SMALL = Shape("small", 1, 2, 70, 333, 64)  # the call forms and head dimensions; odd lengths
 # On a CPU a few rows of two heads tell as much about the numerics, in seconds; key counts stay, for the sums are along them.
-CPU = replace(inputs.ACCURACY, heads=2, len_q=48)
+CPU = replace(workloads.ACCURACY, heads=2, len_q=48)
 HEAD_DIMS = (40, 64, 80, 128, 160, 256)
 
 
@@ -58,12 +59,12 @@ class Case:
 
 def cases(device: torch.device, *, quick: bool = False, seed: int = 0) -> Iterator[Case]:
     """Every input kind at its own size, then (unless `quick`) head dimensions, masks, GQA, layout, scale and LSE on small ones."""
-    shape = CPU if device.type == "cpu" else inputs.ACCURACY
+    shape = CPU if device.type == "cpu" else workloads.ACCURACY
     for kind in KINDS.values():
         # Above 3,001 keys the rows only add time: the kinds that need more keys get fewer rows.
         sized = kind.sized(shape)
         sized = replace(sized, len_q=min(sized.len_q, 512)) if kind.len_kv else sized
-        yield _case(kind.name, kind, inputs.make(kind.name, sized, device=device, seed=seed), {})
+        yield _case(kind.name, kind, workloads.make(kind.name, sized, device=device, seed=seed), {})
     if quick:
         return
     normal = KINDS["normal"]
@@ -73,7 +74,7 @@ def cases(device: torch.device, *, quick: bool = False, seed: int = 0) -> Iterat
         yield _case(
             f"head_dim {head_dim}",
             wide if head_dim == 256 else normal,
-            inputs.make("normal", replace(SMALL, head_dim=head_dim), device=device),
+            workloads.make("normal", replace(SMALL, head_dim=head_dim), device=device),
             {},
         )
     yield from _forms(device, normal)
@@ -82,7 +83,7 @@ def cases(device: torch.device, *, quick: bool = False, seed: int = 0) -> Iterat
 def _forms(device: torch.device, normal: Kind) -> Iterator[Case]:
     import torch
 
-    q, k, v = inputs.make("normal", SMALL, device=device)
+    q, k, v = workloads.make("normal", SMALL, device=device)
     rows, keys = SMALL.len_q, SMALL.len_kv
     generator = torch.Generator(device).manual_seed(1)
     keep = torch.rand(SMALL.batch, 1, rows, keys, generator=generator, device=device) < 0.7
@@ -105,7 +106,7 @@ def _forms(device: torch.device, normal: Kind) -> Iterator[Case]:
 
 
 def _case(name: str, kind: Kind, qkv: tuple[torch.Tensor, ...], keywords: dict[str, Any]) -> Case:
-    from ..reference import oracle
+    from ..numerics.reference import oracle
 
     q, k, v = qkv
     exact, lse = oracle(q, k, v, **keywords)
@@ -131,7 +132,7 @@ def judge(candidate: Candidate, case: Case) -> Result:
         return Result(candidate.name, case.name, "failed", bound=bound, detail=f"{type(error).__name__}: {error}")
     if not bool(out.isfinite().all()):
         return Result(candidate.name, case.name, "off", None, bound, f"{int((~out.isfinite()).sum())} values are not finite")
-    error = inputs.relative_l2(out, case.exact)
+    error = workloads.relative_l2(out, case.exact)
     detail = _deviations(out, lse, case)
     if error > bound:
         detail.insert(0, "error above its bound")
@@ -147,7 +148,7 @@ def _deviations(out: torch.Tensor, lse: torch.Tensor | None, case: Case) -> list
     """What is wrong beyond the relative error: coherent sums, empty rows, the log-sum-exp."""
     found = []
     if case.kind.gain is not None:
-        gain = inputs.gain(out, case.exact)
+        gain = workloads.gain(out, case.exact)
         if abs(gain - 1) > case.kind.gain:
             found.append(f"gain {gain:.4f}, must be within {case.kind.gain} of 1")
     empty = case.exact_lse == float("-inf")

@@ -18,15 +18,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, calibration, capability, images, libcuda, store
-from ..calibration import Calibration
-from ..capability import Capability
+from .._version import __version__
+from ..device import capability, libcuda
+from ..device.capability import Capability
 from ..errors import CudaError, KernelMissing, Unsupported
-from ..inputs import SHAPES, Shape
-from ..plan import plan, refusal
-from ..problem import Problem
-from ..variants import CUDA_FP16, IMAGES, VARIANTS
+from ..kernels import binaries, store
+from ..kernels.table import IMAGES
+from ..planning import calibration
+from ..planning.calibration import Calibration
+from ..planning.plan import plan, refusal
+from ..planning.problem import Problem
+from ..variants import CUDA_FP16, VARIANTS
 from .text import table
+from .workloads import SHAPES, Shape
 
 PACKAGE = Path(__file__).resolve().parents[1]
 VARIABLES = (
@@ -172,7 +176,7 @@ def _triton(needed: bool, problems: list[str]) -> dict[str, Any]:
 
 
 def _launcher(has_driver: bool, problems: list[str]) -> dict[str, Any]:
-    from .. import launcher
+    from ..backends.cuda import launcher
 
     try:
         version = importlib.metadata.version(launcher.DISTRIBUTION)
@@ -212,7 +216,7 @@ def _images(problems: list[str]) -> dict[str, Any]:
 def _device(machine: Capability, has_torch: bool, problems: list[str]) -> dict[str, Any]:
     """The variants' table of one device and what `auto` would run there."""
     try:
-        forced = images.forced()
+        forced = binaries.forced()
     except Unsupported as error:
         problems.append(str(error))
         forced = 0, False

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def sign_bits(channel):
-    """A channel is negated where the number of set bits of this is odd. Also in triton_blocks.py."""
+    """A channel is negated where the number of set bits of this is odd. Also in backends/triton/blocks.py."""
     return (channel & (channel >> 3) & 7) ^ (channel & (channel >> 1) & 64)
 
 

@@ -17,8 +17,9 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import libcuda
-from .errors import Unsupported
+from ..._version import __version__
+from ...device import libcuda
+from ...errors import Unsupported
 
 CHOICE = "SAGEATTENTION_LAUNCHER"
 MODULE, DISTRIBUTION = "sageattention_launcher", "sageattention-launcher"
@@ -135,8 +136,6 @@ def _issue(cuda: ctypes.CDLL, frame: _Frame, stream: int, launches: tuple[Launch
 @functools.cache
 def compiled() -> Launcher | None:
     """The compiled launcher, or None where it is absent or can't be used; the latter is told once, with the remedy."""
-    from . import __version__
-
     remedy = f"kernels are launched through ctypes, some microseconds slower; pip install {DISTRIBUTION}=={__version__}"
     try:
         module = importlib.import_module(MODULE)

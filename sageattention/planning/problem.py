@@ -6,7 +6,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from .errors import Unsupported
+from ..errors import Unsupported
 
 if TYPE_CHECKING:
     import torch

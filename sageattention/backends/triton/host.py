@@ -7,23 +7,19 @@ import math
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import InterpreterError, TritonError
 
-from . import hadamard
-from .errors import CudaError, KernelMissing
-from .plan import Plan
-from .problem import Problem
-from .result import Result, result_like
-from .triton_attend import attend as _attend_kernel
-from .triton_quant import ROWS, SPLITS, quantise, statistics
-from .variants import FINITE_MAX
-
-if TYPE_CHECKING:
-    from .ops import Call
+from ...errors import CudaError, KernelMissing
+from ...numerics import hadamard
+from ...numerics.constants import FINITE_MAX
+from ...planning.plan import Plan
+from ...planning.problem import Problem
+from ..call import Call, Result, result_like
+from .attend import attend as _attend_kernel
+from .quantize import ROWS, SPLITS, quantise, statistics
 
 STATISTICS_BLOCK = 64  # tokens a step
 
@@ -40,7 +36,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class QuantizedKV:
-    """K and V of a group of heads, quantised as `triton_quant` describes. Owns no float tensor of the caller's.
+    """K and V of a group of heads, quantised as `quantize` describes. Owns no float tensor of the caller's.
 
     `head0` is the group's first head among batch · heads_kv. `problem` is the call that K and V were checked as.
     """

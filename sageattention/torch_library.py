@@ -1,6 +1,6 @@
 """The calls as registered torch operators, for torch.compile alone: one opaque node each, no graph break.
 
-In eager mode the functions of `ops` are called as they are, because an operator costs 6 µs a call. The namespace is the
+In eager mode the functions of `dispatch` are called as they are, because an operator costs 6 µs a call. The namespace is the
 package's own import name, so that a copy bundled under a private name lives beside an installed one; where that name is taken
 (the package was loaded twice under it) a number is appended.
 """
@@ -16,8 +16,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import ops
-from .problem import needs_grad
+from . import dispatch
+from .backends.call import Result
+from .planning.problem import needs_grad
 
 _is_exporting = getattr(torch.compiler, "is_exporting", bool)  # torch < 2.7 does not tell
 # Inputs keep the strides the caller gave them (the last must stay 1).
@@ -46,12 +47,12 @@ def _attention_lse(
 def _run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, layout: str, causal: bool,
     sm_scale: float | None, return_lse: bool, variant: str, accum: str,
-) -> ops.Result:  # fmt: skip
-    call = ops.prepare(
+) -> Result:  # fmt: skip
+    call = dispatch.prepare(
         q, k, v, tensor_layout=layout, is_causal=causal, attn_mask=mask, sm_scale=sm_scale, return_lse=return_lse,
         variant=variant, accum=accum,
     )  # fmt: skip
-    out, lse = ops.run(call)
+    out, lse = dispatch.run(call)
     return out.contiguous(), lse  # as the fake says; SDPA's strides vary with its backend
 
 
@@ -75,7 +76,7 @@ def _varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
     max_seqlen_q: int, max_seqlen_k: int, causal: bool, sm_scale: float | None,
 ) -> torch.Tensor:  # fmt: skip
-    out = ops.run_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=causal, sm_scale=sm_scale)
+    out = dispatch.run_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=causal, sm_scale=sm_scale)
     return out.contiguous()
 
 

@@ -5,14 +5,14 @@ import os
 import triton
 import triton.language as tl
 
-from . import variants
+from ...numerics import constants
 
-INT8_MAX = tl.constexpr(float(variants.INT8_MAX))
-AMAX_MIN = tl.constexpr(variants.AMAX_MIN)
-LOG2E = tl.constexpr(variants.LOG2E)
-K_SCALE_SHIFT = tl.constexpr(variants.K_SCALE_SHIFT)
-MASK_LIMIT = tl.constexpr(variants.MASK_LIMIT)
-FINITE_MAX = tl.constexpr(variants.FINITE_MAX)
+INT8_MAX = tl.constexpr(float(constants.INT8_MAX))
+AMAX_MIN = tl.constexpr(constants.AMAX_MIN)
+LOG2E = tl.constexpr(constants.LOG2E)
+K_SCALE_SHIFT = tl.constexpr(constants.K_SCALE_SHIFT)
+MASK_LIMIT = tl.constexpr(constants.MASK_LIMIT)
+FINITE_MAX = tl.constexpr(constants.FINITE_MAX)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # whose bf16 products are wrong, so it multiplies in fp32
 ROUND = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding and taking it away rounds |x| < 2²² to the nearest integer, ties to even
 

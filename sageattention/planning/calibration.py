@@ -22,11 +22,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import libcuda, settings
-from .capability import Capability
-from .errors import CudaError
+from .. import _version, settings
+from ..device import libcuda
+from ..device.capability import Capability
+from ..errors import CudaError
+from ..kernels.family import MASKS
+from ..numerics.constants import pad_head_dim
+from ..variants import VARIANTS
 from .problem import Problem
-from .variants import MASKS, VARIANTS, pad_head_dim
 
 FOLDER = "SAGEATTENTION_CACHE"  # replaces the user's cache directory
 FORMAT = 1
@@ -52,7 +55,7 @@ class Point:
     """
 
     head_dim: int  # compiled
-    mask: str  # of `variants.MASKS`
+    mask: str  # of `kernels.family.MASKS`
     heads: int  # over all batches
     len_q: int
     len_kv: int
@@ -141,14 +144,12 @@ def made_for(card: Capability) -> dict[str, str]:
     """
     import torch
 
-    from . import __version__
-
     return {
         "card": card.name,
         "arch": f"sm_{card.arch}",
         "driver": libcuda.driver_version(),
         "torch": torch.__version__,
-        "sageattention": __version__,
+        "sageattention": _version.__version__,
     }
 
 

@@ -6,11 +6,17 @@ import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from . import auto, images, store
-from .capability import Capability
-from .errors import KernelMissing, Unsupported
+from ..device.capability import Capability
+from ..errors import KernelMissing, Unsupported
+from ..kernels import binaries, store
+from ..kernels.binaries import Image
+from ..kernels.family import Kernels, Tile, find_tile
+from ..kernels.table import IMAGES
+from ..numerics.constants import HEAD_DIMS, pad_head_dim
+from ..numerics.scheme import Scheme
+from ..variants import SDPA, VARIANTS, Variant
+from . import rules
 from .problem import Problem
-from .variants import HEAD_DIMS, IMAGES, SDPA, VARIANTS, Kernels, Scheme, Tile, Variant, find_tile, pad_head_dim
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -36,11 +42,11 @@ class Plan:
     tile: Tile | None = None
     scheme: Scheme | None = None
     heads_per_group: int = 0  # key/value heads (over all batches) quantised and attended at once
-    basis: str = ""  # what "auto" decided by: see `auto.Choice`
+    basis: str = ""  # what "auto" decided by: see `rules.Choice`
     accum: str = ""  # the `pv_accum_dtype`, "" the variant's default
     auto: bool = False  # "auto" chose: another candidate may take its place
     kernels: Kernels | None = None  # of a CUDA variant
-    images: tuple[images.Image, images.Image] | None = None  # their quantisers' and the attention's
+    images: tuple[Image, Image] | None = None  # their quantisers' and the attention's
     attend: str = ""  # the attention kernel's symbol
 
 
@@ -70,7 +76,7 @@ def plan(
         if variant not in VARIANTS:
             raise Unsupported("variant", f"got {variant!r}, accepted are 'auto', {', '.join(map(repr, VARIANTS))}")
         return replace(_fit(problem, capability, VARIANTS[variant], accum, arch, ptx, "asked for by name"), accum=accum)
-    choice = auto.choose(problem, capability, arch or capability.arch, calibration)
+    choice = rules.choose(problem, capability, arch or capability.arch, calibration)
     rejected = list(choice.rejected)
     for candidate in choice.order:
         if candidate in dict(absent):
@@ -118,7 +124,7 @@ def refusal(variant: Variant, capability: Capability, arch: int = 0, ptx: bool =
 
 def _images(
     variant: Variant, kernels: Kernels | None, head_dim: int, capability: Capability, arch: int, ptx: bool = False
-) -> tuple[images.Image, images.Image]:
+) -> tuple[Image, Image]:
     """The images that the device runs: the quantisers' and the attention's.
 
     Raises:
@@ -126,9 +132,9 @@ def _images(
     """
     family, found = arch or capability.arch, []
     for name in (kernels.quantiser, kernels.attend_image(head_dim)) if kernels else ():
-        image = images.select(IMAGES, name, capability.arch, arch, ptx)
+        image = binaries.select(IMAGES, name, capability.arch, arch, ptx)
         if image is None:
-            built = ", ".join(images.describe(IMAGES, name))
+            built = ", ".join(binaries.describe(IMAGES, name))
             raise KernelMissing(variant.name, f"{name} exists for {built}; none of them runs on sm_{capability.arch} as sm_{family}")
         if absent := store.missing(image):
             raise KernelMissing(variant.name, f"sm_{family}: {absent}")

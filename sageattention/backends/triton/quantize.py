@@ -11,12 +11,12 @@ statistics are per (sequence, head).
 import triton
 import triton.language as tl
 
-from . import variants
-from .triton_blocks import AMAX_MIN, K_SCALE_SHIFT, rotate, round_rows
+from ...numerics import constants
+from .blocks import AMAX_MIN, K_SCALE_SHIFT, rotate, round_rows
 
 SPLITS = 16  # programs per head that share V in `statistics`; one more has the sample of K
 ROWS = 64  # tokens per program in `quantise`, at most: a program's are all of one tile
-ANCHOR_TOKENS = tl.constexpr(variants.ANCHOR_TOKENS)
+ANCHOR_TOKENS = tl.constexpr(constants.ANCHOR_TOKENS)
 
 
 @triton.jit

@@ -7,80 +7,25 @@ at once.
 
 from __future__ import annotations
 
-import math
 import threading
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from . import capability, driver
-from .launcher import Kernel, Launch
-from .params import AttendParams, KeysParams, ValuesParams, packer
-from .plan import WORKSPACE_LIMIT, Plan
-from .problem import Problem
-from .result import Result, result_like
-from .variants import (
-    FINITE_MAX,
-    INT8_MAX,
-    LOG2E,
-    SCORE_LIMIT,
-    anchor_stride,
-)
-
-KEYS_SHARE = 0.6  # of the multiprocessors' room for blocks: the quantiser of K leaves the rest to the statistics of V,
-SPLIT_TOKENS, MAX_SPLITS = (128, 512), 64  # whose blocks have so many tokens each; every block of `values` reads all their results
-ALIGN = 256
-MAX_RECIPES = 4096
-MAX_GRID = 2**31 - 1
+from ...kernels.params import AttendParams, KeysParams, ValuesParams, packer
+from ...planning.plan import Plan
+from ...planning.problem import Problem
+from ..call import Result, result_like
+from . import driver
+from .launcher import Launch
+from .workspace import Recipe, recipe_of
 
 _DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 _MASK_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.bool: 3}
 (_pack_keys, _keys_constants), (_pack_values, _values_constants), (_pack_attend, _attend_constants) = (
     packer(p) for p in (KeysParams, ValuesParams, AttendParams)
 )
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Byte offsets of one group's buffers; `pairs` (batch, kv head) pairs each."""
-
-    kv: int  # [tiles] of the layout's kTileBytes
-    v_parts: int  # [splits, 3, D] fp32
-    v_parts_done: int  # [splits] int32
-    k_scale_parts: int  # [key_runs] fp32
-    k_scale_max: int  # int32
-    v_amax: int  # [D] fp32
-    v_mean: int  # [D] fp32
-    v_codes: int  # [D] int32
-    anchor: int  # [D] fp32
-    partials: int  # of the whole group: [blocks] of Kernels.partial_bytes
-    partials_done: int  # [blocks, 2] int32
-    size: int
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything about a call's launches but its addresses and strides."""
-
-    problem: Problem
-    plan: Plan  # kept alive here, so that its id, by which caches find it, stays its own
-    keys: Kernel
-    values: Kernel
-    attend: Kernel
-    device: int
-    groups: tuple[tuple[int, int], ...]  # (first pair, pairs)
-    workspace: Workspace  # for the largest group
-    tiles: int
-    key_runs: int  # blocks for each pair's keys,
-    splits: int  # its values' statistics,
-    value_runs: int  # its values
-    blocks_q: int
-    grid_limit: int  # attention blocks of a launch, where they go on with what is left over
-    dones: int  # 0, or the blocks share out by tiles what does not fill a wave, and tell each other by so many words
-    keys_tail: tuple  # the parameter structs' ends
-    values_tail: tuple
-    attend_tail: tuple
 
 
 @dataclass(frozen=True)
@@ -104,7 +49,7 @@ def run(call) -> Result:
     unaligned = (q_at | out_at) % 16, (k_at | v_at) % 16
     form = forms.get(unaligned)
     if form is None:
-        recipe = _recipe(p, plan)
+        recipe = recipe_of(p, plan)
         form = forms[unaligned] = _Form(
             recipe, _quantising(recipe, k, v, unaligned[1]), _attending(recipe, q, out, mask, unaligned[0]),
             recipe.workspace.size * min(2, len(recipe.groups)),
@@ -125,7 +70,7 @@ def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: Plan) -> 
     """Quantise K and V, all heads in one group."""
     if problem.empty:
         return QuantizedKV(problem, plan, torch.empty(0, dtype=torch.uint8, device=k.device))
-    recipe = _recipe(problem, plan, True)
+    recipe = recipe_of(problem, plan, True)
     buffer = torch.empty(recipe.workspace.size, dtype=torch.uint8, device=k.device)
     k_at, v_at = k.data_ptr(), v.data_ptr()
     (quantising,) = _quantising(recipe, k, v, (k_at | v_at) % 16)
@@ -136,7 +81,7 @@ def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: Plan) -> 
 def attend_all(q: torch.Tensor, kv: QuantizedKV, problem: Problem, mask: torch.Tensor | None) -> Result:
     """Attend every head of `q` to K and V that were quantised before."""
     out, lse = result_like(q, problem)
-    recipe = _recipe(problem, kv.plan, True)
+    recipe = recipe_of(problem, kv.plan, True)
     q_at, out_at, lse_at = q.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr()
     (attending,) = _attending(recipe, q, out, mask, (q_at | out_at) % 16)
     launch = _attend_launch(recipe, attending, kv.buffer.data_ptr(), q_at, 0 if mask is None else mask.data_ptr(), out_at, lse_at)
@@ -272,79 +217,3 @@ def _vectors(p: Problem, unaligned: int, *strides: tuple[int, int, int]) -> int:
     """1 where rows can be moved in pieces of 16 bytes."""
     per_piece = 16 // (4 if p.dtype == "float32" else 2)
     return int(not unaligned and p.head_dim % 8 == 0 and not any(s % per_piece for three in strides for s in three))
-
-
-# --- what the problem decides -----------------------------------------------------------------------------------------------------
-
-
-_recipes: dict[tuple, Recipe] = {}
-
-
-def _recipe(p: Problem, plan: Plan, one_group: bool = False) -> Recipe:
-    key = p, id(plan), one_group
-    known = _recipes.get(key)
-    if known is None:
-        if len(_recipes) >= MAX_RECIPES:
-            _recipes.clear()
-        known = _recipes[key] = _new_recipe(p, plan, one_group)
-    return known
-
-
-def _new_recipe(p: Problem, plan: Plan, one_group: bool) -> Recipe:
-    scheme, names, d = plan.scheme, plan.kernels, plan.head_dim
-    card = capability.of_device(p.device, p.device_index)
-    quantiser, attention = plan.images
-    keys, values = quantiser.entry(names.keys_symbol(d)), quantiser.entry(names.values_symbol(d))
-    kernels = (
-        driver.kernel(p.device_index, quantiser, keys.symbol, plan.variant.name),
-        driver.kernel(p.device_index, quantiser, values.symbol, plan.variant.name),
-        driver.kernel(p.device_index, attention, plan.attend, plan.variant.name),
-    )
-    all_pairs, tiles, tile_bytes = p.batch * p.heads_kv, -(-p.len_kv // plan.tile.block_n), names.tile_bytes(d)
-    pairs = all_pairs if one_group else plan.heads_per_group
-    groups = tuple((first, min(pairs, all_pairs - first)) for first in range(0, all_pairs, pairs))
-    step = anchor_stride(p.len_kv)
-    keys_all = tiles * plan.tile.block_n
-    units = keys_all // names.unit_keys(d), -(-keys_all * scheme.v_bytes // values.threads)
-    slots = keys.min_blocks * card.multiprocessors
-    key_runs = _runs(pairs, units[0], slots * KEYS_SHARE)
-    most, fewest = (min(MAX_SPLITS, -(-p.len_kv // tokens)) for tokens in SPLIT_TOKENS)
-    split_tokens = -(-p.len_kv // max(fewest, min(int(slots * (1 - KEYS_SHARE)) // pairs, most)))
-    splits = -(-p.len_kv // split_tokens)
-    value_runs = _runs(pairs, units[1], values.min_blocks * card.multiprocessors)  # each warp has 32 / v_bytes keys at a time
-    blocks_q = -(-p.len_q // plan.tile.block_m)
-    limit, partial_bytes = MAX_GRID, 0
-    if names.persistent and len(groups) == 1 and p.mask == "none" and not p.causal:
-        limit = card.multiprocessors
-        items, leftover_tiles = blocks_q * pairs * (p.heads_q // p.heads_kv), 2 * limit * tiles
-        if not one_group and items > limit and items % limit and leftover_tiles * limit < 2**32:  # the kernel counts in 32 bits
-            partial_bytes = names.partial_bytes(d) * limit
-    if tiles * tile_bytes * pairs + partial_bytes > WORKSPACE_LIMIT["cuda"]:
-        partial_bytes = 0
-    dones = 2 * limit if partial_bytes else 0
-    return Recipe(
-        p, plan, *kernels, p.device_index, groups,
-        _workspace(pairs, (tiles * tile_bytes, splits * 3 * d * 4, splits * 4, key_runs * 4, 4, *[d * 4] * 4), (partial_bytes, dones * 4)),
-        tiles, key_runs, splits, value_runs, blocks_q, limit, dones,
-        (tiles, tile_bytes, key_runs, -(-p.len_kv // step), step, dones, splits, split_tokens),
-        (key_runs, splits, tiles, value_runs, scheme.v_mean, scheme.v_max),
-        (
-            min(abs(p.sm_scale) * LOG2E * 4 * d / INT8_MAX, FINITE_MAX), math.copysign(1.0, p.sm_scale),
-            max(-FINITE_MAX, min(p.sm_scale, FINITE_MAX)), SCORE_LIMIT / (INT8_MAX**2 * d), 1 / scheme.v_max, math.log2(scheme.p_max),
-            scheme.slack,
-        ),
-    )  # fmt: skip
-
-
-def _runs(pairs: int, units: int, slots: float) -> int:
-    """Blocks per pair of a quantising launch: whole waves, each block paying about two units to start."""
-    length = min(range(1, units + 1), key=lambda n: -(-pairs * -(-units // n) // slots) * (n + 2))
-    return -(-units // length)
-
-
-def _workspace(pairs: int, each: tuple[int, ...], once: tuple[int, ...]) -> Workspace:
-    """Buffers of so many bytes for each pair, then others."""
-    offsets = [0]
-    for size in *(pairs * size for size in each), *once:
-        offsets.append(offsets[-1] + -(-size // ALIGN) * ALIGN)
-    return Workspace(*offsets)

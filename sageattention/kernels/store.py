@@ -9,9 +9,10 @@ import lzma
 from pathlib import Path
 from typing import Any
 
-from .images import Entry, Image
+from .._version import __version__
+from .binaries import Entry, Image
 
-KERNELS = Path(__file__).resolve().parent / "kernels"
+KERNELS = Path(__file__).resolve().parent
 MANIFEST = "manifest.json"
 FORMAT = 1
 RECORD = ("threads", "smem_dynamic", "smem_static", "params")  # what loading a kernel needs to know of it
@@ -24,8 +25,6 @@ class Unusable(Exception):
 
 def remedy() -> str:
     """What to do about a damaged installation; names the version."""
-    from . import __version__  # the package is complete by the time anything is loaded
-
     return f"reinstall sageattention {__version__} (from a checkout: python dev.py build)"
 
 

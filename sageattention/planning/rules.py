@@ -2,7 +2,7 @@
 
 A rule rests on a measurement (docs/kernels.md) or on the static model: the tensor cores' rates below, which say how much less time
 both products take than in 16-bit attention. The fastest variant goes first, whatever its rounding costs within the bounds of
-`inputs.KINDS`; who prefers another one names it. A variant without a kernel here is passed by, with the reason.
+`workloads.KINDS`; who prefers another one names it. A variant without a kernel here is passed by, with the reason.
 What `bench --calibrate` measured on the very card goes before the table.
 """
 
@@ -12,9 +12,11 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .capability import Capability
+from ..device.capability import Capability
+from ..numerics.constants import HEAD_DIMS, pad_head_dim
+from ..numerics.scheme import Scheme
+from ..variants import CUDA_FP8, CUDA_FP8_SM90, CUDA_FP16, CUDA_INT8, TRITON_FP16, VARIANTS
 from .problem import Problem
-from .variants import CUDA_FP8, CUDA_FP8_SM90, CUDA_FP16, CUDA_INT8, HEAD_DIMS, TRITON_FP16, VARIANTS, Scheme, pad_head_dim
 
 if TYPE_CHECKING:
     from .calibration import Calibration

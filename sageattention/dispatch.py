@@ -5,40 +5,32 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
-from . import calibration, capability, images, packed, reference, settings
-from .capability import Capability
+from . import settings
+from .backends import emulation, sdpa
+from .backends.call import Call, Result, result_like
+from .device import capability
+from .device.capability import Capability
 from .errors import KernelMissing, Unsupported
-from .plan import GROUPS_ALIVE, Plan, plan
-from .problem import Problem, facts
-from .problem import needs_grad as needs_grad  # for the adapter
-from .result import Result, result_like
-from .variants import MASK_LIMIT, TRITON_FP16, VARIANTS
+from .kernels import binaries
+from .planning import calibration, varlen
+from .planning.plan import GROUPS_ALIVE, Plan, plan
+from .planning.problem import Problem, facts
+from .planning.problem import needs_grad as needs_grad  # for the adapter
+from .tracing import traced as traced  # for `api`
+from .tracing import transformed
+from .variants import TRITON_FP16, VARIANTS
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from .triton_ops import QuantizedKV
+    from .backends.triton.host import QuantizedKV
 
 
 LOG = logging.getLogger("sageattention")
-LSE_CHUNK = 256 << 20  # bytes of fp32 scores at a time
-
-
-class Call(NamedTuple):
-    """One checked attention call: its tensors, what it is, and what will run it."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    mask: torch.Tensor | None  # broadcastable to [B, H, Nq, Nk], always 4-D
-    problem: Problem
-    plan: Plan
-    forms: dict  # what a backend has worked out for calls that differ from this one in nothing but addresses
 
 
 # (problem, plan, forms) of the calls that were prepared before, by all that they depend on: a model repeats a handful of calls
@@ -89,23 +81,6 @@ def _four_dims(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
 
 
-_modes, _is_tracing, _transform = torch._C._len_torch_dispatch_stack, torch._C._is_tracing, torch._C._functorch.peek_interpreter_stack
-
-
-def traced(q: torch.Tensor) -> bool:
-    """Whether a call outside of torch.compile is only looked at – under a dispatch mode such as FakeTensorMode or make_fx's, `transformed`,
-    or with a fake tensor: then it has to be one registered operator."""
-    if _modes() or transformed():
-        return True
-    return type(q) is not torch.Tensor and isinstance(q, FakeTensor)
-
-
-def transformed() -> bool:
-    """Whether torch.jit.trace, or a transform of torch.func such as vmap, sees only torch's own operators: a kernel would escape the one
-    and find no memory in the other's tensors."""
-    return _is_tracing() or _transform() is not None
-
-
 def _refuse_transforms(name: str) -> None:
     if transformed():
         raise Unsupported(name, "is under torch.jit.trace or a transform of torch.func, which can't follow a call in halves; call sageattn")
@@ -123,7 +98,7 @@ def plan_for(problem: Problem, variant: str, accum: str = "") -> Plan:
             raise Unsupported("SAGEATTENTION_VARIANT", f"the environment variable holds {variant!r}, accepted are 'auto', {accepted}")
     card = machine(problem)
     known = calibration.of_card(card) if variant == "auto" else None
-    arch, ptx = images.forced()
+    arch, ptx = binaries.forced()
     return plan(problem, card, variant, accum, arch, known, ptx, _absent.get(problem, ()) if _absent else ())
 
 
@@ -190,90 +165,26 @@ def _empty(q: torch.Tensor, problem: Problem) -> Result:
     return out.zero_(), None if lse is None else lse.fill_(-torch.inf)
 
 
-def _run_sdpa(call: Call) -> Result:
-    q, k, v = _to_hnd(call)
-    p, mask = call.problem, call.mask
-    causal = p.causal
-    if mask is not None:
-        if p.mask == "additive":
-            mask = _narrow_mask(mask, q.dtype)
-        if causal:
-            mask, causal = _with_causal(mask, p), False
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=causal, scale=float(p.sm_scale), enable_gqa=bool(p.heads_q != p.heads_kv)
-    )
-    if mask is not None:  # not every backend gives 0 for a fully masked row
-        kept = mask if mask.dtype == torch.bool else mask != -torch.inf
-        out = torch.where(kept.any(-1, keepdim=True), out, 0)
-    return _from_hnd(out, call), _lse(call, q, k) if p.return_lse else None
-
-
-def _lse(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """The log-sum-exp that SDPA keeps to itself, from fp32 scores of as many queries at a time as fit into `LSE_CHUNK` bytes."""
-    p = call.problem
-    k = k.float().repeat_interleave(p.heads_q // p.heads_kv, 1)
-    rows = max(1, LSE_CHUNK // (4 * p.batch * p.heads_q * p.len_kv))
-    parts = []
-    for start in range(0, p.len_q, rows):
-        scores = q[:, :, start : start + rows].float() @ k.mT * p.sm_scale
-        if call.mask is not None:
-            mask = call.mask if call.mask.shape[2] == 1 else call.mask[:, :, start : start + rows]
-            scores = scores.masked_fill(~mask, -torch.inf) if p.mask == "bool" else scores + mask
-        if p.causal:
-            keys = torch.arange(p.len_kv, device=q.device)
-            scores = scores.masked_fill(keys > torch.arange(start, start + scores.shape[2], device=q.device)[:, None], -torch.inf)
-        parts.append(torch.logsumexp(scores, -1))
-    return torch.cat(parts, 2)
-
-
-def _narrow_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An additive mask in q's dtype, as SDPA wants it. Finite stays finite, also times log2(e) in fp32, which some backends take."""
-    limit = min(torch.finfo(dtype).max, torch.finfo(mask.dtype).max, MASK_LIMIT)
-    return torch.where(mask == -torch.inf, mask, mask.clamp(-limit, limit)).to(dtype)
-
-
-def _with_causal(mask: torch.Tensor, p: Problem) -> torch.Tensor:
-    keep = torch.ones(p.len_q, p.len_kv, dtype=torch.bool, device=mask.device).tril()
-    return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, -torch.inf)
-
-
-def _run_reference(call: Call) -> Result:
-    q, k, v = _to_hnd(call)
-    p = call.problem
-    out, lse = reference.emulate(q, k, v, call.plan.scheme, is_causal=p.causal, attn_mask=call.mask, sm_scale=p.sm_scale)
-    return _from_hnd(out, call), lse if p.return_lse else None
-
-
-def _triton_ops() -> ModuleType:
+def _triton_host() -> ModuleType:
     try:
-        from . import triton_ops
+        from .backends.triton import host
     except ImportError as error:  # of another release than this code is written for
         raise KernelMissing(TRITON_FP16.name, f"its kernels can't be imported with the Triton installed here: {error}") from error
-    return triton_ops
+    return host
 
 
 def _run_triton(call: Call) -> Result:
-    return _triton_ops().run(call)
+    return _triton_host().run(call)
 
 
 def _run_cuda(call: Call) -> Result:
-    from . import cuda_ops
+    from .backends.cuda import host
 
-    _RUNNERS["cuda"] = cuda_ops.run  # an import statement in a function costs each call a microsecond
-    return cuda_ops.run(call)
-
-
-_RUNNERS = {"sdpa": _run_sdpa, "reference": _run_reference, "triton": _run_triton, "cuda": _run_cuda}
+    _RUNNERS["cuda"] = host.run  # an import statement in a function costs each call a microsecond
+    return host.run(call)
 
 
-def _to_hnd(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if call.problem.layout == "HND":
-        return call.q, call.k, call.v
-    return call.q.transpose(1, 2), call.k.transpose(1, 2), call.v.transpose(1, 2)
-
-
-def _from_hnd(out: torch.Tensor, call: Call) -> torch.Tensor:
-    return out if call.problem.layout == "HND" else out.transpose(1, 2).contiguous()
+_RUNNERS = {"sdpa": sdpa.run, "reference": emulation.run, "triton": _run_triton, "cuda": _run_cuda}
 
 
 def run_varlen(
@@ -291,13 +202,13 @@ def run_varlen(
     """`sageattn_varlen`: through the Triton variant, the one that reads packed sequences in place."""
     problem = Problem.from_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, sm_scale=sm_scale)
     chosen = plan_for(problem, TRITON_FP16.name)
-    packed.check("cu_seqlens_q", cu_seqlens_q, "q", q.shape[0], "max_seqlen_q", problem.len_q)
-    packed.check("cu_seqlens_k", cu_seqlens_k, "k", k.shape[0], "max_seqlen_k", problem.len_kv)
+    varlen.check("cu_seqlens_q", cu_seqlens_q, "q", q.shape[0], "max_seqlen_q", problem.len_q)
+    varlen.check("cu_seqlens_k", cu_seqlens_k, "k", k.shape[0], "max_seqlen_k", problem.len_kv)
     if problem.empty:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
-    triton_ops = _triton_ops()
-    offsets = triton_ops.Packed(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())  # the kernels know no strides of theirs
-    return triton_ops.run_packed(q, k, v, offsets, problem, chosen)
+    triton = _triton_host()
+    offsets = triton.Packed(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())  # the kernels know no strides of theirs
+    return triton.run_packed(q, k, v, offsets, problem, chosen)
 
 
 def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str, variant: str) -> QuantizedKV:
@@ -318,12 +229,12 @@ def quantize_planned(k: torch.Tensor, v: torch.Tensor, problem: Problem, chosen:
         Unsupported: its variant has no halves.
     """
     if chosen.variant.backend == "cuda":
-        from . import cuda_ops
+        from .backends.cuda import host
 
-        return cuda_ops.quantize(k, v, problem, chosen)
+        return host.quantize(k, v, problem, chosen)
     if chosen.variant.backend != "triton":
         raise Unsupported("variant", f"{chosen.variant.name} ({chosen.reason}) keeps no quantised K and V; name one that does")
-    return _triton_ops().quantize(k, v, problem, chosen, 0, problem.batch * problem.heads_kv)
+    return _triton_host().quantize(k, v, problem, chosen, 0, problem.batch * problem.heads_kv)
 
 
 def attend(
@@ -344,10 +255,10 @@ def attend(
         return _empty(q, problem)
     kv = replace(kv, plan=plan_for(problem, kv.plan.variant.name, kv.plan.accum))  # this mask's kernel
     if kv.plan.variant.backend == "cuda":
-        from . import cuda_ops
+        from .backends.cuda import host
 
-        return cuda_ops.attend_all(q, kv, problem, _four_dims(attn_mask))
-    return _triton_ops().attend_all(q, kv, problem, _four_dims(attn_mask))
+        return host.attend_all(q, kv, problem, _four_dims(attn_mask))
+    return _triton_host().attend_all(q, kv, problem, _four_dims(attn_mask))
 
 
 def halves_save_memory(call: Call) -> bool:

@@ -6,10 +6,10 @@ Online softmax in base 2 (FlashAttention-2, arXiv:2307.08691). Q is rotated and 
 import triton
 import triton.language as tl
 
-from . import variants
-from .triton_blocks import AMAX_MIN, INT8_MAX, K_SCALE_SHIFT, LOG2E, anchor_score, mask_scores, rotate, round_rows
+from ...numerics import constants
+from .blocks import AMAX_MIN, INT8_MAX, K_SCALE_SHIFT, LOG2E, anchor_score, mask_scores, rotate, round_rows
 
-SCORE_LIMIT = tl.constexpr(variants.SCORE_LIMIT)
+SCORE_LIMIT = tl.constexpr(constants.SCORE_LIMIT)
 LN2 = tl.constexpr(0.6931471805599453)
 
 

@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Iterator
 
-from .errors import CudaError
+from ..errors import CudaError
 
 LIBRARY = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 NVML = "nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1"

@@ -12,7 +12,7 @@ import math
 import torch
 
 from . import hadamard
-from .variants import (
+from .constants import (
     AMAX_MIN,
     FINITE_MAX,
     INT8_MAX,
@@ -20,10 +20,10 @@ from .variants import (
     LOG2E,
     MASK_LIMIT,
     SCORE_LIMIT,
-    Scheme,
     anchor_stride,
     pad_head_dim,
 )
+from .scheme import Scheme
 
 LN2 = math.log(2.0)
 E4M3_MAX = 448.0

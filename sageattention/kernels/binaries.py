@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from ctypes import Structure
 from dataclasses import dataclass
 
-from . import settings
-from .errors import Unsupported
+from .. import settings
+from ..errors import Unsupported
 
 FORCE = "SAGEATTENTION_ARCH"
 _FORCED = re.compile(r"(?:(sm|compute)_)?(\d{2,3})[af]?|(\d{1,2})\.(\d)")

@@ -12,11 +12,13 @@ import ctypes
 import threading
 from dataclasses import dataclass, field
 
-from . import launcher, libcuda, store
-from .errors import CudaError, KernelMissing
-from .images import Entry, Image
+from ...device import libcuda
+from ...errors import CudaError, KernelMissing
+from ...kernels import store
+from ...kernels.binaries import Entry, Image
+from ...kernels.store import Unusable
+from . import launcher
 from .launcher import Kernel, Launch, Launcher
-from .store import Unusable
 
 
 @dataclass
@@ -65,7 +67,7 @@ def kernel(index: int, image: Image, symbol: str, variant: str) -> Kernel:
     """A kernel ready to be launched on device `index`. Loads its image when it is first wanted there.
 
     Args:
-        image: what `images.select` chose for the device.
+        image: what `binaries.select` chose for the device.
         symbol: one of its entries.
         variant: whom an error is about.
 

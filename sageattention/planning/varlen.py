@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .errors import Unsupported
+from ..errors import Unsupported
 
 
 class Offsets(NamedTuple):

@@ -1,0 +1,1 @@
+"""The machine: its driver, and what its cards can do."""

@@ -1,0 +1,112 @@
+"""Families of CUDA kernels: the launch shape of each kernel, by card and head dimension, and the names of kernels and their images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..numerics.constants import HEAD_DIMS
+from ..numerics.scheme import Scheme
+from .binaries import Entry
+
+MASKS = ("none", "causal", "dense")
+BARRIER_BYTES = 8
+WARP_ROWS = 16  # of an MMA
+BIAS_KEYS = 64
+BIAS_BYTES = WARP_ROWS * (BIAS_KEYS + 8) * 4  # a warp's stage of a dense mask
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Launch shape of an attention kernel: queries and keys per block, warps, pipeline stages.
+
+    CUDA kernels also say how many blocks of a multiprocessor the registers are budgeted for, and whether Q's fragments wait in
+    shared memory instead of registers, or only what a tile needs once (walk_shared: Q's scales, the number of the first tile), whether
+    what follows from the thread's number is worked out anew for each tile, and whether V is kept from being loaded ahead of the
+    weights (1: it waits for their sum, 2: for the warp).
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    blocks: int = 1
+    query_shared: bool = False
+    walk_shared: bool = False
+    thread_anew: bool = False
+    values_late: int = 0
+
+
+Tiles = dict[tuple[int | str, ...], Tile]
+
+
+def find_tile(tiles: Tiles, arch: int, head_dim: int, *kind: str) -> Tile:
+    """The launch shape for `arch` and a compiled `head_dim`, and for a kind of kernel (mask, accumulator) that differs."""
+    row = arch if (arch, head_dim) in tiles else 0
+    keys = [(row, head_dim, *kind[:n]) for n in range(len(kind), -1, -1)]
+    return next(tiles[key] for key in keys if key in tiles)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The CUDA kernels for one format of quantised K and V: a quantiser, and attention for each head dimension, mask and accumulator.
+
+    Image `attend_NAME_dD` holds the attention kernels of one compiled head dimension. The quantisers of all kernels made for the same
+    devices share an image, and those of the same tile the quantiser of K.
+    """
+
+    name: str
+    source: str  # of the attention kernels, relative to csrc/
+    layout: str  # the C++ type of a tile of K and V, {d} being the compiled head dimension
+    tile_bytes: Callable[[int], int]  # what that type's kTileBytes is
+    schemes: dict[str, Scheme]  # what is computed, by pv_accum_dtype, the default first
+    tiles: Tiles  # by (arch, compiled head_dim), with mask and accumulator where they differ; arch 0 is the default
+    entry: Callable[[Kernels, int, int, str, str], Entry]  # the attention kernel for (arch, head_dim, mask, accumulator)
+    arch: int = 0  # compute capability of the only devices it is made for, whose machine code is "sm_XXa"; 0: any from min_arch on
+    min_arch: int = 75
+    # Without a mask, a block goes on with further queries, and may share its last ones with another: what it then leaves to that one.
+    partial_bytes: Callable[[int], int] | None = None
+
+    @property
+    def persistent(self) -> bool:
+        """Whether a grid of any size does all unmasked work."""
+        return self.partial_bytes is not None
+
+    @property
+    def head_dims(self) -> tuple[int, ...]:
+        return tuple(d for d in HEAD_DIMS if any(key[1] == d for key in self.tiles))
+
+    @property
+    def accumulators(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(s.accumulate for s in self.schemes.values()))
+
+    @property
+    def pv(self) -> str:
+        """The type of P and V."""
+        return next(iter(self.schemes.values())).pv
+
+    @property
+    def quantiser(self) -> str:
+        """The quantisers' image."""
+        return f"quantise_{self.name.split('_')[0]}"
+
+    def unit_keys(self, head_dim: int) -> int:
+        """Keys of K that share scales: kScaleKeys of the layout."""
+        return find_tile(self.tiles, 0, head_dim).block_n // (2 if self.arch else 1)
+
+    def keys_symbol(self, head_dim: int) -> str:
+        return f"keys_{self.name.split('_')[0]}_{find_tile(self.tiles, 0, head_dim).block_n}_d{head_dim}"
+
+    def values_symbol(self, head_dim: int) -> str:
+        return f"values_{self.name}_d{head_dim}"
+
+    def attend_image(self, head_dim: int) -> str:
+        return f"attend_{self.name}_d{head_dim}"
+
+    def attend_symbol(self, head_dim: int, mask: str, accumulate: str) -> str:
+        return f"attend_{self.name}_d{head_dim}_{mask}_{accumulate}"
+
+    def built_for(self, target: str) -> bool:
+        """Whether there are images for this target of the compiler, such as "sm_80"."""
+        arch = int(target.split("_")[1].rstrip("a"))
+        return target == f"sm_{self.arch}a" if self.arch else arch >= self.min_arch

@@ -1,0 +1,152 @@
+"""The attention kernels by mma.sync, for every card from Turing to Blackwell: their tiles, and what is compiled for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from ..numerics.scheme import FP8_FP16, FP8_FP32_MMA, FP16_FP16_FP32, FP16_FP32_MMA, INT8_INT32
+from .binaries import Entry
+from .family import BARRIER_BYTES, BIAS_BYTES, MASKS, WARP_ROWS, Kernels, Tile, Tiles, find_tile
+from .params import AttendParams
+
+BULK_ARCH = 90  # from here on a tile is one bulk copy, with two barriers a stage: it has landed, it has been read
+
+# mma.sync kernels; the machine code behind each choice is in docs/kernels.md. What a fragment of K or V costs in shared memory serves
+# 32 rows of a warp where the registers allow it, without a spill in the main loop: head_dim 128 on A100 and Hopper, where shared memory
+# would bind otherwise; two blocks of four such warps hide each other's softmax. Cards with a quarter of the tensor throughput (8.6, 8.9,
+# 12.x, Turing) are bound by it with 16 rows as well, and want as many warps as the registers hold: twelve. At head_dim 64, 16 rows leave
+# room for 16 warps. 8.6, 8.9 and 12.x have 99 KiB of shared memory for a block, Turing 64 and no asynchronous copies; with a dense mask
+# each warp stages 4.5 KiB of bias beside the pipeline.
+_TWO, _EIGHT, _TWELVE = Tile(128, 64, 4, 3, 2, True), Tile(128, 64, 8, 3, 1), Tile(192, 64, 12, 3, 1)
+MMA_TILES: Tiles = {
+    (0, 64): Tile(128, 64, 8, 3, 2),
+    (0, 128): _TWO,
+    (0, 128, "dense", "fp16"): replace(_EIGHT, stages=2),
+    (0, 256): Tile(128, 64, 8, 3, 1, True),
+    (0, 256, "dense"): Tile(128, 64, 8, 2, 1, True),
+    (0, 256, "dense", "fp16"): Tile(128, 64, 8, 1, 1, True),
+    (75, 64): Tile(128, 64, 8, 2, 2),
+    (75, 64, "dense"): Tile(64, 64, 4, 2, 1),
+    (75, 128): replace(_EIGHT, stages=2),
+    (75, 128, "dense"): replace(_EIGHT, stages=1),
+    (75, 256): replace(_EIGHT, stages=1),
+    (75, 256, "dense"): Tile(32, 64, 2, 1, 1),
+    (80, 128): _TWELVE,
+    (80, 128, "none", "fp32"): _TWO,
+    (80, 128, "dense"): replace(_EIGHT, stages=2),
+    (80, 256): Tile(128, 64, 8, 2, 1, True),
+    (80, 256, "dense"): Tile(64, 64, 4, 2, 1, True),
+    (100, 128): _TWELVE,
+    (100, 128, "dense"): _EIGHT,
+}
+MMA_BYTE_TILES: Tiles = {
+    (0, 64): Tile(128, 64, 8, 3, 2),
+    (0, 128): replace(_TWO, stages=4),
+    (0, 256): replace(_EIGHT, stages=4),
+    (75, 64): Tile(128, 64, 8, 3, 2),
+    (75, 64, "dense"): replace(_EIGHT, stages=2),
+    (75, 128): _EIGHT,
+    (75, 128, "dense"): replace(_EIGHT, stages=1),
+    (75, 256): replace(_EIGHT, stages=1),
+    (75, 256, "dense"): Tile(64, 64, 4, 1, 1),
+    (80, 128): replace(_TWO, stages=4),
+    (80, 128, "dense"): _EIGHT,
+    (80, 256): _EIGHT,
+    (100, 64): Tile(128, 64, 8, 3, 2),
+    (100, 64, "none", "fp8"): _EIGHT,
+    (100, 64, "causal", "fp8"): _EIGHT,
+    (100, 128): _TWELVE,
+    (100, 128, "dense"): _EIGHT,
+}
+for _arch in (86, 89, 120):
+    MMA_TILES[_arch, 64] = MMA_BYTE_TILES[_arch, 64] = Tile(128, 64, 8, 3, 2)
+    MMA_TILES[_arch, 64, "dense"] = MMA_BYTE_TILES[_arch, 64, "dense"] = _EIGHT
+    MMA_TILES[_arch, 128] = MMA_BYTE_TILES[_arch, 128] = _TWELVE
+    MMA_TILES[_arch, 128, "dense"] = MMA_BYTE_TILES[_arch, 128, "dense"] = replace(_EIGHT, stages=2)
+    MMA_TILES[_arch, 256] = MMA_BYTE_TILES[_arch, 256] = replace(_EIGHT, stages=2)
+    MMA_TILES[_arch, 256, "dense"] = MMA_BYTE_TILES[_arch, 256, "dense"] = replace(_EIGHT, stages=1)
+MMA_TILES[120, 128, "causal"] = _EIGHT
+MMA_TILES[120, 256] = Tile(128, 64, 8, 1, 1, True)
+MMA_BYTE_TILES[120, 256, "dense"] = Tile(64, 64, 4, 1, 1, True)
+# Where sums of fp16 or emulated FP8 MMAs take more registers.
+for _mask in MASKS:
+    MMA_TILES[0, 64, _mask, "fp16"] = _TWO
+    MMA_TILES[75, 64, _mask, "fp16"] = MMA_TILES[75, 64, "dense"] if _mask == "dense" else Tile(128, 64, 4, 2, 2)
+    for _sums in ("fp8", "fp16"):
+        MMA_BYTE_TILES[0, 128, _mask, _sums] = MMA_BYTE_TILES[100, 128, _mask, _sums] = _EIGHT
+        MMA_BYTE_TILES[0, 256, _mask, _sums] = replace(_EIGHT, query_shared=True)
+        MMA_BYTE_TILES[120, 128, _mask, _sums] = replace(_EIGHT, stages=2) if _mask == "dense" else _EIGHT
+MMA_TILES[0, 128, "none", "fp16"], MMA_TILES[0, 128, "causal", "fp16"] = replace(_TWO, stages=2), _EIGHT
+MMA_TILES[100, 128, "none", "fp16"] = MMA_TILES[100, 128, "causal", "fp16"] = _EIGHT
+MMA_BYTE_TILES[89, 128, "none", "fp8"] = MMA_BYTE_TILES[89, 128, "causal", "fp8"] = _EIGHT
+# … and where the accumulators of head_dim 256 leave too few for the loop's own numbers: which option suffices is the compiler's whim. On
+# 10.0 other tiles do better: its FP8 products are fp16 ones of what the compiler unpacks.
+_SHARED = replace(_EIGHT, query_shared=True)
+
+
+def _frugal(tile: Tile) -> Tile:
+    return replace(tile, walk_shared=True, thread_anew=True)
+
+
+for _mask in MASKS:
+    _lean = _frugal(replace(_EIGHT, stages=1 if _mask == "dense" else 2))
+    MMA_TILES[75, 256, _mask, "fp16"] = _frugal(find_tile(MMA_TILES, 75, 256, _mask))
+    MMA_TILES[86, 256, _mask, "fp16"] = MMA_TILES[89, 256, _mask, "fp16"] = _lean
+    MMA_BYTE_TILES[89, 256, _mask, "fp8"] = MMA_BYTE_TILES[89, 256, _mask, "fp16"] = _lean
+    MMA_BYTE_TILES[120, 256, _mask, "fp8"] = replace(_lean, values_late=2)
+for _arch, _mask, _sums in ((75, "dense", "fp32"), (80, "dense", "fp16"), (120, "causal", "fp16"), (120, "dense", "fp16")):
+    MMA_TILES[_arch, 256, _mask, _sums] = replace(find_tile(MMA_TILES, _arch, 256, _mask, _sums), thread_anew=True)
+MMA_BYTE_TILES |= {
+    (0, 256, "none", "fp8"): _frugal(_SHARED),
+    (0, 256, "causal", "fp8"): replace(_SHARED, thread_anew=True),
+    (0, 256, "dense", "fp8"): replace(_SHARED, thread_anew=True),
+    (89, 256, "dense", "fp8"): replace(_EIGHT, stages=1, thread_anew=True),
+    (100, 256): MMA_BYTE_TILES[0, 256],
+    (100, 256, "none", "fp8"): replace(_SHARED, stages=2, walk_shared=True, values_late=1),
+    (100, 256, "causal", "fp8"): replace(_SHARED, stages=2, walk_shared=True, values_late=1),
+    (100, 256, "dense", "fp8"): _SHARED,
+    (100, 256, "none", "fp16"): _SHARED,
+    (100, 256, "causal", "fp16"): _SHARED,
+    (100, 256, "dense", "fp16"): _SHARED,
+    (120, 256, "causal", "fp8"): replace(MMA_BYTE_TILES[120, 256, "causal", "fp8"], query_shared=True),
+    (120, 256, "dense", "fp8"): Tile(64, 64, 4, 2, values_late=2),
+}
+# Bytes of local memory a thread may use outside its main loop: at head_dim 256 the accumulators leave the compiler a register or two short.
+MMA_LOCAL = {64: 0, 128: 0, 256: 16}
+
+
+def _mma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
+    t = find_tile(kernels.tiles, arch, head_dim, mask, accumulate)
+    row_tiles = t.block_m // (WARP_ROWS * t.warps)
+    smem = t.stages * (kernels.tile_bytes(head_dim) + (2 * BARRIER_BYTES if arch >= BULK_ARCH else 0))
+    if t.query_shared:
+        smem += t.block_m * head_dim
+    if t.query_shared or t.walk_shared:
+        smem += 8 * row_tiles * 32 * t.warps
+    if t.walk_shared:
+        smem += 16
+    if mask == "dense":
+        smem += t.warps * BIAS_BYTES
+    flags = ", ".join(str(x).lower() for x in (t.query_shared, t.walk_shared, t.thread_anew, t.values_late))
+    config = f"{head_dim}, Mask::{mask}, Values::{kernels.pv}, Accumulate::{accumulate}, {t.warps}, {row_tiles}, {t.stages}, {flags}"
+    symbol = kernels.attend_symbol(head_dim, mask, accumulate)
+    return Entry(symbol, f"attend_mma<AttendConfig<{config}>, {smem}>", AttendParams, 32 * t.warps, t.blocks, smem, MMA_LOCAL[head_dim])
+
+
+def _fragment_bytes(value_bytes: int) -> Callable[[int], int]:
+    """Of a tile of 64 keys (csrc/block/fragment.cuh): INT8 codes, values, four fp32 scales."""
+    return lambda head_dim: 64 * head_dim * (1 + value_bytes) + 16
+
+
+MMA_FP16 = Kernels(
+    "mma_fp16", "kernel/attend_mma.cuh", "Fragment<{d}, 2>", _fragment_bytes(2),
+    {"fp32": FP16_FP32_MMA, "fp16+fp32": FP16_FP16_FP32, "fp16": FP16_FP16_FP32}, MMA_TILES, _mma_entry,
+)  # fmt: skip
+MMA_FP8 = Kernels(
+    "mma_fp8", "kernel/attend_mma.cuh", "Fragment<{d}, 1>", _fragment_bytes(1),
+    {"fp32+fp16": FP8_FP16, "fp32": FP8_FP32_MMA, "fp32+fp32": FP8_FP32_MMA}, MMA_BYTE_TILES, _mma_entry, min_arch=89,
+)  # fmt: skip
+MMA_INT8 = Kernels(
+    "mma_int8", "kernel/attend_mma.cuh", "Fragment<{d}, 1>", _fragment_bytes(1), {"int32+fp32": INT8_INT32}, MMA_BYTE_TILES, _mma_entry
+)

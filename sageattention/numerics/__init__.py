@@ -1,0 +1,1 @@
+"""What the variants compute, on any device."""
