@@ -9,11 +9,9 @@ from ..numerics.constants import HEAD_DIMS
 from ..numerics.scheme import Scheme
 from .binaries import Entry
 
-MASKS = ("none", "causal", "dense")
+MASKS = ("none", "causal", "list")
 BARRIER_BYTES = 8
 WARP_ROWS = 16  # of an MMA
-BIAS_KEYS = 64
-BIAS_BYTES = WARP_ROWS * (BIAS_KEYS + 8) * 4  # a warp's stage of a dense mask
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Kernels:
 
     @property
     def persistent(self) -> bool:
-        """Whether a grid of any size does all unmasked work."""
+        """Whether a grid of any size does all work."""
         return self.partial_bytes is not None
 
     @property
@@ -94,8 +92,8 @@ class Kernels:
         """Keys of K that share scales: kScaleKeys of the layout."""
         return find_tile(self.tiles, 0, head_dim).block_n // (2 if self.arch else 1)
 
-    def keys_symbol(self, head_dim: int) -> str:
-        return f"keys_{self.name.split('_')[0]}_{find_tile(self.tiles, 0, head_dim).block_n}_d{head_dim}"
+    def keys_symbol(self, head_dim: int, masked: bool = False) -> str:
+        return f"keys_{self.name.split('_')[0]}_{find_tile(self.tiles, 0, head_dim).block_n}_d{head_dim}" + ("_live" if masked else "")
 
     def values_symbol(self, head_dim: int) -> str:
         return f"values_{self.name}_d{head_dim}"

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..numerics.scheme import FP8_FP16, FP8_FP32_MMA, FP16_FP16_FP32, FP16_FP32_MMA, INT8_INT32
 from .binaries import Entry
-from .family import BARRIER_BYTES, BIAS_BYTES, MASKS, WARP_ROWS, Kernels, Tile, Tiles, find_tile
+from .family import BARRIER_BYTES, MASKS, WARP_ROWS, Kernels, Tile, Tiles, find_tile
 from .params import AttendParams
 
 BULK_ARCH = 90  # from here on a tile is one bulk copy, with two barriers a stage: it has landed, it has been read
@@ -22,61 +22,61 @@ _TWO, _EIGHT, _TWELVE = Tile(128, 64, 4, 3, 2, True), Tile(128, 64, 8, 3, 1), Ti
 MMA_TILES: Tiles = {
     (0, 64): Tile(128, 64, 8, 3, 2),
     (0, 128): _TWO,
-    (0, 128, "dense", "fp16"): replace(_EIGHT, stages=2),
+    (0, 128, "list", "fp16"): replace(_EIGHT, stages=2),
     (0, 256): Tile(128, 64, 8, 3, 1, True),
-    (0, 256, "dense"): Tile(128, 64, 8, 2, 1, True),
-    (0, 256, "dense", "fp16"): Tile(128, 64, 8, 1, 1, True),
+    (0, 256, "list"): Tile(128, 64, 8, 2, 1, True),
+    (0, 256, "list", "fp16"): Tile(128, 64, 8, 1, 1, True),
     (75, 64): Tile(128, 64, 8, 2, 2),
-    (75, 64, "dense"): Tile(64, 64, 4, 2, 1),
+    (75, 64, "list"): Tile(64, 64, 4, 2, 1),
     (75, 128): replace(_EIGHT, stages=2),
-    (75, 128, "dense"): replace(_EIGHT, stages=1),
+    (75, 128, "list"): replace(_EIGHT, stages=1),
     (75, 256): replace(_EIGHT, stages=1),
-    (75, 256, "dense"): Tile(32, 64, 2, 1, 1),
+    (75, 256, "list"): Tile(32, 64, 2, 1, 1),
     (80, 128): _TWELVE,
     (80, 128, "none", "fp32"): _TWO,
-    (80, 128, "dense"): replace(_EIGHT, stages=2),
+    (80, 128, "list"): replace(_EIGHT, stages=2),
     (80, 256): Tile(128, 64, 8, 2, 1, True),
-    (80, 256, "dense"): Tile(64, 64, 4, 2, 1, True),
+    (80, 256, "list"): Tile(64, 64, 4, 2, 1, True),
     (100, 128): _TWELVE,
-    (100, 128, "dense"): _EIGHT,
+    (100, 128, "list"): _EIGHT,
 }
 MMA_BYTE_TILES: Tiles = {
     (0, 64): Tile(128, 64, 8, 3, 2),
     (0, 128): replace(_TWO, stages=4),
     (0, 256): replace(_EIGHT, stages=4),
     (75, 64): Tile(128, 64, 8, 3, 2),
-    (75, 64, "dense"): replace(_EIGHT, stages=2),
+    (75, 64, "list"): replace(_EIGHT, stages=2),
     (75, 128): _EIGHT,
-    (75, 128, "dense"): replace(_EIGHT, stages=1),
+    (75, 128, "list"): replace(_EIGHT, stages=1),
     (75, 256): replace(_EIGHT, stages=1),
-    (75, 256, "dense"): Tile(64, 64, 4, 1, 1),
+    (75, 256, "list"): Tile(64, 64, 4, 1, 1),
     (80, 128): replace(_TWO, stages=4),
-    (80, 128, "dense"): _EIGHT,
+    (80, 128, "list"): _EIGHT,
     (80, 256): _EIGHT,
     (100, 64): Tile(128, 64, 8, 3, 2),
     (100, 64, "none", "fp8"): _EIGHT,
     (100, 64, "causal", "fp8"): _EIGHT,
     (100, 128): _TWELVE,
-    (100, 128, "dense"): _EIGHT,
+    (100, 128, "list"): _EIGHT,
 }
 for _arch in (86, 89, 120):
     MMA_TILES[_arch, 64] = MMA_BYTE_TILES[_arch, 64] = Tile(128, 64, 8, 3, 2)
-    MMA_TILES[_arch, 64, "dense"] = MMA_BYTE_TILES[_arch, 64, "dense"] = _EIGHT
+    MMA_TILES[_arch, 64, "list"] = MMA_BYTE_TILES[_arch, 64, "list"] = _EIGHT
     MMA_TILES[_arch, 128] = MMA_BYTE_TILES[_arch, 128] = _TWELVE
-    MMA_TILES[_arch, 128, "dense"] = MMA_BYTE_TILES[_arch, 128, "dense"] = replace(_EIGHT, stages=2)
+    MMA_TILES[_arch, 128, "list"] = MMA_BYTE_TILES[_arch, 128, "list"] = replace(_EIGHT, stages=2)
     MMA_TILES[_arch, 256] = MMA_BYTE_TILES[_arch, 256] = replace(_EIGHT, stages=2)
-    MMA_TILES[_arch, 256, "dense"] = MMA_BYTE_TILES[_arch, 256, "dense"] = replace(_EIGHT, stages=1)
+    MMA_TILES[_arch, 256, "list"] = MMA_BYTE_TILES[_arch, 256, "list"] = replace(_EIGHT, stages=1)
 MMA_TILES[120, 128, "causal"] = _EIGHT
 MMA_TILES[120, 256] = Tile(128, 64, 8, 1, 1, True)
-MMA_BYTE_TILES[120, 256, "dense"] = Tile(64, 64, 4, 1, 1, True)
+MMA_BYTE_TILES[120, 256, "list"] = Tile(64, 64, 4, 1, 1, True)
 # Where sums of fp16 or emulated FP8 MMAs take more registers.
 for _mask in MASKS:
     MMA_TILES[0, 64, _mask, "fp16"] = _TWO
-    MMA_TILES[75, 64, _mask, "fp16"] = MMA_TILES[75, 64, "dense"] if _mask == "dense" else Tile(128, 64, 4, 2, 2)
+    MMA_TILES[75, 64, _mask, "fp16"] = MMA_TILES[75, 64, "list"] if _mask == "list" else Tile(128, 64, 4, 2, 2)
     for _sums in ("fp8", "fp16"):
         MMA_BYTE_TILES[0, 128, _mask, _sums] = MMA_BYTE_TILES[100, 128, _mask, _sums] = _EIGHT
         MMA_BYTE_TILES[0, 256, _mask, _sums] = replace(_EIGHT, query_shared=True)
-        MMA_BYTE_TILES[120, 128, _mask, _sums] = replace(_EIGHT, stages=2) if _mask == "dense" else _EIGHT
+        MMA_BYTE_TILES[120, 128, _mask, _sums] = replace(_EIGHT, stages=2) if _mask == "list" else _EIGHT
 MMA_TILES[0, 128, "none", "fp16"], MMA_TILES[0, 128, "causal", "fp16"] = replace(_TWO, stages=2), _EIGHT
 MMA_TILES[100, 128, "none", "fp16"] = MMA_TILES[100, 128, "causal", "fp16"] = _EIGHT
 MMA_BYTE_TILES[89, 128, "none", "fp8"] = MMA_BYTE_TILES[89, 128, "causal", "fp8"] = _EIGHT
@@ -90,27 +90,27 @@ def _frugal(tile: Tile) -> Tile:
 
 
 for _mask in MASKS:
-    _lean = _frugal(replace(_EIGHT, stages=1 if _mask == "dense" else 2))
+    _lean = _frugal(replace(_EIGHT, stages=1 if _mask == "list" else 2))
     MMA_TILES[75, 256, _mask, "fp16"] = _frugal(find_tile(MMA_TILES, 75, 256, _mask))
     MMA_TILES[86, 256, _mask, "fp16"] = MMA_TILES[89, 256, _mask, "fp16"] = _lean
     MMA_BYTE_TILES[89, 256, _mask, "fp8"] = MMA_BYTE_TILES[89, 256, _mask, "fp16"] = _lean
     MMA_BYTE_TILES[120, 256, _mask, "fp8"] = replace(_lean, values_late=2)
-for _arch, _mask, _sums in ((75, "dense", "fp32"), (80, "dense", "fp16"), (120, "causal", "fp16"), (120, "dense", "fp16")):
+for _arch, _mask, _sums in ((75, "list", "fp32"), (80, "list", "fp16"), (120, "causal", "fp16"), (120, "list", "fp16")):
     MMA_TILES[_arch, 256, _mask, _sums] = replace(find_tile(MMA_TILES, _arch, 256, _mask, _sums), thread_anew=True)
 MMA_BYTE_TILES |= {
     (0, 256, "none", "fp8"): _frugal(_SHARED),
     (0, 256, "causal", "fp8"): replace(_SHARED, thread_anew=True),
-    (0, 256, "dense", "fp8"): replace(_SHARED, thread_anew=True),
-    (89, 256, "dense", "fp8"): replace(_EIGHT, stages=1, thread_anew=True),
+    (0, 256, "list", "fp8"): replace(_SHARED, thread_anew=True),
+    (89, 256, "list", "fp8"): replace(_EIGHT, stages=1, thread_anew=True),
     (100, 256): MMA_BYTE_TILES[0, 256],
     (100, 256, "none", "fp8"): replace(_SHARED, stages=2, walk_shared=True, values_late=1),
     (100, 256, "causal", "fp8"): replace(_SHARED, stages=2, walk_shared=True, values_late=1),
-    (100, 256, "dense", "fp8"): _SHARED,
+    (100, 256, "list", "fp8"): _SHARED,
     (100, 256, "none", "fp16"): _SHARED,
     (100, 256, "causal", "fp16"): _SHARED,
-    (100, 256, "dense", "fp16"): _SHARED,
+    (100, 256, "list", "fp16"): _SHARED,
     (120, 256, "causal", "fp8"): replace(MMA_BYTE_TILES[120, 256, "causal", "fp8"], query_shared=True),
-    (120, 256, "dense", "fp8"): Tile(64, 64, 4, 2, values_late=2),
+    (120, 256, "list", "fp8"): Tile(64, 64, 4, 2, values_late=2),
 }
 # Bytes of local memory a thread may use outside its main loop: at head_dim 256 the accumulators leave the compiler a register or two short.
 MMA_LOCAL = {64: 0, 128: 0, 256: 16}
@@ -126,8 +126,6 @@ def _mma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumulate
         smem += 8 * row_tiles * 32 * t.warps
     if t.walk_shared:
         smem += 16
-    if mask == "dense":
-        smem += t.warps * BIAS_BYTES
     flags = ", ".join(str(x).lower() for x in (t.query_shared, t.walk_shared, t.thread_anew, t.values_late))
     config = f"{head_dim}, Mask::{mask}, Values::{kernels.pv}, Accumulate::{accumulate}, {t.warps}, {row_tiles}, {t.stages}, {flags}"
     symbol = kernels.attend_symbol(head_dim, mask, accumulate)

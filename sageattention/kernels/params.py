@@ -21,13 +21,38 @@ class Tokens(ctypes.Structure):
     _fields_ = [("data", POINTER), ("stride_b", c_int64), ("stride_h", c_int64), ("stride_n", c_int64)]
 
 
+class TileLists(ctypes.Structure):
+    """Which KV tiles a block of queries visits, as bits [batch | 1, head | 1, band | 1, 2, words]."""
+
+    _fields_ = [
+        ("bits", POINTER), ("stride_b", c_int64), ("stride_h", c_int64), ("stride_band", c_int64), ("words", c_int32), ("bands", c_int32),
+    ]  # fmt: skip
+
+
+class LiveKeys(ctypes.Structure):
+    """Which keys take part in the statistics of K and V."""
+
+    _fields_ = [("bits", POINTER), ("stride_b", c_int64), ("stride_h", c_int64), ("rows", c_int32), ("words", c_int32)]
+
+
+class ClassifyParams(ctypes.Structure):
+    """Before all others where there is a dense mask: tile lists and live keys."""
+
+    _fields_ = [
+        ("mask", POINTER), ("stride_b", c_int64), ("stride_h", c_int64), ("stride_q", c_int64), ("stride_k", c_int64),
+        ("lists", POINTER), ("live", POINTER),
+        ("heads", c_int32), ("bands", c_int32), ("len_q", c_int32), ("len_kv", c_int32),
+        ("mask_kind", c_int32), ("causal", c_int32), ("quads", c_int32), ("tile", c_int32), ("words", c_int32), ("live_words", c_int32),
+    ]  # fmt: skip
+
+
 class KeysParams(ctypes.Structure):
     """First launch: statistics of V, K → tiles."""
 
     _fields_ = [
         ("k", Tokens), ("v", Tokens),
         ("kv", POINTER), ("anchor", POINTER), ("k_scale_parts", POINTER), ("v_parts", POINTER), ("v_parts_done", POINTER),
-        ("v_codes", POINTER), ("partials_done", POINTER),
+        ("v_codes", POINTER), ("v_parts_live", POINTER), ("partials_done", POINTER), ("live", LiveKeys),
         ("first", c_int32), ("pairs", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("vectors", c_int32),
         ("tiles", c_int32), ("tile_bytes", c_int32), ("runs", c_int32),
@@ -41,8 +66,8 @@ class ValuesParams(ctypes.Structure):
 
     _fields_ = [
         ("v", Tokens),
-        ("k_scale_parts", POINTER), ("v_parts", POINTER), ("v_parts_done", POINTER), ("kv", POINTER),
-        ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_codes", POINTER),
+        ("k_scale_parts", POINTER), ("v_parts", POINTER), ("v_parts_done", POINTER), ("v_parts_live", POINTER), ("kv", POINTER),
+        ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_codes", POINTER), ("live_keys", POINTER), ("live", LiveKeys),
         ("first", c_int32), ("pairs", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("vectors", c_int32),
         ("k_runs", c_int32), ("splits", c_int32),
@@ -56,15 +81,16 @@ class AttendParams(ctypes.Structure):
 
     _fields_ = [
         ("q", Tokens),
-        ("kv", POINTER), ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_codes", POINTER), ("anchor", POINTER),
-        ("partials", POINTER), ("partials_done", POINTER),
+        ("kv", POINTER), ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_codes", POINTER), ("live_keys", POINTER),
+        ("anchor", POINTER), ("partials", POINTER), ("partials_done", POINTER), ("next_item", POINTER),
         ("mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64), ("mask_stride_q", c_int64), ("mask_stride_k", c_int64),
+        ("lists", TileLists),
         ("out", POINTER), ("out_stride_b", c_int64), ("out_stride_h", c_int64), ("out_stride_n", c_int64),
         ("lse", POINTER),
         ("first", c_int32), ("pairs", c_int32), ("heads_kv", c_int32), ("ratio", c_int32),
         ("len_q", c_int32), ("len_kv", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("q_vectors", c_int32), ("out_vectors", c_int32),
-        ("causal", c_int32), ("mask_kind", c_int32),
+        ("causal", c_int32), ("mask_kind", c_int32), ("mask_pairs", c_int32),
         ("tiles", c_int32), ("blocks_q", c_int32), ("rounds", c_int32),
         ("per_blocks_q", c_uint32), ("per_ratio", c_uint32), ("per_heads_kv", c_uint32),
         ("score_scale", c_float), ("sign", c_float), ("sm_scale", c_float), ("score_limit", c_float),

@@ -6,28 +6,25 @@ from collections.abc import Callable
 
 from ..numerics.scheme import FP8_FP32_WGMMA, FP16_FP32_WGMMA
 from .binaries import Entry
-from .family import BARRIER_BYTES, BIAS_BYTES, BIAS_KEYS, WARP_ROWS, Kernels, Tile, Tiles, find_tile
+from .family import BARRIER_BYTES, Kernels, Tile, Tiles, find_tile
 from .params import AttendParams
 
 # Hopper's own kernels: two warpgroups of 64 queries each beside one that fetches. 96 keys: two score arrays of more do not fit the
 # registers. head_dim 256 stays with mma.sync: its accumulators alone would take 128 of a thread's 240 registers.
-WGMMA_TILES: Tiles = {(0, d): Tile(128, 96, 12, 4) for d in (64, 128)} | {(0, d, "dense"): Tile(128, 96, 12, 3) for d in (64, 128)}
+WGMMA_TILES: Tiles = {(0, d): Tile(128, 96, 12, 4) for d in (64, 128)}
 WGMMA_BYTE_TILES: Tiles = {(0, d): Tile(128, 128, 12, 4) for d in (64, 128)}
 FETCHING_WARPS = 4  # among a tile's
 # Bytes of local memory a thread may use outside its main loop.
-WGMMA_LOCAL = {"none": 16, "causal": 8, "dense": 32}
+WGMMA_LOCAL = {"none": 40, "causal": 40, "list": 40}
 
 
 def _wgmma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
     t = find_tile(kernels.tiles, arch, head_dim, mask, accumulate)
-    barriers = 4 * t.stages + 2  # K and V of a stage are there, and have been read; what a turn needs is, and has been
+    barriers = 4 * t.stages + 4  # K and V of a stage are there, and have been read; a turn is found, what it needs there, and read
     turns = 32 * 16 + 2 * (48 + 2 * head_dim * 4)  # the rotation's matrix; what a block works on and what its channels are made of
-    query_places = 2 if mask == "none" and head_dim == 128 else 1  # by measurement: at head_dim 64 one is better
+    query_places = 2 if head_dim == 128 else 1  # by measurement: at head_dim 64 one is better
     smem = query_places * t.block_m * head_dim + t.stages * kernels.tile_bytes(head_dim) + barriers * BARRIER_BYTES + turns
-    if mask == "dense":
-        smem += t.block_m // WARP_ROWS * -(-t.block_n // BIAS_KEYS) * BIAS_BYTES
-    else:
-        smem += t.block_m * (2 * head_dim + 64)  # queries as they come
+    smem += t.block_m * (2 * head_dim + 64)  # queries as they come
     form = "" if kernels.pv == "fp16" else "_fp8"
     config = f"Wgmma{form[1:].capitalize()}Config<{kernels.layout.format(d=head_dim)}, Mask::{mask}, {t.stages}, {query_places}>"
     expression = f"attend_wgmma{form}<{config}, {smem}>"

@@ -48,8 +48,8 @@ class Problem(NamedTuple):
 
     @property
     def mask_kind(self) -> str:
-        """The kind of kernel it takes: "none", "causal" or "dense" (which may be causal, too)."""
-        return "dense" if self.mask != "none" else "causal" if self.causal else "none"
+        """The kind of kernel it takes: "none", "causal" or "list" (a dense mask, which may be causal, too)."""
+        return "list" if self.mask != "none" else "causal" if self.causal else "none"
 
     @classmethod
     def from_tensors(

@@ -57,7 +57,7 @@ class Rule:
         basis: a key of `BASIS`.
         why: in a few words, for `explain`.
         head_dims: the compiled head dimensions it is for.
-        masks: "none", "causal" or "dense".
+        masks: "none", "causal" or "list".
         min_q, min_kv: the shortest lengths, in tokens.
         waves: blocks of queries, over all heads, for each multiprocessor. One wave of the shortest call saves about what the
             quantising launches cost (20 µs).
@@ -69,7 +69,7 @@ class Rule:
     basis: str
     why: str
     head_dims: tuple[int, ...] = HEAD_DIMS
-    masks: tuple[str, ...] = ("none", "causal", "dense")
+    masks: tuple[str, ...] = ("none", "causal", "list")
     min_q: int = MIN_TOKENS
     min_kv: int = MIN_TOKENS
     waves: float = 2.0

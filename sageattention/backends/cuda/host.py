@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...kernels.params import AttendParams, KeysParams, ValuesParams, packer
+from ...kernels.params import AttendParams, ClassifyParams, KeysParams, ValuesParams, packer
 from ...planning.plan import Plan
 from ...planning.problem import Problem
 from ..call import Result, result_like
@@ -21,10 +21,11 @@ from . import driver
 from .launcher import Launch
 from .workspace import Recipe, recipe_of
 
+BAND_ROWS = 32  # queries that share a row of tile bits (csrc/kernel/classify_mask.cuh)
 _DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 _MASK_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.bool: 3}
-(_pack_keys, _keys_constants), (_pack_values, _values_constants), (_pack_attend, _attend_constants) = (
-    packer(p) for p in (KeysParams, ValuesParams, AttendParams)
+(_pack_classify, _classify_constants), (_pack_keys, _keys_constants), (_pack_values, _values_constants), (_pack_attend, _attend_constants) = (
+    packer(p) for p in (ClassifyParams, KeysParams, ValuesParams, AttendParams)
 )
 
 
@@ -46,22 +47,27 @@ def run(call) -> Result:
     out, lse = result_like(q, p)
     q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
     mask_at = 0 if mask is None else mask.data_ptr()
-    unaligned = (q_at | out_at) % 16, (k_at | v_at) % 16
+    unaligned = (q_at | out_at) % 16, (k_at | v_at) % 16, mask_at % 16
     form = forms.get(unaligned)
     if form is None:
         recipe = recipe_of(p, plan)
+        lists = None if mask is None else _lists(recipe, mask, unaligned[2])
         form = forms[unaligned] = _Form(
-            recipe, _quantising(recipe, k, v, unaligned[1]), _attending(recipe, q, out, mask, unaligned[0]),
+            recipe, lists, _quantising(recipe, k, v, lists, unaligned[1]), _attending(recipe, q, out, mask, lists, unaligned[0]),
             recipe.workspace.size * min(2, len(recipe.groups)),
         )  # fmt: skip
-    ring = torch.empty(form.size, dtype=torch.uint8, device=q.device)
+    lists, size = form.lists, form.recipe.workspace.size
+    ring = torch.empty(form.size + (lists.size if lists else 0), dtype=torch.uint8, device=q.device)
     base, lse_at = ring.data_ptr(), 0 if lse is None else lse.data_ptr()
-    recipe, size = form.recipe, form.recipe.workspace.size
+    recipe, lists_at = form.recipe, base + form.size
+    live_at = lists_at + lists.live if lists else 0
     chains = [
-        (*_quantise_launches(recipe, quantising, base + number % 2 * size, k_at, v_at),
-         _attend_launch(recipe, attending, base + number % 2 * size, q_at, mask_at, out_at, lse_at))
+        (*_quantise_launches(recipe, quantising, base + number % 2 * size, k_at, v_at, live_at),
+         _attend_launch(recipe, attending, base + number % 2 * size, q_at, mask_at, lists_at, out_at, lse_at))
         for number, (quantising, attending) in enumerate(zip(form.quantising, form.attending))
     ]  # fmt: skip
+    if lists:
+        chains[0] = (_classify_launch(recipe, lists, mask_at, lists_at), *chains[0])
     _issue(recipe.device, chains)
     return out, lse
 
@@ -73,8 +79,8 @@ def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: Plan) -> 
     recipe = recipe_of(problem, plan, True)
     buffer = torch.empty(recipe.workspace.size, dtype=torch.uint8, device=k.device)
     k_at, v_at = k.data_ptr(), v.data_ptr()
-    (quantising,) = _quantising(recipe, k, v, (k_at | v_at) % 16)
-    _issue(recipe.device, [_quantise_launches(recipe, quantising, buffer.data_ptr(), k_at, v_at)])
+    (quantising,) = _quantising(recipe, k, v, None, (k_at | v_at) % 16)
+    _issue(recipe.device, [_quantise_launches(recipe, quantising, buffer.data_ptr(), k_at, v_at, 0)])
     return QuantizedKV(problem, plan, buffer)
 
 
@@ -83,35 +89,50 @@ def attend_all(q: torch.Tensor, kv: QuantizedKV, problem: Problem, mask: torch.T
     out, lse = result_like(q, problem)
     recipe = recipe_of(problem, kv.plan, True)
     q_at, out_at, lse_at = q.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr()
-    (attending,) = _attending(recipe, q, out, mask, (q_at | out_at) % 16)
-    launch = _attend_launch(recipe, attending, kv.buffer.data_ptr(), q_at, 0 if mask is None else mask.data_ptr(), out_at, lse_at)
-    _issue(recipe.device, [((*launch[:5], False),)])  # anything may be ahead of it on the stream
+    lists, mask_at, lists_at = None, 0, 0
+    launches = []
+    if mask is not None:
+        mask_at = mask.data_ptr()
+        lists = _lists(recipe, mask, mask_at % 16)
+        space = torch.empty(lists.size, dtype=torch.uint8, device=q.device)
+        lists_at = space.data_ptr()
+        launches.append(_classify_launch(recipe, lists, mask_at, lists_at))
+    (attending,) = _attending(recipe, q, out, mask, lists, (q_at | out_at) % 16)
+    launch = _attend_launch(recipe, attending, kv.buffer.data_ptr(), q_at, mask_at, lists_at, out_at, lse_at)
+    _issue(recipe.device, [(*launches, (*launch[:5], False))])  # anything may be ahead of it on the stream
     return out, lse
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------------------
 
 
-def _quantise_launches(r: Recipe, group: _Quantising, base: int, k: int, v: int) -> tuple[Launch, Launch]:
-    """The first two launches of a group whose workspace starts at `base`."""
+def _classify_launch(r: Recipe, lists: _Lists, mask: int, at: int) -> Launch:
+    strides, tail = lists.constants
+    return r.classify, lists.blocks, 1, 1, _pack_classify(mask, strides, at, at + lists.live, tail), False
+
+
+def _quantise_launches(r: Recipe, group: _Quantising, base: int, k: int, v: int, live: int) -> tuple[Launch, Launch]:
+    """The first two launches of a group whose workspace starts at `base`; `live`: which keys are, 0 for all."""
     w, (k_strides, v_strides, keys_tail) = r.workspace, group.keys
     kv, k_scale_parts, v_parts, done = base + w.kv, base + w.k_scale_parts, base + w.v_parts, base + w.v_parts_done
     keys = _pack_keys(
-        k, k_strides, v, v_strides, kv, base + w.anchor, k_scale_parts, v_parts, done, base + w.v_codes, base + w.partials_done, keys_tail
+        k, k_strides, v, v_strides, kv, base + w.anchor, k_scale_parts, v_parts, done, base + w.v_codes, base + w.v_parts_live,
+        base + w.partials_done, live, keys_tail,
     )  # fmt: skip
     values = _pack_values(
-        v, v_strides, k_scale_parts, v_parts, done, kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_codes,
-        group.values,
+        v, v_strides, k_scale_parts, v_parts, done, base + w.v_parts_live, kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean,
+        base + w.v_codes, base + w.live_keys, live, group.values,
     )  # fmt: skip
-    return (r.keys, group.key_blocks, 1, 1, keys, False), (r.values, group.value_blocks, 1, 1, values, True)
+    return (r.keys, group.key_blocks, 1, 1, keys, bool(live)), (r.values, group.value_blocks, 1, 1, values, True)
 
 
-def _attend_launch(r: Recipe, group: _Attending, base: int, q: int, mask: int, out: int, lse: int) -> Launch:
-    w, (q_strides, mask_strides, out_strides, tail) = r.workspace, group.constants
+def _attend_launch(r: Recipe, group: _Attending, base: int, q: int, mask: int, lists: int, out: int, lse: int) -> Launch:
+    w, (q_strides, mask_strides, list_strides, out_strides, tail) = r.workspace, group.constants
+    done = base + w.partials_done
     params = _pack_attend(
-        q, q_strides, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_codes, base + w.anchor,
-        base + w.partials if r.dones else 0, base + w.partials_done,
-        mask, mask_strides, out, out_strides, lse, tail,
+        q, q_strides, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_codes, base + w.live_keys,
+        base + w.anchor, base + w.partials if r.shares else 0, done, done + 4 * (r.dones - 1) if r.dones else 0,
+        mask, mask_strides, lists, list_strides, out, out_strides, lse, tail,
     )  # fmt: skip
     return r.attend, group.blocks, 1, 1, params, True
 
@@ -145,6 +166,17 @@ def _side_stream(device: int) -> torch.cuda.Stream:
 # --- what strides and alignment add -----------------------------------------------------------------------------------------------
 
 
+class _Lists(NamedTuple):
+    """The tile lists of a mask, and which keys are live, but for addresses."""
+
+    blocks: int
+    constants: tuple[bytes, ...]  # of the launch that makes them: the mask's strides, the struct's tail
+    lists: tuple[int, ...]  # strides, words, bands a block: the end of TileLists
+    live_keys: tuple[int, ...]  # the end of LiveKeys
+    live: int  # bytes from the lists to those
+    size: int
+
+
 class _Quantising(NamedTuple):
     """A group's quantising launches but for their addresses."""
 
@@ -158,48 +190,82 @@ class _Attending(NamedTuple):
     """A group's attention launch but for its addresses."""
 
     blocks: int
-    constants: tuple[bytes, ...]  # q's strides, the mask's, the output's, the struct's tail
+    constants: tuple[bytes, ...]  # q's strides, the mask's, the lists', the output's, the struct's tail
 
 
 class _Form(NamedTuple):
     """Calls that differ in nothing but addresses."""
 
     recipe: Recipe
+    lists: _Lists | None
     quantising: tuple[_Quantising, ...]  # one for each group of heads
     attending: tuple[_Attending, ...]
     size: int  # bytes of workspace
 
 
-def _quantising(r: Recipe, k: torch.Tensor, v: torch.Tensor, unaligned: int) -> tuple[_Quantising, ...]:
+def _mask_strides(mask: torch.Tensor) -> tuple[int, int, int, int]:
+    """In elements, 0 where it broadcasts."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
+
+
+def _runs_of(mask: torch.Tensor, count: int, unaligned: int) -> int:
+    """1 where `count` neighbouring elements of a row can be loaded at once."""
+    strides = _mask_strides(mask)
+    return int(strides[3] == 1 and not any(s % count for s in strides[:3]) and unaligned % (count * mask.element_size()) == 0)
+
+
+def _lists(r: Recipe, mask: torch.Tensor, unaligned: int) -> _Lists:
+    p, strides = r.problem, _mask_strides(mask)
+    batches, heads = (size if stride else 1 for size, stride in zip(mask.shape, strides[:2]))
+    alike = not strides[2] and not p.causal  # one set of lists for all queries
+    bands = 1 if alike else -(-p.len_q // BAND_ROWS)
+    words, live_words = -(-r.tiles // 32), -(-r.len_kv // 32)
+    band = 2 * words
+    lists = batches * heads * bands * band * 4
+    tail = (heads, bands, p.len_q, r.len_kv, _MASK_KINDS[mask.dtype], p.causal, _runs_of(mask, 4, unaligned), r.plan.tile.block_n, words, live_words)
+    rows = bands * (p.heads_q // p.heads_kv if heads > 1 else 1)
+    return _Lists(
+        batches * heads * bands, _classify_constants(*strides, *tail),
+        (heads * bands * band if batches > 1 else 0, bands * band if heads > 1 else 0, 0 if alike else band, words,
+         1 if alike else r.plan.tile.block_m // BAND_ROWS),
+        (heads * bands * live_words if batches > 1 else 0, rows * live_words if heads > 1 else 0, rows, live_words),
+        lists, lists + batches * heads * bands * live_words * 4,
+    )  # fmt: skip
+
+
+def _quantising(r: Recipe, k: torch.Tensor, v: torch.Tensor, lists: _Lists | None, unaligned: int) -> tuple[_Quantising, ...]:
     p, strides = r.problem, (_strides(k, r.problem), _strides(v, r.problem))
     vectors = _vectors(p, unaligned, *strides)
+    live = lists.live_keys if lists else (0, 0, 0, 0)
     groups = []
     for first, pairs in r.groups:
-        shape = first, pairs, p.heads_kv, p.len_kv, p.head_dim, _DTYPES[p.dtype], vectors
-        keys = _keys_constants(*strides[0], *strides[1], *shape, *r.keys_tail)
-        values = _values_constants(*strides[1], *shape, *r.values_tail)
+        shape = first, pairs, p.heads_kv, r.len_kv, p.head_dim, _DTYPES[p.dtype], vectors
+        keys = _keys_constants(*strides[0], *strides[1], *live, *shape, *r.keys_tail)
+        values = _values_constants(*strides[1], *live, *shape, *r.values_tail)
         groups.append(_Quantising(pairs * (r.key_runs + r.splits), keys, pairs * r.value_runs, values[-1]))
     return tuple(groups)
 
 
-def _attending(r: Recipe, q: torch.Tensor, out: torch.Tensor, mask: torch.Tensor | None, unaligned: int) -> tuple[_Attending, ...]:
+def _attending(
+    r: Recipe, q: torch.Tensor, out: torch.Tensor, mask: torch.Tensor | None, lists: _Lists | None, unaligned: int
+) -> tuple[_Attending, ...]:
     p = r.problem
     q_strides, out_strides, mask_strides = _strides(q, p), _strides(out, p), (0, 0, 0, 0)
-    kind, ratio = 0, p.heads_q // p.heads_kv
-    if mask is not None:  # 0 where it broadcasts
-        mask_strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
-        kind = _MASK_KINDS[mask.dtype]
+    kind, pairs_at_once, ratio = 0, 0, p.heads_q // p.heads_kv
+    if mask is not None:
+        mask_strides, kind = _mask_strides(mask), _MASK_KINDS[mask.dtype]
+        pairs_at_once = r.len_kv % 2 == 0 and _runs_of(mask, 2, mask.data_ptr() % 16)
     vectors = _vectors(p, unaligned, q_strides), _vectors(p, unaligned, out_strides)
 
     def group(first: int, pairs: int) -> _Attending:
         items = r.blocks_q * pairs * ratio
         blocks = min(items, r.grid_limit)
-        rounds = items // blocks - 1 if r.dones else -(-items // blocks)
+        rounds = items // blocks - 1 if r.shares else -(-items // blocks)
         return _Attending(
             blocks,
             _attend_constants(
-                *q_strides, *mask_strides, *out_strides, first, pairs, p.heads_kv, ratio, p.len_q, p.len_kv, p.head_dim,
-                _DTYPES[p.dtype], *vectors, p.causal, kind, r.tiles, r.blocks_q, rounds,
+                *q_strides, *mask_strides, *(lists.lists if lists else (0, 0, 0, 0, 1)), *out_strides, first, pairs, p.heads_kv, ratio,
+                p.len_q, r.len_kv, p.head_dim, _DTYPES[p.dtype], *vectors, p.causal, kind, pairs_at_once, r.tiles, r.blocks_q, rounds,
                 *((2**32 - 1) // d for d in (r.blocks_q, ratio, p.heads_kv)), *r.attend_tail,
             ),
         )  # fmt: skip
