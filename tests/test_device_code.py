@@ -22,7 +22,7 @@ from sageattention.device.capability import Capability
 from sageattention.kernels import binaries, store
 from sageattention.kernels.family import Kernels, find_tile
 from sageattention.kernels.mma import MMA_FP16
-from sageattention.kernels.table import IMAGES, KERNELS
+from sageattention.kernels.table import CLASSIFY, IMAGES, KERNELS
 from sageattention.numerics.constants import K_SCALE_SHIFT
 from sageattention.numerics.reference import emulate, oracle, quantise_k, quantise_v
 from sageattention.planning.plan import WORKSPACE_LIMIT, plan
@@ -58,7 +58,7 @@ class Lanes:
     def __init__(self, arch: int, head_dim: int, folder: Path):
         self.capability, self.head_dim = Capability("cuda", arch, 2, "none", "host"), head_dim
         chosen = [e for i in IMAGES if i.arch == TARGETS[arch] and not i.name.startswith("attend_wgmma") for e in i.entries]
-        self.entries = {entry.symbol: entry for entry in chosen if f"_d{head_dim}" in entry.symbol}
+        self.entries = {entry.symbol: entry for entry in chosen if f"_d{head_dim}" in entry.symbol or entry is CLASSIFY}
         functions = "".join(
             f'extern "C" void {e.symbol}(const {e.params.__name__}* p, unsigned blocks) '
             f"{{ run_grid(blocks, {e.threads}, [&] {{ {e.expression}(*p); }}); }}\n"
