@@ -16,34 +16,59 @@ __device__ __forceinline__ float bias_to_base2(float bias) {
   return bias == -kInf ? -kInf : fminf(fmaxf(bias * kLog2e, -1e38f), 1e38f);
 }
 
-__device__ __forceinline__ float mask_element(i32 kind, const void* at) {
-  if (kind == kMaskF32) return *static_cast<const float*>(at);
-  const u32 bits = *static_cast<const u16*>(at);
-  return kind == kMaskF16 ? f16_to_f32(bits) : __uint_as_float(bits << 16);
-}
-
 __device__ __forceinline__ int mask_element_bytes(i32 kind) { return kind == kMaskBool ? 1 : kind == kMaskF32 ? 4 : 2; }
 
-// A dense mask as it lies in memory, at one (batch, head): strides in elements, 0 where it broadcasts.
-struct MaskView {
-  const u8* data;
-  i64 stride_q, stride_k;
-  i32 kind, len_q, len_kv, pairs;
+template <int kKind>
+__device__ __forceinline__ float mask_element(const void* at) {
+  if constexpr (kKind == kMaskF32) return *static_cast<const float*>(at);
+  const u32 bits = *static_cast<const u16*>(at);
+  return kKind == kMaskF16 ? f16_to_f32(bits) : __uint_as_float(bits << 16);
+}
 
-  __device__ __forceinline__ const u8* at(int row, int key) const {
-    return data + (min(row, len_q - 1) * stride_q + min(key, len_kv - 1) * stride_k) * mask_element_bytes(kind);
+// One row of an additive mask as it lies in memory.
+struct BiasRow {
+  const u8* data;
+  i64 stride_k;  // in elements
+  i32 kind, len_kv, pairs;
+
+  template <int kKind, int kPairs, class Add>
+  __device__ __forceinline__ void each_of(int key, Add add) const {
+    constexpr int kBytes = kKind == kMaskF32 ? 4 : 2;
+    if (pairs && key + 8 * kPairs <= len_kv) {
+#pragma unroll
+      for (int j = 0; j < kPairs; ++j) {
+        const u8* at = data + (i64)key * kBytes + 8 * j * kBytes;
+        if constexpr (kKind == kMaskF32) {
+          const float2 x = *reinterpret_cast<const float2*>(at);
+          add(j, bias_to_base2(x.x), bias_to_base2(x.y));
+        } else {
+          const u32 x = *reinterpret_cast<const u32*>(at);
+          if constexpr (kKind == kMaskF16) {
+            const float2 y = unpack_f16(x);
+            add(j, bias_to_base2(y.x), bias_to_base2(y.y));
+          } else {
+            add(j, bias_to_base2(__uint_as_float(x << 16)), bias_to_base2(__uint_as_float(x & 0xFFFF0000u)));
+          }
+        }
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kPairs; ++j) {
+        const auto element = [&](int i) { return bias_to_base2(mask_element<kKind>(data + min(key + 8 * j + i, len_kv - 1) * stride_k * kBytes)); };
+        add(j, element(0), element(1));
+      }
+    }
   }
 
-  // Bias of keys `key` and `key` + 1 of a row, in natural-log units.
-  __device__ __forceinline__ float2 bias(int row, int key) const {
-    if (kind == kMaskF32) {
-      if (pairs) return *reinterpret_cast<const float2*>(at(row, min(key, len_kv - 2)));
-      return {*reinterpret_cast<const float*>(at(row, key)), *reinterpret_cast<const float*>(at(row, key + 1))};
-    }
-    const u32 both = pairs ? *reinterpret_cast<const u32*>(at(row, min(key, len_kv - 2)))
-                           : *reinterpret_cast<const u16*>(at(row, key)) | (u32)*reinterpret_cast<const u16*>(at(row, key + 1)) << 16;
-    if (kind == kMaskF16) return unpack_f16(both);
-    return {__uint_as_float(both << 16), __uint_as_float(both & 0xFFFF0000u)};
+  // add(j, x, y) for each pair j of keys key + 8j, key + 8j + 1, with their biases in base 2. Keys beyond the end repeat the last.
+  template <int kPairs, class Add>
+  __device__ __forceinline__ void each(int key, Add add) const {
+    if (kind == kMaskF32)
+      each_of<kMaskF32, kPairs>(key, add);
+    else if (kind == kMaskF16)
+      each_of<kMaskF16, kPairs>(key, add);
+    else
+      each_of<kMaskBf16, kPairs>(key, add);
   }
 };
 
@@ -62,31 +87,10 @@ struct KeyBits {
     }
   }
 
-  // … and not removed by a bool mask. All lanes of the warp take part: a lane reads one key of each of the sixteen rows from row0 on.
-  __device__ __forceinline__ void keep(const MaskView& mask, int row0, int key0) {
-    const int lane = special_tid_x() % 32, g = lane / 4;
-    constexpr int kAtOnce = 8;
+  // … and kept by a bool mask, in bits from the first of these keys on.
+  __device__ __forceinline__ void keep(int half, const u32* kept) {
 #pragma unroll
-    for (int w = 0; w < kKeys / 32; ++w) {
-      if (mask.stride_q == 0) {
-        const u32 word = __ballot_sync(kAllLanes, *mask.at(0, key0 + 32 * w + lane) != 0);
-        row[0][w] &= word, row[1][w] &= word;
-        continue;
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        u8 x[kAtOnce];
-#pragma unroll
-        for (int r = 0; r < kAtOnce; ++r) x[r] = *mask.at(row0 + 8 * half + r, key0 + 32 * w + lane);
-        u32 own = 0;
-#pragma unroll
-        for (int r = 0; r < kAtOnce; ++r) {
-          const u32 word = __ballot_sync(kAllLanes, x[r] != 0);
-          if (g == r) own = word;
-        }
-        row[half][w] &= own;
-      }
-    }
+    for (int w = 0; w < kKeys / 32; ++w) row[half][w] &= kept[w];
   }
 
   // Makes bit 8·j + e of a row, j counting groups of eight keys, the lane's own column 2t + e.

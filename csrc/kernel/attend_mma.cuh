@@ -270,14 +270,12 @@ struct Walk {
   __device__ __forceinline__ void mask_scores(u32 (&s)[kColumns][4], int r, const float (&scale)[2], int key0, float (&top)[2]) const {
     const Place<C> at(p);
     KeyBits<kKvTile> keys;
-    MaskView mask;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) keys.below(half, (causal ? min(at.row(r, half) + 1, p.len_kv) : p.len_kv) - key0);
-    if constexpr (C::kMask == Mask::list) {
-      const i64 offset = at.batch * p.mask_stride_b + at.head * p.mask_stride_h;
-      mask = {static_cast<const u8*>(p.mask) + offset * mask_element_bytes(p.mask_kind),
-              p.mask_stride_q, p.mask_stride_k, p.mask_kind, p.len_q, p.len_kv, p.mask_pairs};
-      if (p.mask_kind == kMaskBool) keys.keep(mask, at.row0 + 16 * r, key0);
+    for (int half = 0; half < 2; ++half) {
+      const int row = at.row(r, half);
+      keys.below(half, (causal ? min(row + 1, p.len_kv) : p.len_kv) - key0);
+      if (C::kMask == Mask::list && p.kept)
+        keys.keep(half, p.kept + at.batch * p.kept_stride_b + at.head * p.kept_stride_h + min(row, p.len_q - 1) * p.kept_stride_q + key0 / 32);
     }
     keys.align(at.t);
 #pragma unroll
@@ -289,14 +287,15 @@ struct Walk {
       }
     if (C::kMask == Mask::list && p.mask_kind != kMaskBool)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
-          const float2 bias = mask.bias(at.row(r, half), key0 + 8 * j + 2 * at.t);
+      for (int half = 0; half < 2; ++half) {
+        const i64 offset = at.batch * p.mask_stride_b + at.head * p.mask_stride_h + min(at.row(r, half), p.len_q - 1) * p.mask_stride_q;
+        const BiasRow row{static_cast<const u8*>(p.mask) + offset * mask_element_bytes(p.mask_kind), p.mask_stride_k, p.mask_kind, p.len_kv,
+                          p.mask_pairs};
+        row.each<kColumns>(key0 + 2 * at.t, [&](int j, float x, float y) {
           u32* pair = s[j] + 2 * half;
-          pair[0] = __float_as_uint(__uint_as_float(pair[0]) + bias_to_base2(bias.x));
-          pair[1] = __float_as_uint(__uint_as_float(pair[1]) + bias_to_base2(bias.y));
-        }
+          pair[0] = __float_as_uint(__uint_as_float(pair[0]) + x), pair[1] = __float_as_uint(__uint_as_float(pair[1]) + y);
+        });
+      }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       top[half] = -kInf;

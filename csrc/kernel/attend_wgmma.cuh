@@ -114,12 +114,13 @@ struct WgmmaWalk : ScoreWalk<C> {
   }
 
   // The scores' maxima, then the weights for P·V; rows whose maximum asks for it are rescaled. await(): until O is complete.
+  // keys: of a masked tile, which begins with key0.
   template <bool kMasked, class Await>
-  __device__ __forceinline__ void weigh(Scores& s, Weights& prob, int key0, Await await) {
+  __device__ __forceinline__ void weigh(Scores& s, Weights& prob, const typename Walk::Keys& keys, int key0, Await await) {
     float scale[2][2], top[2], factor[2];
     take_scales(scale);
     if constexpr (kMasked) {
-      mask_scores(s, scale, key0, top);
+      mask_scores(s, scale, keys, key0, top);
     } else {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
@@ -152,7 +153,7 @@ struct WgmmaWalk : ScoreWalk<C> {
     issue_scores(next, after);
     wgmma_wait<2>();  // `s`, awaited only here: so the issue above can't sink into the softmax
     wgmma_hold(s);
-    weigh<false>(s, prob, 0, [&] {
+    weigh<false>(s, prob, {}, 0, [&] {
       wgmma_wait<1>();
       wgmma_hold(o);
       release_values(before.stage, !first);
@@ -176,9 +177,11 @@ struct WgmmaWalk : ScoreWalk<C> {
     Weights prob;
     issue_scores(s, ring);
     fetch_scales(ring.stage);
+    const int key0 = tile_number * C::kTile;
+    const auto keys = Walk::visible(key0);
     wgmma_wait<0>();
     wgmma_hold(s);
-    weigh<true>(s, prob, tile_number * C::kTile, [] {});
+    weigh<true>(s, prob, keys, key0, [] {});
     issue_values(prob);
     finish();
   }

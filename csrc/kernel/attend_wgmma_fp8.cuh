@@ -12,6 +12,7 @@ namespace sage {
 template <class Layout_, Mask kMask_, int kStages_, int kQueryPlaces_>
 struct WgmmaFp8Config : WgmmaConfig<Layout_, kMask_, kStages_, kQueryPlaces_> {
   using Layout = Layout_;
+  static constexpr bool kLoneIsMasked = true;  // the loop wants two
   static constexpr int kStep = Layout::kHeadDim == 64 ? 128 : 64;  // keys of one step of the softmax
   static constexpr int kParts = Layout::kTile / kStep, kScales = kStep / Layout::kScaleKeys;
   static constexpr int kScoreRegisters = kStep / 2, kWeightRegisters = kStep / 8;
@@ -226,11 +227,13 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
     float top[2];
     issue_scores<kPart>(s, ring);
     if (kPart == 0) fetch_scales(ring.stage);
+    const int key0 = tile_number * C::kTile + kPart * C::kStep;
+    const auto keys = Walk::visible(key0);
     wgmma_wait<0>();
     take_scales<kPart>(scale);
     wgmma_hold(s);
     if (kPart == kParts - 1) release(kKeysFree, ring.stage);
-    mask_scores(s, scale, tile_number * C::kTile + kPart * C::kStep, top);
+    mask_scores(s, scale, keys, key0, top);
     if (__any_sync(kAllLanes, top[0] > reference[0] + kLog2Largest || top[1] > reference[1] + kLog2Largest)) move_reference(top);
     near[0] = reference[0], near[1] = reference[1];
     weigh<true>(s, scale, prob);
@@ -307,9 +310,8 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
     sum[0] = sum[1] = 0.0f;
     arrives = anew(elected());
     reference[0] = reference[1] = near[0] = near[1] = kNone;
-    const bool lone = span.unmasked == 1;  // the loop wants two
-    for (int left = span.masked + lone; left; --left) single();
-    if (span.unmasked > 1) run(span.unmasked);
+    for (int left = span.masked; left; --left) single();
+    if (span.unmasked) run(span.unmasked);
     sums[0] = sum[0], sums[1] = sum[1];
   }
 };

@@ -42,6 +42,9 @@ __device__ __forceinline__ Quad load_quad(const ClassifyParams& p, const u8* row
     return quad;
   }
   const int bytes = mask_element_bytes(p.mask_kind);
+  const auto element = [&](const u8* at) {
+    return p.mask_kind == kMaskF32 ? mask_element<kMaskF32>(at) : p.mask_kind == kMaskF16 ? mask_element<kMaskF16>(at) : mask_element<kMaskBf16>(at);
+  };
   if (p.quads && key + 3 < p.len_kv) {
     if (p.mask_kind == kMaskF32) {
       const float4 v = *reinterpret_cast<const float4*>(row + 4 * (i64)key);
@@ -56,7 +59,7 @@ __device__ __forceinline__ Quad load_quad(const ClassifyParams& p, const u8* row
     }
   } else {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) quad.bias[e] = key + e < p.len_kv ? mask_element(p.mask_kind, row + (key + e) * p.stride_k * bytes) : -kInf;
+    for (int e = 0; e < 4; ++e) quad.bias[e] = key + e < p.len_kv ? element(row + (key + e) * p.stride_k * bytes) : -kInf;
   }
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
@@ -64,6 +67,14 @@ __device__ __forceinline__ Quad load_quad(const ClassifyParams& p, const u8* row
     quad.plain |= (quad.bias[e] == 0.0f ? 1u : 0u) << e;
   }
   return quad;
+}
+
+// Four bits of each of eight neighbouring lanes, as a word in all of them.
+__device__ __forceinline__ u32 word_of_eight(u32 bits) {
+  u32 word = bits << 4 * (special_tid_x() % 8);
+#pragma unroll
+  for (int other = 1; other < 8; other *= 2) word |= __shfl_xor_sync(kAllLanes, word, other);
+  return word;
 }
 
 // Bits of the first `count` of four keys.
@@ -102,6 +113,7 @@ __device__ void classify_band(const ClassifyParams& p) {
     }
   __syncthreads();  // the planes are empty, the maxima are there
   u32* live = p.live + (i64)blockIdx.x * p.live_words;
+  u32* kept_bits = p.kept + ((i64)matrix * (one_row ? 1 : p.len_q) + (one_row ? 0 : row0)) * p.live_words;
   for (int unit = warp; 128 * unit < p.len_kv; unit += kClassifyWarps) {
     const int key = 128 * unit + 4 * lane;
     u32 seen = 0, uneven = 0, alive = 0;
@@ -113,6 +125,10 @@ __device__ void classify_band(const ClassifyParams& p) {
       const u32 every = p.causal ? first_bits(row0 + r - key + 1) : 15u;
       const u32 kept = quad.kept & some;
       seen |= kept, uneven |= ~(quad.plain & kept & every) & 15u;
+      if (p.kept) {
+        const u32 word = word_of_eight(quad.kept);
+        if (lane % 8 == 0 && key < p.len_kv) kept_bits[(i64)r * p.live_words + key / 32] = word;
+      }
       if (p.mask_kind == kMaskBool) {
         alive |= kept;
       } else {
@@ -127,9 +143,7 @@ __device__ void classify_band(const ClassifyParams& p) {
       if (seen_lanes >> 8 * lane & 0xFF) atomicOr(&shared.plane[0][tile / 32], 1u << tile % 32);
       if (uneven_lanes >> 8 * lane & 0xFF && 128 * unit + 32 * lane < p.len_kv) atomicOr(&shared.plane[1][tile / 32], 1u << tile % 32);
     }
-    u32 word = alive << 4 * (lane % 8);
-#pragma unroll
-    for (int other = 1; other < 8; other *= 2) word |= __shfl_xor_sync(kAllLanes, word, other);
+    const u32 word = word_of_eight(alive);
     if (lane % 8 == 0 && key < p.len_kv) live[key / 32] = word;
   }
   __syncthreads();  // the planes are complete

@@ -32,6 +32,7 @@ struct ClassifyParams {
   i64 stride_b, stride_h, stride_q, stride_k;
   u32* lists;        // [batches, heads, bands, 2, words]
   u32* live;         // [batches, heads, bands, live_words]
+  u32* kept;         // [batches, heads, len_q | 1, live_words]: a bool mask in bits; null: not wanted
   i32 heads, bands;  // of the lists: 1 where the mask is the same for all
   i32 len_q, len_kv;
   i32 mask_kind, causal, quads;  // quads: 1 where four neighbouring elements of a row can be loaded at once
@@ -95,6 +96,8 @@ struct AttendParams {
   i32* next_item;       // 0 before the launch; null: every block works on items gridDim.x apart
   const void* mask;    // [B, H, Nq, Nk] by strides, 0 where it broadcasts
   i64 mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k;
+  const u32* kept;     // a bool mask in bits, [B, H, Nq, words] by strides in words, 0 where it broadcasts
+  i64 kept_stride_b, kept_stride_h, kept_stride_q;
   TileLists lists;     // with a dense mask
   void* out;           // as q
   i64 out_stride_b, out_stride_h, out_stride_n;

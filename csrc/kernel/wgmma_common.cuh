@@ -21,6 +21,7 @@ struct WgmmaConfig {
   using Layout = Layout_;
   static constexpr int kHeadDim = Layout::kHeadDim, kTile = Layout::kTile, kStages = kStages_, kQueryPlaces = kQueryPlaces_;
   static constexpr Mask kMask = kMask_;
+  static constexpr bool kLoneIsMasked = false;  // a single unmasked tile goes with the masked ones
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kConsumerWarps = 4 * kConsumers, kThreads = 128 * (kConsumers + 1), kBlockM = 64 * kConsumers;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // of 65536: 128 · 24 + 256 · 240
@@ -172,6 +173,7 @@ struct Scheduler {
     }
     const int begin = tiles * from / blocks, count = tiles * to / blocks - begin;
     masked = min(max(masked - begin, 0), count);
+    if (C::kLoneIsMasked && count - masked == 1) masked = count;
     if (elected()) {  // where all tiles are there in order, the last one comes first
       store_shared16(to_shared, {(u32)masked, (u32)(count - masked), flags, 0u});
       store_shared8(to_shared + 40, (u32)(C::kMask == Mask::list ? begin : tiles - 1 - begin), (u32)(to < blocks ? share + 1 : share));
@@ -543,22 +545,27 @@ struct ScoreWalk {
   __device__ __forceinline__ u32 barrier(u32 stage) const { return shared + C::kBarriers + stage * C::kBarrierPitch; }
   __device__ __forceinline__ u32 tile(u32 stage) const { return shared + C::kStage0 + stage * Layout::kTileBytes; }
 
+  using Keys = KeyBits<8 * kColumns8>;
+
+  // Which keys from key0 on the lane's rows see, but for what a bias removes.
+  __device__ __forceinline__ Keys visible(int key0) const {
+    const Rows<C> at(shared + C::turn(number));
+    Keys keys;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = at.row(half);
+      keys.below(half, (causal ? min(row + 1, p.len_kv) : p.len_kv) - key0);
+      if (C::kMask == Mask::list && p.kept && key0 < p.len_kv)
+        keys.keep(half, p.kept + at.batch * p.kept_stride_b + at.head * p.kept_stride_h + min(row, p.len_q - 1) * p.kept_stride_q + key0 / 32);
+    }
+    keys.align(at.t);
+    return keys;
+  }
+
   // The scores themselves of the keys from key0 on, −inf where masked out, in place; top: the lane's largest of each half. kScales:
   // how many K scales follow one another along the keys.
   template <int kScales>
-  __device__ __forceinline__ void mask_scores(Scores& s, const float (&scale)[kScales][2], int key0, float (&top)[2]) const {
-    const Rows<C> at(shared + C::turn(number));
-    KeyBits<8 * kColumns8> keys;
-    MaskView mask;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) keys.below(half, (causal ? min(at.row(half) + 1, p.len_kv) : p.len_kv) - key0);
-    if constexpr (C::kMask == Mask::list) {
-      const i64 offset = at.batch * p.mask_stride_b + at.head * p.mask_stride_h;
-      mask = {static_cast<const u8*>(p.mask) + offset * mask_element_bytes(p.mask_kind),
-              p.mask_stride_q, p.mask_stride_k, p.mask_kind, p.len_q, p.len_kv, p.mask_pairs};
-      if (p.mask_kind == kMaskBool) keys.keep(mask, at.row0, key0);
-    }
-    keys.align(at.t);
+  __device__ __forceinline__ void mask_scores(Scores& s, const float (&scale)[kScales][2], const Keys& keys, int key0, float (&top)[2]) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -566,16 +573,19 @@ struct ScoreWalk {
         i32& bits = s[i / 2 * 4 + 2 * half + i % 2];
         bits = __float_as_int((float)bits * scale[i / 2 * kScales / kColumns8][half]);
       }
-    if (C::kMask == Mask::list && p.mask_kind != kMaskBool)
+    if (C::kMask == Mask::list && p.mask_kind != kMaskBool) {
+      const Rows<C> at(shared + C::turn(number));
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int j = 0; j < kColumns8; ++j) {
-          const float2 bias = mask.bias(at.row(half), key0 + 8 * j + 2 * at.t);
+      for (int half = 0; half < 2; ++half) {
+        const i64 offset = at.batch * p.mask_stride_b + at.head * p.mask_stride_h + min(at.row(half), p.len_q - 1) * p.mask_stride_q;
+        const BiasRow row{static_cast<const u8*>(p.mask) + offset * mask_element_bytes(p.mask_kind), p.mask_stride_k, p.mask_kind, p.len_kv,
+                          p.mask_pairs};
+        row.template each<kColumns8>(key0 + 2 * at.t, [&](int j, float x, float y) {
           i32* pair = s + 4 * j + 2 * half;
-          pair[0] = __float_as_int(__int_as_float(pair[0]) + bias_to_base2(bias.x));
-          pair[1] = __float_as_int(__int_as_float(pair[1]) + bias_to_base2(bias.y));
-        }
+          pair[0] = __float_as_int(__int_as_float(pair[0]) + x), pair[1] = __float_as_int(__int_as_float(pair[1]) + y);
+        });
+      }
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       top[half] = -kInf;

@@ -40,7 +40,7 @@ class ClassifyParams(ctypes.Structure):
 
     _fields_ = [
         ("mask", POINTER), ("stride_b", c_int64), ("stride_h", c_int64), ("stride_q", c_int64), ("stride_k", c_int64),
-        ("lists", POINTER), ("live", POINTER),
+        ("lists", POINTER), ("live", POINTER), ("kept", POINTER),
         ("heads", c_int32), ("bands", c_int32), ("len_q", c_int32), ("len_kv", c_int32),
         ("mask_kind", c_int32), ("causal", c_int32), ("quads", c_int32), ("tile", c_int32), ("words", c_int32), ("live_words", c_int32),
     ]  # fmt: skip
@@ -84,6 +84,7 @@ class AttendParams(ctypes.Structure):
         ("kv", POINTER), ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_codes", POINTER), ("live_keys", POINTER),
         ("anchor", POINTER), ("partials", POINTER), ("partials_done", POINTER), ("next_item", POINTER),
         ("mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64), ("mask_stride_q", c_int64), ("mask_stride_k", c_int64),
+        ("kept", POINTER), ("kept_stride_b", c_int64), ("kept_stride_h", c_int64), ("kept_stride_q", c_int64),
         ("lists", TileLists),
         ("out", POINTER), ("out_stride_b", c_int64), ("out_stride_h", c_int64), ("out_stride_n", c_int64),
         ("lse", POINTER),

@@ -108,7 +108,8 @@ def attend_all(q: torch.Tensor, kv: QuantizedKV, problem: Problem, mask: torch.T
 
 def _classify_launch(r: Recipe, lists: _Lists, mask: int, at: int) -> Launch:
     strides, tail = lists.constants
-    return r.classify, lists.blocks, 1, 1, _pack_classify(mask, strides, at, at + lists.live, tail), False
+    kept = at + lists.kept if lists.kept else 0
+    return r.classify, lists.blocks, 1, 1, _pack_classify(mask, strides, at, at + lists.live, kept, tail), False
 
 
 def _quantise_launches(r: Recipe, group: _Quantising, base: int, k: int, v: int, live: int) -> tuple[Launch, Launch]:
@@ -127,12 +128,13 @@ def _quantise_launches(r: Recipe, group: _Quantising, base: int, k: int, v: int,
 
 
 def _attend_launch(r: Recipe, group: _Attending, base: int, q: int, mask: int, lists: int, out: int, lse: int) -> Launch:
-    w, (q_strides, mask_strides, list_strides, out_strides, tail) = r.workspace, group.constants
+    w, (q_strides, mask_strides, kept_strides, list_strides, out_strides, tail) = r.workspace, group.constants
+    kept = lists + group.kept if group.kept else 0
     done = base + w.partials_done
     params = _pack_attend(
         q, q_strides, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_codes, base + w.live_keys,
         base + w.anchor, base + w.partials if r.shares else 0, done, done + 4 * (r.dones - 1) if r.dones else 0,
-        mask, mask_strides, lists, list_strides, out, out_strides, lse, tail,
+        mask, mask_strides, kept, kept_strides, lists, list_strides, out, out_strides, lse, tail,
     )  # fmt: skip
     return r.attend, group.blocks, 1, 1, params, True
 
@@ -174,6 +176,8 @@ class _Lists(NamedTuple):
     lists: tuple[int, ...]  # strides, words, bands a block: the end of TileLists
     live_keys: tuple[int, ...]  # the end of LiveKeys
     live: int  # bytes from the lists to those
+    kept: int  # … to the mask in bits, 0 where it is additive
+    kept_strides: tuple[int, int, int]
     size: int
 
 
@@ -190,7 +194,8 @@ class _Attending(NamedTuple):
     """A group's attention launch but for its addresses."""
 
     blocks: int
-    constants: tuple[bytes, ...]  # q's strides, the mask's, the lists', the output's, the struct's tail
+    constants: tuple[bytes, ...]  # q's strides, the mask's, its bits', the lists', the output's, the struct's tail
+    kept: int  # bytes from the lists to the mask in bits, 0 where there are none
 
 
 class _Form(NamedTuple):
@@ -224,12 +229,16 @@ def _lists(r: Recipe, mask: torch.Tensor, unaligned: int) -> _Lists:
     lists = batches * heads * bands * band * 4
     tail = (heads, bands, p.len_q, r.len_kv, _MASK_KINDS[mask.dtype], p.causal, _runs_of(mask, 4, unaligned), r.plan.tile.block_n, words, live_words)
     rows = bands * (p.heads_q // p.heads_kv if heads > 1 else 1)
+    is_bool, mask_rows = mask.dtype == torch.bool, p.len_q if strides[2] else 1
+    kept = lists + batches * heads * bands * live_words * 4
     return _Lists(
         batches * heads * bands, _classify_constants(*strides, *tail),
         (heads * bands * band if batches > 1 else 0, bands * band if heads > 1 else 0, 0 if alike else band, words,
          1 if alike else r.plan.tile.block_m // BAND_ROWS),
         (heads * bands * live_words if batches > 1 else 0, rows * live_words if heads > 1 else 0, rows, live_words),
-        lists, lists + batches * heads * bands * live_words * 4,
+        lists, kept if is_bool else 0, (
+            heads * mask_rows * live_words if batches > 1 else 0, mask_rows * live_words if heads > 1 else 0, live_words if strides[2] else 0
+        ), kept + batches * heads * mask_rows * live_words * 4 * is_bool,
     )  # fmt: skip
 
 
@@ -264,10 +273,11 @@ def _attending(
         return _Attending(
             blocks,
             _attend_constants(
-                *q_strides, *mask_strides, *(lists.lists if lists else (0, 0, 0, 0, 1)), *out_strides, first, pairs, p.heads_kv, ratio,
-                p.len_q, r.len_kv, p.head_dim, _DTYPES[p.dtype], *vectors, p.causal, kind, pairs_at_once, r.tiles, r.blocks_q, rounds,
+                *q_strides, *mask_strides, *(lists.kept_strides if lists else (0, 0, 0)), *(lists.lists if lists else (0, 0, 0, 0, 1)),
+                *out_strides, first, pairs, p.heads_kv, ratio, p.len_q, r.len_kv, p.head_dim, _DTYPES[p.dtype], *vectors, p.causal, kind, pairs_at_once, r.tiles, r.blocks_q, rounds,
                 *((2**32 - 1) // d for d in (r.blocks_q, ratio, p.heads_kv)), *r.attend_tail,
             ),
+            lists.kept if lists else 0,
         )  # fmt: skip
 
     return tuple(group(*g) for g in r.groups)
