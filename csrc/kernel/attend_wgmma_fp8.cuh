@@ -265,6 +265,8 @@ struct WgmmaFp8Walk : ScoreWalk<C> {
   __device__ __forceinline__ void run(int tiles) {
     Scores even, odd;
     Weights prob;
+    if constexpr (kParts == 1)  // the shuffles tell the compiler that all lanes have the same: it keeps them in uniform registers
+      tiles = __shfl_sync(kAllLanes, tiles, 0), ring.stage = __shfl_sync(kAllLanes, ring.stage, 0), ring.parity = __shfl_sync(kAllLanes, ring.parity, 0);
     issue_scores<0>(even, ring);
     fetch_scales(ring.stage);
 #pragma unroll

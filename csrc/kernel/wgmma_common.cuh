@@ -129,8 +129,9 @@ struct Scheduler {
       ++number;
       const int items = p.blocks_q * p.pairs * p.ratio, whole = p.rounds * blocks;
       if (item >= whole) {
-        share = item - whole;
-        if (p.partials && share < blocks)
+        // From the last one on: who waits for another block's part waits for one that asked earlier, even where few blocks are resident.
+        share = blocks - 1 - (item - whole);
+        if (p.partials && share >= 0)
           at = (items - whole) * share, end = at + items - whole;
         else
           flags = 0;
