@@ -3,18 +3,20 @@
     python csrc/build.py                     what has changed
     python csrc/build.py --arch sm_80        one architecture; --only NAME: one image
     python csrc/build.py --check             no compiler: is every committed image there, whole, and built from these sources?
-    python csrc/build.py --verify            compile everything again and compare byte for byte
+    python csrc/build.py --verify            compile everything again and compare the machine code
     python csrc/build.py --sample [N]        the same for one image of each architecture, another one for each N (today's number)
 
 Each image is one translation unit, generated here: the source named in the table, assertions that its parameter structs are
 laid out as their Python twins, and one extern "C" kernel per entry. Images are xz files; `manifest.json` tells for each what it
-was built from and what its kernels take. The same inputs give the same bytes anywhere.
+was built from and what its kernels take. The same inputs give the same bytes anywhere. A committed file stays as it is where the sources
+have changed and the machine code has not (machine_code.py says what may differ).
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import hashlib
 import importlib
 import json
@@ -34,6 +36,7 @@ sys.path.insert(0, str(CSRC))  # for worker processes, which import this file by
 
 import nvrtc  # noqa: E402
 import sass_report  # noqa: E402
+from machine_code import same_code  # noqa: E402
 
 PACKAGE = CSRC.parent / "sageattention"
 KERNELS = PACKAGE / "kernels"
@@ -42,6 +45,7 @@ OPTIONS = ["--std=c++17", "--device-as-default-execution-space"]  # the latter f
 # The window covers the largest image; a larger preset's 64 MiB would be allocated again at every load.
 XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 22}]
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
+_TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/|\s+|\w+|.', re.DOTALL)
 
 
 class BuildError(Exception):
@@ -115,12 +119,29 @@ def include_closure(source: str, csrc: Path = CSRC) -> dict[str, str]:
     return found
 
 
+@functools.cache
+def code_of(text: str) -> str:
+    """C++ as its tokens: without comments, and without white space but for the line ends of directives."""
+    tokens: list[str] = []
+    directive, line_begins = False, True
+    for token in _TOKEN.findall(text.replace("\\\n", " ")):
+        if token.isspace() or token.startswith(("//", "/*")):
+            if "\n" in token:
+                tokens += ["\n"] if directive else []
+                directive, line_begins = False, True
+        else:
+            directive |= line_begins and token == "#"
+            line_begins = False
+            tokens.append(token)
+    return " ".join(tokens)
+
+
 def source_hash(image, csrc: Path = CSRC) -> str:
-    """What the image depends on, as one sha256: compiler, options, generated text and all included files."""
+    """What the image depends on, as one sha256: compiler, options, and the code of the generated text and of all included files."""
     digest = hashlib.sha256()
-    parts = [nvrtc.VERSION, image.arch, *OPTIONS, *image.options, translation_unit(image)]
+    parts = [nvrtc.VERSION, image.arch, *OPTIONS, *image.options, code_of(translation_unit(image))]
     for key, text in sorted(include_closure(image.source, csrc).items()):
-        parts += [key, text]
+        parts += [key, code_of(text)]
     for part in parts:
         digest.update(hashlib.sha256(part.encode()).digest())
     return digest.hexdigest()
@@ -283,7 +304,11 @@ def build(table: tuple, chosen: list, jobs: int, kernels: Path = KERNELS, csrc: 
             if spilled := spilling(image, usage) or spilling_in_loop(image, binary, usage):
                 bad += spilled
                 continue
-            _replace(kernels / image.path, pack(binary))
+            before = stored(image.path, kernels)
+            if before is not None and same_code(binary, before):
+                binary = before
+            else:
+                _replace(kernels / image.path, pack(binary))
             manifest[image.path] = record(image, binary, usage, source_hash(image, csrc))
     finally:
         write_manifest(manifest, kernels)
@@ -303,11 +328,12 @@ def check(chosen: list, kernels: Path = KERNELS, csrc: Path = CSRC) -> list[str]
 
 
 def verify(chosen: list, jobs: int, kernels: Path = KERNELS, csrc: Path = CSRC, say: Callable[[str], None] = print) -> list[str]:
-    """Compile again; one line for each image whose committed bytes differ from what its sources give."""
+    """Compile again; one line for each image whose committed code differs from what its sources give."""
     differing = check(chosen, kernels, csrc)
     for image, binary, _ in compile_all(chosen, jobs, csrc, say):
-        if binary != stored(image.path, kernels):
-            differing.append(f"{image.path}: compiling it again gives other bytes")
+        before = stored(image.path, kernels)
+        if before is None or not same_code(binary, before):
+            differing.append(f"{image.path}: compiling it again gives other machine code")
     return differing
 
 
@@ -333,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-j", "--jobs", type=int, default=2, help="processes (2)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="no compiler: compare the committed images with the sources' hashes")
-    what.add_argument("--verify", action="store_true", help="compile again and compare byte for byte")
+    what.add_argument("--verify", action="store_true", help="compile again and compare the machine code")
     what.add_argument("--sample", type=int, nargs="?", const=int(time.time() // 86400), help="--verify for one image per architecture")
     args = parser.parse_args(argv)
     start = time.perf_counter()
