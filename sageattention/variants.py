@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .kernels.family import Kernels, Tile, Tiles
+from .kernels.family import KernelFamily, Tile, Tiles
 from .kernels.mma import MMA_FP8, MMA_FP16, MMA_INT8
 from .kernels.wgmma import WGMMA_FP8, WGMMA_FP16
 from .numerics.scheme import FP8_FP16, FP8_FP32_WGMMA, FP16_FP32, FP16_FP32_MMA, FP16_FP32_TRITON, INT8_INT32, Scheme
@@ -27,7 +27,7 @@ class Variant:
     archs: tuple[int, ...] = ()
     accum: dict[str, Scheme] = field(default_factory=dict)  # pv_accum_dtype → scheme, where the caller may choose; the default first
     tiles: Tiles = field(default_factory=dict)
-    kernels: tuple[Kernels, ...] = ()
+    kernels: tuple[KernelFamily, ...] = ()
 
     @property
     def schemes(self) -> dict[str, Scheme]:
@@ -35,7 +35,7 @@ class Variant:
         own = {"default": self.scheme} if self.scheme else {}
         return own | self.accum | {f"{k.name}-{accum}": scheme for k in self.kernels for accum, scheme in k.schemes.items()}
 
-    def choose(self, arch: int, forced: bool, head_dim: int, accum: str = "") -> Kernels | None:
+    def choose(self, arch: int, forced: bool, head_dim: int, accum: str = "") -> KernelFamily | None:
         """The kernels for a family of devices. One that is `forced` gets none of those that are made for one kind of device alone."""
         accum = accum or next(iter(self.accum))
         for k in self.kernels:

@@ -21,7 +21,7 @@ def finite_outputs(examples: int, len_q: int, len_kv: int, **options):
             len_q=st.integers(1, len_q), len_kv=st.integers(1, len_kv), head_dim=st.sampled_from(matrix.HEAD_DIMS),
             dtype=st.sampled_from(matrix.DTYPES), causal=st.booleans(),
         )(test)  # fmt: skip
-        # One key is its own anchor: nothing averages out of it, and its rotation is as large as it gets.
+        # One key is its own k_mean: nothing averages out of it, and its rotation is as large as it gets.
         for head_dim, dtype, size in ((64, "bfloat16", 3e38), (40, "float32", -3e38), (128, "float32", 2.0**127)):
             drawn = example(
                 seed=0, sizes=[1.0, size, 1.0], spikes=[0.0, size, 3e38], len_q=2, len_kv=1, head_dim=head_dim, dtype=dtype, causal=False

@@ -1,4 +1,4 @@
-"""The CUDA variants' device code without a GPU: csrc/block and csrc/kernel compiled for the host, with the PTX primitives emulated lane
+"""The CUDA variants' device code without a GPU: csrc's headers compiled for the host, with the PTX primitives emulated lane
 by lane (tests/lanes), driven by the package's own host side. Each architecture with its own tiles and copies; of Hopper's own kernels
 the quantisers alone, as wgmma is not emulated.
 """
@@ -20,11 +20,11 @@ from sageattention.backends.call import Call
 from sageattention.backends.cuda import driver, host, workspace
 from sageattention.device.capability import Capability
 from sageattention.kernels import binaries, store
-from sageattention.kernels.family import Kernels, find_tile
+from sageattention.kernels.family import KernelFamily, find_tile
 from sageattention.kernels.mma import MMA_FP16
 from sageattention.kernels.table import CLASSIFY, IMAGES, KERNELS
 from sageattention.numerics.constants import K_SCALE_SHIFT
-from sageattention.numerics.reference import emulate, oracle, quantise_k, quantise_v
+from sageattention.numerics.reference import emulate, oracle, quantize_k, quantize_v
 from sageattention.planning.plan import WORKSPACE_LIMIT, plan
 from sageattention.planning.problem import Problem
 from sageattention.variants import CUDA_FP16, VARIANTS
@@ -40,7 +40,7 @@ SHARED = "extern __shared__ __align__(128) u8 stages[];"
 def compiled(arch: int, folder: Path, sources: tuple[str, ...], functions: str) -> ctypes.CDLL:
     """Device code for the host: `functions`, in the namespace of the `sources` that they use."""
     shutil.copytree(ROOT / "tests" / "lanes", folder, dirs_exist_ok=True)
-    for part in ("block", "kernel"):
+    for part in ("block", "common", "kernel", "layout"):
         (folder / part).mkdir()
         for source in (ROOT / "csrc" / part).glob("*.cuh"):
             (folder / part / source.name).write_text(source.read_text().replace(SHARED, "u8* stages = dynamic_shared;"))
@@ -64,7 +64,7 @@ class Lanes:
             f"{{ run_grid(blocks, {e.threads}, [&] {{ {e.expression}(*p); }}); }}\n"
             for e in self.entries.values()
         )
-        self.library = compiled(arch, folder, ("kernel/quantise.cuh", "kernel/attend_mma.cuh"), functions)
+        self.library = compiled(arch, folder, ("kernel/quantize.cuh", "kernel/attend_mma.cuh"), functions)
 
     def launch(self, device: int, stream: int, launches: tuple) -> None:
         for symbol, x, _, _, params, _ in launches:
@@ -81,7 +81,7 @@ def lanes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def card(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> Lanes:
     monkeypatch.delenv(binaries.FORCE, raising=False)
     monkeypatch.setattr(store, "missing", lambda image: "")
-    monkeypatch.setattr(workspace, "_recipes", {})
+    monkeypatch.setattr(workspace, "_launch_plans", {})
     monkeypatch.setattr(workspace.capability, "of_device", lambda *_: lanes.capability)
     monkeypatch.setattr(driver, "kernel", lambda index, image, symbol, variant: symbol)
     monkeypatch.setattr(host, "_issue", lambda device, chains: [lanes.launch(device, 0, chain) for chain in chains])
@@ -175,11 +175,11 @@ def test_groups_of_heads_and_halves_give_the_same_bits(card: Lanes, monkeypatch:
     t, _ = matrix.tensors(matrix.Case(card.head_dim, heads_q=4, heads_kv=2, len_q=20, len_kv=100))
     whole = run(card, t, None, CUDA_FP16.name, "fp32", is_causal=causal)
     monkeypatch.setitem(WORKSPACE_LIMIT, "cuda", 2 * 2 * MMA_FP16.tile_bytes(card.head_dim))  # of the four pairs, one a group
-    workspace._recipes.clear()
+    workspace._launch_plans.clear()
     plan.cache_clear()
     parts = run(card, t, None, CUDA_FP16.name, "fp32", is_causal=causal)
-    (recipe,) = workspace._recipes.values()
-    assert recipe.groups == ((0, 1), (1, 1), (2, 1), (3, 1))
+    (launch_plan,) = workspace._launch_plans.values()
+    assert launch_plan.groups == ((0, 1), (1, 1), (2, 1), (3, 1))
     assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
     problem = on_card(t, is_causal=causal)
     kv = host.quantize(t["k"], t["v"], problem, plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch))
@@ -190,7 +190,7 @@ def test_groups_of_heads_and_halves_give_the_same_bits(card: Lanes, monkeypatch:
 # --- the quantisers, by the bytes that they write -----------------------------------------------------------------------------------
 
 
-def codes_of_k(kernels: Kernels, tile: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def codes_of_k(kernels: KernelFamily, tile: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of one tile: (K's codes [keys, D], scales [keys])."""
     keys = find_tile(kernels.tiles, 0, head_dim).block_n
     codes, n = tile[: keys * head_dim].view(torch.int8), torch.arange(keys)
@@ -207,7 +207,7 @@ def codes_of_k(kernels: Kernels, tile: torch.Tensor, head_dim: int) -> tuple[tor
     return lanes[:, place // 16, b[3] + 2 * b[4], place % 16].float(), scale
 
 
-def values_of(kernels: Kernels, tile: torch.Tensor, head_dim: int) -> torch.Tensor:
+def values_of(kernels: KernelFamily, tile: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Of one tile: V's numbers [keys, D], the columns of ones checked."""
     keys = find_tile(kernels.tiles, 0, head_dim).block_n
     size = 2 if kernels.pv == "fp16" else 1
@@ -235,7 +235,7 @@ def values_of(kernels: Kernels, tile: torch.Tensor, head_dim: int) -> torch.Tens
 
 @pytest.mark.parametrize("kernels", KERNELS, ids=[k.name for k in KERNELS])
 @pytest.mark.parametrize("dtype, tokens, missing", [("bfloat16", 97, 0), ("float16", 200, 8), ("float32", 33, 3)])
-def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: Kernels, dtype: str, tokens: int, missing: int) -> None:
+def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: KernelFamily, dtype: str, tokens: int, missing: int) -> None:
     d, arch = card.head_dim, card.capability.arch
     if d not in kernels.head_dims or not kernels.built_for(TARGETS[arch]):
         pytest.skip(f"{kernels.name} is not for sm_{arch} or head_dim {d}")
@@ -246,17 +246,17 @@ def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: Ker
     chosen = plan(problem, card.capability, variant.name, next(iter(kernels.schemes)), arch=0 if kernels.arch else arch)
     assert chosen.kernels is kernels
     kv = host.quantize(t["k"], t["v"], problem, chosen)
-    (recipe,) = workspace._recipes.values()
-    w, size = recipe.workspace, kernels.tile_bytes(d)
+    (launch_plan,) = workspace._launch_plans.values()
+    w, size = launch_plan.workspace, kernels.tile_bytes(d)
 
     def buffer(at: int, kind: torch.dtype, *shape: int) -> torch.Tensor:
         count = torch.Size(shape).numel() * kind.itemsize
         return kv.buffer[at : at + count].view(kind).view(shape)
 
-    tiles = buffer(w.kv, torch.uint8, 4, recipe.tiles, size)
+    tiles = buffer(w.kv, torch.uint8, 4, launch_plan.tiles, size)
     for pair in range(4):
-        k8, k_scale, _ = quantise_k(t["k"].flatten(0, 1)[pair], chosen.scheme)
-        v8, v_scale, v_mean = quantise_v(t["v"].flatten(0, 1)[pair], chosen.scheme)
+        k8, k_scale, _ = quantize_k(t["k"].flatten(0, 1)[pair], chosen.scheme)
+        v8, v_scale, v_mean = quantize_v(t["v"].flatten(0, 1)[pair], chosen.scheme)
         found = [codes_of_k(kernels, tile.contiguous(), d) for tile in tiles[pair]]
         codes, scales = torch.cat([c for c, _ in found])[:tokens], torch.cat([s for _, s in found])[:tokens]
         assert (codes - k8).abs().max() <= 1 and (codes != k8).float().mean() <= 1e-2
@@ -268,14 +268,14 @@ def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: Ker
         amax, mean = (buffer(at, torch.float32, 4, d)[pair] for at in (w.v_amax, w.v_mean))
         assert torch.allclose(amax / chosen.scheme.v_max, v_scale, rtol=1e-5)
         if chosen.scheme.v_rounded:  # the attention kernel's share of it: codes that the two round differently may not count here
-            summed, off = buffer(w.v_codes, torch.int32, 4, d)[pair], 0.0
+            summed, off = buffer(w.v_quant_sum, torch.int32, 4, d)[pair], 0.0
             if kernels.pv == "fp8":  # two keys at a time in fp16; what a thread has, to 64ths
                 summed, off = summed / 64, 2.0**-11 * values.abs().sum(0) + tokens / 1024
             assert ((summed - values.sum(0)).abs() <= off).all()
             v_mean = v_mean + v_scale * (v8 / tokens).sum(0)
         assert torch.allclose(mean, v_mean, atol=1e-6)
-        anchor = t["k"].flatten(0, 1)[pair, :: recipe.keys_tail[4]].float().mean(0)
-        assert torch.allclose(buffer(w.anchor, torch.float32, 4, d)[pair, : d - missing], anchor, rtol=1e-4, atol=1e-5)
+        k_mean = t["k"].flatten(0, 1)[pair, :: launch_plan.quantize_k_tail[4]].float().mean(0)
+        assert torch.allclose(buffer(w.k_mean, torch.float32, 4, d)[pair, : d - missing], k_mean, rtol=1e-4, atol=1e-5)
 
 
 # --- eight rows of Q by MMAs, as Hopper's own kernels have them, which do not run here -------------------------------------------------
@@ -287,7 +287,7 @@ extern "C" void eight_{d}_{dtype}(const u16* rows, float sign, u8* out, float* s
     Raw8<{dtype}> raw[1][{d} / 32];
     load_raw<{d}, 1, {dtype}, true>((const u8*)rows, {d}, g, 8, t, {d}, raw);
     u32 codes[2][{d} / 32];
-    scales[lane] = quantise_eight(raw[0], Rotation<{d}, {dtype}>(lane), lane, 127.0f, sign, codes);
+    scales[lane] = quantize_rows8(raw[0], Rotation<{d}, {dtype}>(lane), lane, 127.0f, sign, codes);
     for (int j = 0; j < 2; ++j)
       for (int chunk = g; chunk < {d} / 16 || chunk == g; chunk += 8)
         memcpy(out + (2 * t + j) * {d} + ({d} == 64 ? chunk % 4 * 16 + chunk / 4 * 8 : chunk * 16), &codes[j][chunk / 8 * 4],
@@ -300,7 +300,7 @@ extern "C" void each_{d}_{dtype}(const u16* rows, float sign, u8* out, float* sc
     float x[1][2][{d} / 4];
     load_rows<{d}, 1, {dtype}, true>((const u8*)rows, {d}, g, 8, t, {d}, x);
     u32 a[{d} / 32][4];
-    scales[lane] = quantise_row<{d}>(x[0][0], t, 127.0f, sign, a, 0);
+    scales[lane] = quantize_row<{d}>(x[0][0], t, 127.0f, sign, a, 0);
     for (int i = 0; i < {d} / 16; ++i) memcpy(out + g * {d} + (i / 4 * 4 + t) * 16 + i % 4 * 4, &a[i / 4 * 2 + i % 4 / 2][i % 2 * 2], 4);
   }});
 }}

@@ -127,7 +127,7 @@ def test_products_that_cancel_in_fp32_but_overflow_when_rotated():
     """q = [1e30, 0] against k = [0, ±1e30]: every score is 0."""
     v = row([1.0, 2.0], [3.0, 4.0])
     check(row([1e30, 0.0]), row([0.0, 1e30], [0.0, -1e30]), v)
-    check(row([1e30, 0.0]), row([0.0, 1e30], [0.0, 1e30]), v)  # here the anchor is not 0
+    check(row([1e30, 0.0]), row([0.0, 1e30], [0.0, 1e30]), v)  # here the k_mean is not 0
 
 
 def test_rounding_noise_of_huge_orthogonal_vectors():

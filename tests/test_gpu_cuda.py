@@ -110,8 +110,8 @@ def test_groups_of_heads_change_nothing(variant: str, request: pytest.FixtureReq
         assert workloads.relative_l2(first[0], whole[0]) <= 2e-3 and torch.allclose(first[1], whole[1], atol=1e-3)
     else:
         assert torch.equal(first[0], whole[0]) and torch.equal(first[1], whole[1])
-    recipe = next(r for r in workspace._recipes.values() if r.plan is chosen)
-    assert len(recipe.groups) == 10
+    launch_plan = next(r for r in workspace._launch_plans.values() if r.plan is chosen)
+    assert len(launch_plan.groups) == 10
 
 
 @each_variant

@@ -77,12 +77,12 @@ def test_a_forgotten_tensor_is_not_kept():
 
 
 def test_offsets_with_strides_reach_the_kernels_without(monkeypatch):
-    class Kernels:
+    class KernelFamily:
         Packed = staticmethod(lambda *offsets: offsets)
         run_packed = staticmethod(lambda q, k, v, offsets, problem, plan: offsets)
 
     monkeypatch.setattr(dispatch, "plan_for", lambda problem, variant: Plan(TRITON_FP16, "a test"))
-    monkeypatch.setattr(dispatch, "_triton_host", lambda: Kernels)
+    monkeypatch.setattr(dispatch, "_triton_host", lambda: KernelFamily)
     q = torch.zeros(12, 2, 64)
     strided = torch.tensor([0, 99, 5, 99, 12])[::2]
     for offsets in sageattn_varlen(q, q, q, strided, strided, 7, 7):

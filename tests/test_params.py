@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 
-from sageattention.kernels.params import POINTER, AttendParams, KeysParams, ValuesParams, packer
+from sageattention.kernels.params import POINTER, AttendParams, QuantizeKParams, QuantizeVParams, packer
 
 
 def leaves(struct: type[ctypes.Structure], prefix: tuple[str, ...] = ()):
@@ -17,7 +17,7 @@ def leaves(struct: type[ctypes.Structure], prefix: tuple[str, ...] = ()):
             yield (*prefix, name), kind
 
 
-@pytest.mark.parametrize("struct", [KeysParams, ValuesParams, AttendParams])
+@pytest.mark.parametrize("struct", [QuantizeKParams, QuantizeVParams, AttendParams])
 def test_both_steps_give_the_struct_s_bytes(struct):
     filled, pointers, constants, order = struct(), [], [], []
     for number, (path, kind) in enumerate(leaves(struct), 1):
@@ -35,5 +35,5 @@ def test_both_steps_give_the_struct_s_bytes(struct):
 
 
 def test_a_constant_too_few_is_refused():
-    with pytest.raises(ValueError, match="KeysParams has"):
-        packer(KeysParams)[1](1, 2, 3)
+    with pytest.raises(ValueError, match="QuantizeKParams has"):
+        packer(QuantizeKParams)[1](1, 2, 3)

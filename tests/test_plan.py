@@ -249,9 +249,9 @@ def test_what_a_plan_names_is_in_its_images(name, arch, head_dim, monkeypatch):
                 except (KernelMissing, Unsupported):
                     assert arch < VARIANTS[name].min_arch or not VARIANTS[name].kernels or VARIANTS[name].archs
                     continue
-                quantiser, attention = chosen.images
+                quantizer, attention = chosen.images
                 assert attention.entry(chosen.attend).threads == 32 * chosen.tile.warps
-                assert quantiser.entry(chosen.kernels.keys_symbol(head_dim)) and quantiser.entry(chosen.kernels.values_symbol(head_dim))
+                assert quantizer.entry(chosen.kernels.quantize_k_symbol(head_dim)) and quantizer.entry(chosen.kernels.quantize_v_symbol(head_dim))
                 assert not (forced and chosen.kernels.arch)
     plan.cache_clear()
 

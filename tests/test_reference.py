@@ -13,7 +13,7 @@ from sageattention import variants  # noqa: E402
 from sageattention.cli import workloads  # noqa: E402
 from sageattention.numerics import hadamard  # noqa: E402
 from sageattention.numerics.constants import HEAD_DIMS  # noqa: E402
-from sageattention.numerics.reference import E4M3_MAX, emulate, oracle, quantise_k, quantise_v  # noqa: E402
+from sageattention.numerics.reference import E4M3_MAX, emulate, oracle, quantize_k, quantize_v  # noqa: E402
 from sageattention.numerics.scheme import FP8_FP32, FP16_FP32, FP16_FP32_MMA, INT8_INT32  # noqa: E402
 
 SCHEMES = {
@@ -239,7 +239,7 @@ def test_rotation_is_orthogonal_and_defined_by_its_formula(head_dim):
 @pytest.mark.parametrize("granularity, keys", [("token", 1), ("fragment", 16), ("tile", 64)])
 def test_keys_that_share_a_scale(granularity, keys):
     k = randn(130, 64)
-    _, scale, _ = quantise_k(k, replace(FP16_FP32, k_scale=granularity))
+    _, scale, _ = quantize_k(k, replace(FP16_FP32, k_scale=granularity))
     first = scale[:64, 0]
     assert [int((first == s).sum()) for s in first.unique()] == [keys] * (64 // keys)
     if granularity == "fragment":  # keys 2t and 2t + 1 of every eight, t = 1, of the second 64
@@ -249,7 +249,7 @@ def test_keys_that_share_a_scale(granularity, keys):
 @each_scheme
 def test_quantised_v_comes_back(scheme):
     v = randn(500, 40) * 10 ** randn(40) + 3
-    values, scale, mean = quantise_v(v, scheme)
+    values, scale, mean = quantize_v(v, scheme)
     assert values.abs().max() <= scheme.v_max
     error = ((values * scale + mean)[:, :40] - v).norm() / v.norm()
     assert error < {"fp16": 4e-4, "fp8": 0.03, "int8": 0.01}[scheme.pv]

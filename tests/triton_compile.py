@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sageattention.backends.triton.attend import attend
-from sageattention.backends.triton.quantize import ROWS, SPLITS, quantise, statistics
+from sageattention.backends.triton.quantize import ROWS, SPLITS, quantize_kv, statistics
 from sageattention.kernels.family import Tile, find_tile
 from sageattention.numerics.constants import HEAD_DIMS
 from sageattention.variants import TRITON_FP16
@@ -25,7 +25,7 @@ from sageattention.variants import TRITON_FP16
 SCALARS = {"factor": "fp32", "sign": "fp32", "out_limit": "fp32"}
 POINTERS = {
     "q": "*bf16", "k": "*bf16", "v": "*bf16", "out": "*bf16", "lse": "*fp32", "mask": "*fp32", "k8": "*i8", "k_scale": "*fp32",
-    "k_scale_max": "*fp32", "anchor": "*fp32", "v16": "*fp16", "v_scale": "*fp32", "partial_amax": "*fp32",
+    "k_scale_max": "*fp32", "k_mean": "*fp32", "v16": "*fp16", "v_scale": "*fp32", "partial_amax": "*fp32",
     "cu_seqlens": "*i32", "cu_seqlens_q": "*i32", "cu_seqlens_k": "*i32",
 }  # fmt: skip
 # What Triton specialises on at run time for a contiguous [B, H, N, D] call: multiples of 16.
@@ -74,7 +74,7 @@ def compile_all(arch: int) -> list[dict]:
         tile = find_tile(TRITON_FP16.tiles, arch, d)
         shape = {"HEAD_DIM": d, "D": d, "BLOCK_N": tile.block_n, "SPLITS": SPLITS, "VARLEN": False}
         built.append(compile_kernel(statistics, arch, {"BLOCK": 64, **shape}, {}))
-        built.append(compile_kernel(quantise, arch, {"V_MAX": TRITON_FP16.scheme.v_max, "ROWS": min(ROWS, tile.block_n), **shape}, {}))
+        built.append(compile_kernel(quantize_kv, arch, {"V_MAX": TRITON_FP16.scheme.v_max, "ROWS": min(ROWS, tile.block_n), **shape}, {}))
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         built.append(compile_kernel(attend, arch, attend_constants(d, tile, arch), options))
         if d == 128:

@@ -1,8 +1,8 @@
 // Which keys of a step a row sees, as bits, and the additive bias of a dense mask.
 #pragma once
 #include "../ptx/special.cuh"
-#include "fragment.cuh"
-#include "load.cuh"
+#include "../layout/fragment.cuh"
+#include "../common/tensor.cuh"
 
 namespace sage {
 

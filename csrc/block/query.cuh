@@ -38,18 +38,18 @@ __device__ __forceinline__ void load_rows(const u8* head, i64 stride, int row0, 
 // x: the row's channels; a: A fragments, of which registers `half` and `half` + 2 are written. Returns the row's score scale:
 // base-2 score = (q8 · k8) · scale · k_scale.
 template <int kHeadDim>
-__device__ __forceinline__ float quantise_row(float (&x)[kHeadDim / 4], int t, float score_scale, float sign,
+__device__ __forceinline__ float quantize_row(float (&x)[kHeadDim / 4], int t, float score_scale, float sign,
                                               u32 (&a)[kHeadDim / 32][4], int half) {
 #pragma unroll
   for (int i = 0; i < kHeadDim / 4; ++i) x[i] *= 0.5f / kHeadDim;  // first, so that no sum below overflows
   rotate<kHeadDim>(x, t);
-  const float amax = row_max(largest(x));
+  const float amax = row_max(abs_max(x));
   const float inverse = int8_inverse(amax) * sign;
 #pragma unroll
   for (int c = 0; c < kHeadDim / 32; ++c) {
-    const auto code = [&](int i) { return x[code_register<kHeadDim>(kChunk * c + i)]; };
-    a[c][half] = int8_codes(code(0), code(1), code(2), code(3), inverse);
-    a[c][half + 2] = int8_codes(code(4), code(5), code(6), code(7), inverse);
+    const auto channel = [&](int i) { return x[quantized_register<kHeadDim>(kChunk * c + i)]; };
+    a[c][half] = quantize_s8x4(channel(0), channel(1), channel(2), channel(3), inverse);
+    a[c][half + 2] = quantize_s8x4(channel(4), channel(5), channel(6), channel(7), inverse);
   }
   return amax * score_scale;
 }
@@ -57,39 +57,39 @@ __device__ __forceinline__ float quantise_row(float (&x)[kHeadDim / 4], int t, f
 // The same for eight rows at once, by a Rotation. Lane 4g + t gives channels of row g, gets codes of rows 2t and 2t + 1 – at head_dim 64
 // eight of 16-byte chunk g % 4, from 8 · (g / 4) on, at 128 chunk g, at 256 chunks g and g + 8 – and row g's score scale.
 template <int kHeadDim, int kDtype>
-__device__ __forceinline__ float quantise_eight(const Raw8<kDtype> (&raw)[kHeadDim / 32], const Rotation<kHeadDim, kDtype>& rotation,
-                                                int lane, float score_scale, float sign, u32 (&codes)[2][kHeadDim / 32]) {
+__device__ __forceinline__ float quantize_rows8(const Raw8<kDtype> (&raw)[kHeadDim / 32], const Rotation<kHeadDim, kDtype>& rotation,
+                                                int lane, float score_scale, float sign, u32 (&quantized)[2][kHeadDim / 32]) {
   float y[2][kHeadDim / 8], amax[2];
   rotation(raw, [](int, float(&c)[4]) { c[0] = c[1] = c[2] = c[3] = 0.0f; }, y);
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
-    amax[j] = largest(y[j]);
+    amax[j] = abs_max(y[j]);
 #pragma unroll
     for (int other = 4; other <= 16; other *= 2) amax[j] = fmaxf(amax[j], __shfl_xor_sync(kAllLanes, amax[j], other));
     const float inverse = int8_inverse(amax[j]) * sign;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 32; ++i)
-      codes[j][i] = int8_codes(y[j][4 * i], y[j][4 * i + 1], y[j][4 * i + 2], y[j][4 * i + 3], inverse);
+      quantized[j][i] = quantize_s8x4(y[j][4 * i], y[j][4 * i + 1], y[j][4 * i + 2], y[j][4 * i + 3], inverse);
     amax[j] = __shfl_sync(kAllLanes, amax[j], lane / 8, 32);
   }
   return (lane & 4 ? amax[1] : amax[0]) * score_scale;
 }
 
-__device__ __forceinline__ float unit_inverse(float top) { return top < kSmallest ? 0.0f : 1.0f / top; }
+__device__ __forceinline__ float unit_inverse(float top) { return top < kAmaxMin ? 0.0f : 1.0f / top; }
 
 // sm_scale · x · y of vectors that four lanes share, dot being a lane's part of what they give brought to ±1.
 __device__ __forceinline__ float unit_score(float dot, float x_top, float y_top, float sm_scale) {
   return clamp_finite(clamp_finite(row_sum(dot) * clamp_finite(x_top * sm_scale)) * y_top);
 }
 
-// sm_scale · (q · anchor), in every lane of the four: what the shift of K takes out of each score of the row. Both operands are
-// brought to ±1 first, so that no product overflows. The anchor has D channels, zero beyond head_dim.
+// sm_scale · (q · k_mean), in every lane of the four: what the shift of K takes out of each score of the row. Both operands are
+// brought to ±1 first, so that no product overflows. The k_mean has D channels, zero beyond head_dim.
 template <int kHeadDim>
-__device__ __forceinline__ float anchor_score(const float (&x)[kHeadDim / 4], const float* anchor, int t, float sm_scale) {
+__device__ __forceinline__ float k_mean_score(const float (&x)[kHeadDim / 4], const float* k_mean, int t, float sm_scale) {
   float y[kHeadDim / 4];
 #pragma unroll
-  for (int i = 0; i < kHeadDim / 4; ++i) y[i] = anchor[i / kChunk * 32 + kChunk * t + i % kChunk];
-  const float x_top = row_max(largest(x)), y_top = row_max(largest(y));
+  for (int i = 0; i < kHeadDim / 4; ++i) y[i] = k_mean[i / kChunk * 32 + kChunk * t + i % kChunk];
+  const float x_top = row_max(abs_max(x)), y_top = row_max(abs_max(y));
   const float x_inverse = unit_inverse(x_top), y_inverse = unit_inverse(y_top);
   float dot = 0.0f;
 #pragma unroll
@@ -99,18 +99,18 @@ __device__ __forceinline__ float anchor_score(const float (&x)[kHeadDim / 4], co
 
 // The same of a row in memory, in little code instead of little time.
 template <int kDtype>
-__device__ __forceinline__ float anchor_score(const u8* row, int head_dim, const float* anchor, int t, float sm_scale) {
+__device__ __forceinline__ float k_mean_score(const u8* row, int head_dim, const float* k_mean, int t, float sm_scale) {
   float x[kChunk], y[kChunk], x_top = 0.0f, y_top = 0.0f, dot = 0.0f;
   const auto each_chunk = [&](auto body) {
 #pragma unroll 1
     for (int channel = kChunk * t; channel < head_dim; channel += 32) {
       unpack8<kDtype>(load8<kDtype, false>(row, channel, head_dim), x);
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) y[i] = anchor[channel + i];
+      for (int i = 0; i < kChunk; ++i) y[i] = k_mean[channel + i];
       body();
     }
   };
-  each_chunk([&] { x_top = fmaxf(x_top, largest(x)), y_top = fmaxf(y_top, largest(y)); });
+  each_chunk([&] { x_top = fmaxf(x_top, abs_max(x)), y_top = fmaxf(y_top, abs_max(y)); });
   x_top = row_max(x_top), y_top = row_max(y_top);
   const float x_inverse = unit_inverse(x_top), y_inverse = unit_inverse(y_top);
   each_chunk([&] {

@@ -10,7 +10,7 @@
 // hold rotated channels. `Rotation` does the same to eight rows at once, half of it as MMAs.
 #pragma once
 #include "../ptx/mma.cuh"
-#include "load.cuh"
+#include "../common/tensor.cuh"
 
 namespace sage {
 
@@ -29,7 +29,7 @@ __device__ __forceinline__ float row_sum(float x) {
 // Which of a lane's registers after `rotate` is number `code` of its codes in K's tile, sixteen of them in 16 bytes. The order of the
 // contracted channels is free as long as Q and K have the same one: this is what `Rotation` leaves of a key in one lane.
 template <int kHeadDim>
-__host__ __device__ constexpr int code_register(int code) {
+__host__ __device__ constexpr int quantized_register(int code) {
   const int bit3 = code >> 3 & 1, bit4 = code >> 4 & 1, bit5 = code >> 5;
   return (code & 1) + (code >> 1 & 3) * 4 + (kHeadDim == 64 ? 2 * bit3 : 16 * bit3 + 2 * bit4 + 32 * bit5);
 }
@@ -129,7 +129,7 @@ struct Rotation {
 
 // The largest |x| of the lane's channels.
 template <int kCount>
-__device__ __forceinline__ float largest(const float (&x)[kCount]) {
+__device__ __forceinline__ float abs_max(const float (&x)[kCount]) {
   float top = 0.0f;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) top = fmaxf(top, fabsf(x[i]));
@@ -137,12 +137,12 @@ __device__ __forceinline__ float largest(const float (&x)[kCount]) {
 }
 
 // A magnitude below this counts as zero, so that 127 divided by it is finite (variants.AMAX_MIN).
-constexpr float kSmallest = 7.8886090522101181e-31f;  // 2^-100
+constexpr float kAmaxMin = 7.8886090522101181e-31f;  // 2^-100
 
-__device__ __forceinline__ float int8_inverse(float amax) { return amax < kSmallest ? 0.0f : reciprocal_approx(amax * (1.0f / 127)); }
+__device__ __forceinline__ float int8_inverse(float amax) { return amax < kAmaxMin ? 0.0f : rcp_approx(amax * (1.0f / 127)); }
 
 // rint(x · inverse) of four values as bytes, x0 lowest. Adding 1.5·2^23 leaves the integer, two's complement, in the low mantissa bits.
-__device__ __forceinline__ u32 int8_codes(float x0, float x1, float x2, float x3, float inverse) {
+__device__ __forceinline__ u32 quantize_s8x4(float x0, float x1, float x2, float x3, float inverse) {
   constexpr float kMagic = 12582912.0f;
   const u32 a = __float_as_uint(fmaf(x0, inverse, kMagic)), b = __float_as_uint(fmaf(x1, inverse, kMagic));
   const u32 c = __float_as_uint(fmaf(x2, inverse, kMagic)), d = __float_as_uint(fmaf(x3, inverse, kMagic));

@@ -8,7 +8,7 @@
 // 12582912 + S, exactly, for |S| < 2^22. The constant is taken off in the FMA that applies the scale. That rounds a score by up
 // to 0.75·scale, below the rounding noise of INT8 codes by two orders of magnitude.
 #pragma once
-#include "fragment.cuh"
+#include "../layout/fragment.cuh"
 #include "mask.cuh"
 #include "rotate.cuh"
 
@@ -17,38 +17,38 @@ namespace sage {
 constexpr u32 kPresetBits = 0x4B400000u;
 constexpr float kPreset = 12582912.0f;
 
-constexpr int kColumns = kKvTile / 8;  // n-tiles of the scores
+constexpr int kScoreNTiles = kKvTile / 8;  // n-tiles of the scores
 
 template <int kRowTiles>
 struct Softmax {
-  float reference[kRowTiles][2];  // P = 2^(score − reference); log2(p_max) below the maximum the row was last scaled to
-  float sum[kRowTiles][2];        // of P, this lane's keys only
+  float m_i[kRowTiles][2];  // P = 2^(score − reference); log2(p_max) below the maximum the row was last scaled to
+  float l_i[kRowTiles][2];        // of P, this lane's keys only
 
   __device__ __forceinline__ Softmax() {
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) reference[i][0] = reference[i][1] = -kInf, sum[i][0] = sum[i][1] = 0.0f;
+    for (int i = 0; i < kRowTiles; ++i) m_i[i][0] = m_i[i][1] = -kInf, l_i[i][0] = l_i[i][1] = 0.0f;
   }
 
-  __device__ __forceinline__ void references(float (&out)[kRowTiles][2]) const {
+  __device__ __forceinline__ void get_m(float (&out)[kRowTiles][2]) const {
 #pragma unroll
-    for (int i = 0; i < 2 * kRowTiles; ++i) out[i / 2][i % 2] = reference[i / 2][i % 2];
+    for (int i = 0; i < 2 * kRowTiles; ++i) out[i / 2][i % 2] = m_i[i / 2][i % 2];
   }
 
-  // Given each lane's own maxima of the tile, moves the references of rows that outgrew theirs by more than `slack`. Returns whether
+  // Given each lane's own maxima of the tile, moves the references of rows that outgrew theirs by more than `rescale_threshold`. Returns whether
   // any row of the warp moved; then factor[] is what O and the sums so far are worth now. As long as none does, the lanes need not
   // agree on the rows' maxima.
-  __device__ __forceinline__ bool update(const float (&top)[kRowTiles][2], float log2_p_max, float slack,
-                                         float (&factor)[kRowTiles][2]) {
+  __device__ __forceinline__ bool update(const float (&top)[kRowTiles][2], float log2_p_max, float rescale_threshold,
+                                         float (&alpha)[kRowTiles][2]) {
     bool grew = false;
 #pragma unroll
-    for (int i = 0; i < 2 * kRowTiles; ++i) grew |= top[i / 2][i % 2] - log2_p_max > reference[i / 2][i % 2] + slack;
+    for (int i = 0; i < 2 * kRowTiles; ++i) grew |= top[i / 2][i % 2] - log2_p_max > m_i[i / 2][i % 2] + rescale_threshold;
     if (!__any_sync(kAllLanes, grew)) return false;
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
-      float& old = reference[i / 2][i % 2];
+      float& old = m_i[i / 2][i % 2];
       const float now = fmaxf(old, row_max(top[i / 2][i % 2]) - log2_p_max);
-      factor[i / 2][i % 2] = now == old ? 1.0f : exp2_approx(old - now);  // equal: also two −inf
-      sum[i / 2][i % 2] *= factor[i / 2][i % 2];
+      alpha[i / 2][i % 2] = now == old ? 1.0f : exp2_approx(old - now);  // equal: also two −inf
+      l_i[i / 2][i % 2] *= alpha[i / 2][i % 2];
       old = now;
     }
     return true;
@@ -59,8 +59,8 @@ struct Softmax {
 // depends on the row's reference. Lane t of the four that share their rows keeps the books of one, which saves registers.
 template <int kRowTiles>
 struct TileSoftmax {
-  float reference = -kInf;       // of the lane's row
-  float sum[kRowTiles][2] = {};  // of P, this lane's keys only
+  float m_i = -kInf;       // of the lane's row
+  float l_i[kRowTiles][2] = {};  // of P, this lane's keys only
 
   __device__ __forceinline__ static float own(const float (&x)[kRowTiles][2], int t) {
     const float last = t & 1 ? x[kRowTiles - 1][1] : x[kRowTiles - 1][0];
@@ -73,28 +73,28 @@ struct TileSoftmax {
     for (int i = 0; i < 2 * kRowTiles; ++i) out[i / 2][i % 2] = __shfl_sync(kAllLanes, x, i, 4);
   }
 
-  __device__ __forceinline__ void references(float (&out)[kRowTiles][2]) const { share(reference, out); }
+  __device__ __forceinline__ void get_m(float (&out)[kRowTiles][2]) const { share(m_i, out); }
 
   // As Softmax::update; base: log2(p_max) below the tile's row maxima.
-  __device__ __forceinline__ bool update(const float (&base)[kRowTiles][2], float slack, int t, float (&factor)[kRowTiles][2]) {
-    const float row = own(base, t);
-    if (!__any_sync(kAllLanes, row > reference + slack)) return false;
-    const float now = fmaxf(reference, row), own_factor = now == reference ? 1.0f : exp2_approx(reference - now);
-    reference = now;
-    share(own_factor, factor);
+  __device__ __forceinline__ bool update(const float (&m_tile)[kRowTiles][2], float rescale_threshold, int t, float (&alpha)[kRowTiles][2]) {
+    const float row = own(m_tile, t);
+    if (!__any_sync(kAllLanes, row > m_i + rescale_threshold)) return false;
+    const float now = fmaxf(m_i, row), own_alpha = now == m_i ? 1.0f : exp2_approx(m_i - now);
+    m_i = now;
+    share(own_alpha, alpha);
 #pragma unroll
-    for (int i = 0; i < 2 * kRowTiles; ++i) sum[i / 2][i % 2] *= factor[i / 2][i % 2];
+    for (int i = 0; i < 2 * kRowTiles; ++i) l_i[i / 2][i % 2] *= alpha[i / 2][i % 2];
     return true;
   }
 
   // The tile's weights.
-  __device__ __forceinline__ void weigh(const float (&base)[kRowTiles][2], int t, float (&weight)[kRowTiles][2]) const {
-    const float row = own(base, t);
-    share(row == -kInf ? 0.0f : exp2_approx(row - reference), weight);
+  __device__ __forceinline__ void tile_scales(const float (&m_tile)[kRowTiles][2], int t, float (&tile_scale)[kRowTiles][2]) const {
+    const float row = own(m_tile, t);
+    share(row == -kInf ? 0.0f : exp2_approx(row - m_i), tile_scale);
   }
 };
 
-template <bool kTileMaximum, int kRowTiles>
+template <bool kTileMax, int kRowTiles>
 struct SoftmaxOf {
   using type = TileSoftmax<kRowTiles>;
 };
@@ -104,10 +104,10 @@ struct SoftmaxOf<false, kRowTiles> {
 };
 
 // max over the lane's keys of one row, as integers: positive floats order like their bits.
-__device__ __forceinline__ float largest_score(const u32 (&s)[kColumns][4], int half) {
+__device__ __forceinline__ float score_max(const u32 (&s)[kScoreNTiles][4], int half) {
   i32 top = max((i32)s[0][2 * half], (i32)s[0][2 * half + 1]);
 #pragma unroll
-  for (int j = 1; j < kColumns; ++j) top = max(max(top, (i32)s[j][2 * half]), (i32)s[j][2 * half + 1]);
+  for (int j = 1; j < kScoreNTiles; ++j) top = max(max(top, (i32)s[j][2 * half]), (i32)s[j][2 * half + 1]);
   return __int_as_float(top);
 }
 

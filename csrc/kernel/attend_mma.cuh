@@ -4,67 +4,67 @@
 // come from a list, or are all up to the last, which comes first. 32 rows, where the registers allow it, halve the shared-memory traffic: each fragment of K or V
 // that is loaded feeds two row tiles. Q stays in registers for the whole walk.
 #pragma once
-#include "../block/epilogue.cuh"
-#include "../block/fragment.cuh"
+#include "../block/output.cuh"
+#include "../layout/fragment.cuh"
 #include "../block/mask.cuh"
-#include "../block/pipe.cuh"
-#include "../block/product.cuh"
+#include "../block/pipeline.cuh"
+#include "../block/pv.cuh"
 #include "../block/query.cuh"
 #include "../block/softmax.cuh"
 #include "../block/tile_list.cuh"
-#include "../block/values.cuh"
+#include "../common/pv_type.cuh"
 #include "../ptx/special.cuh"
 #include "params.cuh"
 
 namespace sage {
 
-template <int kHeadDim_, Mask kMask_, Values kValues_, Accumulate kAccumulate_, int kWarps_, int kRowTiles_, int kStages_,
-          bool kQueryShared_, bool kWalkShared_, bool kThreadAnew_, int kValuesLate_>
+template <int kHeadDim_, Mask kMask_, PvType kPvType_, PvAccum kPvAccum_, int kWarps_, int kRowTiles_, int kStages_,
+          bool kQInSmem_, bool kLoopStateInSmem_, bool kRecomputeThreadIdx_, int kDelayVLoad_>
 struct AttendConfig {
   static constexpr int kHeadDim = kHeadDim_, kWarps = kWarps_, kRowTiles = kRowTiles_, kStages = kStages_;
-  static constexpr bool kQueryShared = kQueryShared_;  // Q's fragments wait in shared memory: 16 or 32 registers less
-  static constexpr bool kWalkShared = kWalkShared_;  // what a tile needs once waits there: the rows' scales, the number of the first tile
-  static constexpr bool kScalesShared = kQueryShared || kWalkShared;
-  static constexpr bool kThreadAnew = kThreadAnew_;  // what follows from the thread's number is worked out anew for each tile
-  static constexpr int kValuesLate = kValuesLate_;  // V is not loaded before the scores have left the registers; 1, 2: two ways
+  static constexpr bool kQInSmem = kQInSmem_;  // Q's fragments wait in shared memory: 16 or 32 registers less
+  static constexpr bool kLoopStateInSmem = kLoopStateInSmem_;  // what a tile needs once waits there: the rows' scales, the number of the first tile
+  static constexpr bool kQScalesInSmem = kQInSmem || kLoopStateInSmem;
+  static constexpr bool kRecomputeThreadIdx = kRecomputeThreadIdx_;  // what follows from the thread's number is worked out anew for each tile
+  static constexpr int kDelayVLoad = kDelayVLoad_;  // V is not loaded before the scores have left the registers; 1, 2: two ways
   static constexpr Mask kMask = kMask_;
-  static constexpr Values kValues = kValues_;
-  static constexpr Accumulate kAccumulate = kAccumulate_;
-  static constexpr bool kTileMaximum = kValues != Values::fp16;  // P is taken against the tile's own row maximum
+  static constexpr PvType kPvType = kPvType_;
+  static constexpr PvAccum kPvAccum = kPvAccum_;
+  static constexpr bool kTileMax = kPvType != PvType::fp16;  // P is taken against the tile's own row maximum
   static constexpr int kThreads = 32 * kWarps, kBlockM = 16 * kRowTiles * kWarps;
-  using Layout = Fragment<kHeadDim, kValueBytes<kValues>>;
-  static constexpr int kOperands = kKvTile / Layout::kValueKeys;  // A fragments of P for a tile
-  using Pipe = TilePipe<Layout::kTileBytes, kStages, kWarps, kWalkShared>;
-  using RowSoftmax = typename SoftmaxOf<kTileMaximum, kRowTiles>::type;
+  using Layout = Fragment<kHeadDim, kVElementBytes<kPvType>>;
+  static constexpr int kPFragments = kKvTile / Layout::kVBlockKeys;  // A fragments of P for a tile
+  using Pipeline = KvPipeline<Layout::kTileBytes, kStages, kWarps, kLoopStateInSmem>;
+  using RowSoftmax = typename SoftmaxOf<kTileMax, kRowTiles>::type;
 };
 
 // Q's A fragments and score scales, in registers or in shared memory, where each lane reads what it wrote itself.
 template <class C>
-struct Queries {
+struct QFragments {
   static constexpr int kChunks32 = C::kHeadDim / 32, kPitch = 16 * C::kThreads;
-  static constexpr int kFragmentBytes = C::kQueryShared ? C::kRowTiles * kChunks32 * kPitch : 0;
-  static constexpr int kBytes = kFragmentBytes + (C::kScalesShared ? 8 * C::kRowTiles * C::kThreads : 0);
+  static constexpr int kFragmentBytes = C::kQInSmem ? C::kRowTiles * kChunks32 * kPitch : 0;
+  static constexpr int kBytes = kFragmentBytes + (C::kQScalesInSmem ? 8 * C::kRowTiles * C::kThreads : 0);
 
-  u32 fragments[C::kQueryShared ? 1 : C::kRowTiles][kChunks32][4];
-  float scales[C::kScalesShared ? 1 : C::kRowTiles][2];
+  u32 fragments[C::kQInSmem ? 1 : C::kRowTiles][kChunks32][4];
+  float scales[C::kQScalesInSmem ? 1 : C::kRowTiles][2];
   u32 shared, scales_shared;  // of this thread's first 16 bytes, of its scales
 
   // base: of all threads' part.
-  __device__ __forceinline__ void place(u32 base, u32 thread16) {
-    shared = base + thread16, scales_shared = C::kRowTiles == 2 ? shared + kFragmentBytes : base + kFragmentBytes + thread16 / 2;
+  __device__ __forceinline__ void bind(u32 smem, u32 thread16) {
+    shared = smem + thread16, scales_shared = C::kRowTiles == 2 ? shared + kFragmentBytes : smem + kFragmentBytes + thread16 / 2;
   }
 
   __device__ __forceinline__ void put(int r, const u32 (&a)[kChunks32][4]) {
 #pragma unroll
     for (int c = 0; c < kChunks32; ++c)
-      if constexpr (C::kQueryShared)
+      if constexpr (C::kQInSmem)
         store_shared16(shared + (r * kChunks32 + c) * kPitch, a[c]);
       else
         fragments[r][c][0] = a[c][0], fragments[r][c][1] = a[c][1], fragments[r][c][2] = a[c][2], fragments[r][c][3] = a[c][3];
   }
 
   __device__ __forceinline__ void get(u32 (&a)[4], int r, int c) const {
-    if constexpr (C::kQueryShared) {
+    if constexpr (C::kQInSmem) {
       const uint4 v = load_shared16(shared + (r * kChunks32 + c) * kPitch);
       a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
     } else {
@@ -76,22 +76,22 @@ struct Queries {
     u32 bits[4] = {};
 #pragma unroll
     for (int i = 0; i < 2 * C::kRowTiles; ++i)
-      if constexpr (C::kScalesShared)
+      if constexpr (C::kQScalesInSmem)
         bits[i] = __float_as_uint(x[i / 2][i % 2]);
       else
         scales[i / 2][i % 2] = x[i / 2][i % 2];
-    if constexpr (C::kScalesShared && C::kRowTiles == 1)
+    if constexpr (C::kQScalesInSmem && C::kRowTiles == 1)
       store_shared8(scales_shared, bits[0], bits[1]);
-    else if constexpr (C::kScalesShared)
+    else if constexpr (C::kQScalesInSmem)
       store_shared16(scales_shared, bits);
   }
 
   // out = the rows' scales · k_scale
   __device__ __forceinline__ void get_scales(float (&out)[C::kRowTiles][2], float k_scale) const {
-    if constexpr (C::kScalesShared && C::kRowTiles == 1) {
+    if constexpr (C::kQScalesInSmem && C::kRowTiles == 1) {
       const float2 v = load_shared_float2(scales_shared);
       out[0][0] = v.x * k_scale, out[0][1] = v.y * k_scale;
-    } else if constexpr (C::kScalesShared) {
+    } else if constexpr (C::kQScalesInSmem) {
       const uint4 v = load_shared16(scales_shared);
       const u32 bits[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -105,15 +105,15 @@ struct Queries {
 
 // S[16·row tiles, 64] = Q·Kᵀ, offset by the preset of softmax.cuh.
 template <class C>
-__device__ __forceinline__ void scores(u32 (&s)[C::kRowTiles][kColumns][4], const Queries<C>& queries, u32 tile) {
+__device__ __forceinline__ void scores(u32 (&s)[C::kRowTiles][kScoreNTiles][4], const QFragments<C>& q_frags, u32 tile) {
   u32 preset[4] = {kPresetBits, kPresetBits, kPresetBits, kPresetBits};
 #pragma unroll
   for (int c2 = 0; c2 < C::kHeadDim / 64; ++c2) {
     u32 q[C::kRowTiles][2][4];
 #pragma unroll
-    for (int r = 0; r < C::kRowTiles; ++r) queries.get(q[r][0], r, 2 * c2), queries.get(q[r][1], r, 2 * c2 + 1);
+    for (int r = 0; r < C::kRowTiles; ++r) q_frags.get(q[r][0], r, 2 * c2), q_frags.get(q[r][1], r, 2 * c2 + 1);
 #pragma unroll
-    for (int j = 0; j < kColumns; j += 2) {
+    for (int j = 0; j < kScoreNTiles; j += 2) {
       const uint4 b0 = load_shared16(tile + C::Layout::k_block(c2, j)), b1 = load_shared16(tile + C::Layout::k_block(c2, j + 1));
 #pragma unroll
       for (int r = 0; r < C::kRowTiles; ++r) {
@@ -132,44 +132,44 @@ __device__ __forceinline__ void scores(u32 (&s)[C::kRowTiles][kColumns][4], cons
 // Which rows of which head the warp has. Read from the special registers each time: the prologue and the epilogue each work it
 // out for themselves, so that none of it occupies registers in between.
 template <class C>
-struct Place {
-  int t, g, warp, pair, batch, head, block_row0, row0;
+struct RowCoord {
+  int t, g, warp, bh, batch, head, block_row0, row0;
 
-  __device__ __forceinline__ explicit Place(const AttendParams& p) : Place(p, special_tid_x(), special_ctaid_x()) {}
+  __device__ __forceinline__ explicit RowCoord(const AttendParams& p) : RowCoord(p, special_tid_x(), special_ctaid_x()) {}
 
-  __device__ __forceinline__ Place(const AttendParams& p, int thread, int index) {
+  __device__ __forceinline__ RowCoord(const AttendParams& p, int thread, int index) {
     t = thread % 4, g = thread % 32 / 4, warp = thread / 32;
     // Consecutive blocks share a head, so that its K and V stay in L2. Causal: the longest rows first.
-    const int head_in_group = index / p.blocks_q, block = index % p.blocks_q;
-    pair = head_in_group / p.ratio;
-    batch = (p.first + pair) / p.heads_kv, head = (p.first + pair) % p.heads_kv * p.ratio + head_in_group % p.ratio;
-    block_row0 = (C::kMask == Mask::none ? block : p.blocks_q - 1 - block) * C::kBlockM;
+    const int head_in_group = index / p.q_tiles, block = index % p.q_tiles;
+    bh = head_in_group / p.heads_per_kv;
+    batch = (p.bh_first + bh) / p.heads_kv, head = (p.bh_first + bh) % p.heads_kv * p.heads_per_kv + head_in_group % p.heads_per_kv;
+    block_row0 = (C::kMask == Mask::none ? block : p.q_tiles - 1 - block) * C::kBlockM;
     row0 = block_row0 + warp * (16 * C::kRowTiles);
   }
 
   __device__ __forceinline__ int row(int r, int half) const { return row0 + 16 * r + 8 * half + g; }
   __device__ __forceinline__ float* lse(const AttendParams& p, int row) const {
-    return p.lse + ((i64)batch * p.heads_kv * p.ratio + head) * p.len_q + row;
+    return p.lse + ((i64)batch * p.heads_kv * p.heads_per_kv + head) * p.len_q + row;
   }
 };
 
 // Loads, rotates and quantises the warp's rows. Up to the wait for the quantise launch, nothing of its results is needed.
 template <class C>
-__device__ __forceinline__ void load_queries(const AttendParams& p, Queries<C>& queries) {
+__device__ __forceinline__ void quantize_q(const AttendParams& p, QFragments<C>& q_frags) {
   constexpr int kHeadDim = C::kHeadDim;
-  const Place<C> at(p);
+  const RowCoord<C> at(p);
   float x[C::kRowTiles][2][kHeadDim / 4], scale[C::kRowTiles][2];
-  with_access(p.dtype, p.q_vectors, [&](auto type, auto vectors) {
+  with_access(p.dtype, p.q_vectorized, [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
     const u8* head = static_cast<const u8*>(p.q.data) + (at.batch * p.q.stride_b + at.head * p.q.stride_h) * kElementBytes<kDtype>;
     load_rows<kHeadDim, C::kRowTiles, kDtype, decltype(vectors)::value>(head, p.q.stride_n, at.row(0, 0), p.len_q, at.t, p.head_dim, x);
   });
   if (p.lse) {  // what the shift of K takes out of a row's LSE waits in its place: registers are short in the main loop
-    wait_for_previous_launch();
+    grid_dependency_wait();
 #pragma unroll
     for (int i = 0; i < 2 * C::kRowTiles; ++i) {
       const int row = at.row(i / 2, i % 2);
-      const float score = anchor_score<kHeadDim>(x[i / 2][i % 2], p.anchor + at.pair * kHeadDim, at.t, p.sm_scale);
+      const float score = k_mean_score<kHeadDim>(x[i / 2][i % 2], p.k_mean + at.bh * kHeadDim, at.t, p.sm_scale);
       if (row < p.len_q && at.t == 0) *at.lse(p, row) = score;
     }
   }
@@ -178,48 +178,48 @@ __device__ __forceinline__ void load_queries(const AttendParams& p, Queries<C>& 
     u32 a[kHeadDim / 32][4];
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      scale[r][half] = quantise_row<kHeadDim>(x[r][half], at.t, p.score_scale, p.sign, a, half);
-    queries.put(r, a);
+      scale[r][half] = quantize_row<kHeadDim>(x[r][half], at.t, p.score_scale, p.sign, a, half);
+    q_frags.put(r, a);
   }
-  wait_for_previous_launch();
+  grid_dependency_wait();
   // No score may leave the range in which the softmax works. A largest K scale of 0 (all keys alike) must not make the bound
   // infinite; the scores are 0 then whatever it is.
-  const float max_scale = p.score_limit / fmaxf(__int_as_float(p.k_scale_max[at.pair]), 7.5e-37f);
+  const float max_scale = p.score_limit / fmaxf(__int_as_float(p.k_scale_max[at.bh]), 7.5e-37f);
 #pragma unroll
   for (int i = 0; i < 2 * C::kRowTiles; ++i) scale[i / 2][i % 2] = fminf(scale[i / 2][i % 2], max_scale);
-  queries.put_scales(scale);
+  q_frags.put_scales(scale);
 }
 
 // O / sum, times V's channel scales, plus V's mean, in the output's dtype; LSE.
 template <class C>
 __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C::kRowTiles][C::kHeadDim / 8][4],
                                              const typename C::RowSoftmax& softmax) {
-  const Place<C> at(p);
-  float reference[C::kRowTiles][2];
-  softmax.references(reference);
+  const RowCoord<C> at(p);
+  float m_i[C::kRowTiles][2];
+  softmax.get_m(m_i);
   float inverse[C::kRowTiles][2];
 #pragma unroll
   for (int i = 0; i < 2 * C::kRowTiles; ++i) {
     const int r = i / 2, half = i % 2, row = at.row(r, half);
-    const float sum = row_sum(softmax.sum[r][half]);
+    const float sum = row_sum(softmax.l_i[r][half]);
     inverse[r][half] = sum > 0.0f ? p.inv_v_max / sum : 0.0f;  // 0: every key masked out
     if (p.lse && at.t == 0 && row < p.len_q) {
       float* lse = at.lse(p, row);
-      *lse = sum > 0.0f ? *lse + (reference[r][half] + log2_approx(sum)) * kLn2 : -kInf;
+      *lse = sum > 0.0f ? *lse + (m_i[r][half] + log2_approx(sum)) * kLn2 : -kInf;
     }
   }
 #pragma unroll
   for (int c = 0; c < C::kHeadDim / 32; ++c) {
-    const float4* amax = reinterpret_cast<const float4*>(p.v_amax + at.pair * C::kHeadDim + 32 * c + kChunk * at.t);
+    const float4* amax = reinterpret_cast<const float4*>(p.v_amax + at.bh * C::kHeadDim + 32 * c + kChunk * at.t);
     const float4 a = amax[0], b = amax[1];
     const float channel_scale[kChunk] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
     float mean[kChunk] = {};
-    if constexpr (C::kValues != Values::fp16) {
+    if constexpr (C::kPvType != PvType::fp16) {
       if (C::kHeadDim == 256) __syncwarp();  // or the compiler loads more of them at once than there are registers
 #pragma unroll
       for (int e = 0; e < kChunk; ++e) {
-        const int channel = at.pair * C::kHeadDim + 32 * c + kChunk * at.t + e;
-        mean[e] = mean_beside_codes<C::kValues>(p.v_mean[channel], channel_scale[e], p.v_codes[channel], p.inv_v_max, p.live_keys[at.pair]);
+        const int channel = at.bh * C::kHeadDim + 32 * c + kChunk * at.t + e;
+        mean[e] = corrected_v_mean<C::kPvType>(p.v_mean[channel], channel_scale[e], p.v_quant_sum[channel], p.inv_v_max, p.live_keys[at.bh]);
       }
     }
 #pragma unroll
@@ -231,9 +231,9 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
         value = fmaf(value * inv, channel_scale[e], inv > 0.0f ? mean[e] : 0.0f);
       }
   }
-  with_access(p.dtype, p.out_vectors, [&](auto type, auto vectors) {
+  with_access(p.dtype, p.out_vectorized, [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
-    const Place<C> at(p);
+    const RowCoord<C> at(p);
 #pragma unroll
     for (int i = 0; i < 2 * C::kRowTiles; ++i) {
       const int r = i / 2, half = i % 2, row = at.row(r, half);
@@ -253,22 +253,22 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
 
 // The walk of one warp over the KV tiles, and all that lives in registers meanwhile.
 template <class C>
-struct Walk {
+struct Mainloop {
   static constexpr int kHeadDim = C::kHeadDim, kRowTiles = C::kRowTiles;
-  using Scores = u32[kRowTiles][kColumns][4];
-  using Weights = u32[kRowTiles][C::kOperands][4];
+  using Scores = u32[kRowTiles][kScoreNTiles][4];
+  using ProbFragments = u32[kRowTiles][C::kPFragments][4];
 
   const AttendParams& p;
-  typename C::Pipe pipe;
-  Queries<C> queries;
+  typename C::Pipeline pipeline;
+  QFragments<C> q_frags;
   typename C::RowSoftmax softmax;
   float o[kRowTiles][kHeadDim / 8][4];
   u32 thread16;  // 16 · thread: the lane's place in a block of 512 bytes, and much else
   bool causal;
 
   // The scores themselves of a row tile, −inf where masked out, in place; top: the lane's largest of each half.
-  __device__ __forceinline__ void mask_scores(u32 (&s)[kColumns][4], int r, const float (&scale)[2], int key0, float (&top)[2]) const {
-    const Place<C> at(p);
+  __device__ __forceinline__ void mask_scores(u32 (&s)[kScoreNTiles][4], int r, const float (&scale)[2], int key0, float (&top)[2]) const {
+    const RowCoord<C> at(p);
     KeyBits<kKvTile> keys;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -281,7 +281,7 @@ struct Walk {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
-      for (int i = 0; i < 2 * kColumns; ++i) {
+      for (int i = 0; i < 2 * kScoreNTiles; ++i) {
         u32& bits = s[i / 2][2 * half + i % 2];
         bits = __float_as_uint(fmaf(__uint_as_float(bits), scale[half], -kPreset * scale[half]));
       }
@@ -291,16 +291,16 @@ struct Walk {
         const i64 offset = at.batch * p.mask_stride_b + at.head * p.mask_stride_h + min(at.row(r, half), p.len_q - 1) * p.mask_stride_q;
         const BiasRow row{static_cast<const u8*>(p.mask) + offset * mask_element_bytes(p.mask_kind), p.mask_stride_k, p.mask_kind, p.len_kv,
                           p.mask_pairs};
-        row.each<kColumns>(key0 + 2 * at.t, [&](int j, float x, float y) {
-          u32* pair = s[j] + 2 * half;
-          pair[0] = __float_as_uint(__uint_as_float(pair[0]) + x), pair[1] = __float_as_uint(__uint_as_float(pair[1]) + y);
+        row.each<kScoreNTiles>(key0 + 2 * at.t, [&](int j, float x, float y) {
+          u32* bh = s[j] + 2 * half;
+          bh[0] = __float_as_uint(__uint_as_float(bh[0]) + x), bh[1] = __float_as_uint(__uint_as_float(bh[1]) + y);
         });
       }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       top[half] = -kInf;
 #pragma unroll
-      for (int i = 0; i < 2 * kColumns; ++i) {
+      for (int i = 0; i < 2 * kScoreNTiles; ++i) {
         u32& bits = s[i / 2][2 * half + i % 2];
         bits = keys.sees(half, i / 2, i % 2) ? bits : __float_as_uint(-kInf);
         top[half] = fmaxf(top[half], __uint_as_float(bits));
@@ -308,51 +308,51 @@ struct Walk {
     }
   }
 
-  __device__ __forceinline__ void rescale(const float (&factor)[kRowTiles][2]) {
+  __device__ __forceinline__ void rescale(const float (&alpha)[kRowTiles][2]) {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) o[r][n][e] *= factor[r][e / 2];
+        for (int e = 0; e < 4; ++e) o[r][n][e] *= alpha[r][e / 2];
   }
 
   // S → P for the current tile, whose first key is key0, and its weights; moves the references, and O with them.
   template <bool kMasked>
-  __device__ __forceinline__ void weigh(Scores& s, Weights& prob, float (&weight)[kRowTiles][2], int key0) {
-    const float k_scale = load_shared_float(pipe.tile() + C::Layout::kScales + (thread16 / 4 & 12));
+  __device__ __forceinline__ void softmax_step(Scores& s, ProbFragments& prob, float (&tile_scale)[kRowTiles][2], int key0) {
+    const float k_scale = load_shared_float(pipeline.tile() + C::Layout::kScaleOffset + (thread16 / 4 & 12));
     float top[kRowTiles][2], scale[kRowTiles][2];
-    queries.get_scales(scale, k_scale);
+    q_frags.get_scales(scale, k_scale);
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
       if constexpr (kMasked) mask_scores(s[r], r, scale[r], key0, top[r]);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        if constexpr (!kMasked) top[r][half] = score_above(largest_score(s[r], half), scale[r][half]);
+        if constexpr (!kMasked) top[r][half] = score_above(score_max(s[r], half), scale[r][half]);
     }
 
-    float factor[kRowTiles][2], base[kRowTiles][2];  // base: what P is taken against
-    if constexpr (C::kTileMaximum) {
+    float alpha[kRowTiles][2], m_p[kRowTiles][2];  // base: what P is taken against
+    if constexpr (C::kTileMax) {
 #pragma unroll
       for (int i = 0; i < 2 * kRowTiles; ++i)  // rounded up, so that P never exceeds p_max
-        base[i / 2][i % 2] = __fsub_ru(row_max(top[i / 2][i % 2]), p.log2_p_max);
-      if (softmax.update(base, p.rescale_slack, thread16 / 16 % 4, factor)) rescale(factor);
-      softmax.weigh(base, thread16 / 16 % 4, weight);
+        m_p[i / 2][i % 2] = __fsub_ru(row_max(top[i / 2][i % 2]), p.log2_p_max);
+      if (softmax.update(m_p, p.rescale_threshold, thread16 / 16 % 4, alpha)) rescale(alpha);
+      softmax.tile_scales(m_p, thread16 / 16 % 4, tile_scale);
     } else {
-      if (softmax.update(top, p.log2_p_max, p.rescale_slack, factor)) rescale(factor);
-      softmax.references(base);
+      if (softmax.update(top, p.log2_p_max, p.rescale_threshold, alpha)) rescale(alpha);
+      softmax.get_m(m_p);
     }
 
     // A fragments: the accumulator layout of two n-tiles is that of one k16 operand, that of four n-tiles of one k32 operand
 #pragma unroll
     for (int n = 0; n < 2 * kRowTiles; ++n) {
       const int r = n / 2, half = n % 2;
-      const float shift = kMasked ? (base[r][half] == -kInf ? 0.0f : -base[r][half]) : __fadd_rd(-kPreset * scale[r][half], -base[r][half]);
-      constexpr int kPack = 4 / kValueBytes<C::kValues>;  // scores in a register of P
-      u32 sum_codes = 0;
+      const float shift = kMasked ? (m_p[r][half] == -kInf ? 0.0f : -m_p[r][half]) : __fadd_rd(-kPreset * scale[r][half], -m_p[r][half]);
+      constexpr int kPack = 4 / kVElementBytes<C::kPvType>;  // scores in a register of P
+      u32 quantized_sum = 0;
       float sum = 0.0f;
 #pragma unroll
-      for (int i = 0; i < 2 * kColumns / kPack; ++i) {
+      for (int i = 0; i < 2 * kScoreNTiles / kPack; ++i) {
         float x[kPack];
 #pragma unroll
         for (int e = 0; e < kPack; ++e) {
@@ -360,44 +360,44 @@ struct Walk {
           x[e] = exp2_approx(kMasked ? score + shift : fmaf(score, scale[r][half], shift));
         }
         u32& packed = prob[r][i / 2][half + i % 2 * 2];
-        packed = pack_weights<C::kValues>(x);
-        if constexpr (C::kValues == Values::int8)
-          sum_codes = __dp4a(packed, 0x01010101u, sum_codes);
+        packed = pack_p<C::kPvType>(x);
+        if constexpr (C::kPvType == PvType::int8)
+          quantized_sum = __dp4a(packed, 0x01010101u, quantized_sum);
         else
 #pragma unroll
           for (int e = 0; e < kPack; e += 2) sum += x[e] + x[e + 1];
       }
-      if constexpr (C::kValues == Values::int8) sum = (float)sum_codes;
-      softmax.sum[r][half] = C::kTileMaximum ? fmaf(sum, weight[r][half], softmax.sum[r][half]) : softmax.sum[r][half] + sum;
+      if constexpr (C::kPvType == PvType::int8) sum = (float)quantized_sum;
+      softmax.l_i[r][half] = C::kTileMax ? fmaf(sum, tile_scale[r][half], softmax.l_i[r][half]) : softmax.l_i[r][half] + sum;
     }
   }
 
   // One tile, number n of the sequence; ahead: as for the pipe.
   template <bool kMasked>
   __device__ __forceinline__ void step(int n, int ahead) {
-    if constexpr (C::kThreadAnew) thread16 = 16 * special_tid_x(), queries.place(pipe.shared + C::Pipe::kBytes, thread16);
+    if constexpr (C::kRecomputeThreadIdx) thread16 = 16 * special_tid_x(), q_frags.bind(pipeline.shared + C::Pipeline::kBytes, thread16);
     Scores s;
-    Weights prob;
-    float weight[kRowTiles][2];
-    pipe.acquire(ahead);
-    const u32 tile = pipe.tile() + (thread16 & 0x1F0);
-    scores<C>(s, queries, tile);
-    if constexpr (C::kStages == 2) pipe.refill(ahead);
-    weigh<kMasked>(s, prob, weight, n * kKvTile);
+    ProbFragments prob;
+    float tile_scale[kRowTiles][2];
+    pipeline.acquire(ahead);
+    const u32 tile = pipeline.tile() + (thread16 & 0x1F0);
+    scores<C>(s, q_frags, tile);
+    if constexpr (C::kStages == 2) pipeline.refill(ahead);
+    softmax_step<kMasked>(s, prob, tile_scale, n * kKvTile);
     // 0, for no weight is negative; but the compiler does not know that and loads V after the sums.
-    const u32 late = C::kValuesLate == 1 ? __float_as_uint(softmax.sum[kRowTiles - 1][1]) >> 31 : 0;
-    if constexpr (C::kValuesLate == 2) __syncwarp();
-    add_values<C>(o, prob, weight, tile + late);
-    if constexpr (C::kStages > 2) pipe.refill(ahead);
-    pipe.release();
+    const u32 late = C::kDelayVLoad == 1 ? __float_as_uint(softmax.l_i[kRowTiles - 1][1]) >> 31 : 0;
+    if constexpr (C::kDelayVLoad == 2) __syncwarp();
+    accumulate_pv<C>(o, prob, tile_scale, tile + late);
+    if constexpr (C::kStages > 2) pipeline.refill(ahead);
+    pipeline.release();
   }
 
   // From the last tile to the first; tiles [0, full) hold no masked key.
   __device__ __forceinline__ void run(int tiles, int full) {
-    constexpr int kAhead = C::kStages - 1;
+    constexpr int kPrefetch = C::kStages - 1;
     int n = tiles - 1;
-    for (; n >= full; --n) step<true>(n, n - kAhead);
-    for (; n >= 0; --n) step<false>(n, n - kAhead);
+    for (; n >= full; --n) step<true>(n, n - kPrefetch);
+    for (; n >= 0; --n) step<false>(n, n - kPrefetch);
   }
 
   // By a list of as many mixed and full tiles; ahead: its position behind the tiles that the pipe has started with.
@@ -412,38 +412,38 @@ struct Walk {
 // kSharedBytes: the dynamic shared memory that the launch has (sageattention/variants.py).
 template <class C, int kSharedBytes>
 __device__ void attend_mma(const AttendParams& p) {
-  static_assert(kSharedBytes == C::Pipe::kBytes + Queries<C>::kBytes,
+  static_assert(kSharedBytes == C::Pipeline::kBytes + QFragments<C>::kBytes,
                 "the table of variants and the kernel disagree about shared memory");
   extern __shared__ __align__(128) u8 stages[];  // the pipe, Q where it is shared
-  Walk<C> walk{p};
-  walk.thread16 = 16 * threadIdx.x;
-  walk.causal = C::kMask == Mask::causal || (C::kMask == Mask::list && p.causal);
+  Mainloop<C> mainloop{p};
+  mainloop.thread16 = 16 * threadIdx.x;
+  mainloop.causal = C::kMask == Mask::causal || (C::kMask == Mask::list && p.causal);
 
-  const Place<C> at(p, threadIdx.x, blockIdx.x);
-  walk.queries.place(shared_address(stages) + C::Pipe::kBytes, walk.thread16);
-  load_queries<C>(p, walk.queries);
+  const RowCoord<C> at(p, threadIdx.x, blockIdx.x);
+  mainloop.q_frags.bind(shared_address(stages) + C::Pipeline::kBytes, mainloop.thread16);
+  quantize_q<C>(p, mainloop.q_frags);
 #pragma unroll
   for (int r = 0; r < C::kRowTiles; ++r)
 #pragma unroll
-    for (int n = 0; n < C::kHeadDim / 8; ++n) walk.o[r][n][0] = walk.o[r][n][1] = walk.o[r][n][2] = walk.o[r][n][3] = 0.0f;
+    for (int n = 0; n < C::kHeadDim / 8; ++n) mainloop.o[r][n][0] = mainloop.o[r][n][1] = mainloop.o[r][n][2] = mainloop.o[r][n][3] = 0.0f;
   if constexpr (C::kMask == Mask::list) {
     const auto list = [&] {
-      const Place<C> at(p);
+      const RowCoord<C> at(p);
       return TileList(p.lists, at.batch, at.head, at.block_row0, C::kBlockM, p.len_q);
     };
     const auto load = [&](int w) { return list().word(w); };
     ListCursor ahead;
-    walk.pipe.start(shared_address(stages), p.kv, at.pair * p.tiles, [&] { return ahead.next(p.lists.words, load); });
-    walk.run_list(list().count(), ahead, load);
+    mainloop.pipeline.start(shared_address(stages), p.kv, at.bh * p.kv_tiles, [&] { return ahead.next(p.lists.words, load); });
+    mainloop.run_list(list().count(), ahead, load);
   } else {
     // Tiles [0, tiles) hold a key that some row of the block sees; of them, [0, full) hold no key that any row does not see.
-    int tiles = p.tiles, full = p.len_kv / kKvTile;
-    if (walk.causal) tiles = min(tiles, (at.block_row0 + C::kBlockM - 1) / kKvTile + 1), full = min(full, (at.block_row0 + 1) / kKvTile);
+    int tiles = p.kv_tiles, full = p.len_kv / kKvTile;
+    if (mainloop.causal) tiles = min(tiles, (at.block_row0 + C::kBlockM - 1) / kKvTile + 1), full = min(full, (at.block_row0 + 1) / kKvTile);
     int next = tiles;
-    walk.pipe.start(shared_address(stages), p.kv, at.pair * p.tiles, [&] { return --next; });
-    walk.run(tiles, full);
+    mainloop.pipeline.start(shared_address(stages), p.kv, at.bh * p.kv_tiles, [&] { return --next; });
+    mainloop.run(tiles, full);
   }
-  store_output<C>(p, walk.o, walk.softmax);
+  store_output<C>(p, mainloop.o, mainloop.softmax);
 }
 
 }  // namespace sage

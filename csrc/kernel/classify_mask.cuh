@@ -5,7 +5,7 @@
 // A lane takes four neighbouring keys of a row at a time, a warp 128, row by row.
 #pragma once
 #include "../block/mask.cuh"
-#include "../ptx/copy.cuh"
+#include "../ptx/async_copy.cuh"
 #include "../ptx/special.cuh"
 #include "params.cuh"
 
@@ -92,7 +92,7 @@ __device__ void classify_band(const ClassifyParams& p) {
   const i64 row_bytes = p.stride_q * mask_element_bytes(p.mask_kind);
   const u8* mask = static_cast<const u8*>(p.mask) +
                    (matrix / p.heads * p.stride_b + matrix % p.heads * p.stride_h) * mask_element_bytes(p.mask_kind) + row0 * row_bytes;
-  let_next_launch_start();
+  grid_launch_dependents();
   const int last_tile = (p.len_kv - 1) / p.tile;
   for (int w = threadIdx.x; w < 2 * p.words; w += kClassifyThreads)  // a last tile that ends early has keys that nobody sees
     shared.plane[w / p.words][w % p.words] = w == p.words + last_tile / 32 && p.len_kv % p.tile ? 1u << last_tile % 32 : 0u;

@@ -67,12 +67,12 @@ __device__ __forceinline__ u32 pack_e4m3(float x0, float x1, float x2, float x3)
 }
 
 // Four e4m3 numbers, the lowest two given as codes of 0 to 126 (to nearest even; below 0: 0), the others as values.
-__device__ __forceinline__ u32 pack_e4m3_codes(float code0, float code1, float x2, float x3) {
+__device__ __forceinline__ u32 pack_e4m3_bits(float bits0, float bits1, float x2, float x3) {
   u32 r;
   asm("{.reg .s32 a,b; .reg .b16 high,none; .reg .b32 c; cvt.rn.satfinite.e4m3x2.f32 high,%4,%3; mov.b16 none,0; mov.b32 c,{high,none};"
       "cvt.rni.s32.f32 a,%1; cvt.rni.s32.f32 b,%2; cvt.pack.sat.u8.s32.b32 %0,b,a,c;}"
       : "=r"(r)
-      : "f"(code0), "f"(code1), "f"(x2), "f"(x3));
+      : "f"(bits0), "f"(bits1), "f"(x2), "f"(x3));
   return r;
 }
 
@@ -116,7 +116,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-__device__ __forceinline__ float reciprocal_approx(float x) {
+__device__ __forceinline__ float rcp_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
   return y;

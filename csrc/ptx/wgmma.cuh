@@ -38,13 +38,13 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // The compiler may not move reads or writes of these registers past this point: it does not know that a product is under way.
 template <int kCount>
-__device__ __forceinline__ void wgmma_hold(i32 (&d)[kCount]) {
+__device__ __forceinline__ void warpgroup_fence_operand(i32 (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
 template <int kCount>
-__device__ __forceinline__ void wgmma_hold(float (&d)[kCount]) {
+__device__ __forceinline__ void warpgroup_fence_operand(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
@@ -58,14 +58,14 @@ __device__ __forceinline__ void fence_async_proxy() {
 
 // A warpgroup gives registers back to the multiprocessor, or takes them: kCount a thread from here on.
 template <int kCount>
-__device__ __forceinline__ void registers_shrink() {
+__device__ __forceinline__ void setmaxnreg_dec() {
 #if __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 #endif
 }
 
 template <int kCount>
-__device__ __forceinline__ void registers_grow() {
+__device__ __forceinline__ void setmaxnreg_inc() {
 #if __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 #endif

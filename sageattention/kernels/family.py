@@ -19,7 +19,7 @@ class Tile:
     """Launch shape of an attention kernel: queries and keys per block, warps, pipeline stages.
 
     CUDA kernels also say how many blocks of a multiprocessor the registers are budgeted for, and whether Q's fragments wait in
-    shared memory instead of registers, or only what a tile needs once (walk_shared: Q's scales, the number of the first tile), whether
+    shared memory instead of registers, or only what a tile needs once (loop_state_in_smem: Q's scales, the number of the first tile), whether
     what follows from the thread's number is worked out anew for each tile, and whether V is kept from being loaded ahead of the
     weights (1: it waits for their sum, 2: for the warp).
     """
@@ -29,10 +29,10 @@ class Tile:
     warps: int
     stages: int
     blocks: int = 1
-    query_shared: bool = False
-    walk_shared: bool = False
-    thread_anew: bool = False
-    values_late: int = 0
+    q_in_smem: bool = False
+    loop_state_in_smem: bool = False
+    recompute_thread_idx: bool = False
+    delay_v_load: int = 0
 
 
 Tiles = dict[tuple[int | str, ...], Tile]
@@ -46,7 +46,7 @@ def find_tile(tiles: Tiles, arch: int, head_dim: int, *kind: str) -> Tile:
 
 
 @dataclass(frozen=True)
-class Kernels:
+class KernelFamily:
     """The CUDA kernels for one format of quantised K and V: a quantiser, and attention for each head dimension, mask and accumulator.
 
     Image `attend_NAME_dD` holds the attention kernels of one compiled head dimension. The quantisers of all kernels made for the same
@@ -59,16 +59,16 @@ class Kernels:
     tile_bytes: Callable[[int], int]  # what that type's kTileBytes is
     schemes: dict[str, Scheme]  # what is computed, by pv_accum_dtype, the default first
     tiles: Tiles  # by (arch, compiled head_dim), with mask and accumulator where they differ; arch 0 is the default
-    entry: Callable[[Kernels, int, int, str, str], Entry]  # the attention kernel for (arch, head_dim, mask, accumulator)
+    entry: Callable[[KernelFamily, int, int, str, str], Entry]  # the attention kernel for (arch, head_dim, mask, accumulator)
     arch: int = 0  # compute capability of the only devices it is made for, whose machine code is "sm_XXa"; 0: any from min_arch on
     min_arch: int = 75
     # Without a mask, a block goes on with further queries, and may share its last ones with another: what it then leaves to that one.
-    partial_bytes: Callable[[int], int] | None = None
+    split_kv_bytes: Callable[[int], int] | None = None
 
     @property
     def persistent(self) -> bool:
         """Whether a grid of any size does all work."""
-        return self.partial_bytes is not None
+        return self.split_kv_bytes is not None
 
     @property
     def head_dims(self) -> tuple[int, ...]:
@@ -84,18 +84,18 @@ class Kernels:
         return next(iter(self.schemes.values())).pv
 
     @property
-    def quantiser(self) -> str:
+    def quantizer(self) -> str:
         """The quantisers' image."""
         return f"quantise_{self.name.split('_')[0]}"
 
-    def unit_keys(self, head_dim: int) -> int:
+    def scale_block_keys(self, head_dim: int) -> int:
         """Keys of K that share scales: kScaleKeys of the layout."""
         return find_tile(self.tiles, 0, head_dim).block_n // (2 if self.arch else 1)
 
-    def keys_symbol(self, head_dim: int, masked: bool = False) -> str:
+    def quantize_k_symbol(self, head_dim: int, masked: bool = False) -> str:
         return f"keys_{self.name.split('_')[0]}_{find_tile(self.tiles, 0, head_dim).block_n}_d{head_dim}" + ("_live" if masked else "")
 
-    def values_symbol(self, head_dim: int) -> str:
+    def quantize_v_symbol(self, head_dim: int) -> str:
         return f"values_{self.name}_d{head_dim}"
 
     def attend_image(self, head_dim: int) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..numerics.scheme import FP8_FP16, FP8_FP32_MMA, FP16_FP16_FP32, FP16_FP32_MMA, INT8_INT32
 from .binaries import Entry
-from .family import BARRIER_BYTES, MASKS, WARP_ROWS, Kernels, Tile, Tiles, find_tile
+from .family import BARRIER_BYTES, MASKS, WARP_ROWS, KernelFamily, Tile, Tiles, find_tile
 from .params import AttendParams
 
 BULK_ARCH = 90  # from here on a tile is one bulk copy, with two barriers a stage: it has landed, it has been read
@@ -75,18 +75,18 @@ for _mask in MASKS:
     MMA_TILES[75, 64, _mask, "fp16"] = MMA_TILES[75, 64, "list"] if _mask == "list" else Tile(128, 64, 4, 2, 2)
     for _sums in ("fp8", "fp16"):
         MMA_BYTE_TILES[0, 128, _mask, _sums] = MMA_BYTE_TILES[100, 128, _mask, _sums] = _EIGHT
-        MMA_BYTE_TILES[0, 256, _mask, _sums] = replace(_EIGHT, query_shared=True)
+        MMA_BYTE_TILES[0, 256, _mask, _sums] = replace(_EIGHT, q_in_smem=True)
         MMA_BYTE_TILES[120, 128, _mask, _sums] = replace(_EIGHT, stages=2) if _mask == "list" else _EIGHT
 MMA_TILES[0, 128, "none", "fp16"], MMA_TILES[0, 128, "causal", "fp16"] = replace(_TWO, stages=2), _EIGHT
 MMA_TILES[100, 128, "none", "fp16"] = MMA_TILES[100, 128, "causal", "fp16"] = _EIGHT
 MMA_BYTE_TILES[89, 128, "none", "fp8"] = MMA_BYTE_TILES[89, 128, "causal", "fp8"] = _EIGHT
 # … and where the accumulators of head_dim 256 leave too few for the loop's own numbers: which option suffices is the compiler's whim. On
 # 10.0 other tiles do better: its FP8 products are fp16 ones of what the compiler unpacks.
-_SHARED = replace(_EIGHT, query_shared=True)
+_SHARED = replace(_EIGHT, q_in_smem=True)
 
 
 def _frugal(tile: Tile) -> Tile:
-    return replace(tile, walk_shared=True, thread_anew=True)
+    return replace(tile, loop_state_in_smem=True, recompute_thread_idx=True)
 
 
 for _mask in MASKS:
@@ -94,57 +94,57 @@ for _mask in MASKS:
     MMA_TILES[75, 256, _mask, "fp16"] = _frugal(find_tile(MMA_TILES, 75, 256, _mask))
     MMA_TILES[86, 256, _mask, "fp16"] = MMA_TILES[89, 256, _mask, "fp16"] = _lean
     MMA_BYTE_TILES[89, 256, _mask, "fp8"] = MMA_BYTE_TILES[89, 256, _mask, "fp16"] = _lean
-    MMA_BYTE_TILES[120, 256, _mask, "fp8"] = replace(_lean, values_late=2)
+    MMA_BYTE_TILES[120, 256, _mask, "fp8"] = replace(_lean, delay_v_load=2)
 for _arch, _mask, _sums in ((75, "list", "fp32"), (80, "list", "fp16"), (120, "causal", "fp16"), (120, "list", "fp16")):
-    MMA_TILES[_arch, 256, _mask, _sums] = replace(find_tile(MMA_TILES, _arch, 256, _mask, _sums), thread_anew=True)
+    MMA_TILES[_arch, 256, _mask, _sums] = replace(find_tile(MMA_TILES, _arch, 256, _mask, _sums), recompute_thread_idx=True)
 MMA_BYTE_TILES |= {
     (0, 256, "none", "fp8"): _frugal(_SHARED),
-    (0, 256, "causal", "fp8"): replace(_SHARED, thread_anew=True),
-    (0, 256, "list", "fp8"): replace(_SHARED, thread_anew=True),
-    (89, 256, "list", "fp8"): replace(_EIGHT, stages=1, thread_anew=True),
+    (0, 256, "causal", "fp8"): replace(_SHARED, recompute_thread_idx=True),
+    (0, 256, "list", "fp8"): replace(_SHARED, recompute_thread_idx=True),
+    (89, 256, "list", "fp8"): replace(_EIGHT, stages=1, recompute_thread_idx=True),
     (100, 256): MMA_BYTE_TILES[0, 256],
-    (100, 256, "none", "fp8"): replace(_SHARED, stages=2, walk_shared=True, values_late=1),
-    (100, 256, "causal", "fp8"): replace(_SHARED, stages=2, walk_shared=True, values_late=1),
+    (100, 256, "none", "fp8"): replace(_SHARED, stages=2, loop_state_in_smem=True, delay_v_load=1),
+    (100, 256, "causal", "fp8"): replace(_SHARED, stages=2, loop_state_in_smem=True, delay_v_load=1),
     (100, 256, "list", "fp8"): _SHARED,
     (100, 256, "none", "fp16"): _SHARED,
     (100, 256, "causal", "fp16"): _SHARED,
     (100, 256, "list", "fp16"): _SHARED,
-    (120, 256, "causal", "fp8"): replace(MMA_BYTE_TILES[120, 256, "causal", "fp8"], query_shared=True),
-    (120, 256, "list", "fp8"): Tile(64, 64, 4, 2, values_late=2),
+    (120, 256, "causal", "fp8"): replace(MMA_BYTE_TILES[120, 256, "causal", "fp8"], q_in_smem=True),
+    (120, 256, "list", "fp8"): Tile(64, 64, 4, 2, delay_v_load=2),
 }
 # Bytes of local memory a thread may use outside its main loop: at head_dim 256 the accumulators leave the compiler a register or two short.
 MMA_LOCAL = {64: 0, 128: 0, 256: 16}
 
 
-def _mma_entry(kernels: Kernels, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
+def _mma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
     t = find_tile(kernels.tiles, arch, head_dim, mask, accumulate)
     row_tiles = t.block_m // (WARP_ROWS * t.warps)
     smem = t.stages * (kernels.tile_bytes(head_dim) + (2 * BARRIER_BYTES if arch >= BULK_ARCH else 0))
-    if t.query_shared:
+    if t.q_in_smem:
         smem += t.block_m * head_dim
-    if t.query_shared or t.walk_shared:
+    if t.q_in_smem or t.loop_state_in_smem:
         smem += 8 * row_tiles * 32 * t.warps
-    if t.walk_shared:
+    if t.loop_state_in_smem:
         smem += 16
-    flags = ", ".join(str(x).lower() for x in (t.query_shared, t.walk_shared, t.thread_anew, t.values_late))
-    config = f"{head_dim}, Mask::{mask}, Values::{kernels.pv}, Accumulate::{accumulate}, {t.warps}, {row_tiles}, {t.stages}, {flags}"
+    flags = ", ".join(str(x).lower() for x in (t.q_in_smem, t.loop_state_in_smem, t.recompute_thread_idx, t.delay_v_load))
+    config = f"{head_dim}, Mask::{mask}, PvType::{kernels.pv}, PvAccum::{accumulate}, {t.warps}, {row_tiles}, {t.stages}, {flags}"
     symbol = kernels.attend_symbol(head_dim, mask, accumulate)
     return Entry(symbol, f"attend_mma<AttendConfig<{config}>, {smem}>", AttendParams, 32 * t.warps, t.blocks, smem, MMA_LOCAL[head_dim])
 
 
 def _fragment_bytes(value_bytes: int) -> Callable[[int], int]:
-    """Of a tile of 64 keys (csrc/block/fragment.cuh): INT8 codes, values, four fp32 scales."""
+    """Of a tile of 64 keys (csrc/layout/fragment.cuh): INT8 codes, values, four fp32 scales."""
     return lambda head_dim: 64 * head_dim * (1 + value_bytes) + 16
 
 
-MMA_FP16 = Kernels(
+MMA_FP16 = KernelFamily(
     "mma_fp16", "kernel/attend_mma.cuh", "Fragment<{d}, 2>", _fragment_bytes(2),
     {"fp32": FP16_FP32_MMA, "fp16+fp32": FP16_FP16_FP32, "fp16": FP16_FP16_FP32}, MMA_TILES, _mma_entry,
 )  # fmt: skip
-MMA_FP8 = Kernels(
+MMA_FP8 = KernelFamily(
     "mma_fp8", "kernel/attend_mma.cuh", "Fragment<{d}, 1>", _fragment_bytes(1),
     {"fp32+fp16": FP8_FP16, "fp32": FP8_FP32_MMA, "fp32+fp32": FP8_FP32_MMA}, MMA_BYTE_TILES, _mma_entry, min_arch=89,
 )  # fmt: skip
-MMA_INT8 = Kernels(
+MMA_INT8 = KernelFamily(
     "mma_int8", "kernel/attend_mma.cuh", "Fragment<{d}, 1>", _fragment_bytes(1), {"int32+fp32": INT8_INT32}, MMA_BYTE_TILES, _mma_entry
 )

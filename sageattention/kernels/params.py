@@ -46,33 +46,33 @@ class ClassifyParams(ctypes.Structure):
     ]  # fmt: skip
 
 
-class KeysParams(ctypes.Structure):
+class QuantizeKParams(ctypes.Structure):
     """First launch: statistics of V, K → tiles."""
 
     _fields_ = [
         ("k", Tokens), ("v", Tokens),
-        ("kv", POINTER), ("anchor", POINTER), ("k_scale_parts", POINTER), ("v_parts", POINTER), ("v_parts_done", POINTER),
-        ("v_codes", POINTER), ("v_parts_live", POINTER), ("partials_done", POINTER), ("live", LiveKeys),
-        ("first", c_int32), ("pairs", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
-        ("dtype", c_int32), ("vectors", c_int32),
-        ("tiles", c_int32), ("tile_bytes", c_int32), ("runs", c_int32),
-        ("samples", c_int32), ("sample_step", c_int32),
-        ("dones", c_int32), ("splits", c_int32), ("split_tokens", c_int32),
+        ("kv", POINTER), ("k_mean", POINTER), ("k_scale_partial", POINTER), ("v_stats", POINTER), ("v_stats_ready", POINTER),
+        ("v_quant_sum", POINTER), ("v_parts_live", POINTER), ("split_kv_ready", POINTER), ("live", LiveKeys),
+        ("bh_first", c_int32), ("bh_count", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
+        ("dtype", c_int32), ("vectorized", c_int32),
+        ("kv_tiles", c_int32), ("tile_bytes", c_int32), ("ctas_per_head", c_int32),
+        ("k_mean_samples", c_int32), ("k_mean_step", c_int32),
+        ("split_kv_flags", c_int32), ("v_chunks", c_int32), ("v_chunk_tokens", c_int32),
     ]  # fmt: skip
 
 
-class ValuesParams(ctypes.Structure):
+class QuantizeVParams(ctypes.Structure):
     """Second launch: V → tiles."""
 
     _fields_ = [
         ("v", Tokens),
-        ("k_scale_parts", POINTER), ("v_parts", POINTER), ("v_parts_done", POINTER), ("v_parts_live", POINTER), ("kv", POINTER),
-        ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_codes", POINTER), ("live_keys", POINTER), ("live", LiveKeys),
-        ("first", c_int32), ("pairs", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
-        ("dtype", c_int32), ("vectors", c_int32),
-        ("k_runs", c_int32), ("splits", c_int32),
-        ("tiles", c_int32), ("runs", c_int32),
-        ("centred", c_int32), ("v_max", c_float),
+        ("k_scale_partial", POINTER), ("v_stats", POINTER), ("v_stats_ready", POINTER), ("v_parts_live", POINTER), ("kv", POINTER),
+        ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_quant_sum", POINTER), ("live_keys", POINTER), ("live", LiveKeys),
+        ("bh_first", c_int32), ("bh_count", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
+        ("dtype", c_int32), ("vectorized", c_int32),
+        ("k_ctas_per_head", c_int32), ("v_chunks", c_int32),
+        ("kv_tiles", c_int32), ("ctas_per_head", c_int32),
+        ("subtract_v_mean", c_int32), ("v_max", c_float),
     ]  # fmt: skip
 
 
@@ -81,21 +81,21 @@ class AttendParams(ctypes.Structure):
 
     _fields_ = [
         ("q", Tokens),
-        ("kv", POINTER), ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_codes", POINTER), ("live_keys", POINTER),
-        ("anchor", POINTER), ("partials", POINTER), ("partials_done", POINTER), ("next_item", POINTER),
+        ("kv", POINTER), ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_quant_sum", POINTER), ("live_keys", POINTER),
+        ("k_mean", POINTER), ("split_kv_workspace", POINTER), ("split_kv_ready", POINTER), ("next_item", POINTER),
         ("mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64), ("mask_stride_q", c_int64), ("mask_stride_k", c_int64),
         ("kept", POINTER), ("kept_stride_b", c_int64), ("kept_stride_h", c_int64), ("kept_stride_q", c_int64),
         ("lists", TileLists),
         ("out", POINTER), ("out_stride_b", c_int64), ("out_stride_h", c_int64), ("out_stride_n", c_int64),
         ("lse", POINTER),
-        ("first", c_int32), ("pairs", c_int32), ("heads_kv", c_int32), ("ratio", c_int32),
+        ("bh_first", c_int32), ("bh_count", c_int32), ("heads_kv", c_int32), ("heads_per_kv", c_int32),
         ("len_q", c_int32), ("len_kv", c_int32), ("head_dim", c_int32),
-        ("dtype", c_int32), ("q_vectors", c_int32), ("out_vectors", c_int32),
+        ("dtype", c_int32), ("q_vectorized", c_int32), ("out_vectorized", c_int32),
         ("causal", c_int32), ("mask_kind", c_int32), ("mask_pairs", c_int32),
-        ("tiles", c_int32), ("blocks_q", c_int32), ("rounds", c_int32),
-        ("per_blocks_q", c_uint32), ("per_ratio", c_uint32), ("per_heads_kv", c_uint32),
+        ("kv_tiles", c_int32), ("q_tiles", c_int32), ("full_waves", c_int32),
+        ("rcp_q_tiles", c_uint32), ("rcp_heads_per_kv", c_uint32), ("rcp_heads_kv", c_uint32),
         ("score_scale", c_float), ("sign", c_float), ("sm_scale", c_float), ("score_limit", c_float),
-        ("inv_v_max", c_float), ("log2_p_max", c_float), ("rescale_slack", c_float),
+        ("inv_v_max", c_float), ("log2_p_max", c_float), ("rescale_threshold", c_float),
     ]  # fmt: skip
 
 

@@ -21,12 +21,12 @@ K_SCALE_SHIFT = 2.0**-16
 FRAGMENT_KEYS = 64
 # K is shifted by the mean of about this many evenly strided tokens; any constant shift leaves the softmax as it is. Each block of the
 # quantiser reads them: 128 cost .4 % of accuracy where all that K has in common is noise.
-ANCHOR_TOKENS = 128
+K_MEAN_TOKENS = 128
 
 
-def anchor_stride(len_kv: int) -> int:
-    """Tokens 0, s, 2·s, … of K are averaged into its anchor; this is s."""
-    return max(1, -(-len_kv // ANCHOR_TOKENS))
+def k_mean_stride(len_kv: int) -> int:
+    """Tokens 0, s, 2·s, … of K are averaged into its k_mean; this is s."""
+    return max(1, -(-len_kv // K_MEAN_TOKENS))
 
 
 def pad_head_dim(head_dim: int) -> int:

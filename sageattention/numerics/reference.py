@@ -1,6 +1,6 @@
 """What attention is (`oracle`, fp64) and what a variant's rounding makes of it (`emulate`), in plain PyTorch.
 
-Both take [B, H, N, D] tensors on any device. The emulation follows its `Scheme` step by step: the rotation, the anchor, the
+Both take [B, H, N, D] tensors on any device. The emulation follows its `Scheme` step by step: the rotation, the k_mean, the
 INT8 rounding of Q and K with their scales, the online softmax over KV tiles, the types of P and V and of the
 accumulator, and the interval at which it is promoted. The kernels are tested against it.
 """
@@ -21,7 +21,7 @@ from .constants import (
     LOG2E,
     MASK_LIMIT,
     SCORE_LIMIT,
-    anchor_stride,
+    k_mean_stride,
     pad_head_dim,
 )
 from .scheme import Scheme
@@ -96,7 +96,7 @@ def emulate(
             if h % group == 0:
                 masks = [_mask_of(attn_mask, b, i) for i in range(h, h + group)]
                 live = live_keys(masks, len_q, k.shape[2], is_causal)
-                keys, values = quantise_k(k[b, h // group], scheme, live), quantise_v(v[b, h // group], scheme, live)
+                keys, values = quantize_k(k[b, h // group], scheme, live), quantize_v(v[b, h // group], scheme, live)
             o, lse[b, h] = _attend_head(q[b, h], keys, values, scheme, _mask_of(attn_mask, b, h), is_causal, scale)
             limit = torch.finfo(q.dtype).max
             out[b, h] = o[:, :head_dim].clamp(-limit, limit).to(q.dtype)
@@ -139,16 +139,16 @@ def _k_mean_sample(k: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
     """The tokens whose mean K is shifted by: every stride-th, or, where some keys are not live, from each stride the first live one in
     the 32 keys that it begins in; at least one, if any key is live."""
     if live is None:
-        return k[:: anchor_stride(k.shape[0])]
-    step = anchor_stride(len(live))
+        return k[:: k_mean_stride(k.shape[0])]
+    step = k_mean_stride(len(live))
     starts = range(0, len(live), step)
     found = [live[i : min(i + step, i // 32 * 32 + 32)].nonzero()[:1, 0] + i for i in starts]
     index = torch.cat(found)
     return k[index if len(index) else live.nonzero()[:1, 0]]
 
 
-def quantise_k(k: torch.Tensor, scheme: Scheme, live: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """K of one head, [N, d], to (k8 [N, D] as integers in fp32, scale [N, 1] times `K_SCALE_SHIFT`, rotated anchor [D]).
+def quantize_k(k: torch.Tensor, scheme: Scheme, live: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """K of one head, [N, d], to (k8 [N, D] as integers in fp32, scale [N, 1] times `K_SCALE_SHIFT`, rotated k_mean [D]).
 
     live: [N] bool, the keys that count; others become 0.
     """
@@ -157,18 +157,18 @@ def quantise_k(k: torch.Tensor, scheme: Scheme, live: torch.Tensor | None = None
         k = torch.where(live[:, None], k, 0)
     rotated = rotate(k, scheme)
     sample = _k_mean_sample(k, live).float()
-    anchor = rotate((sample / max(sample.shape[0], 1)).sum(0, keepdim=True), scheme)
-    shifted = rotated - anchor
+    k_mean = rotate((sample / max(sample.shape[0], 1)).sum(0, keepdim=True), scheme)
+    shifted = rotated - k_mean
     if live is not None:
         shifted = torch.where(live[:, None], shifted, 0)
     amax = shifted.abs().amax(-1, keepdim=True)
     if scheme.k_scale != "token":
         amax = _share(amax, scheme)
     k8, scale = _int8(shifted, amax)
-    return k8, scale * K_SCALE_SHIFT, anchor[0]
+    return k8, scale * K_SCALE_SHIFT, k_mean[0]
 
 
-def quantise_v(v: torch.Tensor, scheme: Scheme, live: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize_v(v: torch.Tensor, scheme: Scheme, live: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """V of one head, [N, d], to (values [N, D] rounded to the scheme's type, in fp32; scale [D]; mean [D]).
 
     live: [N] bool, the keys that count; others become 0.
@@ -179,7 +179,7 @@ def quantise_v(v: torch.Tensor, scheme: Scheme, live: torch.Tensor | None = None
         values = torch.zeros(v.shape[0], head_dim, device=v.device)
         if not live.any():
             return values, torch.zeros(head_dim, device=v.device), torch.zeros(head_dim, device=v.device)
-        values[live], scale, mean = quantise_v(v[live], scheme)
+        values[live], scale, mean = quantize_v(v[live], scheme)
         return values, scale, mean
     x = torch.nn.functional.pad(v.float(), (0, head_dim - v.shape[-1]))
     mean = torch.zeros(head_dim, device=v.device)
@@ -330,7 +330,7 @@ def _attend_rows(
     sm_scale: float,
     steps: list[_Step],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    k8, k_scale, anchor = keys
+    k8, k_scale, k_mean = keys
     v, v_scale, v_mean = values
     tokens, head_dim = k8.shape
     factor = min(abs(sm_scale) * hadamard.gain(head_dim), FINITE_MAX)  # finite, so that 0 · factor is 0
@@ -353,8 +353,8 @@ def _attend_rows(
         top = s.amax(-1, keepdim=True)
         if scheme.lazy:
             base = torch.maximum(m, near)
-            new = torch.where(top > base + scheme.slack, top, base) if begins else m
-            moved = torch.where(top > near + scheme.slack, torch.where(top > m + scheme.slack, top, m), near)
+            new = torch.where(top > base + scheme.rescale_threshold, top, base) if begins else m
+            moved = torch.where(top > near + scheme.rescale_threshold, torch.where(top > m + scheme.rescale_threshold, top, m), near)
             far = (top < new - math.log2(scheme.p_max) - FAR) & lines
             to = torch.where(far, new - RAISE, new) if begins else moved
         else:
@@ -379,15 +379,15 @@ def _attend_rows(
     worth = torch.exp2(near - _finite(new))
     m, l, out = new, l * alpha + acc_l * worth, out * alpha + acc * worth
     out = torch.where(l == 0, 0.0, out / l.clamp_min(1e-30) * v_scale + v_mean)  # not l > 0: a NaN stays one, as in every attention
-    shift = _anchor_score(rotated, unit, anchor, factor)
+    shift = _k_mean_score(rotated, unit, k_mean, factor)
     lse = torch.where(l == 0, -math.inf, LN2 * (m + torch.log2(l.clamp_min(1e-30) / scheme.p_max)) + shift)
     return out, lse[:, 0]
 
 
-def _anchor_score(rotated: torch.Tensor, unit: torch.Tensor, anchor: torch.Tensor, factor: float) -> torch.Tensor:
-    """sm_scale · (q · anchor), [Nq, 1], by which the shift of K moved every score. Operands are normalised before the product."""
-    largest = anchor.abs().amax().clamp_min(AMAX_MIN)
-    normal = torch.where(unit > AMAX_MIN, rotated / unit.clamp_min(AMAX_MIN), 0.0) @ (anchor / largest)[:, None]
+def _k_mean_score(rotated: torch.Tensor, unit: torch.Tensor, k_mean: torch.Tensor, factor: float) -> torch.Tensor:
+    """sm_scale · (q · k_mean), [Nq, 1], by which the shift of K moved every score. Operands are normalised before the product."""
+    largest = k_mean.abs().amax().clamp_min(AMAX_MIN)
+    normal = torch.where(unit > AMAX_MIN, rotated / unit.clamp_min(AMAX_MIN), 0.0) @ (k_mean / largest)[:, None]
     score = (normal * (unit * factor).clamp_max(FINITE_MAX)).clamp(-FINITE_MAX, FINITE_MAX)
     return (score * largest).clamp(-FINITE_MAX, FINITE_MAX)
 

@@ -30,7 +30,7 @@ class Scheme:
     fragment_keys: int = FRAGMENT_KEYS  # a "fragment" scale covers a quarter of so many consecutive keys
     linear: bool = False  # P of the first eight of every sixteen keys is on a straight line for each octave
     lazy: int = 0  # not 0: tiles from the last to the first, in steps of lazy / head_dim keys; a reference moves when it has to (`slack`)
-    slack: float = 0.0  # a row's maximum may outgrow its reference by 2^slack before all is rescaled: P reaches p_max · 2^slack
+    rescale_threshold: float = 0.0  # a row's maximum may outgrow its reference by 2^slack before all is rescaled: P reaches p_max · 2^slack
 
     @property
     def v_bytes(self) -> int:
@@ -43,15 +43,15 @@ class Scheme:
 FP16_FP32 = Scheme("fp16", True, "token", p_max=2.0**10, v_max=2.0**14)
 FP16_FP32_TRITON = replace(FP16_FP32, exact_sum=True)
 # The same for MMA kernels, where a scale per token would cost a multiplication per score; a scale per fragment is one factor a thread.
-FP16_FP32_MMA = replace(FP16_FP32, k_scale="fragment", exact_sum=True, slack=3.0)
+FP16_FP32_MMA = replace(FP16_FP32, k_scale="fragment", exact_sum=True, rescale_threshold=3.0)
 # Hopper's wgmma kernel takes 96 keys at a time, with two scales a thread (.0107 on normal inputs). Its denominator is a column of ones
 # in V, so it sums what P was rounded to.
 FP16_FP32_WGMMA = replace(FP16_FP32_MMA, fragment_keys=48, exact_sum=False, kv_tile=96)
 # fp16 accumulators, promoted every KV tile: keys in the accumulator · p_max · 2^slack · v_max · 2 < 65504. The last 2 is for a P that
 # the fma rounds above p_max. The same for "fp16": promoting less often gains nothing.
-FP16_FP16_FP32 = Scheme("fp16", True, "fragment", p_max=16.0, v_max=8.0, accumulate="fp16", exact_sum=True, slack=1.0)
+FP16_FP16_FP32 = Scheme("fp16", True, "fragment", p_max=16.0, v_max=8.0, accumulate="fp16", exact_sum=True, rescale_threshold=1.0)
 # P against the tile's own maximum needs no head room: only fp32 numbers grow with the slack. So nothing is rescaled in practice.
-TILE_MAX_SLACK = 16.0
+TILE_MAX_THRESHOLD = 16.0
 # e4m3 P and V over their whole range. P of the tile's own maximum is exact, which takes 6 % off the error; V's mean, taken out, is exact
 # too. An FP8 MMA keeps about 14 bits whatever its accumulator is called (Ada, Hopper), so "fp32" is promoted every tile as well.
 FP8_FP32 = Scheme("fp8", True, "fragment", p_max=448.0, v_max=448.0, v_mean=True, p_tile_max=True, accumulate="fp8")
@@ -59,14 +59,14 @@ FP8_FP32 = Scheme("fp8", True, "fragment", p_max=448.0, v_max=448.0, v_mean=True
 # where the mean added back also makes up for the rounding of V: that error is the same for all keys, P's is not (.0395 → .0353).
 # Half of the weights do without an exponential (.0371); a promoted sum is of 256 keys.
 FP8_FP32_WGMMA = replace(
-    FP8_FP32, p_tile_max=False, v_rounded=True, p_max=56.0, slack=3.0, promote=256, linear=True, kv_tile=128, lazy=64 * 128
+    FP8_FP32, p_tile_max=False, v_rounded=True, p_max=56.0, rescale_threshold=3.0, promote=256, linear=True, kv_tile=128, lazy=64 * 128
 )
 # By mma.sync the mean makes up for the rounding of V as well (.0364 → .0313).
-FP8_FP32_MMA = replace(FP8_FP32, v_rounded=True, exact_sum=True, slack=TILE_MAX_SLACK)
+FP8_FP32_MMA = replace(FP8_FP32, v_rounded=True, exact_sum=True, rescale_threshold=TILE_MAX_THRESHOLD)
 FP8_FP16 = replace(FP8_FP32_MMA, p_max=56.0, v_max=4.5, accumulate="fp16")
 # u8 P against the tile's own row maximum, or the flat tail beside a sink key is lost; s8 V; exact sums inside a tile, which is
 # 64 keys: at 128 the error on normal inputs is .0145 instead of .0139. The mean added back makes up for the rounding of V, or it is .0148.
 INT8_INT32 = Scheme(
     "int8", True, "fragment", p_max=255.0, v_max=127.0, v_mean=True, v_rounded=True, p_tile_max=True, accumulate="int32",
-    slack=TILE_MAX_SLACK,
+    rescale_threshold=TILE_MAX_THRESHOLD,
 )  # fmt: skip

@@ -10,7 +10,7 @@ from ..device.capability import Capability
 from ..errors import KernelMissing, Unsupported
 from ..kernels import binaries, store
 from ..kernels.binaries import Image
-from ..kernels.family import Kernels, Tile, find_tile
+from ..kernels.family import KernelFamily, Tile, find_tile
 from ..kernels.table import IMAGES
 from ..numerics.constants import HEAD_DIMS, pad_head_dim
 from ..numerics.scheme import Scheme
@@ -45,7 +45,7 @@ class Plan:
     basis: str = ""  # what "auto" decided by: see `rules.Choice`
     accum: str = ""  # the `pv_accum_dtype`, "" the variant's default
     auto: bool = False  # "auto" chose: another candidate may take its place
-    kernels: Kernels | None = None  # of a CUDA variant
+    kernels: KernelFamily | None = None  # of a CUDA variant
     images: tuple[Image, Image] | None = None  # their quantisers' and the attention's
     attend: str = ""  # the attention kernel's symbol
 
@@ -123,7 +123,7 @@ def refusal(variant: Variant, capability: Capability, arch: int = 0, ptx: bool =
 
 
 def _images(
-    variant: Variant, kernels: Kernels | None, head_dim: int, capability: Capability, arch: int, ptx: bool = False
+    variant: Variant, kernels: KernelFamily | None, head_dim: int, capability: Capability, arch: int, ptx: bool = False
 ) -> tuple[Image, Image]:
     """The images that the device runs: the quantisers' and the attention's.
 
@@ -131,7 +131,7 @@ def _images(
         KernelMissing: the table has none for the device, or its file is missing.
     """
     family, found = arch or capability.arch, []
-    for name in (kernels.quantiser, kernels.attend_image(head_dim)) if kernels else ():
+    for name in (kernels.quantizer, kernels.attend_image(head_dim)) if kernels else ():
         image = binaries.select(IMAGES, name, capability.arch, arch, ptx)
         if image is None:
             built = ", ".join(binaries.describe(IMAGES, name))

@@ -1,6 +1,6 @@
 """Host side of the CUDA variants: workspace, groups of heads, launches.
 
-What depends on the problem alone is a `Recipe`, what strides and alignment add to it makes a `Form`; both are worked out once. A call
+What depends on the problem alone is a `LaunchPlan`, what strides and alignment add to it makes a `Form`; both are worked out once. A call
 allocates the output and one workspace, fills addresses into its form's parameter structs, and hands all its launches to the driver
 at once.
 """
@@ -13,19 +13,19 @@ from typing import NamedTuple
 
 import torch
 
-from ...kernels.params import AttendParams, ClassifyParams, KeysParams, ValuesParams, packer
+from ...kernels.params import AttendParams, ClassifyParams, QuantizeKParams, QuantizeVParams, packer
 from ...planning.plan import Plan
 from ...planning.problem import Problem
 from ..call import Result, result_like
 from . import driver
 from .launcher import Launch
-from .workspace import Recipe, recipe_of
+from .workspace import LaunchPlan, launch_plan_of
 
 BAND_ROWS = 32  # queries that share a row of tile bits (csrc/kernel/classify_mask.cuh)
 _DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 _MASK_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.bool: 3}
-(_pack_classify, _classify_constants), (_pack_keys, _keys_constants), (_pack_values, _values_constants), (_pack_attend, _attend_constants) = (
-    packer(p) for p in (ClassifyParams, KeysParams, ValuesParams, AttendParams)
+(_pack_classify, _classify_constants), (_pack_quantize_k, _quantize_k_constants), (_pack_quantize_v, _quantize_v_constants), (_pack_attend, _attend_constants) = (
+    packer(p) for p in (ClassifyParams, QuantizeKParams, QuantizeVParams, AttendParams)
 )
 
 
@@ -50,25 +50,25 @@ def run(call) -> Result:
     unaligned = (q_at | out_at) % 16, (k_at | v_at) % 16, mask_at % 16
     form = forms.get(unaligned)
     if form is None:
-        recipe = recipe_of(p, plan)
-        lists = None if mask is None else _lists(recipe, mask, unaligned[2])
-        form = forms[unaligned] = _Form(
-            recipe, lists, _quantising(recipe, k, v, lists, unaligned[1]), _attending(recipe, q, out, mask, lists, unaligned[0]),
-            recipe.workspace.size * min(2, len(recipe.groups)),
+        launch_plan = launch_plan_of(p, plan)
+        lists = None if mask is None else _lists(launch_plan, mask, unaligned[2])
+        form = forms[unaligned] = BoundCall(
+            launch_plan, lists, _bind_quantize(launch_plan, k, v, lists, unaligned[1]), _bind_attend(launch_plan, q, out, mask, lists, unaligned[0]),
+            launch_plan.workspace.size * min(2, len(launch_plan.groups)),
         )  # fmt: skip
-    lists, size = form.lists, form.recipe.workspace.size
+    lists, size = form.lists, form.launch_plan.workspace.size
     ring = torch.empty(form.size + (lists.size if lists else 0), dtype=torch.uint8, device=q.device)
     base, lse_at = ring.data_ptr(), 0 if lse is None else lse.data_ptr()
-    recipe, lists_at = form.recipe, base + form.size
+    launch_plan, lists_at = form.launch_plan, base + form.size
     live_at = lists_at + lists.live if lists else 0
     chains = [
-        (*_quantise_launches(recipe, quantising, base + number % 2 * size, k_at, v_at, live_at),
-         _attend_launch(recipe, attending, base + number % 2 * size, q_at, mask_at, lists_at, out_at, lse_at))
-        for number, (quantising, attending) in enumerate(zip(form.quantising, form.attending))
+        (*_quantize_launches(launch_plan, quantize_bound, base + number % 2 * size, k_at, v_at, live_at),
+         _attend_launch(launch_plan, attend_bound, base + number % 2 * size, q_at, mask_at, lists_at, out_at, lse_at))
+        for number, (quantize_bound, attend_bound) in enumerate(zip(form.quantize_bound, form.attend_bound))
     ]  # fmt: skip
     if lists:
-        chains[0] = (_classify_launch(recipe, lists, mask_at, lists_at), *chains[0])
-    _issue(recipe.device, chains)
+        chains[0] = (_classify_launch(launch_plan, lists, mask_at, lists_at), *chains[0])
+    _issue(launch_plan.device, chains)
     return out, lse
 
 
@@ -76,64 +76,64 @@ def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: Plan) -> 
     """Quantise K and V, all heads in one group."""
     if problem.empty:
         return QuantizedKV(problem, plan, torch.empty(0, dtype=torch.uint8, device=k.device))
-    recipe = recipe_of(problem, plan, True)
-    buffer = torch.empty(recipe.workspace.size, dtype=torch.uint8, device=k.device)
+    launch_plan = launch_plan_of(problem, plan, True)
+    buffer = torch.empty(launch_plan.workspace.size, dtype=torch.uint8, device=k.device)
     k_at, v_at = k.data_ptr(), v.data_ptr()
-    (quantising,) = _quantising(recipe, k, v, None, (k_at | v_at) % 16)
-    _issue(recipe.device, [_quantise_launches(recipe, quantising, buffer.data_ptr(), k_at, v_at, 0)])
+    (quantize_bound,) = _bind_quantize(launch_plan, k, v, None, (k_at | v_at) % 16)
+    _issue(launch_plan.device, [_quantize_launches(launch_plan, quantize_bound, buffer.data_ptr(), k_at, v_at, 0)])
     return QuantizedKV(problem, plan, buffer)
 
 
 def attend_all(q: torch.Tensor, kv: QuantizedKV, problem: Problem, mask: torch.Tensor | None) -> Result:
     """Attend every head of `q` to K and V that were quantised before."""
     out, lse = result_like(q, problem)
-    recipe = recipe_of(problem, kv.plan, True)
+    launch_plan = launch_plan_of(problem, kv.plan, True)
     q_at, out_at, lse_at = q.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr()
     lists, mask_at, lists_at = None, 0, 0
     launches = []
     if mask is not None:
         mask_at = mask.data_ptr()
-        lists = _lists(recipe, mask, mask_at % 16)
+        lists = _lists(launch_plan, mask, mask_at % 16)
         space = torch.empty(lists.size, dtype=torch.uint8, device=q.device)
         lists_at = space.data_ptr()
-        launches.append(_classify_launch(recipe, lists, mask_at, lists_at))
-    (attending,) = _attending(recipe, q, out, mask, lists, (q_at | out_at) % 16)
-    launch = _attend_launch(recipe, attending, kv.buffer.data_ptr(), q_at, mask_at, lists_at, out_at, lse_at)
-    _issue(recipe.device, [(*launches, (*launch[:5], False))])  # anything may be ahead of it on the stream
+        launches.append(_classify_launch(launch_plan, lists, mask_at, lists_at))
+    (attend_bound,) = _bind_attend(launch_plan, q, out, mask, lists, (q_at | out_at) % 16)
+    launch = _attend_launch(launch_plan, attend_bound, kv.buffer.data_ptr(), q_at, mask_at, lists_at, out_at, lse_at)
+    _issue(launch_plan.device, [(*launches, (*launch[:5], False))])  # anything may be ahead of it on the stream
     return out, lse
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------------------
 
 
-def _classify_launch(r: Recipe, lists: _Lists, mask: int, at: int) -> Launch:
+def _classify_launch(r: LaunchPlan, lists: _Lists, mask: int, at: int) -> Launch:
     strides, tail = lists.constants
     kept = at + lists.kept if lists.kept else 0
     return r.classify, lists.blocks, 1, 1, _pack_classify(mask, strides, at, at + lists.live, kept, tail), False
 
 
-def _quantise_launches(r: Recipe, group: _Quantising, base: int, k: int, v: int, live: int) -> tuple[Launch, Launch]:
+def _quantize_launches(r: LaunchPlan, group: BoundQuantize, base: int, k: int, v: int, live: int) -> tuple[Launch, Launch]:
     """The first two launches of a group whose workspace starts at `base`; `live`: which keys are, 0 for all."""
-    w, (k_strides, v_strides, keys_tail) = r.workspace, group.keys
-    kv, k_scale_parts, v_parts, done = base + w.kv, base + w.k_scale_parts, base + w.v_parts, base + w.v_parts_done
-    keys = _pack_keys(
-        k, k_strides, v, v_strides, kv, base + w.anchor, k_scale_parts, v_parts, done, base + w.v_codes, base + w.v_parts_live,
-        base + w.partials_done, live, keys_tail,
+    w, (k_strides, v_strides, quantize_k_tail) = r.workspace, group.keys
+    kv, k_scale_partial, v_stats, done = base + w.kv, base + w.k_scale_partial, base + w.v_stats, base + w.v_stats_ready
+    keys = _pack_quantize_k(
+        k, k_strides, v, v_strides, kv, base + w.k_mean, k_scale_partial, v_stats, done, base + w.v_quant_sum, base + w.v_parts_live,
+        base + w.split_kv_ready, live, quantize_k_tail,
     )  # fmt: skip
-    values = _pack_values(
-        v, v_strides, k_scale_parts, v_parts, done, base + w.v_parts_live, kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean,
-        base + w.v_codes, base + w.live_keys, live, group.values,
+    values = _pack_quantize_v(
+        v, v_strides, k_scale_partial, v_stats, done, base + w.v_parts_live, kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean,
+        base + w.v_quant_sum, base + w.live_keys, live, group.values,
     )  # fmt: skip
     return (r.keys, group.key_blocks, 1, 1, keys, bool(live)), (r.values, group.value_blocks, 1, 1, values, True)
 
 
-def _attend_launch(r: Recipe, group: _Attending, base: int, q: int, mask: int, lists: int, out: int, lse: int) -> Launch:
+def _attend_launch(r: LaunchPlan, group: BoundAttend, base: int, q: int, mask: int, lists: int, out: int, lse: int) -> Launch:
     w, (q_strides, mask_strides, kept_strides, list_strides, out_strides, tail) = r.workspace, group.constants
     kept = lists + group.kept if group.kept else 0
-    done = base + w.partials_done
+    done = base + w.split_kv_ready
     params = _pack_attend(
-        q, q_strides, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_codes, base + w.live_keys,
-        base + w.anchor, base + w.partials if r.shares else 0, done, done + 4 * (r.dones - 1) if r.dones else 0,
+        q, q_strides, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_quant_sum, base + w.live_keys,
+        base + w.k_mean, base + w.split_kv_workspace if r.shares else 0, done, done + 4 * (r.split_kv_flags - 1) if r.split_kv_flags else 0,
         mask, mask_strides, kept, kept_strides, lists, list_strides, out, out_strides, lse, tail,
     )  # fmt: skip
     return r.attend, group.blocks, 1, 1, params, True
@@ -181,7 +181,7 @@ class _Lists(NamedTuple):
     size: int
 
 
-class _Quantising(NamedTuple):
+class BoundQuantize(NamedTuple):
     """A group's quantising launches but for their addresses."""
 
     key_blocks: int  # those for V's statistics among them
@@ -190,7 +190,7 @@ class _Quantising(NamedTuple):
     values: bytes  # the tail; the strides are those of `keys`
 
 
-class _Attending(NamedTuple):
+class BoundAttend(NamedTuple):
     """A group's attention launch but for its addresses."""
 
     blocks: int
@@ -198,13 +198,13 @@ class _Attending(NamedTuple):
     kept: int  # bytes from the lists to the mask in bits, 0 where there are none
 
 
-class _Form(NamedTuple):
+class BoundCall(NamedTuple):
     """Calls that differ in nothing but addresses."""
 
-    recipe: Recipe
+    launch_plan: LaunchPlan
     lists: _Lists | None
-    quantising: tuple[_Quantising, ...]  # one for each group of heads
-    attending: tuple[_Attending, ...]
+    quantize_bound: tuple[BoundQuantize, ...]  # one for each group of heads
+    attend_bound: tuple[BoundAttend, ...]
     size: int  # bytes of workspace
 
 
@@ -219,7 +219,7 @@ def _runs_of(mask: torch.Tensor, count: int, unaligned: int) -> int:
     return int(strides[3] == 1 and not any(s % count for s in strides[:3]) and unaligned % (count * mask.element_size()) == 0)
 
 
-def _lists(r: Recipe, mask: torch.Tensor, unaligned: int) -> _Lists:
+def _lists(r: LaunchPlan, mask: torch.Tensor, unaligned: int) -> _Lists:
     p, strides = r.problem, _mask_strides(mask)
     batches, heads = (size if stride else 1 for size, stride in zip(mask.shape, strides[:2]))
     alike = not strides[2] and not p.causal  # one set of lists for all queries
@@ -242,40 +242,40 @@ def _lists(r: Recipe, mask: torch.Tensor, unaligned: int) -> _Lists:
     )  # fmt: skip
 
 
-def _quantising(r: Recipe, k: torch.Tensor, v: torch.Tensor, lists: _Lists | None, unaligned: int) -> tuple[_Quantising, ...]:
+def _bind_quantize(r: LaunchPlan, k: torch.Tensor, v: torch.Tensor, lists: _Lists | None, unaligned: int) -> tuple[BoundQuantize, ...]:
     p, strides = r.problem, (_strides(k, r.problem), _strides(v, r.problem))
     vectors = _vectors(p, unaligned, *strides)
     live = lists.live_keys if lists else (0, 0, 0, 0)
     groups = []
-    for first, pairs in r.groups:
-        shape = first, pairs, p.heads_kv, r.len_kv, p.head_dim, _DTYPES[p.dtype], vectors
-        keys = _keys_constants(*strides[0], *strides[1], *live, *shape, *r.keys_tail)
-        values = _values_constants(*strides[1], *live, *shape, *r.values_tail)
-        groups.append(_Quantising(pairs * (r.key_runs + r.splits), keys, pairs * r.value_runs, values[-1]))
+    for first, bh_count in r.groups:
+        shape = first, bh_count, p.heads_kv, r.len_kv, p.head_dim, _DTYPES[p.dtype], vectors
+        keys = _quantize_k_constants(*strides[0], *strides[1], *live, *shape, *r.quantize_k_tail)
+        values = _quantize_v_constants(*strides[1], *live, *shape, *r.quantize_v_tail)
+        groups.append(BoundQuantize(bh_count * (r.k_ctas_per_head + r.v_chunks), keys, bh_count * r.v_ctas_per_head, values[-1]))
     return tuple(groups)
 
 
-def _attending(
-    r: Recipe, q: torch.Tensor, out: torch.Tensor, mask: torch.Tensor | None, lists: _Lists | None, unaligned: int
-) -> tuple[_Attending, ...]:
+def _bind_attend(
+    r: LaunchPlan, q: torch.Tensor, out: torch.Tensor, mask: torch.Tensor | None, lists: _Lists | None, unaligned: int
+) -> tuple[BoundAttend, ...]:
     p = r.problem
     q_strides, out_strides, mask_strides = _strides(q, p), _strides(out, p), (0, 0, 0, 0)
-    kind, pairs_at_once, ratio = 0, 0, p.heads_q // p.heads_kv
+    kind, pairs_at_once, heads_per_kv = 0, 0, p.heads_q // p.heads_kv
     if mask is not None:
         mask_strides, kind = _mask_strides(mask), _MASK_KINDS[mask.dtype]
         pairs_at_once = r.len_kv % 2 == 0 and _runs_of(mask, 2, mask.data_ptr() % 16)
     vectors = _vectors(p, unaligned, q_strides), _vectors(p, unaligned, out_strides)
 
-    def group(first: int, pairs: int) -> _Attending:
-        items = r.blocks_q * pairs * ratio
+    def group(first: int, bh_count: int) -> BoundAttend:
+        items = r.q_tiles * bh_count * heads_per_kv
         blocks = min(items, r.grid_limit)
-        rounds = items // blocks - 1 if r.shares else -(-items // blocks)
-        return _Attending(
+        full_waves = items // blocks - 1 if r.shares else -(-items // blocks)
+        return BoundAttend(
             blocks,
             _attend_constants(
                 *q_strides, *mask_strides, *(lists.kept_strides if lists else (0, 0, 0)), *(lists.lists if lists else (0, 0, 0, 0, 1)),
-                *out_strides, first, pairs, p.heads_kv, ratio, p.len_q, r.len_kv, p.head_dim, _DTYPES[p.dtype], *vectors, p.causal, kind, pairs_at_once, r.tiles, r.blocks_q, rounds,
-                *((2**32 - 1) // d for d in (r.blocks_q, ratio, p.heads_kv)), *r.attend_tail,
+                *out_strides, first, bh_count, p.heads_kv, heads_per_kv, p.len_q, r.len_kv, p.head_dim, _DTYPES[p.dtype], *vectors, p.causal, kind, pairs_at_once, r.tiles, r.q_tiles, full_waves,
+                *((2**32 - 1) // d for d in (r.q_tiles, heads_per_kv, p.heads_kv)), *r.attend_tail,
             ),
             lists.kept if lists else 0,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ...numerics import constants
-from .blocks import AMAX_MIN, INT8_MAX, K_SCALE_SHIFT, LOG2E, anchor_score, mask_scores, rotate, round_rows
+from .blocks import AMAX_MIN, INT8_MAX, K_SCALE_SHIFT, LOG2E, k_mean_score, mask_scores, rotate, round_rows
 
 SCORE_LIMIT = tl.constexpr(constants.SCORE_LIMIT)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -58,7 +58,7 @@ def attend(
     out,  # the same, of q's dtype
     lse,  # [B, Hq, Nq] fp32, LSE only
     mask,  # [B, Hq, Nq, Nk] by strides (0 where broadcast); bool as uint8, or float
-    k8, k_scale, k_scale_max, anchor, v16, v_scale,  # as `triton_quant` wrote them
+    k8, k_scale, k_scale_max, k_mean, v16, v_scale,  # as `triton_quant` wrote them
     cu_seqlens_q, cu_seqlens_k,  # [B + 1], VARLEN only
     q_stride_b, q_stride_n, q_stride_h,
     out_stride_b, out_stride_n, out_stride_h,
@@ -98,7 +98,7 @@ def attend(
     x = rotate(x, BLOCK_M, D) * sign
     q8, unit = round_rows(x, tl.max(tl.abs(x), 1))
     if LSE:
-        shift = anchor_score(x, unit, tl.load(anchor + group.to(tl.int64) * D + channels), factor)
+        shift = k_mean_score(x, unit, tl.load(k_mean + group.to(tl.int64) * D + channels), factor)
     largest = tl.maximum(tl.load(k_scale_max + group), AMAX_MIN)
     q_scale = tl.minimum(unit * factor * (LOG2E / K_SCALE_SHIFT), (SCORE_LIMIT / (INT8_MAX * INT8_MAX * D)) / largest)
 

@@ -85,13 +85,13 @@ def mask_scores(s, mask_ptrs, in_range, ADDITIVE: tl.constexpr):
 
 
 @triton.jit
-def anchor_score(x, unit, anchor, factor):
-    """sm_scale · (q · anchor), [M], by which the anchor moved every score. Operands are normalised before the product.
+def k_mean_score(x, unit, k_mean, factor):
+    """sm_scale · (q · k_mean), [M], by which the k_mean moved every score. Operands are normalised before the product.
 
-    x [M, D] is the rotated, signed q and unit [M] its amax / 127; anchor [D] is rotated.
+    x [M, D] is the rotated, signed q and unit [M] its amax / 127; k_mean [D] is rotated.
     """
-    largest = tl.maximum(tl.max(tl.abs(anchor), 0), AMAX_MIN)
+    largest = tl.maximum(tl.max(tl.abs(k_mean), 0), AMAX_MIN)
     normal = x * tl.where(unit > AMAX_MIN, 1.0 / tl.maximum(unit, AMAX_MIN), 0.0)[:, None]
-    score = tl.sum(normal * (anchor / largest)[None, :], 1) * tl.minimum(unit * factor, FINITE_MAX)
+    score = tl.sum(normal * (k_mean / largest)[None, :], 1) * tl.minimum(unit * factor, FINITE_MAX)
     score = tl.minimum(tl.maximum(score, -FINITE_MAX), FINITE_MAX) * largest
     return tl.minimum(tl.maximum(score, -FINITE_MAX), FINITE_MAX)

@@ -19,7 +19,7 @@ from ...planning.plan import Plan
 from ...planning.problem import Problem
 from ..call import Call, Result, result_like
 from .attend import attend as _attend_kernel
-from .quantize import ROWS, SPLITS, quantise, statistics
+from .quantize import ROWS, SPLITS, quantize_kv, statistics
 
 STATISTICS_BLOCK = 64  # tokens a step
 
@@ -48,7 +48,7 @@ class QuantizedKV:
     k8: torch.Tensor
     k_scale: torch.Tensor
     k_scale_max: torch.Tensor
-    anchor: torch.Tensor
+    k_mean: torch.Tensor
     v16: torch.Tensor
     v_scale: torch.Tensor
 
@@ -104,11 +104,11 @@ def quantize(
     shape = {"HEAD_DIM": problem.head_dim, "D": d, "BLOCK_N": tile.block_n, "SPLITS": SPLITS, "VARLEN": packed is not None}
     with _launching(k, problem, plan):
         statistics[SPLITS + 1, heads](
-            k, v, kv.anchor, maxima, kv.k_scale_max, cu_seqlens, *strides, head0, problem.heads_kv, problem.len_kv, slots,
+            k, v, kv.k_mean, maxima, kv.k_scale_max, cu_seqlens, *strides, head0, problem.heads_kv, problem.len_kv, slots,
             BLOCK=STATISTICS_BLOCK, **shape,
         )  # fmt: skip
-        quantise[2 * -(-problem.len_kv // tile.block_n) * (tile.block_n // per_program), heads](
-            k, v, kv.anchor, maxima, kv.k8, kv.k_scale, kv.k_scale_max, kv.v16, kv.v_scale, cu_seqlens, *strides,
+        quantize_kv[2 * -(-problem.len_kv // tile.block_n) * (tile.block_n // per_program), heads](
+            k, v, kv.k_mean, maxima, kv.k8, kv.k_scale, kv.k_scale_max, kv.v16, kv.v_scale, cu_seqlens, *strides,
             head0, problem.heads_kv, problem.len_kv, slots, V_MAX=plan.scheme.v_max, ROWS=per_program, **shape,
         )  # fmt: skip
     return kv
@@ -134,7 +134,7 @@ def attend(
     with _launching(q, problem, plan):
         _attend_kernel[-(-problem.len_q // tile.block_m), heads](
             q, out, unused if lse is None else lse, unused if mask is None else mask,
-            kv.k8, kv.k_scale, kv.k_scale_max, kv.anchor, kv.v16, kv.v_scale,
+            kv.k8, kv.k_scale, kv.k_scale_max, kv.k_mean, kv.v16, kv.v_scale,
             packed.cu_seqlens_q if packed else unused, packed.cu_seqlens_k if packed else unused,
             *_strides(q, problem), *_strides(out, problem), *((0, 0, 0, 0) if mask is None else mask.stride()),
             kv.head0, problem.heads_q, problem.heads_kv, problem.len_q, problem.len_kv, kv.slots,

@@ -1,8 +1,8 @@
 """Quantising K and V in two launches.
 
-`statistics` reads V and a strided sample of K; `quantise` reads both and writes K as INT8 (rotated, shifted by the anchor, one
+`statistics` reads V and a strided sample of K; `quantize_kv` reads both and writes K as INT8 (rotated, shifted by the k_mean, one
 scale per token) and V as fp16 (one scale per channel). Workspace, with H = heads in the group, T = padded tokens per head:
-  k8 [H, T, D] int8, k_scale [H, T] fp32 (times K_SCALE_SHIFT), k_scale_max [H] fp32, anchor [H, D] fp32 (rotated),
+  k8 [H, T, D] int8, k_scale [H, T] fp32 (times K_SCALE_SHIFT), k_scale_max [H] fp32, k_mean [H, D] fp32 (rotated),
   v16 [H, T, D] fp16, v_scale [H, D] fp32; partial_amax [H, SPLITS, D] fp32
 Packed sequences (VARLEN) lie one after another in T, each rounded up by one tile, so that no tile holds two of them; then the
 statistics are per (sequence, head).
@@ -15,8 +15,8 @@ from ...numerics import constants
 from .blocks import AMAX_MIN, K_SCALE_SHIFT, rotate, round_rows
 
 SPLITS = 16  # programs per head that share V in `statistics`; one more has the sample of K
-ROWS = 64  # tokens per program in `quantise`, at most: a program's are all of one tile
-ANCHOR_TOKENS = tl.constexpr(constants.ANCHOR_TOKENS)
+ROWS = 64  # tokens per program in `quantize_kv`, at most: a program's are all of one tile
+K_MEAN_TOKENS = tl.constexpr(constants.K_MEAN_TOKENS)
 
 
 @triton.jit
@@ -37,9 +37,9 @@ def _locate(group, head0, heads, cu_seqlens, tokens, slots, BLOCK_N: tl.constexp
 def statistics(
     k,  # [B, Nk, Hkv, HEAD_DIM] by strides
     v,  # the same
-    anchor,  # [H, D] fp32
+    k_mean,  # [H, D] fp32
     partial_amax,  # [H, SPLITS, D] fp32
-    k_scale_max,  # [H] fp32, set to 0 here for `quantise` to raise
+    k_scale_max,  # [H] fp32, set to 0 here for `quantize_kv` to raise
     cu_seqlens,  # [B + 1], VARLEN only
     k_stride_b, k_stride_n, k_stride_h,
     v_stride_b, v_stride_n, v_stride_h,
@@ -53,7 +53,7 @@ def statistics(
     at = group.to(tl.int64) * D + channels
     if split == SPLITS:
         k += batch * k_stride_b + head * k_stride_h
-        stride = tl.maximum(tl.cdiv(count, ANCHOR_TOKENS), 1)
+        stride = tl.maximum(tl.cdiv(count, K_MEAN_TOKENS), 1)
         samples = tl.cdiv(count, stride)
         weight = 1.0 / tl.maximum(samples, 1).to(tl.float32)
         total = tl.zeros([BLOCK, D], tl.float32)  # reduced over the rows once, at the end: a reduction is slower than a step
@@ -64,7 +64,7 @@ def statistics(
             total += x * weight
         mean = tl.sum(total, 0)
         # An MMA wants 16 rows: rotate 16 copies and take any, which a maximum of equal numbers is. Their sum could overflow.
-        tl.store(anchor + at, tl.max(rotate(tl.broadcast_to(mean[None, :], (16, D)), 16, D), 0))
+        tl.store(k_mean + at, tl.max(rotate(tl.broadcast_to(mean[None, :], (16, D)), 16, D), 0))
         tl.store(k_scale_max + group, 0.0)
     else:
         v += batch * v_stride_b + head * v_stride_h
@@ -80,10 +80,10 @@ def statistics(
 
 
 @triton.jit
-def quantise(
+def quantize_kv(
     k,  # [B, Nk, Hkv, HEAD_DIM] by strides
     v,  # the same
-    anchor,  # [H, D] fp32
+    k_mean,  # [H, D] fp32
     partial_amax,  # [H, SPLITS, D] fp32
     k8, k_scale, k_scale_max, v16, v_scale,  # see the module's text
     cu_seqlens,  # [B + 1], VARLEN only
@@ -107,7 +107,7 @@ def quantise(
     if tl.program_id(0) % 2 == 0:
         ptrs = k + batch * k_stride_b + head * k_stride_h + (first + token)[:, None] * k_stride_n + channels[None, :]
         x = rotate(tl.load(ptrs, mask=inside, other=0.0), ROWS, D)
-        x = tl.where(valid[:, None], x - tl.load(anchor + per_channel)[None, :], 0.0)
+        x = tl.where(valid[:, None], x - tl.load(k_mean + per_channel)[None, :], 0.0)
         x8, scale = round_rows(x, tl.max(tl.abs(x), 1))
         scale *= K_SCALE_SHIFT
         tl.store(k8 + out, x8)

@@ -5,7 +5,7 @@
 // finds there is its B operand of two MMAs. So nothing conflicts in shared memory and no kernel computes a swizzle.
 // Lane = 4·g + t throughout.
 //
-//   K, block 8·c2 + j: key 8j + g, codes 16·c2 … of those that rotate.cuh (`code_register`) gives the lane, {b0, b1} of two MMAs.
+//   K, block 8·c2 + j: key 8j + g, codes 16·c2 … of those that rotate.cuh (`quantized_register`) gives the lane, {b0, b1} of two MMAs.
 //   V, block (D/16)·c + p: the output columns g of n-tiles 2p and 2p + 1, {b0, b1} each. Its keys are those whose scores an
 //      accumulator of the lane's row holds, so that P needs no shuffle: P's A fragments are the accumulators as they are.
 //      2 bytes, c counting 16 keys: b0 = keys 16c + {2t, 2t+1}, b1 = 16c + {2t+8, 2t+9}.
@@ -23,21 +23,21 @@ constexpr int kKvTile = 64;      // keys
 constexpr int kBlockBytes = 512;
 constexpr int kScalesPerTile = 4;  // scale t belongs to keys 8j + 2t, 8j + 2t + 1: those of one lane's accumulators
 
-template <int kHeadDim_, int kValueBytes_>
+template <int kHeadDim_, int kVElementBytes_>
 struct Fragment {
   static_assert(kHeadDim_ == 64 || kHeadDim_ == 128 || kHeadDim_ == 256, "head_dim is padded to 64, 128 or 256");
-  static constexpr int kHeadDim = kHeadDim_, kValueBytes = kValueBytes_;
+  static constexpr int kHeadDim = kHeadDim_, kVElementBytes = kVElementBytes_;
   static constexpr int kTile = kKvTile, kScaleKeys = kTile;
-  static constexpr int kValueKeys = 32 / kValueBytes;                       // of a block of V
+  static constexpr int kVBlockKeys = 32 / kVElementBytes;                       // of a block of V
   static constexpr int kV = kTile * kHeadDim;                               // offset of V's first block
-  static constexpr int kScales = kV + kTile * kHeadDim * kValueBytes;       // of the scales
+  static constexpr int kScaleOffset = kV + kTile * kHeadDim * kVElementBytes;       // of the scales
   static constexpr bool kNumbered = false;
-  static constexpr int kScalesPitch = 4;                                    // from scale t to t + 1
-  static constexpr int kTileBytes = kScales + kScalesPerTile * kScalesPitch;
+  static constexpr int kScalePitch = 4;                                    // from scale t to t + 1
+  static constexpr int kTileBytes = kScaleOffset + kScalesPerTile * kScalePitch;
   static __host__ __device__ constexpr int k_block(int c2, int j) { return (8 * c2 + j) * kBlockBytes; }
   static __host__ __device__ constexpr int v_block(int c, int p) { return kV + (kHeadDim / 16 * c + p) * kBlockBytes; }
   // What follows is all that the quantiser of K knows of a tile; it is the same for both sizes of V.
-  static __host__ __device__ constexpr int scales(int tile_bytes) { return tile_bytes - kScalesPerTile * kScalesPitch; }
+  static __host__ __device__ constexpr int scale_offset(int tile_bytes) { return tile_bytes - kScalesPerTile * kScalePitch; }
   // Of the 16 codes that lane t of the four has of a key.
   static __host__ __device__ constexpr int k_chunk(int c2, int key, int t) { return k_block(c2, key / 8) + (key % 8 * 4 + t) * 16; }
 };

@@ -8,7 +8,7 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvt
 
 // 16 bytes, global → shared, both 16-byte aligned. Asynchronous from sm_80 on; before that it has landed when it returns,
 // so the waits below have nothing to do.
-__device__ __forceinline__ void copy16_async(u32 shared, const void* global) {
+__device__ __forceinline__ void cp_async16(u32 shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global.L2::128B [%0],[%1],16;" ::"r"(shared), "l"(global) : "memory");
 #else
@@ -17,7 +17,7 @@ __device__ __forceinline__ void copy16_async(u32 shared, const void* global) {
 #endif
 }
 
-__device__ __forceinline__ void copy_commit() {
+__device__ __forceinline__ void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
@@ -25,7 +25,7 @@ __device__ __forceinline__ void copy_commit() {
 
 // Waits until at most kPending of this thread's committed groups are under way.
 template <int kPending>
-__device__ __forceinline__ void copy_wait() {
+__device__ __forceinline__ void cp_async_wait() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #endif
@@ -55,7 +55,7 @@ __device__ __forceinline__ void mbarrier_arrive(bool predicate, u32 barrier) {
 }
 
 // Arrives, and adds the bytes of the copy to what the phase waits for. Addresses and size are multiples of 16.
-__device__ __forceinline__ void copy_bulk(bool predicate, u32 shared, const void* global, u32 bytes, u32 barrier) {
+__device__ __forceinline__ void cp_async_bulk(bool predicate, u32 shared, const void* global, u32 bytes, u32 barrier) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{.reg .pred p; setp.ne.u32 p,%0,0; @p mbarrier.arrive.expect_tx.shared::cta.b64 _,[%4],%3;"
@@ -66,7 +66,7 @@ __device__ __forceinline__ void copy_bulk(bool predicate, u32 shared, const void
 }
 
 // Arrives as soon as this thread's asynchronous copies have landed: at once, if there are none.
-__device__ __forceinline__ void mbarrier_arrive_copied(u32 barrier) {
+__device__ __forceinline__ void cp_async_mbarrier_arrive(u32 barrier) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 #endif
@@ -134,7 +134,7 @@ __device__ __forceinline__ void store_shared_float(u32 shared, float x) {
 
 // Four 8×8 matrices of 16-bit elements, each transposed: lane 4·g + t gets rows 2t, 2t+1 of column g. Lanes 8i … 8i+7 give
 // the row addresses of matrix i.
-__device__ __forceinline__ uint4 load_matrices_transposed(u32 shared) {
+__device__ __forceinline__ uint4 ldmatrix_x4_trans(u32 shared) {
   uint4 v;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
@@ -145,20 +145,20 @@ __device__ __forceinline__ uint4 load_matrices_transposed(u32 shared) {
 
 // Whether a launch may begin before the one ahead of it has ended.
 #if __CUDA_ARCH__ >= 900
-constexpr bool kLaunchesOverlap = true;
+constexpr bool kProgrammaticLaunch = true;
 #else
-constexpr bool kLaunchesOverlap = false;
+constexpr bool kProgrammaticLaunch = false;
 #endif
 
 // Programmatic dependent launch: wait for the launches before this one; let the one behind it start. Both do nothing
 // where the launch did not ask for it.
-__device__ __forceinline__ void wait_for_previous_launch() {
+__device__ __forceinline__ void grid_dependency_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-__device__ __forceinline__ void let_next_launch_start() {
+__device__ __forceinline__ void grid_launch_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif

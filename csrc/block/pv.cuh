@@ -6,42 +6,42 @@
 // Integer to float: a conversion from sm_86 on. Before, that has an eighth of the rate, and the int32 sums start at the bits of
 // 1.5·2^23 instead, as in softmax.cuh: they read as the float kPreset + sum (|sum| ≤ 64·255·127 < 2^21), from which kPreset goes off.
 #pragma once
-#include "../ptx/copy.cuh"
+#include "../ptx/async_copy.cuh"
 #include "../ptx/mma.cuh"
 #include "softmax.cuh"
-#include "values.cuh"
+#include "../common/pv_type.cuh"
 
 namespace sage {
 
-enum class Accumulate { fp32, fp16, fp8, int32 };  // of P·V; fp8: what an FP8 MMA calls fp32
+enum class PvAccum { fp32, fp16, fp8, int32 };  // of P·V; fp8: what an FP8 MMA calls fp32
 
 // The sums of one n-tile over one tile of keys.
-template <Values kValues, Accumulate kAccumulate>
+template <PvType kPvType, PvAccum kPvAccum>
 struct TileSum;
 
 template <>
-struct TileSum<Values::fp16, Accumulate::fp16> {
+struct TileSum<PvType::fp16, PvAccum::fp16> {
   u32 c[2] = {};
   __device__ __forceinline__ void add(const u32 (&p)[4], u32 b0, u32 b1, bool) { mma_f16_f16(c, p, b0, b1); }
   __device__ __forceinline__ float2 get(int half) const { return unpack_f16(c[half]); }
 };
 
 template <>
-struct TileSum<Values::fp8, Accumulate::fp16> {
+struct TileSum<PvType::fp8, PvAccum::fp16> {
   u32 c[2] = {};
   __device__ __forceinline__ void add(const u32 (&p)[4], u32 b0, u32 b1, bool) { mma_e4m3_f16(c, p, b0, b1); }
   __device__ __forceinline__ float2 get(int half) const { return unpack_f16(c[half]); }
 };
 
 template <>
-struct TileSum<Values::fp8, Accumulate::fp8> {
+struct TileSum<PvType::fp8, PvAccum::fp8> {
   float c[4] = {};
   __device__ __forceinline__ void add(const u32 (&p)[4], u32 b0, u32 b1, bool) { mma_e4m3(c, p, b0, b1); }
   __device__ __forceinline__ float2 get(int half) const { return {c[2 * half], c[2 * half + 1]}; }
 };
 
 template <>
-struct TileSum<Values::int8, Accumulate::int32> {
+struct TileSum<PvType::int8, PvAccum::int32> {
   u32 c[4];
   __device__ __forceinline__ void add(const u32 (&p)[4], u32 b0, u32 b1, bool first) {
     constexpr u32 kStart = kFastIntToFloat ? 0 : kPresetBits;
@@ -56,11 +56,11 @@ struct TileSum<Values::int8, Accumulate::int32> {
 };
 
 // P of one row, for a register of an A fragment: two scores of fp16, four of a byte.
-template <Values kValues>
-__device__ __forceinline__ u32 pack_weights(const float (&x)[4 / kValueBytes<kValues>]) {
-  if constexpr (kValues == Values::fp16)
+template <PvType kPvType>
+__device__ __forceinline__ u32 pack_p(const float (&x)[4 / kVElementBytes<kPvType>]) {
+  if constexpr (kPvType == PvType::fp16)
     return pack_f16(x[0], x[1]);
-  else if constexpr (kValues == Values::fp8)
+  else if constexpr (kPvType == PvType::fp8)
     return pack_e4m3(x[0], x[1], x[2], x[3]);
   else
     return pack_u8(x[0], x[1], x[2], x[3]);
@@ -68,11 +68,11 @@ __device__ __forceinline__ u32 pack_weights(const float (&x)[4 / kValueBytes<kVa
 
 // O += P·V over the tile's 64 keys; weight: of P in its row.
 template <class C>
-__device__ __forceinline__ void add_values(float (&o)[C::kRowTiles][C::kHeadDim / 8][4], const u32 (&p)[C::kRowTiles][C::kOperands][4],
-                                           const float (&weight)[C::kRowTiles][2], u32 tile) {
-  if constexpr (C::kValues == Values::fp16 && C::kAccumulate == Accumulate::fp32) {
+__device__ __forceinline__ void accumulate_pv(float (&o)[C::kRowTiles][C::kHeadDim / 8][4], const u32 (&p)[C::kRowTiles][C::kPFragments][4],
+                                           const float (&tile_scale)[C::kRowTiles][2], u32 tile) {
+  if constexpr (C::kPvType == PvType::fp16 && C::kPvAccum == PvAccum::fp32) {
 #pragma unroll
-    for (int c = 0; c < C::kOperands; ++c)
+    for (int c = 0; c < C::kPFragments; ++c)
 #pragma unroll
       for (int i = 0; i < C::kHeadDim / 16; ++i) {
         const uint4 b = load_shared16(tile + C::Layout::v_block(c, i));
@@ -82,9 +82,9 @@ __device__ __forceinline__ void add_values(float (&o)[C::kRowTiles][C::kHeadDim 
   } else {
 #pragma unroll
     for (int i = 0; i < C::kHeadDim / 16; ++i) {
-      TileSum<C::kValues, C::kAccumulate> sum[C::kRowTiles][2];
+      TileSum<C::kPvType, C::kPvAccum> sum[C::kRowTiles][2];
 #pragma unroll
-      for (int c = 0; c < C::kOperands; ++c) {
+      for (int c = 0; c < C::kPFragments; ++c) {
         const uint4 b = load_shared16(tile + C::Layout::v_block(c, i));
 #pragma unroll
         for (int r = 0; r < C::kRowTiles; ++r) sum[r][0].add(p[r][c], b.x, b.y, c == 0), sum[r][1].add(p[r][c], b.z, b.w, c == 0);
@@ -97,8 +97,8 @@ __device__ __forceinline__ void add_values(float (&o)[C::kRowTiles][C::kHeadDim 
           for (int half = 0; half < 2; ++half) {
             const float2 x = sum[r][n].get(half);
             float* to = o[r][2 * i + n] + 2 * half;
-            if constexpr (C::kTileMaximum)
-              to[0] = fmaf(x.x, weight[r][half], to[0]), to[1] = fmaf(x.y, weight[r][half], to[1]);
+            if constexpr (C::kTileMax)
+              to[0] = fmaf(x.x, tile_scale[r][half], to[0]), to[1] = fmaf(x.y, tile_scale[r][half], to[1]);
             else
               to[0] += x.x, to[1] += x.y;
           }

@@ -20,12 +20,12 @@ inline void copy_checked(u32 shared, const void* global, u32 bytes) {
   if ((uintptr_t)global % 16 || bytes % 16) fprintf(stderr, "a misaligned copy\n"), abort();
   memcpy(at_shared(shared, 16), global, bytes);
 }
-inline void copy_bulk(bool predicate, u32 shared, const void* global, u32 bytes, u32 b) {
+inline void cp_async_bulk(bool predicate, u32 shared, const void* global, u32 bytes, u32 b) {
   if (predicate) copy_checked(shared, global, bytes), mbarrier_arrive(true, b);
 }
-inline void copy16_async(u32 shared, const void* global) { copy_checked(shared, global, 16); }
-inline void copy_commit() {}
-template <int kPending> void copy_wait() {}
+inline void cp_async16(u32 shared, const void* global) { copy_checked(shared, global, 16); }
+inline void cp_async_commit() {}
+template <int kPending> void cp_async_wait() {}
 
 inline u32 shared_address(const void* p) { return (u32)(int)((const char*)p - address_base); }
 inline uint4 load_shared16(u32 a) { return *(uint4*)at_shared(a, 16); }
@@ -37,7 +37,7 @@ inline float2 load_shared_float2(u32 a) { return *(float2*)at_shared(a, 8); }
 inline void store_shared_float(u32 a, float x) { *(float*)at_shared(a, 4) = x; }
 
 struct Matrices { u32 address, out[4]; };
-inline uint4 load_matrices_transposed(u32 a) {
+inline uint4 ldmatrix_x4_trans(u32 a) {
   Matrices own{a, {}};
   collective(&own, [](void** lanes) {
     for (int i = 0; i < 32; ++i)
@@ -49,9 +49,9 @@ inline uint4 load_matrices_transposed(u32 a) {
   return {own.out[0], own.out[1], own.out[2], own.out[3]};
 }
 
-constexpr bool kLaunchesOverlap = ARCH >= 90;
-inline void wait_for_previous_launch() {}
-inline void let_next_launch_start() {}
+constexpr bool kProgrammaticLaunch = ARCH >= 90;
+inline void grid_dependency_wait() {}
+inline void grid_launch_dependents() {}
 
 inline void store_release(i32* to, i32 x) { *to = x; }
 inline i32 load_acquire(const i32* from) { return *from; }

@@ -1,18 +1,18 @@
-// First launch: K → anchor taken off, rotated, INT8, in the attention kernel's tiles; and what must be known of all of V before any of
+// First launch: K → k_mean taken off, rotated, INT8, in the attention kernel's tiles; and what must be known of all of V before any of
 // it can be quantised: each channel's largest and smallest value and its mean.
 //
 // The first pairs · splits blocks take V's statistics. The next launch needs nothing else of this one: it begins as soon as there is room
 // and those of its head are there. The other blocks quantise K: they compute where the first, and the next launch, wait for memory.
 // Such a block works on units of as many keys as share scales; a warp owns eight of them, and the codes of its lanes' registers are
-// already pieces of the tile. It works out its head's anchor, the mean of a strided sample of K, for itself.
+// already pieces of the tile. It works out its head's k_mean, the mean of a strided sample of K, for itself.
 //
 // Blocks write partial results, which the next launch reduces: the same bits on every run.
 #pragma once
-#include "../block/core_matrix.cuh"
-#include "../block/fragment.cuh"
+#include "../layout/core_matrix.cuh"
+#include "../layout/fragment.cuh"
 #include "../block/live_keys.cuh"
 #include "../block/rotate.cuh"
-#include "../ptx/copy.cuh"
+#include "../ptx/async_copy.cuh"
 #include "params.cuh"
 
 namespace sage {
@@ -20,21 +20,21 @@ namespace sage {
 constexpr int kLiveWords = 512, kMostSamples = 128;
 
 template <class Layout>
-struct KeysShared {
+struct QuantizeKShared {
   static constexpr int kHeadDim = Layout::kHeadDim, kThreads = 4 * Layout::kScaleKeys, kWarps = kThreads / 32;
   static constexpr int kLanes = kHeadDim / kChunk, kRows = kThreads / kLanes;  // threads of a row, rows at a time
   static_assert(kThreads % kLanes == 0, "a thread keeps its channels from row to row");
-  alignas(16) float parts[kThreads][kChunk];
-  alignas(16) float anchor[kHeadDim];  // times the rotation's power of two
-  float4 start[kHeadDim / 16][8];      // minus the anchor as an MMA leaves it, by MMA and g
+  alignas(16) float partial[kThreads][kChunk];
+  alignas(16) float k_mean[kHeadDim];  // times the rotation's power of two
+  float4 start[kHeadDim / 16][8];      // minus the k_mean as an MMA leaves it, by MMA and g
   float k_amax[2][kWarps][4];
   LiveWindow<kLiveWords> live;  // where some keys are not
-  i32 sample[kMostSamples];     // the keys whose mean is the anchor, where some keys are not live
+  i32 sample[kMostSamples];     // the keys whose mean is the k_mean, where some keys are not live
   i32 live_samples;
 };
 
 // Of one thread's eight channels, over its rows.
-struct Sum {
+struct ChannelSum {
   static constexpr int kResults = 1;
   float sum[kChunk] = {};
 
@@ -43,11 +43,11 @@ struct Sum {
   static __device__ __forceinline__ float combine(int, float a, float b) { return a + b; }
 };
 
-struct Spread {
+struct ChannelStats {
   static constexpr int kResults = 3;
   float largest[kChunk], smallest[kChunk], sum[kChunk];
 
-  __device__ __forceinline__ Spread() {
+  __device__ __forceinline__ ChannelStats() {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) largest[i] = -kInf, smallest[i] = kInf, sum[i] = 0.0f;
   }
@@ -93,13 +93,13 @@ __device__ __forceinline__ void reduce_rows(const u8* rows, i64 row_bytes, int c
   for (int result = 0; result < Statistics::kResults; ++result) {
     if (result) __syncthreads();  // the last result has been read
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) shared.parts[threadIdx.x][i] = statistics.get(result, i);
+    for (int i = 0; i < kChunk; ++i) shared.partial[threadIdx.x][i] = statistics.get(result, i);
     __syncthreads();  // every thread's part is there
     for (int c = threadIdx.x; c < Shared::kHeadDim; c += Shared::kThreads) {
-      float total = shared.parts[c / kChunk][c % kChunk];
+      float total = shared.partial[c / kChunk][c % kChunk];
 #pragma unroll
       for (int r = 1; r < Shared::kRows; ++r)
-        total = Statistics::combine(result, total, shared.parts[r * Shared::kLanes + c / kChunk][c % kChunk]);
+        total = Statistics::combine(result, total, shared.partial[r * Shared::kLanes + c / kChunk][c % kChunk]);
       out(result, c, total);
     }
   }
@@ -117,20 +117,20 @@ struct RawRow {
   }
 };
 
-// The lane's key in fp32, times the rotation's power of two, anchor taken off. Keys beyond the end are zero.
+// The lane's key in fp32, times the rotation's power of two, k_mean taken off. Keys beyond the end are zero.
 template <int kHeadDim, int kDtype, class Shared>
 __device__ __forceinline__ void unpack_key(const RawRow<kHeadDim, kDtype>& raw, bool valid, const Shared& shared, float (&x)[kHeadDim / 4]) {
   const int t = threadIdx.x % 4;
 #pragma unroll
   for (int c = 0; c < kHeadDim / 32; ++c) {
     unpack8<kDtype>(raw.chunk[c], x + kChunk * c);
-    const float4* four = reinterpret_cast<const float4*>(shared.anchor + 32 * c + kChunk * t);
+    const float4* four = reinterpret_cast<const float4*>(shared.k_mean + 32 * c + kChunk * t);
     const float4 a = four[0], b = four[1];
-    const float anchor[kChunk] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    const float k_mean[kChunk] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int e = 0; e < kChunk; ++e) {
       float& value = x[kChunk * c + e];
-      value = valid ? fmaf(value, 0.5f / kHeadDim, -anchor[e]) : 0.0f;
+      value = valid ? fmaf(value, 0.5f / kHeadDim, -k_mean[e]) : 0.0f;
     }
   }
 }
@@ -139,11 +139,11 @@ __device__ __forceinline__ void unpack_key(const RawRow<kHeadDim, kDtype>& raw, 
 // is `whole`. Writes the scales; the lane gets what codes of scale lane % 4 are to be multiplied by, and that scale in `scale`. All
 // threads of the block take part.
 template <class Layout, class Shared>
-__device__ __forceinline__ float share_scales(float amax, int group, bool whole, int unit, int tile_bytes, Shared& shared, u8* out,
+__device__ __forceinline__ float share_scales(float amax, int group, bool whole, int scale_block, int tile_bytes, Shared& shared, u8* out,
                                               float& scale) {
-  constexpr int kParts = Layout::kTile / Layout::kScaleKeys;  // units of a tile
-  const int lane = threadIdx.x % 32, part = unit % kParts;
-  float(&k_amax)[Shared::kWarps][4] = shared.k_amax[unit % 2];
+  constexpr int kBlocksPerTile = Layout::kTile / Layout::kScaleKeys;  // units of a tile
+  const int lane = threadIdx.x % 32, part = scale_block % kBlocksPerTile;
+  float(&k_amax)[Shared::kWarps][4] = shared.k_amax[scale_block % 2];
   if (whole) k_amax[threadIdx.x / 32][group] = amax;
   __syncthreads();  // every warp's maxima are there; whoever writes the next ones to the same place has seen the barrier after this
   amax = k_amax[min(lane / 4, Shared::kWarps - 1)][lane % 4];
@@ -152,9 +152,9 @@ __device__ __forceinline__ float share_scales(float amax, int group, bool whole,
   const float inverse = int8_inverse(amax);
   scale = inverse > 0.0f ? amax * (1.0f / 127) : 0.0f;
   if (threadIdx.x < 4) {
-    u8* scales = out + Layout::scales(tile_bytes) + Layout::kScalesPitch * lane;
+    u8* scales = out + Layout::scale_offset(tile_bytes) + Layout::kScalePitch * lane;
     *reinterpret_cast<float*>(scales + 4 * part) = scale;
-    if constexpr (Layout::kNumbered) *reinterpret_cast<i32*>(scales + 12) = unit / kParts;
+    if constexpr (Layout::kNumbered) *reinterpret_cast<i32*>(scales + 12) = scale_block / kBlocksPerTile;
   }
   return inverse;
 }
@@ -164,62 +164,62 @@ __device__ __forceinline__ float share_scales(float amax, int group, bool whole,
 //
 // By rotate(): in fp32, the lane's key by itself.
 template <class Layout, int kDtype>
-struct LaneKeys {
+struct RotateKByLane {
   static constexpr int kHeadDim = Layout::kHeadDim;
-  using Shared = KeysShared<Layout>;
+  using Shared = QuantizeKShared<Layout>;
 
   static __device__ __forceinline__ int row() { return threadIdx.x / 4; }
   __device__ __forceinline__ void prepare(Shared&) {}
 
   // counts(i): whether key i of the unit does; of the others the codes are 0.
   template <class Counts, class Load>
-  __device__ __forceinline__ float quantise(const RawRow<kHeadDim, kDtype>& raw, Counts counts, Load load, int unit, int tile_bytes,
+  __device__ __forceinline__ float quantise(const RawRow<kHeadDim, kDtype>& raw, Counts counts, Load load, int scale_block, int tile_bytes,
                                             Shared& shared, u8* out) const {
     const int lane = threadIdx.x % 32, t = lane % 4;
     float x[kHeadDim / 4], scale;
     unpack_key(raw, counts(row()), shared, x);
     load();
     rotate<kHeadDim>(x, t);
-    float amax = largest(x);
+    float amax = abs_max(x);
 #pragma unroll
     for (int other = 1; other <= 4; other *= 2) amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, other));
     const float inverse = __shfl_sync(
-        kAllLanes, share_scales<Layout>(amax, lane / 8, lane % 8 == 0, unit, tile_bytes, shared, out, scale), lane / 8, 32);
-    u8* to = out + Layout::k_chunk(0, unit * Layout::kScaleKeys % Layout::kTile + row(), t);
+        kAllLanes, share_scales<Layout>(amax, lane / 8, lane % 8 == 0, scale_block, tile_bytes, shared, out, scale), lane / 8, 32);
+    u8* to = out + Layout::k_chunk(0, scale_block * Layout::kScaleKeys % Layout::kTile + row(), t);
 #pragma unroll
     for (int c2 = 0; c2 < kHeadDim / 64; ++c2) {
-      const auto codes = [&](int i) {
-        const auto code = [&](int j) { return x[code_register<kHeadDim>(16 * c2 + 4 * i + j)]; };
-        return int8_codes(code(0), code(1), code(2), code(3), inverse);
+      const auto quantized = [&](int i) {
+        const auto channel = [&](int j) { return x[quantized_register<kHeadDim>(16 * c2 + 4 * i + j)]; };
+        return quantize_s8x4(channel(0), channel(1), channel(2), channel(3), inverse);
       };
-      *reinterpret_cast<uint4*>(to + Layout::k_chunk(c2, 0, 0)) = {codes(0), codes(1), codes(2), codes(3)};
+      *reinterpret_cast<uint4*>(to + Layout::k_chunk(c2, 0, 0)) = {quantized(0), quantized(1), quantized(2), quantized(3)};
     }
     return scale;
   }
 };
 
-// By a Rotation: the anchor, rotated as far as the MMAs go, is what their sums start at. Lane 4g + t ends up with 16 codes in a row of
+// By a Rotation: the k_mean, rotated as far as the MMAs go, is what their sums start at. Lane 4g + t ends up with 16 codes in a row of
 // each of its two keys, which are t and t + 4 of the eight so that stores fill whole sectors.
 template <class Layout, int kDtype>
-struct WarpKeys {
+struct RotateKByMma {
   static constexpr int kHeadDim = Layout::kHeadDim;
-  using Shared = KeysShared<Layout>;
+  using Shared = QuantizeKShared<Layout>;
   const Rotation<kHeadDim, kDtype> rotation{(int)threadIdx.x % 32};
 
   static __device__ __forceinline__ int row() { return threadIdx.x / 32 * 8 + threadIdx.x % 8 / 4 * 4 + threadIdx.x % 32 / 8; }
 
-  // After the anchor is complete.
+  // After the k_mean is complete.
   __device__ __forceinline__ void prepare(Shared& shared) {
     for (int i = threadIdx.x; i < kHeadDim; i += Shared::kThreads) {
-      const float x = -rotation.product(shared.anchor, i / 16, i % 16);
+      const float x = -rotation.product(shared.k_mean, i / 16, i % 16);
       reinterpret_cast<float2*>(&shared.start[i / 16][i % 8])[i / 8 % 2] = {x, x};
     }
     __syncthreads();
   }
 
-  // As of LaneKeys; `raw` of a key that does not count is finite.
+  // As of RotateKByLane; `raw` of a key that does not count is finite.
   template <class Counts, class Load>
-  __device__ __forceinline__ float quantise(const RawRow<kHeadDim, kDtype>& raw, Counts counts, Load load, int unit, int tile_bytes,
+  __device__ __forceinline__ float quantise(const RawRow<kHeadDim, kDtype>& raw, Counts counts, Load load, int scale_block, int tile_bytes,
                                             Shared& shared, u8* out) const {
     const int lane = threadIdx.x % 32, t = lane % 4, g = lane / 4, own = threadIdx.x / 32 * 8 + t;
     float y[2][kHeadDim / 8], scale;
@@ -232,29 +232,29 @@ struct WarpKeys {
     bool valid[2];
     float top[2];
 #pragma unroll
-    for (int j = 0; j < 2; ++j) valid[j] = counts(own + 4 * j), top[j] = fminf(largest(y[j]), valid[j] ? kInf : 0.0f);
+    for (int j = 0; j < 2; ++j) valid[j] = counts(own + 4 * j), top[j] = fminf(abs_max(y[j]), valid[j] ? kInf : 0.0f);
     // Keys t and t + 1 share a scale, of even t: their maximum goes to lane t, that of keys t + 4 and t + 5 to lane t + 1.
     float amax = fmaxf(t % 2 ? top[1] : top[0], __shfl_xor_sync(kAllLanes, t % 2 ? top[0] : top[1], 1));
 #pragma unroll
     for (int other = 4; other <= 16; other *= 2) amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, other));
-    const float inverses = share_scales<Layout>(amax, t / 2 + t % 2 * 2, lane < 4, unit, tile_bytes, shared, out, scale);
+    const float inverses = share_scales<Layout>(amax, t / 2 + t % 2 * 2, lane < 4, scale_block, tile_bytes, shared, out, scale);
     // Of the lane's first 16 bytes (eight at head_dim 64); the others lie at constant distances.
-    u8* to = out + Layout::k_chunk(kHeadDim == 64 ? 0 : g / 4, unit * Layout::kScaleKeys % Layout::kTile + own, g % 4);
+    u8* to = out + Layout::k_chunk(kHeadDim == 64 ? 0 : g / 4, scale_block * Layout::kScaleKeys % Layout::kTile + own, g % 4);
     if (kHeadDim == 64) to += g / 4 * 8;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       float inverse = __shfl_sync(kAllLanes, inverses, t / 2 + 2 * j, 32);
       if (!valid[j]) inverse = 0.0f;
-      u32 codes[kHeadDim / 32];
+      u32 quantized[kHeadDim / 32];
 #pragma unroll
-      for (int i = 0; i < kHeadDim / 32; ++i) codes[i] = int8_codes(y[j][4 * i], y[j][4 * i + 1], y[j][4 * i + 2], y[j][4 * i + 3], inverse);
+      for (int i = 0; i < kHeadDim / 32; ++i) quantized[i] = quantize_s8x4(y[j][4 * i], y[j][4 * i + 1], y[j][4 * i + 2], y[j][4 * i + 3], inverse);
       if constexpr (kHeadDim == 64) {
-        *reinterpret_cast<uint2*>(to + Layout::k_chunk(0, 4 * j, 0)) = {codes[0], codes[1]};
+        *reinterpret_cast<uint2*>(to + Layout::k_chunk(0, 4 * j, 0)) = {quantized[0], quantized[1]};
       } else {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 128; ++i)
-          *reinterpret_cast<uint4*>(to + Layout::k_chunk(2 * i, 4 * j, 0)) = {codes[4 * i], codes[4 * i + 1], codes[4 * i + 2],
-                                                                             codes[4 * i + 3]};
+          *reinterpret_cast<uint4*>(to + Layout::k_chunk(2 * i, 4 * j, 0)) = {quantized[4 * i], quantized[4 * i + 1], quantized[4 * i + 2],
+                                                                             quantized[4 * i + 3]};
       }
     }
     return scale;
@@ -262,22 +262,22 @@ struct WarpKeys {
 };
 
 template <bool kMmas, class Layout, int kDtype>
-struct KeysOf {
-  using Type = LaneKeys<Layout, kDtype>;
+struct RotateKOf {
+  using Type = RotateKByLane<Layout, kDtype>;
 };
 template <class Layout, int kDtype>
-struct KeysOf<true, Layout, kDtype> {
-  using Type = WarpKeys<Layout, kDtype>;
+struct RotateKOf<true, Layout, kDtype> {
+  using Type = RotateKByMma<Layout, kDtype>;
 };
 
-// The anchor's keys where not all are live: of every `sample_step` keys the first live one in the word of 32 that they begin in. If there
+// The k_mean's keys where not all are live: of every `k_mean_step` keys the first live one in the word of 32 that they begin in. If there
 // is none anywhere, the first live key of all, and if there is none of those, no key. Returns how many. All threads take part.
 template <class Layout>
-__device__ __forceinline__ int find_samples(const KeysParams& p, const LiveRows& live, KeysShared<Layout>& shared) {
+__device__ __forceinline__ int find_samples(const QuantizeKParams& p, const LiveRows& live, QuantizeKShared<Layout>& shared) {
   if (threadIdx.x == 0) shared.live_samples = 0;
   __syncthreads();  // the counter is 0
-  if (threadIdx.x < p.samples) {
-    const int key = threadIdx.x * p.sample_step, word = key / 32, end = key + p.sample_step - word * 32;
+  if (threadIdx.x < p.k_mean_samples) {
+    const int key = threadIdx.x * p.k_mean_step, word = key / 32, end = key + p.k_mean_step - word * 32;
     u32 bits = live.word(word) >> key % 32 << key % 32;
     if (end < 32) bits &= (1u << end) - 1;
     if (bits) shared.sample[atomicAdd(&shared.live_samples, 1)] = word * 32 + __ffs(bits) - 1;
@@ -292,66 +292,66 @@ __device__ __forceinline__ int find_samples(const KeysParams& p, const LiveRows&
 
 // kSome: not all keys are live.
 template <class Layout, int kDtype, bool kVectors, bool kSome>
-__device__ __forceinline__ void quantise_run(const KeysParams& p, const u8* k, const LiveRows& live, int pair, int run,
-                                             KeysShared<Layout>& shared) {
-  constexpr int kHeadDim = Layout::kHeadDim, kKeys = Layout::kScaleKeys, kParts = Layout::kTile / kKeys;
-  using Keys = typename KeysOf<kMma16 && kDtype != kFloat32, Layout, kDtype>::Type;
+__device__ __forceinline__ void quantize_cta(const QuantizeKParams& p, const u8* k, const LiveRows& live, int bh, int cta,
+                                             QuantizeKShared<Layout>& shared) {
+  constexpr int kHeadDim = Layout::kHeadDim, kKeys = Layout::kScaleKeys, kBlocksPerTile = Layout::kTile / kKeys;
+  using Rotate = typename RotateKOf<kMma16 && kDtype != kFloat32, Layout, kDtype>::Type;
   // The next unit's loads are under way while this one is rotated, where the registers allow it.
-  constexpr bool kAhead = !kSome && kHeadDim <= 128 && kDtype != kFloat32 && kVectors;
+  constexpr bool kPrefetch = !kSome && kHeadDim <= 128 && kDtype != kFloat32 && kVectors;
   const i64 row_bytes = p.k.stride_n * kElementBytes<kDtype>;
-  const int units = kParts * p.tiles, length = (units + p.runs - 1) / p.runs, first = run * length, last = min(first + length, units);
+  const int scale_blocks = kBlocksPerTile * p.kv_tiles, length = (scale_blocks + p.ctas_per_head - 1) / p.ctas_per_head, first = cta * length, last = min(first + length, scale_blocks);
   RawRow<kHeadDim, kDtype> raw;
   int window = 0;  // the key from which shared.live has words
-  const u8* key = k + min(first * kKeys + Keys::row(), p.len - 1) * row_bytes;
+  const u8* key = k + min(first * kKeys + Rotate::row(), p.len - 1) * row_bytes;
   const auto load = [&] { raw.template load<kVectors>(key, threadIdx.x % 4, p.head_dim); };
-  const auto advance = [&](int unit) {  // instead of a key beyond the end, one that there is
-    if (unit * kKeys + Keys::row() < p.len) key += kKeys * row_bytes;
+  const auto advance = [&](int scale_block) {  // instead of a key beyond the end, one that there is
+    if (scale_block * kKeys + Rotate::row() < p.len) key += kKeys * row_bytes;
   };
-  if (kAhead) load();
+  if (kPrefetch) load();
   const auto keep_anchor = [&](int, int c, float mean) {
-    shared.anchor[c] = mean * (0.5f / kHeadDim);
-    if (run == 0) p.anchor[pair * kHeadDim + c] = mean;
+    shared.k_mean[c] = mean * (0.5f / kHeadDim);
+    if (cta == 0) p.k_mean[bh * kHeadDim + c] = mean;
   };
   if constexpr (kSome) {
     const int samples = find_samples(p, live, shared);
-    reduce_rows<Sum, kDtype, kVectors>(k, row_bytes, samples, p.head_dim, 1.0f / max(samples, 1), shared,
+    reduce_rows<ChannelSum, kDtype, kVectors>(k, row_bytes, samples, p.head_dim, 1.0f / max(samples, 1), shared,
                                        [&](int i) -> Row { return {shared.sample[i], true}; }, keep_anchor);
     __syncthreads();  // the sums have been read: the window may lie where they were
     window = first * kKeys;
-    shared.live.load(live, window, KeysShared<Layout>::kThreads);
+    shared.live.load(live, window, QuantizeKShared<Layout>::kThreads);
   } else {
-    reduce_rows<Sum, kDtype, kVectors>(k, p.sample_step * row_bytes, p.samples, p.head_dim, 1.0f / p.samples, shared,
+    reduce_rows<ChannelSum, kDtype, kVectors>(k, p.k_mean_step * row_bytes, p.k_mean_samples, p.head_dim, 1.0f / p.k_mean_samples, shared,
                                        [](int i) -> Row { return {i, true}; }, keep_anchor);
   }
-  __syncthreads();  // the anchor is complete
-  Keys keys;
-  keys.prepare(shared);
+  __syncthreads();  // the k_mean is complete
+  Rotate rotate_k;
+  rotate_k.prepare(shared);
   float top = 0.0f;
-  for (int unit = first; unit < last; ++unit) {
-    if (!kAhead) raw = {}, load();  // so that it takes no registers in between
-    u8* out = p.kv + ((i64)pair * p.tiles + unit / kParts) * p.tile_bytes;
+  for (int scale_block = first; scale_block < last; ++scale_block) {
+    if (!kPrefetch) raw = {}, load();  // so that it takes no registers in between
+    u8* out = p.kv + ((i64)bh * p.kv_tiles + scale_block / kBlocksPerTile) * p.tile_bytes;
     const auto load_next = [&] {
-      advance(unit + 1);
-      if (kAhead && unit + 1 < last) load();
+      advance(scale_block + 1);
+      if (kPrefetch && scale_block + 1 < last) load();
     };
-    const int first_key = unit * kKeys;
+    const int first_key = scale_block * kKeys;
     if (kSome && first_key + kKeys > window / 32 * 32 + shared.live.kKeys) {  // share_scales() comes after the last look at it
       window = first_key;
-      shared.live.load(live, window, KeysShared<Layout>::kThreads);
+      shared.live.load(live, window, QuantizeKShared<Layout>::kThreads);
     }
     const auto counts = [&](int i) { return kSome ? shared.live.get(first_key + i, window) : first_key + i < p.len; };
-    if (kSome && !counts(Keys::row())) raw = {};
-    top = fmaxf(top, keys.quantise(raw, counts, load_next, unit, p.tile_bytes, shared, out));
+    if (kSome && !counts(Rotate::row())) raw = {};
+    top = fmaxf(top, rotate_k.quantise(raw, counts, load_next, scale_block, p.tile_bytes, shared, out));
   }
   top = row_max(top);
-  if (threadIdx.x == 0) p.k_scale_parts[blockIdx.x - p.pairs * p.splits] = top;
+  if (threadIdx.x == 0) p.k_scale_partial[blockIdx.x - p.bh_count * p.v_chunks] = top;
 }
 
 // Of the keys [first, first + count): stores how many are live, and returns the first of those, counted from `first`, −1 if there is
 // none. All threads take part.
 template <class Layout>
-__device__ __forceinline__ int count_live(const LiveRows& live, int first, int count, i32* total, KeysShared<Layout>& shared) {
-  shared.live.load(live, first, KeysShared<Layout>::kThreads);
+__device__ __forceinline__ int count_live(const LiveRows& live, int first, int count, i32* total, QuantizeKShared<Layout>& shared) {
+  shared.live.load(live, first, QuantizeKShared<Layout>::kThreads);
   int number = 0, substitute = -1;
   for (int key = first; key < first + count;) {
     const int end = min(first + count, key / 32 * 32 + 32);
@@ -366,44 +366,44 @@ __device__ __forceinline__ int count_live(const LiveRows& live, int first, int c
 
 // Layout: with V of either size. kSome: p.live says which keys are live.
 template <class Layout, bool kSome>
-__device__ void quantise_keys(const KeysParams& p) {
-  __shared__ KeysShared<Layout> shared;
-  const int parts = p.pairs * p.splits, block = blockIdx.x;
-  wait_for_previous_launch();
+__device__ void quantize_k(const QuantizeKParams& p) {
+  __shared__ QuantizeKShared<Layout> shared;
+  const int stats_ctas = p.bh_count * p.v_chunks, block = blockIdx.x;
+  grid_dependency_wait();
   if (block == 0) {
-    for (int i = threadIdx.x; i < p.dones; i += KeysShared<Layout>::kThreads) p.partials_done[i] = 0;
+    for (int i = threadIdx.x; i < p.split_kv_flags; i += QuantizeKShared<Layout>::kThreads) p.split_kv_ready[i] = 0;
     __syncthreads();  // thread 0 publishes them all
   }
   if (threadIdx.x == 0) {
-    if (block < parts) p.v_parts_done[block] = 0;
+    if (block < stats_ctas) p.v_stats_ready[block] = 0;
     __threadfence();  // no block of the next launch starts before all of this one have come here
-    let_next_launch_start();
+    grid_launch_dependents();
   }
-  with_access(p.dtype, p.vectors, [&](auto type, auto vectors) {
+  with_access(p.dtype, p.vectorized, [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
-    const auto head_of = [&](const Tokens& x, int pair) {
-      const int batch = (p.first + pair) / p.heads, head = (p.first + pair) % p.heads;
+    const auto head_of = [&](const Tokens& x, int bh) {
+      const int batch = (p.bh_first + bh) / p.heads, head = (p.bh_first + bh) % p.heads;
       return static_cast<const u8*>(x.data) + (batch * x.stride_b + head * x.stride_h) * kElementBytes<kDtype>;
     };
-    const auto live_of = [&](int pair) { return LiveRows(p.live, (p.first + pair) / p.heads, (p.first + pair) % p.heads); };
-    if (block >= parts) {
-      const int run = block - parts, pair = run / p.runs;
-      quantise_run<Layout, kDtype, decltype(vectors)::value, kSome>(p, head_of(p.k, pair), live_of(pair), pair, run - pair * p.runs, shared);
+    const auto live_of = [&](int bh) { return LiveRows(p.live, (p.bh_first + bh) / p.heads, (p.bh_first + bh) % p.heads); };
+    if (block >= stats_ctas) {
+      const int cta = block - stats_ctas, bh = cta / p.ctas_per_head;
+      quantize_cta<Layout, kDtype, decltype(vectors)::value, kSome>(p, head_of(p.k, bh), live_of(bh), bh, cta - bh * p.ctas_per_head, shared);
     } else {
-      const int pair = block / p.splits, first = block % p.splits * p.split_tokens;
+      const int bh = block / p.v_chunks, first = block % p.v_chunks * p.v_chunk_tokens;
       const i64 row_bytes = p.v.stride_n * kElementBytes<kDtype>;
-      float* to = p.v_parts + (i64)block * 3 * Layout::kHeadDim;
-      if (first == 0 && threadIdx.x < Layout::kHeadDim) p.v_codes[pair * Layout::kHeadDim + threadIdx.x] = 0;
-      const int count = min(p.split_tokens, p.len - first);
-      const u8* rows = head_of(p.v, pair) + first * row_bytes;
+      float* to = p.v_stats + (i64)block * 3 * Layout::kHeadDim;
+      if (first == 0 && threadIdx.x < Layout::kHeadDim) p.v_quant_sum[bh * Layout::kHeadDim + threadIdx.x] = 0;
+      const int count = min(p.v_chunk_tokens, p.len - first);
+      const u8* rows = head_of(p.v, bh) + first * row_bytes;
       const auto keep = [&](int result, int c, float value) { to[result * Layout::kHeadDim + c] = value; };
       if constexpr (kSome) {
-        const LiveRows live = live_of(pair);
+        const LiveRows live = live_of(bh);
         const int substitute = count_live(live, first, count, p.v_parts_live + block, shared);
         if (substitute < 0) {
-          for (int c = threadIdx.x; c < Layout::kHeadDim; c += KeysShared<Layout>::kThreads) keep(0, c, -kInf), keep(1, c, kInf), keep(2, c, 0.0f);
+          for (int c = threadIdx.x; c < Layout::kHeadDim; c += QuantizeKShared<Layout>::kThreads) keep(0, c, -kInf), keep(1, c, kInf), keep(2, c, 0.0f);
         } else {
-          reduce_rows<Spread, kDtype, decltype(vectors)::value>(
+          reduce_rows<ChannelStats, kDtype, decltype(vectors)::value>(
               rows, row_bytes, count, p.head_dim, 1.0f / p.len, shared,
               [&](int i) -> Row {
                 const bool counts = shared.live.get(first + i, first);
@@ -412,12 +412,12 @@ __device__ void quantise_keys(const KeysParams& p) {
               keep);
         }
       } else {
-        reduce_rows<Spread, kDtype, decltype(vectors)::value>(rows, row_bytes, count, p.head_dim, 1.0f / p.len, shared,
+        reduce_rows<ChannelStats, kDtype, decltype(vectors)::value>(rows, row_bytes, count, p.head_dim, 1.0f / p.len, shared,
                                                               [](int i) -> Row { return {i, true}; }, keep);
       }
       __threadfence();
       __syncthreads();  // all has been written
-      if (threadIdx.x == 0) store_release(p.v_parts_done + block, 1);
+      if (threadIdx.x == 0) store_release(p.v_stats_ready + block, 1);
     }
   });
 }

@@ -5,16 +5,16 @@
 // whole tiles fetched and the warps need not keep step: a `full` barrier a stage says that its tile has landed, an `empty` one
 // that all warps are done with it. Before Hopper every thread copies its share and the block keeps step with __syncthreads().
 #pragma once
-#include "../ptx/copy.cuh"
+#include "../ptx/async_copy.cuh"
 #include "../ptx/special.cuh"
 
 namespace sage {
 
-// kFirstShared: the number of the walk's tile 0 waits behind the ring, not in a register.
-template <int kTileBytes, int kStages, int kWarps, bool kFirstShared>
-struct TilePipe {
+// kFirstInSmem: the number of the walk's tile 0 waits behind the ring, not in a register.
+template <int kTileBytes, int kStages, int kWarps, bool kFirstInSmem>
+struct KvPipeline {
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kBytes = kStages * kTileBytes + (kBulkCopy ? 16 * kStages : 0) + (kFirstShared ? 16 : 0);
+  static constexpr int kBytes = kStages * kTileBytes + (kBulkCopy ? 16 * kStages : 0) + (kFirstInSmem ? 16 : 0);
   static constexpr int kFirst = kBytes - 16;  // of `first` there
   static constexpr int kCopies = kTileBytes / 16 / kThreads;  // of 16 bytes, by every thread; the first few make one more
 
@@ -34,7 +34,7 @@ struct TilePipe {
   template <class Next>
   __device__ __forceinline__ void start(u32 ring, const u8* all_tiles, int tile0, Next next) {
     shared = ring, source = all_tiles, first = tile0, stage = 0, phase = 0;
-    if constexpr (kFirstShared)  // a __syncthreads() follows, here or in acquire(), before it is read
+    if constexpr (kFirstInSmem)  // a __syncthreads() follows, here or in acquire(), before it is read
       if (threadIdx.x == 0) store_shared_float(shared + kFirst, __int_as_float(tile0));
     if constexpr (kBulkCopy) {
       if (threadIdx.x == 0)
@@ -57,10 +57,10 @@ struct TilePipe {
     } else if constexpr (kStages == 1) {
       __syncthreads();  // every warp is done with the one stage
       fetch(0, ahead);
-      copy_wait<0>();
+      cp_async_wait<0>();
       __syncthreads();  // every thread's part of the tile has landed
     } else {
-      copy_wait<kStages - 2>();
+      cp_async_wait<kStages - 2>();
       __syncthreads();  // the tile has landed for all, and every warp is done with the stage before it
       fetch(before(), ahead);
     }
@@ -83,19 +83,19 @@ struct TilePipe {
  private:
   template <bool kStart = false>
   __device__ __forceinline__ void fetch(int s, int n) {
-    const u8* from = source + (i64)((kFirstShared && !kStart ? __float_as_int(load_shared_float(shared + kFirst)) : first) + n) * kTileBytes;
+    const u8* from = source + (i64)((kFirstInSmem && !kStart ? __float_as_int(load_shared_float(shared + kFirst)) : first) + n) * kTileBytes;
     const u32 to = shared + s * kTileBytes;
     if constexpr (kBulkCopy) {
-      copy_bulk(threadIdx.x == 0 && n >= 0, to, from, kTileBytes, full(s));
+      cp_async_bulk(threadIdx.x == 0 && n >= 0, to, from, kTileBytes, full(s));
     } else {
       if (n >= 0) {
         const u32 at = 16 * special_tid_x();  // read anew: no register holds it from tile to tile
 #pragma unroll
-        for (int c = 0; c < kCopies; ++c) copy16_async(to + at + 16 * kThreads * c, from + at + 16 * kThreads * c);
+        for (int c = 0; c < kCopies; ++c) cp_async16(to + at + 16 * kThreads * c, from + at + 16 * kThreads * c);
         if (at < kTileBytes - 16 * kThreads * kCopies)
-          copy16_async(to + at + 16 * kThreads * kCopies, from + at + 16 * kThreads * kCopies);
+          cp_async16(to + at + 16 * kThreads * kCopies, from + at + 16 * kThreads * kCopies);
       }
-      copy_commit();  // also where nothing is left to fetch, so that the waits count the same
+      cp_async_commit();  // also where nothing is left to fetch, so that the waits count the same
     }
   }
 };

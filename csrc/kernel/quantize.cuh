@@ -1,5 +1,5 @@
 // All launches before attention, in one image.
 #pragma once
 #include "classify_mask.cuh"
-#include "quantise_keys.cuh"
-#include "quantise_values.cuh"
+#include "quantize_k.cuh"
+#include "quantize_v.cuh"

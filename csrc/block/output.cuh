@@ -1,6 +1,6 @@
 // O / sum, V's channel scales, the output's dtype; LSE.
 #pragma once
-#include "load.cuh"
+#include "../common/tensor.cuh"
 
 namespace sage {
 

@@ -1,0 +1,326 @@
+// Third launch on Hopper: softmax(Q·Kᵀ)·V with wgmma – INT8 for the scores, e4m3 for P·V, sums in fp32.
+//
+// A block works as mainloop_sm90_fp16.cuh says; what differs is what FP8 asks for. The tensor cores keep about 14 bits of an FP8
+// accumulator, so a coherent sum loses up to 1.1e-5 a key: O lives in fp32 registers of its own, and a fresh accumulator is added to
+// it after 256 keys. Two sets of sums fit the registers beside two of scores if a step takes 64 keys at 128 channels
+// (128 at 64). And the products are so fast that the exponentials bind: half of the weights do without one.
+#pragma once
+#include "attend_sm90.cuh"
+
+namespace sage {
+
+template <class Layout_, Mask kMask_, int kStages_, int kQStages_>
+struct WgmmaFp8Config : WgmmaConfig<Layout_, kMask_, kStages_, kQStages_> {
+  using Layout = Layout_;
+  static constexpr bool kLoneIsMasked = true;  // the loop wants two
+  static constexpr int kStep = Layout::kHeadDim == 64 ? 128 : 64;  // keys of one step of the softmax
+  static constexpr int kStepsPerTile = Layout::kTile / kStep, kScaleCount = kStep / Layout::kScaleKeys;
+  static constexpr int kScoreRegisters = kStep / 2, kProbRegisters = kStep / 8;
+  static constexpr int kOutRegisters = Layout::kHeadDim / 2, kAccRegisters = Layout::kVColumns / 2;
+  static_assert(Layout::kTile == 128 && Layout::kOnes && Layout::kVElementBytes == 1, "steps and scales are worked out for this tile");
+};
+
+template <class C>
+struct MainloopFp8 : MainloopSm90<C> {
+  using Base = MainloopSm90<C>;
+  using typename Base::Layout, typename Base::Scores, typename Base::ProbFragments;
+  using Base::barrier, Base::tile, Base::mask_scores, Base::load_k_scales, Base::tile_number, Base::m_i, Base::ring, Base::k_scales,
+      Base::q_scale, Base::sQ, Base::p;
+  using Scales = float[C::kScaleCount][2];  // [part of the step][row half]
+  static constexpr int kHeadDim = C::kHeadDim, kStepsPerTile = C::kStepsPerTile;
+  static constexpr float kLog2E4m3Max = 8.8073549220576f;  // log2(448) = log2_p_max + rescale_threshold
+  static constexpr float kNoScore = -3e38f;                   // a reference below all scores, and a number
+
+  // P is 2^(score − near), O and the sums are relative to `m_i` as everywhere.
+  float o[C::kOutRegisters], l_i[2];
+  float acc[C::kAccRegisters];  // of the tensor cores: O and, in the columns of ones, the sums, of the current group of steps
+  float m_p[2];
+  bool arrives;  // which lane tells that a stage is free: asked once (`opaque`), for the special register takes its time
+
+  // S = Q·Kᵀ of one part of the tile that `at` stands on: issued, not awaited.
+  template <int kStepInTile>
+  __device__ __forceinline__ void issue_scores(Scores& s, const Ring<C::kStages>& at) const {
+    const u64 rows = wgmma_descriptor<C::kQPitch>(sQ);
+    const u64 keys = wgmma_descriptor<Layout::kKPitch>(tile(at.stage)) + (kStepInTile * C::kStep * 16 >> 4);
+    if (kStepInTile == 0) mbarrier_wait(barrier(at.stage) + kKFull, at.parity);
+    warpgroup_fence_operand(s);
+    wgmma_fence();
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 32; ++c)
+      wgmma_s8(s, rows + (2 * c * C::kQPitch >> 4), keys + (2 * c * Layout::kKPitch >> 4), c > 0);
+    wgmma_commit();
+  }
+
+  // acc = P·V (+ acc unless fresh) of one part of the current tile: issued, not awaited.
+  template <int kStepInTile>
+  __device__ __forceinline__ void issue_pv(const ProbFragments& prob, bool fresh) {
+    const u64 v = wgmma_descriptor<Layout::kVPitch>(tile(ring.stage) + Layout::kV) + (kStepInTile * C::kStep / 16 * Layout::kVPitch >> 4);
+    if (kStepInTile == 0) mbarrier_wait(barrier(ring.stage) + kVFull, ring.parity);
+    warpgroup_fence_operand(acc);
+    wgmma_fence();
+#pragma unroll
+    for (int c = 0; c < C::kStep / 32; ++c) wgmma_e4m3(acc, prob + 4 * c, v + (2 * c * Layout::kVPitch >> 4), c > 0 || !fresh);
+    wgmma_commit();
+  }
+
+  // A stage's keys or values have been read. A branch, not a predicate: ptxas takes accumulators for complete from the end of the
+  // basic block that waits for them.
+  __device__ __forceinline__ void release(u32 which, u32 stage) const {
+    __syncwarp();
+    if (arrives) mbarrier_arrive(true, barrier(stage) + which);
+  }
+
+  // K scales of one part of the current tile, times the rows'.
+  template <int kStepInTile>
+  __device__ __forceinline__ void read_scales(Scales& scale) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < C::kScaleCount; ++i) scale[i][half] = q_scale[half] * __uint_as_float(kStepInTile + i ? k_scales.y : k_scales.x);
+  }
+
+  // The largest of the lane's scores in one row half, in base 2.
+  static __device__ __forceinline__ float lane_max(const Scores& s, const Scales& scale, int half) {
+    float top = 0.0f;
+#pragma unroll
+    for (int part = 0; part < C::kScaleCount; ++part) {
+      const float x = (float)Base::template lane_max<C::kScaleCount>(s, part, half) * scale[part][half];
+      top = part ? fmaxf(top, x) : x;
+    }
+    return top;
+  }
+
+  // Moves what P is relative to in rows with a weight beyond e4m3's range, within a group of steps. Seldom: what a row has in common
+  // with its other three lanes is only asked here.
+  __device__ __forceinline__ void update_m_p(const float (&top)[2], float (&alpha)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float most = row_max(top[half]), old = m_p[half];
+      if (most > old + kLog2E4m3Max) m_p[half] = most > m_i[half] + kLog2E4m3Max ? most - p.log2_p_max : m_i[half];
+      alpha[half] = exp2_approx(old - m_p[half]);
+    }
+  }
+
+  __device__ __forceinline__ void rescale(const float (&alpha)[2]) {
+#pragma unroll
+    for (int i = 0; i < C::kAccRegisters; ++i) acc[i] *= alpha[i % 4 / 2];
+  }
+
+  // O's reference follows P's, and the scores of a step that begins a group.
+  __device__ __forceinline__ void update_m_i(const float (&top)[2]) {
+    const float old[2] = {m_i[0], m_i[1]};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float most = row_max(top[half]);
+      m_i[half] = fmaxf(old[half], m_p[half]);
+      if (most > m_i[half] + kLog2E4m3Max) m_i[half] = most - p.log2_p_max;
+    }
+    if (!__any_sync(kAllLanes, l_i[0] + l_i[1] > 0.0f)) return;  // O is 0
+    float alpha[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) alpha[half] = exp2_approx(old[half] - m_i[half]), l_i[half] *= alpha[half];
+#pragma unroll
+    for (int i = 0; i < C::kOutRegisters; ++i) o[i] *= alpha[i % 4 / 2];
+  }
+
+  // A group of steps is complete: acc into O.
+  __device__ __forceinline__ void promote() {
+    float alpha[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      alpha[half] = exp2_approx(m_p[half] - m_i[half]);
+      l_i[half] = fmaf(acc[kHeadDim / 2 + 2 * half], alpha[half], l_i[half]);
+    }
+#pragma unroll
+    for (int i = 0; i < C::kOutRegisters; ++i) o[i] = fmaf(acc[i], alpha[i % 4 / 2], o[i]);
+  }
+
+  // What P of a group that begins is relative to. A flat tail far below a row's reference must not be lost on the lines of `softmax_step`:
+  // where all of a row's scores are, its weights are raised.
+  __device__ __forceinline__ void begin_group(const float (&top)[2]) {
+    constexpr float kTailThreshold = 3.0f, kTailBoostLog2 = 4.0f;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const u32 far = __ballot_sync(kAllLanes, top[half] < m_i[half] - kTailThreshold) >> (special_tid_x() & 28);
+      m_p[half] = (far & 15) == 15 ? m_i[half] - kTailBoostLog2 : m_i[half];  // the row's four lanes
+    }
+  }
+
+  // Scores → P in e4m3, in the order of the products' A fragments: word w has of keys 16·(w/2) … + 15 the lane's four of row half w%2.
+  // The last two of them get an exponential. The others are on a straight line for each octave, which is to say that their codes are a
+  // linear function of the score: down to 2^-6, below which e4m3 has no exponents. Not where a mask may have taken scores and
+  // reference far from 0.
+  template <bool kMasked>
+  __device__ __forceinline__ void softmax_step(const Scores& s, const Scales& scale, ProbFragments& prob) const {
+    constexpr float kLineExcess = 15.0f / 256;  // the line is too high by this, in base 2, on average
+    constexpr int kExpChain = 4;
+    float shift[2], line[2], x[C::kProbRegisters][4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) shift[half] = -m_p[half], line[half] = fmaf(shift[half], 8.0f, 8 * (7 - kLineExcess));
+#pragma unroll
+    for (int w = 0; w < C::kProbRegisters; ++w) {
+      // The codes wait for exponentials of some words before: so the compiler spreads exponentials, of which a scheduler starts one
+      // in eight cycles, over all of the conversions. It gathers them behind the rest otherwise.
+      if (!kMasked && w >= kExpChain && w % kExpChain < 2) line[w % 2] = fmaf(x[w - kExpChain][2], 0.0f, line[w % 2]);
+      const float unit = kMasked ? 1.0f : scale[w * C::kScaleCount / C::kProbRegisters][w % 2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int e = (i + 2) % 4;
+        const i32 score = s[w / 2 * 8 + w % 2 * 2 + e % 2 + e / 2 * 4];
+        const float y = kMasked ? __int_as_float(score) : (float)score;
+        x[w][e] = !kMasked && e < 2 ? fmaf(y, 8 * unit, line[w % 2]) : exp2_approx(fmaf(y, unit, shift[w % 2]));
+      }
+      prob[w] = kMasked ? pack_e4m3(x[w][0], x[w][1], x[w][2], x[w][3]) : pack_e4m3_bits(x[w][0], x[w][1], x[w][2], x[w][3]);
+    }
+  }
+
+  // One step, whose scores are in `s`. Meanwhile the tensor cores have the scores of the next step and P·V of the one before, and
+  // afterwards P·V of this one. fresh: a group of steps begins. last: there is no next tile, and this one's scores are taken again, for
+  // nothing: one loop without other ends is worth more, its instructions stay in the multiprocessor's cache.
+  template <int kStepInTile>
+  __device__ __forceinline__ void step(Scores& s, Scores& next, ProbFragments& prob, bool fresh, bool first, bool last) {
+    constexpr bool kTileEnds = kStepInTile == kStepsPerTile - 1;
+    Scales scale;
+    float top[2], alpha[2];
+    Ring<C::kStages> after = ring, before = ring;
+    if (kTileEnds && !last) after.advance();
+    before.retreat();
+    read_scales<kStepInTile>(scale);
+    warpgroup_fence_operand(s);
+    bool moves = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      top[half] = lane_max(s, scale, half);
+      moves |= top[half] > m_p[half] + kLog2E4m3Max || (fresh && m_p[half] > m_i[half]);
+    }
+    moves = __any_sync(kAllLanes, moves);
+    issue_scores<kTileEnds ? 0 : kStepInTile + 1>(next, after);
+    if (kTileEnds) release(kKEmpty, ring.stage);  // not before: the last step waits for the same keys again
+    if (moves) {
+      if (fresh)
+        update_m_i(top);
+      else
+        update_m_p(top, alpha);
+    }
+    if (kTileEnds) load_k_scales(after.stage);
+    wgmma_wait<1>();
+    warpgroup_fence_operand(acc);
+    if (kStepInTile == 0 && !first) release(kVEmpty, before.stage);
+    if (fresh) {
+      if (!first) promote();
+      begin_group(top);
+    } else if (moves) {
+      rescale(alpha);
+    }
+    softmax_step<false>(s, scale, prob);
+    issue_pv<kStepInTile>(prob, fresh);
+    wgmma_wait<1>();
+    warpgroup_fence_operand(next);
+    ring = after;
+  }
+
+  // One part of a tile on its own, masked.
+  template <int kStepInTile>
+  __device__ __forceinline__ void masked_step(Scores& s) {
+    Scales scale;
+    ProbFragments prob;
+    float top[2];
+    issue_scores<kStepInTile>(s, ring);
+    if (kStepInTile == 0) load_k_scales(ring.stage);
+    const int key0 = tile_number * C::kTile + kStepInTile * C::kStep;
+    const auto keys = Base::visible(key0);
+    wgmma_wait<0>();
+    read_scales<kStepInTile>(scale);
+    warpgroup_fence_operand(s);
+    if (kStepInTile == kStepsPerTile - 1) release(kKEmpty, ring.stage);
+    mask_scores(s, scale, keys, key0, top);
+    if (__any_sync(kAllLanes, top[0] > m_i[0] + kLog2E4m3Max || top[1] > m_i[1] + kLog2E4m3Max)) update_m_i(top);
+    m_p[0] = m_i[0], m_p[1] = m_i[1];
+    softmax_step<true>(s, scale, prob);
+    issue_pv<kStepInTile>(prob, true);
+    wgmma_wait<0>();
+    warpgroup_fence_operand(acc);
+    promote();
+  }
+
+  __device__ __forceinline__ void masked_tile() {
+    Scores s;
+    masked_step<0>(s);
+    if constexpr (kStepsPerTile == 2) masked_step<1>(s);
+    release(kVEmpty, ring.stage);
+    ring.advance();
+  }
+
+  // The end of a run: P·V of its last step.
+  __device__ __forceinline__ void finish() {
+    wgmma_wait<0>();
+    warpgroup_fence_operand(acc);
+    release(kVEmpty, ring.stage);
+    if (__any_sync(kAllLanes, m_p[0] > m_i[0] || m_p[1] > m_i[1])) update_m_i({kNoScore, kNoScore});
+    promote();
+    ring.advance();
+  }
+
+  // `tiles` of them without masked keys. ptxas wants two ends (docs/kernels.md).
+  __device__ __forceinline__ void unmasked_tiles(int tiles) {
+    Scores even, odd;
+    ProbFragments prob;
+    if constexpr (kStepsPerTile == 1)  // the shuffles tell the compiler that all lanes have the same: it keeps them in uniform registers
+      tiles = __shfl_sync(kAllLanes, tiles, 0), ring.stage = __shfl_sync(kAllLanes, ring.stage, 0), ring.parity = __shfl_sync(kAllLanes, ring.parity, 0);
+    issue_scores<0>(even, ring);
+    load_k_scales(ring.stage);
+#pragma unroll
+    for (int i = 0; i < C::kProbRegisters; ++i) prob[i] = 0;
+    wgmma_wait<0>();
+    warpgroup_fence_operand(even);
+    issue_pv<0>(prob, true);  // sums of 0: so the loop is entered as it is repeated
+    if constexpr (kStepsPerTile == 2) {
+      for (bool first = true;; first = false, tiles -= 2) {
+        step<0>(even, odd, prob, true, first, false);
+        step<1>(odd, even, prob, false, false, tiles == 1);
+        if (tiles == 1) {
+          finish();
+          return;
+        }
+        step<0>(even, odd, prob, false, false, false);
+        step<1>(odd, even, prob, false, false, tiles == 2);
+        if (tiles == 2) {
+          finish();
+          return;
+        }
+      }
+    } else {
+      step<0>(even, odd, prob, true, true, false);
+      for (; tiles > 3; tiles -= 2) {
+        step<0>(odd, even, prob, false, false, false);
+        step<0>(even, odd, prob, true, false, false);
+      }
+      if (tiles == 3) {
+        step<0>(odd, even, prob, false, false, false);
+        step<0>(even, odd, prob, true, false, true);
+        finish();
+      } else {
+        step<0>(odd, even, prob, false, false, true);
+        finish();
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run(KvRange range, float (&l_out)[2]) {
+#pragma unroll
+    for (int i = 0; i < C::kOutRegisters; ++i) o[i] = 0.0f;
+    l_i[0] = l_i[1] = 0.0f;
+    arrives = opaque(elected());
+    m_i[0] = m_i[1] = m_p[0] = m_p[1] = kNoScore;
+    for (int left = range.masked; left; --left) masked_tile();
+    if (range.unmasked) unmasked_tiles(range.unmasked);
+    l_out[0] = l_i[0], l_out[1] = l_i[1];
+  }
+};
+
+template <class C, int kSharedBytes>
+__device__ __forceinline__ void attend_wgmma_fp8(const AttendParams& p) {
+  attend_block<C, MainloopFp8, kSharedBytes>(p);
+}
+
+}  // namespace sage
