@@ -3,8 +3,8 @@
 
     python3 dev.py demo     sample a small diffusion model with every attention variant, and picture the difference
     python3 dev.py test     the tests (further arguments go to pytest; `-n 0` for one process)
-    python3 dev.py build    the CUDA kernels (further arguments go to csrc/build.py)
-    python3 dev.py wheels   the release's wheels and their index (further arguments go to wheels/build.py)
+    python3 dev.py build    the CUDA kernels (further arguments go to csrc/tools/build.py)
+    python3 dev.py wheels   the launchers' wheels and their index (further arguments go to wheels/build.py)
     python3 dev.py bench    the kernels' speed (further arguments go to `python -m sageattention bench`)
 
 Each makes .venv beside this file on its first run, with the packages that requirements-dev.txt pins. `--here` uses the Python that
@@ -147,7 +147,7 @@ def test(here: bool, arguments: list[str]) -> int:
 
 
 def build(here: bool, arguments: list[str]) -> int:
-    return subprocess.call([_python(here), str(ROOT / "csrc" / "build.py"), *arguments], cwd=ROOT)
+    return subprocess.call([_python(here), str(ROOT / "csrc" / "tools" / "build.py"), *arguments], cwd=ROOT)
 
 
 def wheels(here: bool, arguments: list[str]) -> int:

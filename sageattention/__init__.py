@@ -15,6 +15,7 @@ from .api import (
     sageattn_qk_int8_pv_fp16_triton,
     sageattn_qk_int8_pv_int8_cuda,
     sageattn_varlen,
+    scaled_dot_product_attention,
 )
 from .errors import CudaError, KernelMissing, Unsupported
 
@@ -36,4 +37,5 @@ __all__ = [
     "sageattn_qk_int8_pv_fp16_triton",
     "sageattn_qk_int8_pv_int8_cuda",
     "sageattn_varlen",
+    "scaled_dot_product_attention",
 ]

@@ -3,9 +3,14 @@
 Shapes, the same for every function here: `tensor_layout="HND"` is [B, H, N, D], `"NHD"` is [B, N, H, D]; q has Hq heads and
 Nq tokens, k and v have Hkv heads (Hq a multiple of Hkv) and Nk tokens; head_dim D is 1 to 256. All three are fp16, bf16 or fp32,
 of one dtype, on one device, their last stride 1 and the others any. The output has q's shape, dtype and layout.
+`sageattn`, where no variant is named, and `scaled_dot_product_attention` take whatever else torch's function takes, and run it there:
+larger head_dim, a V of another width, fp64, gradients, tensors of another rank (HND, without an lse).
 `attn_mask` is bool (True keeps) or additive (fp16, bf16, fp32; natural-log units), broadcastable to [B, Hq, Nq, Nk].
 `is_causal` keeps keys up to the query's own index, as torch's SDPA does. `sm_scale` defaults to D^−0.5.
 With `return_lse` the result is (out, lse [B, Hq, Nq] fp32, natural log).
+The parameters after `attn_mask` or `pv_accum_dtype`, from `dropout_p` on, are those of `neutral`: accepted because programs pass them.
+As `torch.nn.functional.scaled_dot_product_attention` is called, by position or keyword, so can every function be: an attn_mask (or
+None) in tensor_layout's place is followed by dropout_p and is_causal.
 Finite inputs give finite outputs; a fully masked row gives 0 and an lse of −inf.
 
 Errors: `Unsupported` (a ValueError; nothing has run, another attention may be tried), `KernelMissing`, `CudaError`.
@@ -18,8 +23,9 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .errors import KernelMissing, Unsupported
-from .variants import CUDA_FP8, CUDA_FP8_SM90, CUDA_FP16, CUDA_INT8, TRITON_FP16, VARIANTS
+from . import neutral
+from .errors import KernelMissing, TorchOnly, Unsupported
+from .variants import CUDA_FP8, CUDA_FP8_SM90, CUDA_FP16, CUDA_INT8, TRITON_FP16, VARIANTS, Variant
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -30,145 +36,163 @@ if TYPE_CHECKING:
 
     Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
+QK_QUANT_GRAN = ("per_warp", "per_thread")
+PV_ACCUM_DTYPES = tuple(dict.fromkeys(accum for variant in VARIANTS.values() for accum in variant.accum))
+
 
 def sageattn(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    tensor_layout: str = "HND",
-    is_causal: bool = False,
-    sm_scale: float | None = None,
-    return_lse: bool = False,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", is_causal: bool = False,
+    sm_scale: float | None = None, return_lse: bool = False,
     *,
-    attn_mask: torch.Tensor | None = None,
-    smooth_k: bool = True,
-    variant: str = "auto",
-) -> Output:
+    attn_mask: torch.Tensor | None = None, smooth_k: bool = True, variant: str = "auto", qk_quant_gran: str = "per_thread",
+    pv_accum_dtype: str | None = None,
+    dropout_p: float = 0.0, scale: float | None = None, softmax_scale: float | None = None, causal: bool | None = None,
+    enable_gqa: bool = False, window_size: tuple[int, int] | None = None, softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_softmax: bool = False, return_attn_probs: bool = False,
+) -> Output:  # fmt: skip
     """Attention by the variant that suits the call and the machine best (`explain` tells which and why).
 
     Args:
         variant: "auto", or a name from `available_variants()`. `SAGEATTENTION_VARIANT` replaces "auto" where it is set.
         smooth_k: accepted for compatibility; K is always shifted, which leaves the exact result as it is.
+        qk_quant_gran: accepted for compatibility; the finest granularity is always used.
+        pv_accum_dtype: the accumulator of P·V; of "auto" it narrows the choice to the variants that have it, if one that runs has.
     """
-    return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, variant)
+    if not isinstance(tensor_layout, str):
+        attn_mask, dropout_p, is_causal = _by_position(tensor_layout, attn_mask, dropout_p, is_causal, sm_scale)
+        tensor_layout, sm_scale = "HND", None if isinstance(sm_scale, bool) else sm_scale
+    _check_choice("qk_quant_gran", qk_quant_gran, QK_QUANT_GRAN)
+    if pv_accum_dtype is not None:
+        _check_choice("pv_accum_dtype", pv_accum_dtype, PV_ACCUM_DTYPES)
+    is_causal, sm_scale = neutral.settle(
+        q, k, tensor_layout, is_causal, sm_scale,
+        scale, softmax_scale, causal, dropout_p, enable_gqa, window_size, softcap, alibi_slopes, deterministic,
+        return_softmax, return_attn_probs,
+    )  # fmt: skip
+    return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, variant, pv_accum_dtype or "")
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None, enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """`sageattn` with the signature of torch.nn.functional.scaled_dot_product_attention, to be put in its place.
+
+    Dropout, as for training, is torch's to do.
+    """
+    if dropout_p:
+        return _dispatch().sdpa.TORCH_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return _call(query, key, value, "HND", is_causal, scale, False, attn_mask, "auto")
 
 
 def sageattn_qk_int8_pv_fp16_triton(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    tensor_layout: str = "HND",
-    quantization_backend: str = "triton",
-    is_causal: bool = False,
-    attn_mask: torch.Tensor | None = None,
-    sm_scale: float | None = None,
-    smooth_k: bool = True,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", quantization_backend: str = "triton",
+    is_causal: bool = False, attn_mask: torch.Tensor | None = None, sm_scale: float | None = None, smooth_k: bool = True,
     return_lse: bool = False,
-) -> Output:
+    *,
+    dropout_p: float = 0.0, scale: float | None = None, softmax_scale: float | None = None, causal: bool | None = None,
+    enable_gqa: bool = False, window_size: tuple[int, int] | None = None, softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_softmax: bool = False, return_attn_probs: bool = False,
+) -> Output:  # fmt: skip
     """INT8 QKᵀ and FP16 PV with FP32 accumulation, in Triton. `quantization_backend` and `smooth_k` change nothing."""
-    _check_choice("quantization_backend", quantization_backend, ("triton", "cuda"))
+    if not isinstance(tensor_layout, str):
+        attn_mask, dropout_p, is_causal = _by_position(tensor_layout, attn_mask, dropout_p, quantization_backend, is_causal)
+        tensor_layout = "HND"
+    else:
+        _check_choice("quantization_backend", quantization_backend, ("triton", "cuda"))
+    is_causal, sm_scale = neutral.settle(
+        q, k, tensor_layout, is_causal, sm_scale,
+        scale, softmax_scale, causal, dropout_p, enable_gqa, window_size, softcap, alibi_slopes, deterministic,
+        return_softmax, return_attn_probs,
+    )  # fmt: skip
     return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, TRITON_FP16.name)
 
 
 def sageattn_qk_int8_pv_fp16_cuda(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    tensor_layout: str = "HND",
-    is_causal: bool = False,
-    qk_quant_gran: str = "per_thread",
-    sm_scale: float | None = None,
-    pv_accum_dtype: str = "fp32",
-    smooth_k: bool = True,
-    smooth_v: bool = False,
-    return_lse: bool = False,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", is_causal: bool = False,
+    qk_quant_gran: str = "per_thread", sm_scale: float | None = None, pv_accum_dtype: str = "fp32",
+    smooth_k: bool = True, smooth_v: bool = False, return_lse: bool = False,
     *,
     attn_mask: torch.Tensor | None = None,
-) -> Output:
+    dropout_p: float = 0.0, scale: float | None = None, softmax_scale: float | None = None, causal: bool | None = None,
+    enable_gqa: bool = False, window_size: tuple[int, int] | None = None, softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_softmax: bool = False, return_attn_probs: bool = False,
+) -> Output:  # fmt: skip
     """INT8 QKᵀ and FP16 PV. `pv_accum_dtype`: "fp32", "fp16+fp32" or "fp16"; all three are overflow-safe.
 
     `qk_quant_gran`, `smooth_k` and `smooth_v` are accepted; the finest granularity is always used.
     """
-    _check_choice("qk_quant_gran", qk_quant_gran, ("per_warp", "per_thread"))
-    _check_choice("pv_accum_dtype", pv_accum_dtype, tuple(CUDA_FP16.accum))
-    return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, CUDA_FP16.name, pv_accum_dtype)
+    return _cuda_variant(
+        CUDA_FP16, q, k, v, tensor_layout, is_causal, qk_quant_gran, sm_scale, pv_accum_dtype, return_lse, attn_mask,
+        scale, softmax_scale, causal, dropout_p, enable_gqa, window_size, softcap, alibi_slopes, deterministic,
+        return_softmax, return_attn_probs,
+    )  # fmt: skip
 
 
 def sageattn_qk_int8_pv_fp8_cuda(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    tensor_layout: str = "HND",
-    is_causal: bool = False,
-    qk_quant_gran: str = "per_thread",
-    sm_scale: float | None = None,
-    pv_accum_dtype: str = "fp32+fp16",
-    smooth_k: bool = True,
-    smooth_v: bool = False,
-    return_lse: bool = False,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", is_causal: bool = False,
+    qk_quant_gran: str = "per_thread", sm_scale: float | None = None, pv_accum_dtype: str = "fp32+fp16",
+    smooth_k: bool = True, smooth_v: bool = False, return_lse: bool = False,
     *,
     attn_mask: torch.Tensor | None = None,
-) -> Output:
+    dropout_p: float = 0.0, scale: float | None = None, softmax_scale: float | None = None, causal: bool | None = None,
+    enable_gqa: bool = False, window_size: tuple[int, int] | None = None, softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_softmax: bool = False, return_attn_probs: bool = False,
+) -> Output:  # fmt: skip
     """INT8 QKᵀ and FP8 (e4m3) PV, for Ada and Blackwell."""
-    _check_choice("qk_quant_gran", qk_quant_gran, ("per_warp", "per_thread"))
-    _check_choice("pv_accum_dtype", pv_accum_dtype, tuple(CUDA_FP8.accum))
-    return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, CUDA_FP8.name, pv_accum_dtype)
+    return _cuda_variant(
+        CUDA_FP8, q, k, v, tensor_layout, is_causal, qk_quant_gran, sm_scale, pv_accum_dtype, return_lse, attn_mask,
+        scale, softmax_scale, causal, dropout_p, enable_gqa, window_size, softcap, alibi_slopes, deterministic,
+        return_softmax, return_attn_probs,
+    )  # fmt: skip
 
 
 def sageattn_qk_int8_pv_fp8_cuda_sm90(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    tensor_layout: str = "HND",
-    is_causal: bool = False,
-    qk_quant_gran: str = "per_thread",
-    sm_scale: float | None = None,
-    pv_accum_dtype: str = "fp32+fp32",
-    smooth_k: bool = True,
-    smooth_v: bool = False,
-    return_lse: bool = False,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", is_causal: bool = False,
+    qk_quant_gran: str = "per_thread", sm_scale: float | None = None, pv_accum_dtype: str = "fp32+fp32",
+    smooth_k: bool = True, return_lse: bool = False,
     *,
-    attn_mask: torch.Tensor | None = None,
-) -> Output:
+    smooth_v: bool = False, attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0, scale: float | None = None, softmax_scale: float | None = None, causal: bool | None = None,
+    enable_gqa: bool = False, window_size: tuple[int, int] | None = None, softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_softmax: bool = False, return_attn_probs: bool = False,
+) -> Output:  # fmt: skip
     """INT8 QKᵀ and FP8 (e4m3) PV by wgmma, for Hopper."""
-    _check_choice("qk_quant_gran", qk_quant_gran, ("per_warp", "per_thread"))
-    _check_choice("pv_accum_dtype", pv_accum_dtype, tuple(CUDA_FP8_SM90.accum))
-    return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, CUDA_FP8_SM90.name, pv_accum_dtype)
+    return _cuda_variant(
+        CUDA_FP8_SM90, q, k, v, tensor_layout, is_causal, qk_quant_gran, sm_scale, pv_accum_dtype, return_lse, attn_mask,
+        scale, softmax_scale, causal, dropout_p, enable_gqa, window_size, softcap, alibi_slopes, deterministic,
+        return_softmax, return_attn_probs,
+    )  # fmt: skip
 
 
 def sageattn_qk_int8_pv_int8_cuda(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    tensor_layout: str = "HND",
-    is_causal: bool = False,
-    qk_quant_gran: str = "per_thread",
-    sm_scale: float | None = None,
-    pv_accum_dtype: str = "int32+fp32",
-    smooth_k: bool = True,
-    smooth_v: bool = False,
-    return_lse: bool = False,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", is_causal: bool = False,
+    qk_quant_gran: str = "per_thread", sm_scale: float | None = None, pv_accum_dtype: str = "int32+fp32",
+    smooth_k: bool = True, smooth_v: bool = False, return_lse: bool = False,
     *,
     attn_mask: torch.Tensor | None = None,
-) -> Output:
+    dropout_p: float = 0.0, scale: float | None = None, softmax_scale: float | None = None, causal: bool | None = None,
+    enable_gqa: bool = False, window_size: tuple[int, int] | None = None, softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_softmax: bool = False, return_attn_probs: bool = False,
+) -> Output:  # fmt: skip
     """Both products in INT8, for cards without FP8."""
-    _check_choice("qk_quant_gran", qk_quant_gran, ("per_warp", "per_thread"))
-    _check_choice("pv_accum_dtype", pv_accum_dtype, tuple(CUDA_INT8.accum))
-    return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, CUDA_INT8.name, pv_accum_dtype)
+    return _cuda_variant(
+        CUDA_INT8, q, k, v, tensor_layout, is_causal, qk_quant_gran, sm_scale, pv_accum_dtype, return_lse, attn_mask,
+        scale, softmax_scale, causal, dropout_p, enable_gqa, window_size, softcap, alibi_slopes, deterministic,
+        return_softmax, return_attn_probs,
+    )  # fmt: skip
 
 
 def sageattn_varlen(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    is_causal: bool = False,
-    sm_scale: float | None = None,
-    smooth_k: bool = True,
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, is_causal: bool = False, sm_scale: float | None = None, smooth_k: bool = True,
+    *,
+    dropout_p: float = 0.0, scale: float | None = None, softmax_scale: float | None = None, causal: bool | None = None,
+    enable_gqa: bool = False, window_size: tuple[int, int] | None = None, softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_softmax: bool = False, return_attn_probs: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """Attention over sequences of different lengths, packed along the tokens.
 
     Args:
@@ -177,10 +201,18 @@ def sageattn_varlen(
             when it is first seen, and after it was written to, which waits for the GPU; so reuse it from layer to layer. torch does not
             tell of writes through `.data` or a NumPy array: offsets that are changed so are not checked again, and have to be right.
         max_seqlen_q, max_seqlen_k: the longest sequence's length, or more.
+        causal: as `is_causal`; cu_seqlens_q and cu_seqlens_k have to be one tensor.
 
     Returns:
         [total_q, Hq, D]. A sequence without keys gives zeros.
     """
+    is_causal, sm_scale = neutral.settle(
+        q, k, "packed", is_causal, sm_scale,
+        scale, softmax_scale, causal, dropout_p, enable_gqa, window_size, softcap, alibi_slopes, deterministic,
+        return_softmax, return_attn_probs,
+    )  # fmt: skip
+    if causal and cu_seqlens_q is not cu_seqlens_k:
+        raise Unsupported("causal", f"{neutral.ALIGNMENT}. Of packed sequences pass one tensor for both, where their lengths are equal")
     if _traced(q):
         from . import torch_library
 
@@ -268,23 +300,33 @@ class Explanation:
 
 
 def explain(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    tensor_layout: str = "HND",
-    is_causal: bool = False,
-    sm_scale: float | None = None,
-    return_lse: bool = False,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", is_causal: bool = False,
+    sm_scale: float | None = None, return_lse: bool = False,
     *,
-    attn_mask: torch.Tensor | None = None,
-    smooth_k: bool = True,
-    variant: str = "auto",
-) -> Explanation:
+    attn_mask: torch.Tensor | None = None, smooth_k: bool = True, variant: str = "auto", qk_quant_gran: str = "per_thread",
+    pv_accum_dtype: str | None = None,
+    dropout_p: float = 0.0, scale: float | None = None, softmax_scale: float | None = None, causal: bool | None = None,
+    enable_gqa: bool = False, window_size: tuple[int, int] | None = None, softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_softmax: bool = False, return_attn_probs: bool = False,
+) -> Explanation:  # fmt: skip
     """What `sageattn` would do with this call; nothing runs. Same arguments, same errors."""
-    call = _dispatch().prepare(
-        q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse,
-        variant=variant,
+    _check_choice("qk_quant_gran", qk_quant_gran, QK_QUANT_GRAN)
+    if pv_accum_dtype is not None:
+        _check_choice("pv_accum_dtype", pv_accum_dtype, PV_ACCUM_DTYPES)
+    is_causal, sm_scale = neutral.settle(
+        q, k, tensor_layout, is_causal, sm_scale,
+        scale, softmax_scale, causal, dropout_p, enable_gqa, window_size, softcap, alibi_slopes, deterministic,
+        return_softmax, return_attn_probs,
     )  # fmt: skip
+    try:
+        call = _dispatch().prepare(
+            q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse,
+            variant=variant, accum=pv_accum_dtype or "",
+        )  # fmt: skip
+    except TorchOnly as refusal:
+        if variant != "auto" or tensor_layout != "HND" or return_lse:
+            raise
+        return Explanation("sdpa", f"no variant reads it: {refusal}", (), str(q.device))
     plan = call.plan
     return Explanation(plan.variant.name, plan.reason, plan.rejected, _dispatch().machine(call.problem).name, plan.basis, plan.accum)
 
@@ -315,6 +357,38 @@ def _check_choice(name: str, given: str, accepted: tuple[str, ...]) -> None:
         raise Unsupported(name, f"got {given!r}, accepted are {', '.join(map(repr, accepted))}")
 
 
+def _by_position(
+    fourth: torch.Tensor | None, attn_mask: torch.Tensor | None, dropout_p: float, fifth: object, sixth: object
+) -> tuple[torch.Tensor | None, float, bool]:
+    """(attn_mask, dropout_p, is_causal) of a call as torch's function takes them, by position after v; nn.MultiheadAttention makes such.
+
+    `fifth` and `sixth` are what our own parameters at those places hold: torch's value, a default of ours or, by keyword, is_causal.
+    """
+    if fourth is not None and not hasattr(fourth, "dim"):
+        raise Unsupported("tensor_layout", f"got {fourth!r}, accepted are 'HND', 'NHD' and, as torch's function has it, an attn_mask")
+    if isinstance(fifth, (int, float)) and not isinstance(fifth, bool):
+        dropout_p = fifth
+    return attn_mask if fourth is None else fourth, dropout_p, fifth is True or sixth is True
+
+
+def _cuda_variant(
+    variant: Variant, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensor_layout: str, is_causal: bool, qk_quant_gran: str,
+    sm_scale: float | None, accum: str, return_lse: bool, attn_mask: torch.Tensor | None,
+    scale: float | None, softmax_scale: float | None, causal: bool | None, dropout_p: float, *neutral_values: object,
+) -> Output:  # fmt: skip
+    """What the functions of the CUDA variants have in common: all."""
+    if not isinstance(tensor_layout, str):
+        attn_mask, dropout_p, is_causal = _by_position(tensor_layout, attn_mask, dropout_p, is_causal, qk_quant_gran)
+        tensor_layout = "HND"
+    else:
+        _check_choice("qk_quant_gran", qk_quant_gran, QK_QUANT_GRAN)
+    _check_choice("pv_accum_dtype", accum, tuple(variant.accum))
+    is_causal, sm_scale = neutral.settle(
+        q, k, tensor_layout, is_causal, sm_scale, scale, softmax_scale, causal, dropout_p, *neutral_values
+    )  # fmt: skip
+    return _call(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, attn_mask, variant.name, accum)
+
+
 def _call(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -335,10 +409,8 @@ def _call(
         else:
             call_operator = torch_library.attention_lse if return_lse else torch_library.attention
         return call_operator(q, k, v, attn_mask, tensor_layout, is_causal, sm_scale, variant, accum)
-    dispatch = _dispatch()
-    call = dispatch.prepare(
+    out, lse = _dispatch().compute(
         q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse,
         variant=variant, accum=accum,
     )  # fmt: skip
-    out, lse = dispatch.run(call)
     return (out, lse) if return_lse else out

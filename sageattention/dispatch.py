@@ -14,7 +14,7 @@ from .backends import emulation, sdpa
 from .backends.call import Call, Result, result_like
 from .device import capability
 from .device.capability import Capability
-from .errors import KernelMissing, Unsupported
+from .errors import KernelMissing, TorchOnly, Unsupported
 from .kernels import binaries
 from .planning import calibration, varlen
 from .planning.plan import GROUPS_ALIVE, Plan, plan
@@ -31,6 +31,55 @@ if TYPE_CHECKING:
 
 
 LOG = logging.getLogger("sageattention")
+
+
+def compute(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    tensor_layout: str,
+    is_causal: bool,
+    attn_mask: torch.Tensor | None,
+    sm_scale: float | None,
+    return_lse: bool,
+    variant: str,
+    accum: str = "",
+) -> Result:
+    """One attention call: `prepare` and `run`, and torch's own attention where it is the one that can.
+
+    "auto" leaves to it tensors that no variant reads. A variant by name refuses what it can't do, unless it stands in torch's place:
+    then the model calls it for everything, and torch's own attention does what it can't, which is said once per reason.
+
+    Raises:
+        Unsupported, KernelMissing: as `prepare`.
+    """
+    try:
+        call = prepare(
+            q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse,
+            variant=variant, accum=accum,
+        )  # fmt: skip
+    except Unsupported as refusal:
+        if variant in ("auto", "sdpa"):
+            if not isinstance(refusal, TorchOnly) or tensor_layout != "HND" or return_lse:
+                raise
+            return sdpa.by_torch_alone(q, k, v, attn_mask, is_causal, sm_scale), None
+        if not _stands_in_torchs_place():
+            raise
+        _warn_once(f"torch's own attention computes what {variant} can't: {refusal}")
+        return compute(
+            q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse,
+            variant="sdpa",
+        )  # fmt: skip
+    return run(call)
+
+
+def _stands_in_torchs_place() -> bool:
+    """Whether F.scaled_dot_product_attention has been replaced by a function of `api`, or by a functools.partial of one."""
+    placed = torch.nn.functional.scaled_dot_product_attention
+    while isinstance(placed, functools.partial):
+        placed = placed.func
+    return getattr(placed, "__module__", None) == f"{__package__}.api"
 
 
 # (problem, plan, forms) of the calls that were prepared before, by all that they depend on: a model repeats a handful of calls
@@ -87,15 +136,28 @@ def _refuse_transforms(name: str) -> None:
 
 
 def plan_for(problem: Problem, variant: str, accum: str = "") -> Plan:
-    """`plan()` for the machine at hand, honouring `SAGEATTENTION_ARCH` and, for "auto", `SAGEATTENTION_VARIANT`."""
+    """`plan()` for the machine at hand, honouring `SAGEATTENTION_ARCH` and, for "auto", `SAGEATTENTION_VARIANT`.
+
+    A variable that names no variant, or one that can't do this call, is told once, and "auto" chooses.
+    """
     for name, given in (("variant", variant), ("pv_accum_dtype", accum)):
         if not isinstance(given, str):
             raise Unsupported(name, f"got {given!r}, accepted is a name")
-    if variant == "auto":
-        variant = settings.read("SAGEATTENTION_VARIANT") or variant
-        if variant != "auto" and variant not in VARIANTS:
-            accepted = ", ".join(map(repr, VARIANTS))
-            raise Unsupported("SAGEATTENTION_VARIANT", f"the environment variable holds {variant!r}, accepted are 'auto', {accepted}")
+    named = settings.read("SAGEATTENTION_VARIANT") if variant == "auto" else ""
+    if named and named != "auto":
+        try:
+            return _plan_named(problem, named, accum)
+        except (Unsupported, KernelMissing) as error:
+            _warn_once(f"SAGEATTENTION_VARIANT is {named!r}, which can't be had for this call, so 'auto' chooses: {error}")
+    return _plan_here(problem, variant, accum)
+
+
+def _plan_named(problem: Problem, variant: str, accum: str) -> Plan:
+    """By the variant that the environment names; a call's own accumulator counts where that variant has it."""
+    return _plan_here(problem, variant, accum if variant in VARIANTS and accum in VARIANTS[variant].accum else "")
+
+
+def _plan_here(problem: Problem, variant: str, accum: str) -> Plan:
     card = machine(problem)
     known = calibration.of_card(card) if variant == "auto" else None
     arch, ptx = binaries.forced()
@@ -119,13 +181,13 @@ def without(call: Call, error: KernelMissing) -> Call:
     candidate = f"{call.plan.variant.name}:{call.plan.accum}".rstrip(":")
     _absent[call.problem] = (*_absent.get(call.problem, ()), (candidate, error.reason))
     settings.planned_anew()
-    _say_once(candidate, error.reason)
+    _warn_once(f"auto passes by {candidate}: {error.reason}")
     return call._replace(plan=plan_for(call.problem, "auto"), forms={})
 
 
 @functools.cache
-def _say_once(candidate: str, reason: str) -> None:
-    LOG.warning("sageattention: auto passes by %s: %s", candidate, reason)
+def _warn_once(message: str) -> None:
+    LOG.warning("sageattention: %s", message)
 
 
 def machine(problem: Problem) -> Capability:
@@ -139,9 +201,21 @@ def run(call: Call) -> Result:
     Where "auto" chose a variant whose kernel turns out to be missing, its next candidate runs.
     """
     try:
-        return run_planned(call)
+        result = run_planned(call)
     except KernelMissing as error:
         return run(without(call, error))
+    if call.plan.variant.name not in _ran:
+        _say_what_runs(call.plan)
+    return result
+
+
+_ran: set[str] = set()
+
+
+def _say_what_runs(chosen: Plan) -> None:
+    """One line at a variant's first call: where a start flag or another program calls, nothing else tells what runs."""
+    _ran.add(chosen.variant.name)
+    LOG.info("sageattention: attention runs on %s: %s", chosen.variant.name, chosen.reason)
 
 
 def run_planned(call: Call) -> Result:
@@ -208,7 +282,10 @@ def run_varlen(
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
     triton = _triton_host()
     offsets = triton.Packed(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())  # the kernels know no strides of theirs
-    return triton.run_packed(q, k, v, offsets, problem, chosen)
+    out = triton.run_packed(q, k, v, offsets, problem, chosen)
+    if chosen.variant.name not in _ran:
+        _say_what_runs(chosen)
+    return out
 
 
 def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str, variant: str) -> QuantizedKV:

@@ -17,6 +17,10 @@ class Unsupported(ValueError):
         self.reason = reason
 
 
+class TorchOnly(Unsupported):
+    """Tensors that no variant reads and torch's own attention may: of another rank, nested, of a subclass, or strided along head_dim."""
+
+
 class KernelMissing(RuntimeError):
     """A variant that exists, but whose kernel is not in this installation or can't be loaded on this machine.
 

@@ -48,11 +48,10 @@ def _run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, layout: str, causal: bool,
     sm_scale: float | None, return_lse: bool, variant: str, accum: str,
 ) -> Result:  # fmt: skip
-    call = dispatch.prepare(
+    out, lse = dispatch.compute(
         q, k, v, tensor_layout=layout, is_causal=causal, attn_mask=mask, sm_scale=sm_scale, return_lse=return_lse,
         variant=variant, accum=accum,
     )  # fmt: skip
-    out, lse = dispatch.run(call)
     return out.contiguous(), lse  # as the fake says; SDPA's strides vary with its backend
 
 
@@ -60,7 +59,7 @@ def _fake_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, layout: str, causal: bool,
     sm_scale: float | None, variant: str, accum: str,
 ) -> torch.Tensor:  # fmt: skip
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
 def _fake_attention_lse(
@@ -69,7 +68,7 @@ def _fake_attention_lse(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     heads, tokens = (1, 2) if layout == "HND" else (2, 1)
     lse = q.new_empty((q.shape[0], q.shape[heads], q.shape[tokens]), dtype=torch.float32)
-    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+    return q.new_empty((*q.shape[:-1], v.shape[-1])), lse
 
 
 def _varlen(
@@ -88,7 +87,7 @@ def _fake_varlen(
 
 
 def _free_namespace() -> str:
-    base = re.sub(r"\W", "_", __package__ or "sageattention")
+    base = re.sub(r"\W", "_", __package__ or "sageattention", flags=re.ASCII)
     for number in itertools.count(1):
         name = base if number == 1 else f"{base}_{number}"
         if not hasattr(getattr(torch.ops, name), "attention"):

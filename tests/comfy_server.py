@@ -19,7 +19,7 @@ from typing import Any
 from pack import ROOT
 
 READY_SECONDS, PROMPT_SECONDS = 240, 120
-NOT_SHIPPED = shutil.ignore_patterns(".*", "__pycache__", "tests", "csrc", "wheels", "out", "build", "dist")
+NOT_SHIPPED = shutil.ignore_patterns(".*", "__pycache__", "tests", "csrc", "out", "build", "dist")
 
 
 class Server:

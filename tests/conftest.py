@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections import Counter
 
 import pytest
 
 collect_ignore = ["../__init__.py"]  # the node pack's entry is ComfyUI's to import, not pytest's
+LEFT_OUT = pytest.StashKey[Counter[str]]()
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[LEFT_OUT] = Counter()
     try:
         import torch
     except ImportError:
@@ -18,24 +22,59 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)  # small tensors: a second thread costs more in waiting than it computes
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reasons = {
-        "gpu": None if _has_gpu() else "no NVIDIA GPU here",
-        "comfyui": None if os.environ.get("COMFYUI_PATH") else "COMFYUI_PATH is not set",
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the cases that this machine has nothing to run on; `pytest_terminal_summary` says how many."""
+    missing = {
+        "gpu": "" if _has_gpu() else "need an NVIDIA GPU",
+        "comfyui": "" if os.environ.get("COMFYUI_PATH") else "need COMFYUI_PATH",
     }
+    kept, left_out, counts = [], [], config.stash[LEFT_OUT]
     for item in items:
-        for marker, reason in reasons.items():
-            if reason and item.get_closest_marker(marker):
-                item.add_marker(pytest.mark.skip(reason=reason))
+        why = next((reason for marker, reason in missing.items() if reason and item.get_closest_marker(marker)), "")
+        (left_out if why else kept).append(item)
+        counts[why] += bool(why)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # under xdist a worker collects, and the main process reports
+        session.config.workeroutput["left_out"] = dict(session.config.stash[LEFT_OUT])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    counts = getattr(node, "workeroutput", {}).get("left_out")
+    if counts is not None:
+        node.config.stash[LEFT_OUT] = Counter(counts)  # every worker collects all
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    told = ", ".join(f"{count:,} {why}" for why, count in config.stash[LEFT_OUT].items() if count)
+    if told:
+        terminalreporter.write_line(f"left out here: {told}")
+
+
+# What the package remembers between calls, by module.
+MEMOS = {
+    "settings": ["read"],
+    "device.capability": ["of_device"],
+    "planning.calibration": ["of_card"],
+    "planning.plan": ["plan"],
+    "dispatch": ["_prepared", "_absent", "_warn_once", "_ran"],
+    "backends.cuda.workspace": ["_launch_plans"],
+}
 
 
 @pytest.fixture(autouse=True)
-def environment_is_read_anew():
-    from sageattention import settings
-
-    settings.forget()
-    yield
-    settings.forget()
+def nothing_is_remembered():
+    """No test sees what another one planned: under another environment, another card, or with images missing."""
+    copies = [name for name in sys.modules if name == "sageattention" or name.endswith(".sageattention")]  # the pack has one of its own
+    for module, names in ((sys.modules.get(f"{copy}.{place}"), names) for copy in copies for place, names in MEMOS.items()):
+        for memo in (getattr(module, name) for name in names if module):
+            memo.clear() if isinstance(memo, (dict, set)) else memo.cache_clear()
 
 
 def _has_gpu() -> bool:

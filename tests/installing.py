@@ -20,6 +20,8 @@ from types import ModuleType
 
 import pytest
 
+from installer.wheel import write_wheel
+
 ROOT = Path(__file__).resolve().parent.parent
 PLATFORM = "win_amd64" if os.name == "nt" else f"manylinux_2_17_{os.uname().machine}.manylinux2014_{os.uname().machine}"
 HEALTHY = "def sageattn(q, k, v):\n    return q\n"
@@ -38,11 +40,16 @@ def load(path: Path, name: str) -> ModuleType:
 build = load(ROOT / "wheels" / "build.py", "wheels_build")
 
 
-def our_wheel(folder: Path, version: str = "3.0.0", code: str = HEALTHY, doctor: str = DOCTOR, note: str = "") -> Path:
-    """A small wheel that is ours by its metadata."""
+def package(version: str = "3.0.0", code: str = HEALTHY, doctor: str = DOCTOR, note: str = "") -> dict[str, bytes]:
+    """The files of a small package that is ours."""
+    files = {"__init__.py": f'{code}__version__ = "{version}"\n{note}', "__main__.py": doctor, "kernels/manifest.json": '{"images": {}}'}
+    return {f"sageattention/{name}": text.encode() for name, text in files.items()}
+
+
+def our_wheel(folder: Path, version: str = "3.0.0", **options: str) -> Path:
+    """A small wheel that is ours by its metadata, as an older release or an index has it."""
     metadata = f"Metadata-Version: 2.4\nName: sageattention\nVersion: {version}\nKeywords: sageattention-node-pack\n"
-    files = {"sageattention/__init__.py": f'{code}__version__ = "{version}"\n{note}', "sageattention/__main__.py": doctor}
-    return build.write_wheel(folder, metadata, "py3-none-any", {name: text.encode() for name, text in files.items()})
+    return write_wheel(folder, metadata, "py3-none-any", package(version, **options))
 
 
 def launcher_wheel(folder: Path, version: str = "3.0.0", tag: str | None = None, code: str = "") -> Path:
@@ -51,27 +58,29 @@ def launcher_wheel(folder: Path, version: str = "3.0.0", tag: str | None = None,
     python = f"cp{sys.version_info[0]}{sys.version_info[1]}"
     tag = tag or f"{python}-{python}-{PLATFORM}"
     text = f'__version__ = "{version}"\n{code}'
-    return build.write_wheel(folder, metadata, tag, {"sageattention_launcher.py": text.encode()})
+    return write_wheel(folder, metadata, tag, {"sageattention_launcher.py": text.encode()})
 
 
 def foreign_wheel(folder: Path, version: str = "2.2.0+cu130torch2.9", code: str = HEALTHY) -> Path:
     """Somebody else's sageattention."""
     metadata = f"Metadata-Version: 2.1\nName: sageattention\nVersion: {version}\n"
-    return build.write_wheel(folder, metadata, "py3-none-any", {"sageattention/__init__.py": code.encode(), "sageattention/core.py": b""})
+    return write_wheel(folder, metadata, "py3-none-any", {"sageattention/__init__.py": code.encode(), "sageattention/core.py": b""})
 
 
-def make_pack(folder: Path, launcher: bool = True, **options: str) -> Path:
-    """A pack with the real install.py, a small package, and wheels of it."""
-    (folder / "sageattention").mkdir(parents=True)
+def make_pack(folder: Path, launcher: bool = True, version: str = "3.0.0", **options: str) -> Path:
+    """A pack with the real install.py, a small package, and a launcher's wheel."""
+    folder.mkdir(parents=True)
     shutil.copy(ROOT / "install.py", folder)
+    shutil.copytree(ROOT / "installer", folder / "installer", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "pyproject.toml").write_text(f'[project]\nname = "sageattention"\nversion = "{version}"\n', encoding="utf-8")
+    for name, data in package(version, **options).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
     (folder / "wheels").mkdir()
     shutil.copy(ROOT / "wheels" / "triton_windows.json", folder / "wheels")
-    our_wheel(folder / "wheels", **options)
     if launcher:
-        launcher_wheel(folder / "wheels", options.get("version", "3.0.0"))
+        launcher_wheel(folder / "wheels", version)
     build.write_index(folder / "wheels", [])
-    version = options.get("version", "3.0.0")
-    (folder / "sageattention" / "_version.py").write_text(f'__version__ = "{version}"\n', encoding="utf-8")
     return folder
 
 
@@ -138,9 +147,11 @@ class Python:
         done = self("import sageattention as s; print(getattr(s, '__version__', 'foreign'))")
         return done.stdout.strip() or None
 
-    def install(self, pack: Path, *options: str, prefix: tuple[str, ...] = (), **environment: str) -> dict:
-        """Run install.py as ComfyUI-Manager does. Returns the result, plus `code`, `output` and `seconds`."""
-        command = [*prefix, self.exe, "install.py", "--json", *options]
+    def install(
+        self, pack: Path, *options: str, prefix: tuple[str, ...] = (), file: str | Path = "install.py", **environment: str
+    ) -> dict:
+        """Run install.py as ComfyUI-Manager does, or by another path. Returns the result, plus `code` and `errors`."""
+        command = [*prefix, self.exe, str(file), "--json", *options]
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **environment}
         done = subprocess.run(command, cwd=pack, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=120)
         assert done.stdout.startswith("{"), done.stdout + done.stderr

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parent / "csrc"
+TOOLS = HERE.parent / "csrc/tools"
 DEMO_CSRC, DEMO_KERNELS = HERE / "demo/csrc", HERE / "demo/kernels"
-sys.path[:0] = [str(CSRC), str(HERE.parent)]
+sys.path[:0] = [str(TOOLS), str(HERE.parent)]
 
 import build  # noqa: E402
 import nvrtc  # noqa: E402

@@ -289,24 +289,18 @@ def test_auto_tries_its_next_candidate_where_a_kernel_is_missing(core, monkeypat
     card = PACK.sageattention.device.capability.Capability("cuda", 89, 1, "native", "RTX 4090")
     monkeypatch.setattr(adapter.dispatch.capability, "of_device", lambda device, index: card)
     monkeypatch.setattr(rules, "RULES", (rules.Rule((89,), (triton,), "static", "a test", min_q=1, min_kv=1, waves=0),))
-    monkeypatch.setattr(adapter.dispatch, "_absent", {})
-    adapter.dispatch.settings.forget()
-    adapter.dispatch.plan.cache_clear()
 
     def missing(call):
         calls.append(call)
         raise PACK.sageattention.KernelMissing(triton, "no C compiler")
 
     monkeypatch.setitem(adapter.dispatch._RUNNERS, "triton", missing)
-    adapter.dispatch._say_once.cache_clear()
     q, k, v = tensors()
     override, core = adapter.SageOverride("auto"), core()
     for _ in range(3):
         assert torch.equal(call(override, core, q, k, v, HEADS), sdpa(q, k, v, HEADS))
     assert len(calls) == 1 and caplog.text.count(f"auto passes by {triton}: no C compiler") == 1
     assert override.record.as_dict() == {"ran": {}, "kept": {f"{triton}: no C compiler": 3}, "fallbacks": {}}
-    adapter.dispatch.settings.forget()
-    adapter.dispatch.plan.cache_clear()
 
 
 @pytest.mark.parametrize("core", CORES)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 import sageattention  # noqa: E402
-from sageattention import CudaError, KernelMissing, Unsupported, sageattn, settings  # noqa: E402
+from sageattention import CudaError, KernelMissing, Unsupported, dispatch, sageattn, settings  # noqa: E402
 from sageattention.cli import workloads  # noqa: E402
 from sageattention.device import capability  # noqa: E402
 from sageattention.device.capability import Capability  # noqa: E402
@@ -48,6 +49,7 @@ POSITIONAL = {
         "tensor_layout", "quantization_backend", "is_causal", "attn_mask", "sm_scale", "smooth_k", "return_lse",
     ),
     **dict.fromkeys(CUDA_FUNCTIONS, GRANULAR),
+    "sageattn_qk_int8_pv_fp8_cuda_sm90": tuple(name for name in GRANULAR if name != "smooth_v"),
     "sageattn_varlen": (
         "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "is_causal", "sm_scale", "smooth_k",
     ),
@@ -254,12 +256,12 @@ FUNCTIONS = {name: getattr(sageattention, name) for name in POSITIONAL if name !
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_bad_input_is_refused_by_every_function(function):
     q, k, v = qkv()
+    torchs = (((q[0], k, v), "q"), ((q[..., ::2], k[..., ::2], v[..., ::2]), "q"))  # which auto leaves to torch's own attention
     for arguments, parameter in (
-        ((q[0], k, v), "q"),
+        *(() if function in (sageattn, sageattention.explain) else torchs),
         ((q, k[:1], v[:1]), "k"),
         ((q, k, v[:, :, :-1]), "v"),
         ((q, k.half(), v), "k"),
-        ((q[..., ::2], k[..., ::2], v[..., ::2]), "q"),
         ((q, k, v, "NDH"), "tensor_layout"),
     ):
         with pytest.raises(Unsupported) as caught:
@@ -296,11 +298,6 @@ def test_unknown_choices():
 def hopper_without_kernels(monkeypatch):
     """CPU tensors that the planner takes for a GPU's, in an installation that holds no kernel."""
     monkeypatch.setattr(capability, "of_device", lambda device, index: Capability("cuda", 90, 132, "none", "H200"))
-    from sageattention.planning import plan
-
-    plan.plan.cache_clear()
-    yield
-    plan.plan.cache_clear()
 
 
 @pytest.mark.usefixtures("hopper_without_kernels", "nothing_runs")
@@ -313,20 +310,17 @@ def test_a_missing_kernel_is_never_another_variant():
 def test_auto_runs_its_next_candidate_where_a_kernel_is_missing(monkeypatch, caplog):
     """A made-up card whose Triton has no C compiler: that comes out at the first launch only."""
     from sageattention import dispatch
-    from sageattention.planning import plan, rules
+    from sageattention.planning import rules
 
     triton, calls = "sageattn_qk_int8_pv_fp16_triton", []
     monkeypatch.setattr(capability, "of_device", lambda device, index: Capability("cuda", 89, 1, "native", "RTX 4090"))
     monkeypatch.setattr(rules, "RULES", (rules.Rule((89,), (triton,), "static", "a test", min_q=1, min_kv=1, waves=0),))
-    monkeypatch.setattr(dispatch, "_absent", {})
-    plan.plan.cache_clear()
 
     def missing(call):
         calls.append(call)
         raise KernelMissing(triton, "no C compiler")
 
     monkeypatch.setitem(dispatch._RUNNERS, "triton", missing)
-    dispatch._say_once.cache_clear()
     q, k, v = qkv()
     assert sageattention.explain(q, k, v).variant == triton
     for _ in range(3):
@@ -336,7 +330,6 @@ def test_auto_runs_its_next_candidate_where_a_kernel_is_missing(monkeypatch, cap
     assert len(calls) == 1 and caplog.text.count(f"auto passes by {triton}: no C compiler") == 1
     with pytest.raises(KernelMissing, match="no C compiler"):
         sageattn(q, k, v, variant=triton)
-    plan.plan.cache_clear()
 
 
 @pytest.mark.parametrize("given", [None, (torch.zeros(1, 2, 3, 64),) * 2], ids=["None", "a tuple"])
@@ -367,8 +360,10 @@ def odd_tensors():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("kind", ["nested", "jagged", "sparse", "compressed"])
-@pytest.mark.parametrize("variant", ["auto", QUANTISED])
+@pytest.mark.parametrize(
+    "variant, kind",
+    [(QUANTISED, kind) for kind in ("nested", "jagged", "sparse", "compressed")] + [("auto", "sparse"), ("auto", "compressed")],
+)
 def test_tensors_without_strides_are_refused_by_name(kind, variant):
     odd, x = odd_tensors()[kind], torch.zeros(1, 2, 40, 64)
     sageattn(x, x, x, variant=variant)  # a call that was checked before hides nothing
@@ -475,9 +470,7 @@ def test_explain():
 
 def test_available_variants_on_a_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    capability.of_device.cache_clear()
     found = {a.name: a for a in sageattention.available_variants("cpu")}
-    capability.of_device.cache_clear()
     assert list(found) == list(VARIANTS)
     assert found["sdpa"].status == found["reference"].status == "ready"
     for name in CUDA_FUNCTIONS:
@@ -523,7 +516,7 @@ def test_meta_tensors_have_a_shape_only():
     assert sageattn(*(t.to("meta") for t in qkv())).is_meta
 
 
-def test_variant_from_the_environment(monkeypatch):
+def test_variant_from_the_environment(monkeypatch, caplog):
     q, k, v = qkv()
     monkeypatch.setenv("SAGEATTENTION_VARIANT", QUANTISED)
     assert sageattention.explain(q, k, v).variant == QUANTISED
@@ -534,8 +527,31 @@ def test_variant_from_the_environment(monkeypatch):
     assert sageattention.explain(q, k, v).variant == "sdpa"
     monkeypatch.setenv("SAGEATTENTION_VARIANT", "fastest")
     settings.forget()
-    with pytest.raises(Unsupported, match=r"SAGEATTENTION_VARIANT: .*'fastest'"):
-        sageattn(q, k, v)
+    for _ in range(2):
+        assert torch.equal(sageattn(q, k, v), sageattn(q, k, v, variant="sdpa"))
+    assert caplog.text.count("SAGEATTENTION_VARIANT is 'fastest'") == caplog.text.count("'sageattn_qk_int8_pv_fp16_triton'") == 1
+    monkeypatch.setenv("SAGEATTENTION_VARIANT", "sageattn_qk_int8_pv_fp8_cuda")
+    settings.forget()
+    for _ in range(2):
+        assert torch.equal(sageattn(q, k, v), sageattn(q, k, v, variant="sdpa"))
+    assert caplog.text.count("needs a tensor on an NVIDIA GPU") == 1
+    with pytest.raises(Unsupported, match="NVIDIA"):  # a name in the call is an order
+        sageattn(q, k, v, variant="sageattn_qk_int8_pv_fp8_cuda")
+
+
+def test_the_first_call_of_each_variant_is_told_whichever_way_it_came(monkeypatch, caplog):
+    q, k, v = qkv()
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            sageattn(q, k, v)
+            sageattn(q, k, v, variant=QUANTISED)
+            sageattention.scaled_dot_product_attention(q, k, v)
+        torch._dynamo.reset()
+        monkeypatch.setattr(dispatch, "_ran", {"sdpa"})
+        torch.compile(lambda q: sageattn(q, k, v, variant=QUANTISED), backend="eager")(q)
+    told = [r.getMessage() for r in caplog.records if r.name == "sageattention"]
+    assert [line.split(":")[1].split()[-1] for line in told] == ["sdpa", QUANTISED, QUANTISED]
+    assert "on cpu tensors quantising gains nothing" in told[0]
 
 
 def test_arch_from_the_environment(monkeypatch):

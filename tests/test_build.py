@@ -8,11 +8,10 @@ import lzma
 import shutil
 import subprocess
 import sys
-import time
 import types
 
 import pytest
-from stub import CSRC, DEMO_CSRC, DEMO_KERNELS, ENTRIES, TABLE, DemoParams, build, by_path, nvrtc
+from stub import DEMO_CSRC, DEMO_KERNELS, ENTRIES, TABLE, TOOLS, DemoParams, build, by_path, nvrtc
 
 from sageattention.kernels.binaries import Entry, Image
 
@@ -156,6 +155,32 @@ def test_a_kernel_that_spills_fails_the_build_and_is_not_written(tmp_path, csrc)
     assert not (tmp_path / "k/sm_80").exists()
 
 
+SERIALISED = """
+#include "demo.cuh"
+namespace sage {
+__device__ __forceinline__ void serialised(const DemoParams& p) {  // reads an accumulator while the product is under way
+  float d[4] = {};
+  const unsigned long long at = p.n;
+  asm volatile("wgmma.fence.sync.aligned;");
+  asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0,%1,%2,%3},%4,%4,1,1,1,0,0;"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "l"(at));
+  p.y[threadIdx.x] = d[0];
+  asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;");
+}
+}  // namespace sage
+"""
+UNUSED = '#include "demo.cuh"\nnamespace sage { __device__ void serialised(const DemoParams& p) { int unused; } }\n'
+
+
+@pytest.mark.parametrize("text, warning", [(SERIALISED, "C75"), (UNUSED, "never referenced")], ids=["serialised wgmma", "unused"])
+def test_a_warning_fails_the_build(tmp_path, csrc, text, warning):
+    (csrc / "warned.cuh").write_text(text)
+    image = Image("warned", "sm_90a", "warned.cuh", (Entry("demo_warned", "serialised", DemoParams, 128),))
+    with pytest.raises(build.BuildError, match=rf"(?s)sm_90a/warned\.cubin\.xz: a warning fails the build.*{warning}"):
+        make((image,), tmp_path / "k", csrc)
+    assert not (tmp_path / "k/sm_90a").exists()
+
+
 FIELDS = dict(DemoParams._fields_)
 TWINS = {
     "DemoParams::n has another layout": {k: FIELDS[k] for k in ("x", "y", "factor", "n")},
@@ -230,11 +255,11 @@ def test_every_committed_image_is_built_from_the_present_sources(committed):
     assert build.check(build.released(build.load_table())) == []
 
 
-def test_a_sample_of_the_committed_images_is_built_again(committed, capsys):
-    number = int(time.time() // 86400)
-    chosen = build.sample(build.released(build.load_table()), number)
-    print(f"sample {number}: python csrc/build.py --sample {number}")
-    assert build.verify(chosen, 2) == []
+def test_committed_images_are_built_again_to_the_same_bytes(committed):
+    """The quickest one to compile; a scheduled workflow builds all again."""
+    paths = ("sm_75/quantise_mma.cubin.xz",)
+    chosen = [image for image in build.load_table() if image.path in paths]
+    assert len(chosen) == len(paths) and build.verify(chosen, 1) == []
 
 
 def test_a_table_that_names_a_file_or_a_kernel_twice_is_refused(monkeypatch):
@@ -249,7 +274,7 @@ def test_a_table_that_names_a_file_or_a_kernel_twice_is_refused(monkeypatch):
 
 def test_the_table_is_read_without_torch_or_the_package():
     code = "import sys, build; build.load_table(); assert not {'torch', 'sageattention'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=CSRC, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=TOOLS, check=True)
 
 
 def test_the_disassembly_report_counts_main_loops():

@@ -81,11 +81,9 @@ def lanes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def card(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> Lanes:
     monkeypatch.delenv(binaries.FORCE, raising=False)
     monkeypatch.setattr(store, "missing", lambda image: "")
-    monkeypatch.setattr(workspace, "_launch_plans", {})
     monkeypatch.setattr(workspace.capability, "of_device", lambda *_: lanes.capability)
     monkeypatch.setattr(driver, "kernel", lambda index, image, symbol, variant: symbol)
     monkeypatch.setattr(host, "_issue", lambda device, chains: [lanes.launch(device, 0, chain) for chain in chains])
-    plan.cache_clear()  # other tests may have planned without images
     return lanes
 
 

@@ -33,7 +33,7 @@ def library(tmp_path_factory):
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     """The compiled launcher's wheel."""
-    import build_launcher
+    import launcher_wheel
 
     pytest.importorskip("pybind11", reason="no pybind11: the compiled launcher is not tested")
     pytest.importorskip("setuptools", reason="no setuptools: the compiled launcher is not tested")
@@ -41,7 +41,7 @@ def wheel(tmp_path_factory):
 
     if not (shutil.which("g++") or shutil.which("c++")):
         pytest.skip("no C++ compiler: the compiled launcher is not tested")
-    return build_launcher.build(tmp_path_factory.mktemp("wheel"))
+    return launcher_wheel.build(tmp_path_factory.mktemp("wheel"))
 
 
 def forget() -> None:
@@ -214,6 +214,14 @@ def test_more_launches_than_the_launcher_keeps_on_its_stack(either):
     k = kernel()
     driver.launch(0, 1, tuple((k, n + 1, 1, 1, packed(n), False) for n in range(30)))
     assert [(l.grid[0], bytes(l.params[:32])) for l in either.launches()] == [(n + 1, packed(n)) for n in range(30)]
+
+
+@pytest.mark.parametrize("version, overlap", [(12020, 0), (12030, 1)])
+def test_drivers_that_cannot_capture_an_overlapping_launch_do_none(either, version, overlap):
+    """A graph around a call would fail on them."""
+    either.set(version=version)
+    driver.launch(0, 1, ((kernel(), 1, 1, 1, packed(1), True),))
+    assert [l.overlap for l in either.launches()] == [overlap]
 
 
 def test_cards_before_hopper_launch_without_overlap(either):

@@ -35,8 +35,10 @@ def example(seed: int = 0, device: str = "cuda", **changes) -> tuple[torch.Tenso
     return t["q"], t["k"], t["v"]
 
 
-def test_every_ready_variant_is_tested(variant: str) -> None:
-    assert sageattn(*example(), variant=variant).isfinite().all()
+def test_every_ready_variant_computes_attention(variant: str) -> None:
+    q, k, v = example()
+    exact = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    assert workloads.relative_l2(sageattn(q, k, v, variant=variant), exact) <= 0.08
 
 
 def test_graph_replays_on_new_data(variant: str) -> None:

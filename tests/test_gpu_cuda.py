@@ -12,7 +12,7 @@ from sageattention.cli import workloads
 from sageattention.kernels import binaries
 from sageattention.kernels.table import TEST_TARGETS
 from sageattention.planning import plan as plan_module
-from sageattention.planning.plan import Plan, plan
+from sageattention.planning.plan import Plan
 from sageattention.planning.problem import Problem
 from sageattention.variants import VARIANTS
 
@@ -43,10 +43,6 @@ def planned(variant: str, accum: str = "", head_dim: int = 128) -> Plan:
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """One (batch, kv head) pair a group, two groups alive."""
     monkeypatch.setitem(plan_module.WORKSPACE_LIMIT, "cuda", 1)
-    plan.cache_clear()
-    settings.planned_anew()
-    yield
-    plan.cache_clear()
 
 
 @each_accumulator

@@ -1,4 +1,4 @@
-"""Hopper's own kernels: they compile without spills or serialised wgmma, and their numerics keep the bounds."""
+"""Hopper's own kernels: their numerics keep the bounds, persistent blocks give every query its output."""
 
 from __future__ import annotations
 
@@ -7,28 +7,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import matrix  # noqa: E402
-from stub import CSRC, build, nvrtc  # noqa: E402
 
 from sageattention import Unsupported, dispatch, variants  # noqa: E402
 from sageattention.cli import workloads  # noqa: E402
-from sageattention.kernels import table  # noqa: E402
 from sageattention.numerics.reference import emulate, oracle  # noqa: E402
 from sageattention.numerics.scheme import FP8_FP32_WGMMA, FP16_FP32_WGMMA  # noqa: E402
-
-IMAGES = {i.name: i for i in table.IMAGES if "wgmma" in i.name}
-
-
-@pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
-def test_compiles_without_spills_or_serialised_wgmma(image):
-    options = [*build.OPTIONS, *image.options, f"--include-path={CSRC}"]
-    try:
-        _, usage, warnings = nvrtc.compile_text(build.translation_unit(image), image.name, image.arch, options)
-    except nvrtc.CompileError as error:
-        if "not installed" in str(error):
-            pytest.skip(str(error))
-        raise
-    assert not warnings and set(usage) == {e.symbol for e in image.entries}
-    assert all(usage[e.symbol].stack <= e.local for e in image.entries)
 
 
 @pytest.mark.parametrize("scheme", [FP16_FP32_WGMMA, FP8_FP32_WGMMA], ids=["fp16", "fp8"])

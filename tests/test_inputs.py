@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 torch = pytest.importorskip("torch")
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from sageattention.cli import workloads  # noqa: E402
+from sageattention.cli import video, workloads  # noqa: E402
 from sageattention.numerics.reference import oracle  # noqa: E402
 
 SMALL = workloads.Shape("small", 1, 2, 33, 65, 64)
@@ -44,6 +45,33 @@ def test_large_v_does_not_fit_fp16():
         workloads.make("large_v", SMALL, dtype=torch.float16)
 
 
+@pytest.mark.parametrize("tokens", [1, 65, 3001, 15360, 37700, 75600, 104050, 219500])
+def test_video_grid_holds_all_tokens(tokens):
+    prefix, frames, height, width = video.grid_of(tokens)
+    assert prefix + frames * height * width == tokens
+    assert tokens < 3000 or (128 <= prefix <= tokens // 10 and 1.5 < width / height < 1.7)
+
+
+def test_video_heads_differ_in_reach():
+    shape = workloads.Shape("video", 1, 8, 4000, 4000, 64)
+    q, k, _ = workloads.make("video", shape, dtype=torch.float32)
+    prefix = video.grid_of(4000).prefix
+    rows = slice(prefix, None, 29)
+    weight = torch.softmax(q[0, :, rows] @ k[0].mT / 8, -1)
+    assert (weight[..., :prefix].sum(-1).mean(-1) - 0.2)[[0, 1, 2, 3, 4, 5, 7]].abs().max() < 0.15
+    assert weight[6, :, 0].mean() > 0.2  # the sink
+    mass = torch.nn.functional.pad(weight, (0, -4000 % 64)).unflatten(-1, (-1, 64)).sum(-1).sort(-1, descending=True).values
+    share = ((mass.cumsum(-1) < 0.9).sum(-1) + 1).float().mean(-1) / mass.shape[-1]
+    assert 0.04 < share.min() < 0.12 and 0.25 < share.max() < 0.4
+
+
+def test_video_of_fewer_queries_takes_spaced_ones():
+    shape = workloads.Shape("video", 1, 2, 300, 300, 64)
+    q, k, v = workloads.make("video", shape, dtype=torch.float32)
+    few = workloads.make("video", replace(shape, len_q=30), dtype=torch.float32)
+    assert torch.equal(few[0], q[:, :, torch.linspace(0, 299, 30).long()]) and torch.equal(few[1], k) and torch.equal(few[2], v)
+
+
 def test_metrics():
     q, k, v = workloads.make("coherent_v", SMALL)
     exact = oracle(q, k, v)[0]
@@ -52,5 +80,10 @@ def test_metrics():
     assert workloads.relative_l2(0.9 * exact, exact) == pytest.approx(0.1)
 
 
-def test_shapes_are_the_customary_flops():
-    assert workloads.SHAPES["wan_480p"].flops == 4 * 40 * 32760 * 32760 * 128
+@pytest.mark.parametrize("shape", [SMALL, *workloads.SHAPES.values()], ids=lambda shape: shape.name)
+def test_flops_are_those_that_torch_counts(shape):
+    q = torch.empty(shape.batch, shape.heads, shape.len_q, shape.head_dim, device="meta")
+    k = torch.empty(shape.batch, shape.heads, shape.len_kv, shape.head_dim, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        torch.bmm(torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT), k.flatten(0, 1))
+    assert shape.flops == counter.get_total_flops()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 
 import installing
 import pytest
+from comfy_server import NOT_SHIPPED
 from installing import RAISING, ROOT, Python, base_python, foreign_wheel, launcher_wheel, make_pack, our_wheel, pack, python, result
 
 __all__ = ["base_python", "pack", "python"]  # fixtures
@@ -37,19 +39,33 @@ def test_pip_knows_what_was_installed(python, pack):
     python.install(pack)
     shown = python("import subprocess, sys; subprocess.run([sys.executable, '-m', 'pip', 'show', '-f', 'sageattention'])").stdout
     assert "Version: 3.0.0" in shown and "__main__.py" in shown
+    assert "No broken requirements" in python("import subprocess, sys; subprocess.run([sys.executable, '-m', 'pip', 'check'])").stdout
     gone = python.install(pack, "--uninstall")
     assert (gone["outcome"], gone["code"]) == ("uninstalled", 0)
     assert python.version() is None and not list(python.site.glob("sageattention*"))
     assert "Nothing of this pack" in python.install(pack, "--uninstall")["message"]
 
 
-def test_an_older_one_of_ours_is_replaced(python, pack, tmp_path):
-    python.put(our_wheel(tmp_path, "2.9.0"))
-    python.put(launcher_wheel(tmp_path, "2.9.0"))
-    assert python.install(pack)["outcome"] == "installed"
-    assert python.version() == "3.0.0"
-    assert [p.name for p in python.site.glob("sageattention*.dist-info")].count("sageattention-2.9.0.dist-info") == 0
-    assert result(pack)["launcher"]["version"] == "3.0.0"
+def test_a_release_is_brought_up_to_the_next(python, pack, tmp_path):
+    """Installed by pip, as release 3.0.0 did; then by this one."""
+    for wheel in (our_wheel(tmp_path), launcher_wheel(tmp_path)):
+        subprocess.run([python.exe, "-m", "pip", "install", "--no-deps", "--no-index", "-q", str(wheel)], check=True)
+    next_pack = make_pack(tmp_path / "next", version="3.1.0")
+    done = python.install(next_pack)
+    assert (done["outcome"], done["launcher"]) == ("installed", {"version": "3.1.0", "why": ""})
+    assert python.version() == "3.1.0"
+    assert sorted(p.name for p in python.site.glob("sageattention*.dist-info")) == [
+        "sageattention-3.1.0.dist-info", "sageattention_launcher-3.1.0.dist-info"]  # fmt: skip
+    assert python.install(next_pack)["message"] == "sageattention 3.1.0 is up to date."
+    assert python.install(pack)["outcome"] == "kept-newer"
+
+
+def test_a_release_without_launchers_yet_takes_the_old_one_out(python, tmp_path):
+    """The launcher is locked to its version."""
+    python.install(make_pack(tmp_path / "first"))
+    done = python.install(make_pack(tmp_path / "next", version="3.1.0", launcher=False))
+    assert (done["outcome"], done["launcher"]["version"]) == ("installed", None) and "ctypes" in done["launcher"]["why"]
+    assert not list(python.site.glob("sageattention_launcher*"))
 
 
 def test_a_newer_one_of_ours_is_kept_unless_asked(python, pack, tmp_path):
@@ -142,11 +158,11 @@ def test_odd_metadata(python, pack, tmp_path, left):
     assert not list(python.site.glob("SageAttention*"))
 
 
-def test_a_damaged_wheel_in_the_pack(python, pack):
-    python.install(pack)
-    next((pack / "wheels").glob("sageattention-*.whl")).write_bytes(b"version https://git-lfs.example/spec/v1")
+def test_a_damaged_launcher_in_the_pack(python, pack):
+    next((pack / "wheels").glob("sageattention_launcher-*.whl")).write_bytes(b"version https://git-lfs.example/spec/v1")
     told = python.install(pack)
-    assert told["code"] == 0 and "not the wheel of the index" in told["message"]
+    assert (told["outcome"], told["code"], told["launcher"]["version"]) == ("installed", 0, None)
+    assert "not the wheel of the index" in told["launcher"]["why"]
     assert python.version() == "3.0.0"
 
 
@@ -200,9 +216,17 @@ def test_dry_run_and_print_change_nothing(python, pack):
     plan = python.install(pack, "--dry-run")
     assert "Would install sageattention-3.0.0-py3-none-any.whl" in plan["message"]
     commands = python.install(pack, "--print")["message"].splitlines()
-    assert len(commands) == 2 and all(c.startswith(f'"{python.exe}" -m pip') and "--no-deps" in c for c in commands)
+    assert commands[0].startswith(f'"{python.exe}"') and "install.py" in commands[0] and "--wheel" in commands[0]
+    assert len(commands) == 3 and all(c.startswith(f'"{python.exe}" -m pip') and "--no-deps" in c for c in commands[1:])
     assert not list(python.site.glob("*sageattention*"))
     assert not (pack.parent.parent / "user").exists()
+
+
+def test_the_printed_commands_install(python, pack):
+    for command in python.install(pack, "--print")["message"].splitlines():
+        subprocess.run(shlex.split(command), check=True, capture_output=True)
+    assert python.version() == "3.0.0"
+    assert python.install(pack)["message"] == "sageattention 3.0.0 is up to date."
 
 
 def test_the_pack_itself_stays_as_it_is(python, pack):
@@ -254,29 +278,24 @@ def test_other_pythons_with_pip(tmp_path, pack, version):
     assert other.version() == "3.0.0" and done["torch"] is None
 
 
-@pytest.mark.parametrize("how", ["on PATH", "as a module"])
-def test_uv_where_there_is_no_pip(tmp_path, pack, how):
-    if UV is None:
-        pytest.skip("there is no uv on this machine")
+@pytest.mark.skipif(UV is None, reason="there is no uv on this machine")
+def test_neither_pip_nor_uv_is_needed_and_uv_knows_what_was_installed(tmp_path, pack):
+    """A Python as uv and Stability Matrix make it."""
     bare = Python(tmp_path / "env", pip=False)
-    path = os.path.dirname(UV)
-    if how == "as a module":
-        (bare.site / "uv").mkdir()
-        (bare.site / "uv" / "__init__.py").touch()
-        (bare.site / "uv" / "__main__.py").write_text(f"import subprocess, sys\nsys.exit(subprocess.call([{UV!r}, *sys.argv[1:]]))\n")
-        path = str(tmp_path)
-    done = bare.install(pack, PATH=path)
+    done = bare.install(pack, PATH=str(tmp_path))
     assert (done["outcome"], done["launcher"]["version"]) == ("installed", "3.0.0"), done
     assert bare.version() == "3.0.0"
-    assert bare.install(pack, "--uninstall", PATH=path)["code"] == 0
-    assert bare.version() is None
 
+    def uv(*arguments: str) -> str:
+        command = [UV, "pip", *arguments, "--python", bare.exe]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
 
-def test_neither_pip_nor_uv(tmp_path, pack):
-    bare = Python(tmp_path / "env", pip=False)
-    told = bare.install(pack, PATH=str(tmp_path))
-    assert (told["outcome"], told["code"]) == ("bundled-only", 0)
-    assert "neither pip nor uv" in told["message"]
+    assert "sageattention==3.0.0" in uv("freeze") and "sageattention-launcher==3.0.0" in uv("freeze")
+    uv("uninstall", "sageattention", "sageattention-launcher")
+    assert not list(bare.site.glob("*sageattention*"))
+    assert bare.install(pack, PATH=str(tmp_path))["outcome"] == "installed"
+    assert bare.install(pack, "--uninstall", PATH=str(tmp_path))["code"] == 0
+    assert not list(bare.site.glob("*sageattention*"))
 
 
 KILLER = """
@@ -299,27 +318,24 @@ runpy.run_path("install.py", run_name="__main__")
 @pytest.mark.skipif(os.name == "nt", reason="kills with a signal of Unix")
 @pytest.mark.parametrize("old", ["ours", "none"])
 def test_killed_at_any_write_leaves_the_old_or_the_new_one(python, tmp_path, old):
-    """Every write of install.py under site-packages is a place to die; pip (or uv, which is quicker) is a child that lives on."""
-    if UV:
-        python = Python(tmp_path / "env", pip=False)
+    """Every write of install.py under site-packages is a place to die."""
     pack = make_pack(tmp_path / "pack", launcher=False)
     older = our_wheel(tmp_path, "2.9.0")
     script = KILLER.replace("SITE", repr(str(python.site)))
-    environment = {**os.environ, "PATH": os.pathsep.join([os.path.dirname(UV or ""), os.environ["PATH"]])}
     seen = []
-    for place in range(60):
+    for place in range(100):
         python.clean()
         if old == "ours":
             python.put(older)
         command = [python.exe, "-c", script, str(place)]
-        child = subprocess.run(command, cwd=pack, env=environment, capture_output=True, text=True, timeout=120)
+        child = subprocess.run(command, cwd=pack, capture_output=True, text=True, timeout=120)
         seen.append(python.version())
         assert seen[-1] in ("2.9.0" if old == "ours" else None, "3.0.0"), (place, seen)
         if child.returncode == 0:
             break
         assert child.returncode == -signal.SIGKILL, child.stderr
         if place % 5 == 0:  # the next run takes back what was left half done, and completes
-            assert python.install(pack, PATH=environment["PATH"])["outcome"] in ("installed", "current")
+            assert python.install(pack)["outcome"] in ("installed", "current")
         assert python.version() in (seen[-1], "3.0.0")
     else:
         pytest.fail("install.py never ended")
@@ -342,31 +358,38 @@ def test_two_at_once(python, pack):
 
 
 def test_the_real_package(python, tmp_path):
-    """The package of this checkout, in a Python without torch."""
+    """The package of this checkout, in a Python without torch; and nothing to do is done in a moment, though all is hashed."""
     pack = tmp_path / "pack"
-    pack.mkdir()
-    shutil.copy(ROOT / "install.py", pack)
-    (pack / "sageattention").mkdir()
-    shutil.copy(ROOT / "sageattention" / "_version.py", pack / "sageattention")
-    installing.build.build_universal(pack / "wheels")
-    installing.build.write_index(pack / "wheels", [])
+    shutil.copytree(ROOT, pack, ignore=NOT_SHIPPED)
+    version = installing.build.project()["version"]
     done = python.install(pack)
     assert done["outcome"] == "installed", done
-    assert python.version() == installing.build.project()["version"]
+    assert python.version() == version
     doctor = subprocess.run([python.exe, "-m", "sageattention", "doctor"], cwd=tmp_path, capture_output=True, text=True)
     assert doctor.returncode == 0 and "torch" in doctor.stdout
+    start = time.monotonic()
+    assert python.install(pack)["outcome"] == "current"
+    assert time.monotonic() - start < 3
+    image = next((python.site / "sageattention" / "kernels").glob("sm_90a/*.xz"))
+    data = bytearray(image.read_bytes())
+    data[len(data) // 2] ^= 1
+    image.write_bytes(data)
+    assert python.install(pack)["outcome"] == "installed"
+    data[len(data) // 2] ^= 1
+    assert image.read_bytes() == data
 
 
 def test_install_py_is_stdlib_only_and_has_no_shell():
-    tree = ast.parse((ROOT / "install.py").read_text(encoding="utf-8"))
-    names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    names |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert names <= set(sys.stdlib_module_names)
-    assert not any(isinstance(n, ast.keyword) and n.arg == "shell" for n in ast.walk(tree))
-    assert not any(isinstance(n, ast.Attribute) and n.attr in ("system", "popen") for n in ast.walk(tree))
-    assert not any(isinstance(n, ast.ExceptHandler) and n.type is None for n in ast.walk(tree))
+    for file in (ROOT / "install.py", *(ROOT / "installer").glob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        names |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level}
+        assert names <= {*sys.stdlib_module_names, "installer"}, file
+        assert not any(isinstance(n, ast.keyword) and n.arg == "shell" for n in ast.walk(tree))
+        assert not any(isinstance(n, ast.Attribute) and n.attr in ("system", "popen") for n in ast.walk(tree))
+        assert not any(isinstance(n, ast.ExceptHandler) and n.type is None for n in ast.walk(tree))
     sources = [*(ROOT / "nodes").glob("*.py"), ROOT / "__init__.py", ROOT / "prestartup_script.py"]
     for source in sources:
         found = ast.walk(ast.parse(source.read_text(encoding="utf-8")))
         imported = [alias.name for n in found if isinstance(n, (ast.Import, ast.ImportFrom)) for alias in n.names]
-        assert not {"install", "subprocess", "urllib"} & {name.split(".")[0] for name in imported}, source
+        assert not {"install", "installer", "subprocess", "urllib"} & {name.split(".")[0] for name in imported}, source

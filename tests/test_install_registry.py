@@ -6,8 +6,11 @@ on the loopback interface; no other host can be reached.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import posixpath
+import re
 import shutil
 import subprocess
 import sys
@@ -22,8 +25,9 @@ __all__ = ["mirror"]  # a fixture
 TOOLS = os.environ.get("INSTALLERS_PYTHON") or sys.executable
 COMFYUI = os.environ.get("COMFYUI_PATH", "")
 LIMIT = 20 << 20
-TOP = {"LICENSE", "README.md", "__init__.py", "install.py", "nodes", "prestartup_script.py", "pyproject.toml", "sageattention", "wheels"}
-KINDS = {"": {"LICENSE"}, "nodes": {".py"}, "sageattention": {".py", ".xz", ".json"}, "wheels": {".whl", ".json"}}
+FILES = {"LICENSE", "README.md", "__init__.py", "install.py", "prestartup_script.py", "pyproject.toml"}
+FOLDERS = {"docs": {".md", ".py", ".png"}, "installer": {".py"}, "nodes": {".py"}, "sageattention": {".py", ".xz", ".json"},
+           "wheels": {".whl", ".json"}}  # fmt: skip
 
 # Runs in every child: the registry is ours, and names of other hosts are not looked up.
 SITE = """
@@ -77,7 +81,7 @@ def run(command: list, **options) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """The tracked files of this checkout, with freshly built wheels, committed in a repository of their own."""
+    """The tracked files of this checkout, committed in a repository of their own."""
     folder = tmp_path_factory.mktemp("source") / "pack"
     tracked = run(["git", "-C", ROOT, "ls-files", "-z"])
     if tracked.returncode:
@@ -86,10 +90,6 @@ def source(tmp_path_factory) -> Path:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    for old in (folder / "wheels").glob("*.whl"):
-        old.unlink()
-    installing.build.build_universal(folder / "wheels")
-    installing.build.write_index(folder / "wheels", [])
     for command in (
         ["init", "-q"],
         ["add", "-A"],
@@ -119,15 +119,26 @@ def test_the_archive_holds_what_is_needed_and_nothing_else(archive):
     with zipfile.ZipFile(archive) as packed:
         assert packed.testzip() is None
         names = packed.namelist()
-        wheel = next(name for name in names if name.startswith("wheels/sageattention-"))
-        with packed.open(wheel) as inner:
-            in_wheel = {name for name in zipfile.ZipFile(inner).namelist() if name.startswith("sageattention/")}
-    assert {Path(name).parts[0] for name in names} == TOP
+        digests = [hashlib.sha256(packed.read(name)).hexdigest() for name in names if name.endswith((".xz", ".whl"))]
+    assert {name for name in names if "/" not in name} - {"CHANGELOG.md"} == FILES
+    assert {name.split("/")[0] for name in names if "/" in name} == FOLDERS.keys()
     for name in names:
-        top, _, rest = name.partition("/")
-        assert Path(name).suffix in KINDS[top] if rest else Path(name).suffix in {".py", ".md", ".toml", ""}, name
-    assert {name for name in names if name.startswith("sageattention/")} == in_wheel
+        assert "/" not in name or Path(name).suffix in FOLDERS[name.split("/")[0]], name
+    code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sageattention").rglob("*.py")}
+    assert {name for name in names if name.startswith("sageattention/") and name.endswith(".py")} == code
+    assert len(set(digests)) == len(digests) and not [
+        name for name in names if name.startswith("wheels/sageattention-")
+    ]  # each kernel once
     assert "wheels/build.py" not in names and not [name for name in names if "__pycache__" in name]
+
+
+def test_no_link_leads_out_of_the_archive(archive):
+    """Of the README and of the documents."""
+    with zipfile.ZipFile(archive) as packed:
+        names = set(packed.namelist())
+        for page in [name for name in names if name.endswith(".md")]:
+            for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", packed.read(page).decode("utf-8")):
+                assert posixpath.normpath(posixpath.join(posixpath.dirname(page), target)) in names, f"{page}: {target}"
 
 
 def test_metadata_is_static_and_versions_agree():
@@ -136,6 +147,7 @@ def test_metadata_is_static_and_versions_agree():
     version = (ROOT / "sageattention" / "_version.py").read_text(encoding="utf-8")
     assert f'__version__ = "{project["version"]}"' in version
     assert all(part.isdigit() for part in project["version"].split(".")) and project["version"].count(".") == 2
+    assert project["urls"]
     assert "dynamic" not in project and project["dependencies"] == []
     requirements = ROOT / "requirements.txt"
     lines = requirements.read_text(encoding="utf-8").splitlines() if requirements.exists() else []

@@ -1,4 +1,4 @@
-"""The wheel build: what the wheels hold, that they are reproducible, and that the index is theirs."""
+"""The wheels: what the package's and the launchers' hold, that they are reproducible, and that the index is theirs."""
 
 from __future__ import annotations
 
@@ -6,44 +6,85 @@ import base64
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import installing
 import pytest
 from installing import ROOT, launcher_wheel, our_wheel, sha256
 
+from installer import KEYWORD
+from installer.wheel import FIXED_TIME, Bundle
+
 build = installing.build
 
 
-def test_the_universal_wheel_is_reproducible_and_complete(tmp_path):
-    first, second = build.build_universal(tmp_path / "1"), build.build_universal(tmp_path / "2")
+def test_the_packages_wheel_is_reproducible_and_complete(tmp_path):
+    first, second = Bundle().bring(tmp_path / "1"), Bundle().bring(tmp_path / "2")
     assert first.read_bytes() == second.read_bytes()
     assert first.name == f"sageattention-{build.project()['version']}-py3-none-any.whl"
     with zipfile.ZipFile(first) as wheel:
         names = wheel.namelist()
-        assert {entry.date_time for entry in wheel.infolist()} == {build.FIXED_TIME}
+        assert {entry.date_time for entry in wheel.infolist()} == {FIXED_TIME}
         wheel.extractall(tmp_path / "site")
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sageattention").rglob("*.py")}
     kernels = {
         path.relative_to(ROOT).as_posix() for path in (ROOT / "sageattention" / "kernels").rglob("*") if path.suffix in (".xz", ".json")
     }
     assert {name for name in names if ".dist-info/" not in name} == code | kernels
+    assert {name.split("/", 1)[1] for name in names if ".dist-info/" in name} == {"METADATA", "WHEEL", "RECORD", "licenses/LICENSE"}
     (found,) = importlib.metadata.distributions(name="sageattention", path=[str(tmp_path / "site")])
-    assert found.version == build.project()["version"] and not found.requires
-    assert "sageattention-node-pack" in found.metadata["Keywords"]
     for file in found.files:
         assert file.size is None or (file.locate().stat().st_size == file.size and sha256(file.locate()) == _hex(file.hash.value))
 
 
+def test_its_metadata_is_pyprojects(tmp_path):
+    """Which install.py reads without a reader of TOML, as Python 3.10 has none."""
+    table = build.project()
+    metadata = importlib.metadata.Distribution.at(_unpacked(tmp_path)).metadata
+    fields = {"Name": "name", "Version": "version", "Summary": "description", "License-Expression": "license",
+              "Requires-Python": "requires-python"}  # fmt: skip
+    assert {name: metadata[name] for name in fields} == {name: table[key] for name, key in fields.items()}
+    assert metadata["Keywords"] == KEYWORD and KEYWORD in table["keywords"] and not table["dependencies"]
+
+
+def _unpacked(folder):
+    with zipfile.ZipFile(Bundle().bring(folder)) as wheel:
+        wheel.extractall(folder / "site")
+    return next((folder / "site").glob("*.dist-info"))
+
+
+@pytest.mark.parametrize("client", ["pip", "uv"])
+def test_pip_and_uv_install_it(tmp_path, client):
+    """By hand, as `--print` shows it."""
+    wheel = tmp_path / Path(run([sys.executable, ROOT / "install.py", "--wheel", tmp_path]).strip()).name
+    assert build.project()["version"] in wheel.name
+    uv = shutil.which("uv", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
+    if client == "uv" and uv is None:
+        pytest.skip("there is no uv on this machine")
+    command = [sys.executable, "-m", "pip", "install"] if client == "pip" else [uv, "pip", "install", "--python", sys.executable]
+    run([*command, "--no-index", "--no-deps", "-q", "--target", tmp_path / "site", wheel])
+    (found,) = importlib.metadata.distributions(name="sageattention", path=[str(tmp_path / "site")])
+    assert found.version == build.project()["version"] and (tmp_path / "site" / "sageattention" / "kernels" / "manifest.json").is_file()
+
+
+def run(command) -> str:
+    return subprocess.run(list(map(str, command)), check=True, capture_output=True, encoding="utf-8", cwd=ROOT.parent).stdout
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    done = subprocess.run([sys.executable, ROOT / "install.py", "--wheel", tmp_path / "file" / "x"], capture_output=True, text=True)
+    assert done.returncode == 1 and "file" in done.stderr and "Traceback" not in done.stderr
+
+
 def _hex(value: str) -> str:
     return base64.urlsafe_b64decode(value + "=").hex()
-
-
-def test_install_py_knows_our_keyword():
-    keyword = re.search(r'^KEYWORD = "([^"]+)"', (ROOT / "install.py").read_text(encoding="utf-8"), re.MULTILINE)[1]
-    assert keyword in build.project()["keywords"]
 
 
 def test_the_index_is_of_one_release_and_small(tmp_path, monkeypatch):
@@ -63,33 +104,35 @@ def test_the_index_is_of_one_release_and_small(tmp_path, monkeypatch):
 
 
 def test_one_command_replaces_the_folder(tmp_path):
-    our_wheel(tmp_path, "2.0.0")
-    assert build.main(["--pure", "--out", str(tmp_path)]) == 0
-    assert [path.name for path in tmp_path.glob("*.whl")] == [f"sageattention-{build.project()['version']}-py3-none-any.whl"]
-    assert build.faults(tmp_path) == [] and build.main(["--check", "--out", str(tmp_path)]) == 0
+    old, built = launcher_wheel(tmp_path / "out", "2.0.0"), launcher_wheel(tmp_path / "built", build.project()["version"])
+    assert build.main(["--no-build", "--add", str(built.parent), "--out", str(old.parent)]) == 0
+    assert [path.name for path in old.parent.glob("*.whl")] == [built.name]
+    assert build.faults(old.parent) == [] and build.main(["--check", "--out", str(old.parent)]) == 0
 
 
 def test_check_sees_what_is_wrong(tmp_path):
-    assert build.main(["--pure", "--out", str(tmp_path)]) == 0
-    wheel = next(tmp_path.glob("*.whl"))
+    wheel = launcher_wheel(tmp_path, build.project()["version"])
+    build.write_index(tmp_path, [])
+    assert build.faults(tmp_path) == []
     data = wheel.read_bytes()
     wheel.write_bytes(data[:-1])
     assert any("not the wheel" in fault for fault in build.faults(tmp_path))
-    assert any("build the wheels again" in fault for fault in build.faults(tmp_path))
     wheel.unlink()
     assert any("not there" in fault for fault in build.faults(tmp_path))
     wheel.write_bytes(data)
-    launcher_wheel(tmp_path)
+    our_wheel(tmp_path)
     assert any("not listed" in fault for fault in build.faults(tmp_path))
+    old = launcher_wheel(tmp_path / "old", "1.0.0").parent
+    build.write_index(old, [])
+    assert any("build the wheels again" in fault for fault in build.faults(old)) and build.main(["--check", "--out", str(old)]) == 1
 
 
 def test_the_folder_of_this_checkout_is_consistent():
-    """The universal wheel may be older than the sources between releases; the publishing workflow checks that too."""
+    """Its version may be an older one between releases; the publishing workflow checks that too."""
     found = [fault for fault in build.faults(ROOT / "wheels") if "build the wheels again" not in fault]
     assert found == []
     wheels = list((ROOT / "wheels").glob("*.whl"))
-    assert sum(path.stat().st_size for path in wheels) < 16 << 20
-    assert all(path.stat().st_size < 1 << 20 for path in wheels if "launcher" in path.name)
+    assert wheels and all("launcher" in path.name and path.stat().st_size < 1 << 20 for path in wheels)
 
 
 def test_a_launcher_wheel(tmp_path):

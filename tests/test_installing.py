@@ -16,7 +16,7 @@ def test_a_legacy_code_page_does_not_make_the_tests_delete_the_current_folder(tm
     """A path that cp1252 lacks once came back empty, and the packages of the current folder were deleted as those of the environment."""
     (tmp_path / "sageattention").mkdir()
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\nimport installing, pathlib\n"
+        f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}\nimport installing, pathlib\n"
         "p = installing.Python(pathlib.Path('env \\u8def').resolve(), pip=False)\np.clean()\nprint(ascii(str(p.site)))"
     )
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}

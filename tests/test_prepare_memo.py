@@ -15,11 +15,6 @@ from sageattention.device.capability import Capability  # noqa: E402
 from sageattention.planning import calibration, problem  # noqa: E402
 
 
-@pytest.fixture(autouse=True)
-def forget():
-    dispatch._prepared.clear()
-
-
 def tensors(**changes):
     shape = {"q": (1, 4, 9, 64), "k": (1, 4, 7, 64), "v": (1, 4, 7, 64)}
     return {name: torch.zeros(changes.get(name, shape[name])) for name in shape}
@@ -104,9 +99,7 @@ def card(monkeypatch, tmp_path):
     monkeypatch.setattr(capability, "of_device", lambda device, index: found)
     monkeypatch.setattr(calibration, "made_for", lambda card: {"card": card.name})
     monkeypatch.setenv(calibration.FOLDER, str(tmp_path))
-    calibration.of_card.cache_clear()
-    yield found
-    calibration.of_card.cache_clear()
+    return found
 
 
 def measured(triton_ms: float) -> list[calibration.Point]:

@@ -7,7 +7,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from sageattention import Unsupported  # noqa: E402
+from sageattention.device.capability import Capability  # noqa: E402
+from sageattention.planning.plan import plan  # noqa: E402
 from sageattention.planning.problem import Problem  # noqa: E402
+from sageattention.variants import VARIANTS  # noqa: E402
 
 
 def zeros(*shape, dtype=torch.bfloat16, device="cpu"):
@@ -37,10 +40,8 @@ REFUSED = {
     "more kv heads": ({"k": zeros(2, 8, 12, 64), "v": zeros(2, 8, 12, 64)}, "k", "4 heads k has 8 multiple"),
     "no kv heads": ({"k": zeros(2, 0, 12, 64), "v": zeros(2, 0, 12, 64)}, "k", "4 heads k has 0 multiple"),
     "head_dim of k": ({"k": zeros(2, 4, 12, 32), "v": zeros(2, 4, 12, 32)}, "k", "head_dim is 32 q's is 64"),
-    "head_dim of v": ({"v": zeros(2, 4, 12, 32)}, "v", "(2, 4, 12, 32) equal"),
     "head_dim 0": ({n: zeros(2, 4, 12, 0) for n in "qkv"}, "q", "head_dim is 0 accepted are 1 to 256"),
-    "head_dim 257": ({n: zeros(2, 4, 12, 257) for n in "qkv"}, "q", "head_dim is 257 accepted are 1 to 256"),
-    "dtype": ({n: zeros(2, 4, 12, 64, dtype=torch.float64) for n in "qkv"}, "q", "torch.float64 float16 bfloat16 float32"),
+    "head_dim 0 of v": ({"v": zeros(2, 4, 12, 0)}, "v", "head_dim is 0 accepted are 1 to 256"),
     "integers": ({n: zeros(2, 4, 12, 64, dtype=torch.int32) for n in "qkv"}, "q", "torch.int32 accepted"),
     "dtype of k": ({"k": zeros(2, 4, 12, 64, dtype=torch.float16)}, "k", "torch.float16 torch.bfloat16 equal"),
     "dtype of v": ({"v": zeros(2, 4, 12, 64, dtype=torch.float32)}, "v", "torch.float32 torch.bfloat16 equal"),
@@ -60,6 +61,7 @@ REFUSED = {
     "scale NaN": ({"sm_scale": float("nan")}, "sm_scale", "nan finite"),
     "scale inf": ({"sm_scale": float("inf")}, "sm_scale", "inf finite"),
     "scale beyond float": ({"sm_scale": 10**400}, "sm_scale", "finite number"),
+    "scale is a truth": ({"sm_scale": True}, "sm_scale", "True number is_causal"),
     "scale of two": ({"sm_scale": torch.ones(2)}, "sm_scale", "finite number"),
     "scale is text": ({"sm_scale": "auto"}, "sm_scale", "'auto' finite number"),
     "causal is text": ({"is_causal": "False"}, "is_causal", "'False' accepted True"),
@@ -78,6 +80,28 @@ def test_refused(changes, parameter, words):
     assert text.startswith(f"{parameter}: ")
     for word in words.split():
         assert word.strip("(),[]") in text, (word, text)
+
+
+BEYOND = {
+    "head_dim of v": ({"v": zeros(2, 4, 12, 32)}, "v", "head_dim is 32, q's is 64"),
+    "head_dim 257": ({n: zeros(2, 4, 12, 257) for n in "qkv"}, "q", "head_dim is 257, accepted are 1 to 256"),
+    "fp64": ({n: zeros(2, 4, 12, 64, dtype=torch.float64) for n in "qkv"}, "q", "float64, accepted are float16, bfloat16, float32"),
+    "fp64 and its mask": (
+        {n: zeros(2, 4, 12, 64, dtype=torch.float64) for n in "qkv"} | {"attn_mask": zeros(12, 12, dtype=torch.float64)}, "q", "float64",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, parameter, words", BEYOND.values(), ids=BEYOND)
+def test_calls_beyond_the_variants_are_torchs(changes, parameter, words):
+    problem = call(**changes)
+    assert problem.beyond_variants.parameter == parameter and words in str(problem.beyond_variants)
+    card = Capability("cuda", 89, 128, "native", "RTX 4090")
+    chosen = plan(problem, card)
+    assert chosen.variant.name == plan(problem, card, "sdpa").variant.name == "sdpa" and words in chosen.reason
+    for name in VARIANTS.keys() - {"sdpa"}:
+        with pytest.raises(Unsupported, match=f"^{parameter}: .*{words[:12]}"):
+            plan(problem, card, name)
 
 
 @pytest.mark.parametrize("given", [True, 1, torch.tensor(True), None, 0, False], ids=str)

@@ -1,33 +1,25 @@
-"""Build the release's wheels and their index: one command.
+"""Build the launchers' wheels and the index: one command. (The package's own wheel is written by install.py, from the package.)
 
-    python wheels/build.py [--out DIR] [--python PATH ...] [--pure] [--add DIR] [--mirror URL]
-    python wheels/build.py --check          are the wheels here those of this checkout, and is the index theirs?
+    python wheels/build.py [--out DIR] [--python PATH ...] [--no-build] [--add DIR] [--mirror URL]
+    python wheels/build.py --check          are the wheels here of this version, and is the index theirs?
 
-The universal wheel needs nothing but this file (and Python ≥ 3.11, or the package tomli). A launcher wheel needs setuptools,
-pybind11 and ziglang in the running Python and, for each version of Python, an installation with headers; zig's compiler links
-libc++ in and asks for an old glibc only, so that the module links to glibc and nothing else.
-
-All times are fixed and the universal wheel is stored uncompressed (its kernels already are), so the same sources give the same
-bytes with any zlib.
+A wheel needs setuptools, pybind11 and ziglang in the running Python and, for each version of Python, an installation with headers;
+zig's compiler links libc++ in and asks for an old glibc only, so that the module links to glibc and nothing else. All times are
+fixed: the same sources and tools give the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import csv
 import glob
 import hashlib
 import importlib.util
-import io
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 try:
@@ -37,11 +29,9 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(__file__).resolve().parent
-PACKAGE = "sageattention"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 GLIBC = "2.28"  # of every system with a Python 3.10 that is still maintained
-LIMIT = 16 << 20  # bytes for all wheels of a release: they live in the repository
-FIXED_TIME = (2020, 1, 1, 0, 0, 0)
+LIMIT = 6 << 20  # bytes for all wheels of a release: they live in the repository
 
 
 class BuildError(Exception):
@@ -51,69 +41,6 @@ class BuildError(Exception):
 def project() -> dict:
     """pyproject.toml's table [project]."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-
-
-def write_wheel(folder: Path, metadata: str, tag: str, files: dict[str, bytes]) -> Path:
-    """Write NAME-VERSION-TAG.whl, reproducibly.
-
-    Args:
-        metadata: the METADATA file; name and version are taken from it.
-        tag: such as "py3-none-any".
-        files: path in the wheel → content, without the dist-info folder.
-    """
-    fields = dict(line.split(": ", 1) for line in metadata.splitlines() if ": " in line)
-    stem = f"{re.sub(r'[-_.]+', '_', fields['Name'])}-{fields['Version']}"
-    pure = str(tag.endswith("none-any")).lower()
-    wheel = f"Wheel-Version: 1.0\nGenerator: {PACKAGE}\nRoot-Is-Purelib: {pure}\nTag: {tag}\n"
-    info = f"{stem}.dist-info"
-    content = {**dict(sorted(files.items())), f"{info}/METADATA": metadata.encode(), f"{info}/WHEEL": wheel.encode()}
-    record = io.StringIO()
-    rows = csv.writer(record, lineterminator="\n")
-    for name, data in content.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-        rows.writerow((name, f"sha256={digest}", len(data)))
-    rows.writerow((f"{info}/RECORD", "", ""))
-    content[f"{info}/RECORD"] = record.getvalue().encode()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{stem}-{tag}.whl"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in content.items():
-            entry = zipfile.ZipInfo(name, FIXED_TIME)
-            entry.external_attr = 0o644 << 16
-            entry.create_system = 3  # Unix, on Windows too
-            archive.writestr(entry, data)
-    return path
-
-
-def metadata() -> str:
-    """METADATA of the universal wheel, from pyproject.toml."""
-    table = project()
-    lines = [
-        "Metadata-Version: 2.4",
-        f"Name: {PACKAGE}",
-        f"Version: {table['version']}",
-        f"Summary: {table['description']}",
-        f"License-Expression: {table['license']}",
-        f"Keywords: {','.join(table['keywords'])}",
-        f"Requires-Python: {table['requires-python']}",
-    ]
-    lines += [f"Classifier: {name}" for name in table["classifiers"]]
-    return "\n".join(lines) + "\n"
-
-
-def package_files() -> dict[str, bytes]:
-    """What the universal wheel holds: the package's code, its kernels, the licence."""
-    found = [path for pattern in ("**/*.py", "kernels/manifest.json", "kernels/*/*.xz") for path in (ROOT / PACKAGE).glob(pattern)]
-    files = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in found}
-    licence = ROOT / "LICENSE"
-    if licence.is_file():
-        files[f"{PACKAGE}-{project()['version']}.dist-info/licenses/LICENSE"] = licence.read_bytes()
-    return files
-
-
-def build_universal(out: Path) -> Path:
-    """sageattention-X.Y.Z-py3-none-any.whl."""
-    return write_wheel(out, metadata(), "py3-none-any", package_files())
 
 
 def build_launcher(python: str, out: Path) -> Path:
@@ -133,7 +60,7 @@ def build_launcher(python: str, out: Path) -> Path:
         c, cxx = shlex.join([*zig, "cc", *target]), shlex.join([*zig, "c++", *target])
         environment |= {"CC": c, "CXX": cxx, "LDSHARED": f"{c} -shared", "LDCXXSHARED": f"{cxx} -shared"}
     with tempfile.TemporaryDirectory() as fresh:
-        command = [python, str(ROOT / "csrc" / "build_launcher.py"), "--out", fresh]
+        command = [python, str(ROOT / "csrc" / "tools" / "launcher_wheel.py"), "--out", fresh]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         wheels = list(Path(fresh).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
@@ -194,7 +121,7 @@ def write_index(folder: Path, mirrors: list[str]) -> Path:
 
 
 def faults(folder: Path) -> list[str]:
-    """What is wrong with a folder of wheels: the index, or the universal wheel, is not of these files."""
+    """What is wrong with a folder of wheels: the index is not of these files, or they are of another version than this checkout."""
     listed = {wheel["file"]: wheel for wheel in json.loads((folder / "index.json").read_text(encoding="utf-8"))["wheels"]}
     present = {path.name: path for path in folder.glob("*.whl")}
     found = [f"{name} is listed, but not there" for name in listed.keys() - present.keys()]
@@ -202,18 +129,18 @@ def faults(folder: Path) -> list[str]:
     for name in listed.keys() & present.keys():
         if listed[name] != {**describe(present[name], []), "urls": listed[name]["urls"]}:
             found.append(f"{name} is not the wheel that the index describes")
-    with tempfile.TemporaryDirectory() as fresh:
-        universal = build_universal(Path(fresh))
-        if universal.name not in present or present[universal.name].read_bytes() != universal.read_bytes():
-            found.append(f"{universal.name} is not of this checkout: build the wheels again")
+    version = project()["version"]
+    other = sorted({wheel["version"] for wheel in listed.values()} - {version})
+    if other:
+        found.append(f"the wheels are of {', '.join(other)}, this checkout of {version}: build the wheels again")
     return found
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Build the release's wheels and index.json.")
+    parser = argparse.ArgumentParser(description="Build the launchers' wheels and index.json.")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder; wheels that are in it are replaced (wheels/)")
     parser.add_argument("--python", action="append", help="a CPython to build a launcher for (default: every one found)")
-    parser.add_argument("--pure", action="store_true", help="the universal wheel only")
+    parser.add_argument("--no-build", action="store_true", help="build none: collect those of --add")
     parser.add_argument("--add", type=Path, help="a folder with launcher wheels built elsewhere, taken over as they are")
     parser.add_argument("--mirror", action="append", default=[], help="https folder that will hold the wheels too")
     parser.add_argument("--check", action="store_true", help="build nothing; exit code 1 where the wheels are not this checkout's")
@@ -225,8 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         fresh = Path(folder)
         try:
-            build_universal(fresh)
-            for python in [] if args.pure else args.python or find_pythons():
+            for python in [] if args.no_build else args.python or find_pythons():
                 print(build_launcher(python, fresh).name, flush=True)
             for wheel in sorted(args.add.glob("*.whl")) if args.add else ():
                 (fresh / wheel.name).write_bytes(wheel.read_bytes())

@@ -49,7 +49,7 @@ struct QuantizeKParams {
   float* v_stats;        // [pairs, splits, 3, D]: of each channel of V the largest, the smallest, the sum of value / len
   i32* v_stats_ready;     // [pairs, splits]: 1 where they are there
   i32* v_quant_sum;          // [pairs, D]: set to 0
-  i32* v_parts_live;     // [pairs, splits]: how many of a part's keys are live
+  i32* v_stats_live;     // [pairs, splits]: how many of a part's keys are live
   i32* split_kv_ready;    // [dones]: set to 0
   LiveKeys live;
   i32 bh_first, bh_count, heads, len, head_dim;
@@ -66,7 +66,7 @@ struct QuantizeVParams {
   const float* k_scale_partial;  // [pairs, k_ctas_per_head]
   const float* v_stats;        // [pairs, splits, 3, D]
   const i32* v_stats_ready;     // [pairs, splits]
-  const i32* v_parts_live;     // [pairs, splits]
+  const i32* v_stats_live;     // [pairs, splits]
   u8* kv;                      // [pairs, tiles, tile_bytes]
   i32* k_scale_max;            // [pairs], the bits of a non-negative float
   float* v_amax;               // [pairs, D], of V without its mean

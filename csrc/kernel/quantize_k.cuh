@@ -399,7 +399,7 @@ __device__ void quantize_k(const QuantizeKParams& p) {
       const auto keep = [&](int result, int c, float value) { to[result * Layout::kHeadDim + c] = value; };
       if constexpr (kSome) {
         const LiveRows live = live_of(bh);
-        const int substitute = count_live(live, first, count, p.v_parts_live + block, shared);
+        const int substitute = count_live(live, first, count, p.v_stats_live + block, shared);
         if (substitute < 0) {
           for (int c = threadIdx.x; c < Layout::kHeadDim; c += QuantizeKShared<Layout>::kThreads) keep(0, c, -kInf), keep(1, c, kInf), keep(2, c, 0.0f);
         } else {

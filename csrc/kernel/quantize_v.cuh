@@ -52,7 +52,7 @@ __device__ __forceinline__ void reduce_v_stats(const QuantizeVParams& p, int bh,
   int live = p.len;
   if (p.live.bits) {
     live = 0;
-    for (int s = 0; s < p.v_chunks; ++s) live += p.v_parts_live[bh * p.v_chunks + s];
+    for (int s = 0; s < p.v_chunks; ++s) live += p.v_stats_live[bh * p.v_chunks + s];
   }
   if (keep && threadIdx.x == 0) p.live_keys[bh] = (float)max(live, 1);
   const float share = live == p.len ? 1.0f : (float)p.len / (float)max(live, 1);

@@ -26,7 +26,10 @@ class Call(NamedTuple):
 
 def result_like(q: torch.Tensor, problem: Problem) -> Result:
     """Uninitialised (out, lse or None) for a problem."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if problem.head_dim_v:
+        out = q.new_empty((*q.shape[:-1], problem.head_dim_v))
+    else:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not problem.return_lse:
         return out, None
     return out, torch.empty(problem.batch, problem.heads_q, problem.len_q, dtype=torch.float32, device=q.device)

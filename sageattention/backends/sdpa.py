@@ -8,6 +8,8 @@ from ..numerics.constants import MASK_LIMIT
 from ..planning.problem import Problem
 from .call import Call, Result, from_hnd, to_hnd
 
+# torch's function by its own name: torch.nn.functional's may have been replaced, by one of this package's among others.
+TORCH_ATTENTION = torch._C._nn.scaled_dot_product_attention
 LSE_CHUNK = 256 << 20  # bytes of fp32 scores at a time
 
 
@@ -21,13 +23,19 @@ def run(call: Call) -> Result:
             mask = _narrow_mask(mask, q.dtype)
         if causal:
             mask, causal = _with_causal(mask, p), False
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=causal, scale=float(p.sm_scale), enable_gqa=bool(p.heads_q != p.heads_kv)
-    )
+    out = TORCH_ATTENTION(q, k, v, mask, is_causal=causal, scale=float(p.sm_scale), enable_gqa=bool(p.heads_q != p.heads_kv))
     if mask is not None:  # not every backend gives 0 for a fully masked row
         kept = mask if mask.dtype == torch.bool else mask != -torch.inf
         out = torch.where(kept.any(-1, keepdim=True), out, 0)
     return from_hnd(out, call), _lse(call, q, k) if p.return_lse else None
+
+
+def by_torch_alone(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, sm_scale: float | None
+) -> torch.Tensor:
+    """A call that `Problem` can't describe, as it is; what torch's function says to it holds."""
+    grouped = q.dim() == k.dim() == 4 and q.size(1) != k.size(1)
+    return TORCH_ATTENTION(q, k, v, mask, is_causal=bool(is_causal), scale=sm_scale, enable_gqa=grouped)
 
 
 def _lse(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 Everything is seeded: one (kind, shape, dtype, device, seed) always gives the same tensors. The bounds are relative L2 errors
 against the fp64 oracle for bf16 inputs, output rounding (0.0017) included, one bound for each type of P and V. They are the best
-figures that other quantised attention kernels reach on these kinds; nobody gives any for `logits6`, whose bounds are ours.
+figures that other quantised attention kernels reach on these kinds; nobody gives any for `logits6` and `video`, whose bounds are ours.
 `docs/numerics.md` says where we stand.
 """
 
@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from . import video
 
 if TYPE_CHECKING:
     import torch
@@ -169,6 +171,12 @@ KINDS: dict[str, Kind] = {
             {"fp16": 0.0050, "fp8": 0.0050, "int8": 0.0050},
             gain=0.005,
             len_kv=32768,
+        ),
+        Kind(
+            "video",
+            "a grid of tokens behind a prefix, heads of different reach (made up)",
+            video.build,
+            {"fp16": 0.0055, "fp8": 0.018, "int8": 0.010},
         ),
     )
 }

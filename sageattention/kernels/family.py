@@ -18,10 +18,10 @@ WARP_ROWS = 16  # of an MMA
 class Tile:
     """Launch shape of an attention kernel: queries and keys per block, warps, pipeline stages.
 
-    CUDA kernels also say how many blocks of a multiprocessor the registers are budgeted for, and whether Q's fragments wait in
-    shared memory instead of registers, or only what a tile needs once (loop_state_in_smem: Q's scales, the number of the first tile), whether
-    what follows from the thread's number is worked out anew for each tile, and whether V is kept from being loaded ahead of the
-    weights (1: it waits for their sum, 2: for the warp).
+    CUDA kernels also say how many blocks of a multiprocessor the registers are budgeted for, whether shared memory holds Q's fragments
+    (q_in_smem) or the loop's state, which is Q's scales and the number of the first tile (loop_state_in_smem), whether each tile computes
+    the thread's index again instead of keeping it in a register, and how V's load is delayed until P is computed (1: by a fake address
+    dependency on the row sum, 2: by __syncwarp).
     """
 
     block_m: int

@@ -52,7 +52,7 @@ class QuantizeKParams(ctypes.Structure):
     _fields_ = [
         ("k", Tokens), ("v", Tokens),
         ("kv", POINTER), ("k_mean", POINTER), ("k_scale_partial", POINTER), ("v_stats", POINTER), ("v_stats_ready", POINTER),
-        ("v_quant_sum", POINTER), ("v_parts_live", POINTER), ("split_kv_ready", POINTER), ("live", LiveKeys),
+        ("v_quant_sum", POINTER), ("v_stats_live", POINTER), ("split_kv_ready", POINTER), ("live", LiveKeys),
         ("bh_first", c_int32), ("bh_count", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("vectorized", c_int32),
         ("kv_tiles", c_int32), ("tile_bytes", c_int32), ("ctas_per_head", c_int32),
@@ -66,7 +66,7 @@ class QuantizeVParams(ctypes.Structure):
 
     _fields_ = [
         ("v", Tokens),
-        ("k_scale_partial", POINTER), ("v_stats", POINTER), ("v_stats_ready", POINTER), ("v_parts_live", POINTER), ("kv", POINTER),
+        ("k_scale_partial", POINTER), ("v_stats", POINTER), ("v_stats_ready", POINTER), ("v_stats_live", POINTER), ("kv", POINTER),
         ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_quant_sum", POINTER), ("live_keys", POINTER), ("live", LiveKeys),
         ("bh_first", c_int32), ("bh_count", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("vectorized", c_int32),

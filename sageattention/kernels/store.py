@@ -72,7 +72,7 @@ def missing(image: Image) -> str:
     except Unusable as error:
         return str(error)
     if not listed and not image.released:
-        return f"{image.path} is for tests and no part of the package (from a checkout: python csrc/build.py --arch {image.arch})"
+        return f"{image.path} is for tests and no part of the package (from a checkout: python csrc/tools/build.py --arch {image.arch})"
     return "" if listed else f"{KERNELS / MANIFEST} does not list {image.path}; {remedy()}"
 
 

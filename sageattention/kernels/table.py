@@ -1,4 +1,4 @@
-"""What `csrc/build.py` compiles: every kernel image, for every architecture."""
+"""What `csrc/tools/build.py` compiles: every kernel image, for every architecture."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def _quantize_k_entry(kernels: KernelFamily, arch: int, head_dim: int, masked: b
 
 def _quantize_v_entry(kernels: KernelFamily, head_dim: int) -> Entry:
     expression = f"quantize_v<{kernels.layout.format(d=head_dim)}, PvType::{kernels.pv}>"
-    return Entry(kernels.quantize_v_symbol(head_dim), expression, QuantizeVParams, QUANTIZE_V_THREADS, QUANTIZE_V_RESIDENT // QUANTIZE_V_THREADS)
+    return Entry(
+        kernels.quantize_v_symbol(head_dim), expression, QuantizeVParams, QUANTIZE_V_THREADS, QUANTIZE_V_RESIDENT // QUANTIZE_V_THREADS
+    )
 
 
 CLASSIFY = Entry("classify_mask", "classify_band", ClassifyParams, 256, 4, local=8)

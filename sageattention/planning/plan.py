@@ -61,7 +61,8 @@ def plan(
         problem: the checked call.
         capability: the device it will run on.
         variant: a name from `variants.VARIANTS`, or "auto".
-        accum: the `pv_accum_dtype`, where the variant offers several; "" is its default. "auto" has its own.
+        accum: the `pv_accum_dtype`, where the variant offers several; "" is its default. "auto" has its own; with one asked for it
+            looks at the variants that have it first.
         arch: forces a kernel family (as `SAGEATTENTION_ARCH` does); 0 is the device's own. Kernels that are made for one kind of
             device alone run only where nothing is forced.
         calibration: the device's, for "auto".
@@ -77,20 +78,31 @@ def plan(
             raise Unsupported("variant", f"got {variant!r}, accepted are 'auto', {', '.join(map(repr, VARIANTS))}")
         return replace(_fit(problem, capability, VARIANTS[variant], accum, arch, ptx, "asked for by name"), accum=accum)
     choice = rules.choose(problem, capability, arch or capability.arch, calibration)
+    order, reason = [candidate.partition(":")[::2] for candidate in choice.order], choice.reason
+    if accum:
+        order, reason = _narrowed(order, accum), f"{reason}; pv_accum_dtype {accum!r} is asked for"
     rejected = list(choice.rejected)
-    for candidate in choice.order:
+    for name, own in order:
+        candidate = f"{name}:{own}".rstrip(":")
         if candidate in dict(absent):
             rejected.append((candidate, dict(absent)[candidate]))
             continue
-        name, _, accum = candidate.partition(":")
         try:
-            chosen = _fit(problem, capability, VARIANTS[name], accum, arch, ptx, choice.reason)
+            chosen = _fit(problem, capability, VARIANTS[name], own, arch, ptx, reason)
         except (Unsupported, KernelMissing) as error:
             rejected.append((candidate, str(error)))
             continue
-        return replace(chosen, rejected=tuple(rejected), basis=choice.basis, accum=accum, auto=True)
+        if accum and own != accum:
+            chosen = replace(chosen, reason=f"{reason}, and no variant that runs here has it")
+        return replace(chosen, rejected=tuple(rejected), basis=choice.basis, accum=own, auto=True)
     reason = f"nothing is left of the {choice.reason}" if choice.order else choice.reason
     return Plan(SDPA, reason, tuple(rejected), arch or capability.arch, basis=choice.basis, auto=True)
+
+
+def _narrowed(order: list[tuple[str, str]], accum: str) -> list[tuple[str, str]]:
+    """The candidates (variant, accumulator) that can have the accumulator `accum`, with it, before all as they were."""
+    having = dict.fromkeys((name, accum) for name, _ in order if accum in VARIANTS[name].accum)
+    return [*having, *(candidate for candidate in order if candidate not in having)]
 
 
 def refusal(variant: Variant, capability: Capability, arch: int = 0, ptx: bool = False) -> Unsupported | KernelMissing | None:
@@ -150,7 +162,7 @@ def _fit(problem: Problem, capability: Capability, variant: Variant, accum: str,
         if accum not in variant.accum:
             raise Unsupported("pv_accum_dtype", f"got {accum!r}, {variant.name} accepts {', '.join(map(repr, variant.accum))}")
         scheme = variant.accum[accum]
-    error = refusal(variant, capability, arch, ptx)
+    error = (problem.beyond_variants if scheme is not None else None) or refusal(variant, capability, arch, ptx)
     if error is not None:
         raise error
     if scheme is None:

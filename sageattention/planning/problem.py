@@ -6,14 +6,15 @@ import math
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import Unsupported
+from ..errors import TorchOnly, Unsupported
 
 if TYPE_CHECKING:
     import torch
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 256  # of the variants; torch's own attention has no limit
 LAYOUTS = ("HND", "NHD")
 DTYPES = ("float16", "bfloat16", "float32")
+TORCH_DTYPES = (*DTYPES, "float64")
 _NUMBERS = (float, int, type(None))  # of which a scale usually is
 
 
@@ -40,6 +41,7 @@ class Problem(NamedTuple):
     return_lse: bool = False
     varlen: bool = False
     needs_grad: bool = False  # autograd records this call, backward or forward
+    head_dim_v: int = 0  # V's, where it differs from that of Q and K
 
     @property
     def empty(self) -> bool:
@@ -50,6 +52,17 @@ class Problem(NamedTuple):
     def mask_kind(self) -> str:
         """The kind of kernel it takes: "none", "causal" or "list" (a dense mask, which may be causal, too)."""
         return "list" if self.mask != "none" else "causal" if self.causal else "none"
+
+    @property
+    def beyond_variants(self) -> Unsupported | None:
+        """What of the call only torch's own attention computes; None where a variant may."""
+        if self.dtype not in DTYPES:
+            return Unsupported("q", f"its dtype is {self.dtype}, accepted are {', '.join(DTYPES)}")
+        if self.head_dim > MAX_HEAD_DIM:
+            return Unsupported("q", f"its head_dim is {self.head_dim}, accepted are 1 to {MAX_HEAD_DIM}")
+        if self.head_dim_v:
+            return Unsupported("v", f"its head_dim is {self.head_dim_v}, q's is {self.head_dim}; they must be equal")
+        return None
 
     @classmethod
     def from_tensors(
@@ -71,15 +84,17 @@ class Problem(NamedTuple):
         """
         _check_layout(tensor_layout)
         _check_rank(4, tensor_layout, (("q", q), ("k", k), ("v", v)))
-        _check_alike(("q", q), ("k", k), ("v", v))
+        _check_alike(("q", q), ("k", k), ("v", v), accepted=TORCH_DTYPES)
         heads, tokens = _axes(tensor_layout)
         (batch, head_dim), heads_q, heads_kv = (q.shape[0], q.shape[3]), q.shape[heads], k.shape[heads]
         len_q, len_kv = q.shape[tokens], k.shape[tokens]
         if k.shape[0] != batch:
             raise Unsupported("k", f"its batch is {k.shape[0]}, q's is {batch}; they must be equal")
-        _check_kv(k, v)
+        if k.shape[:3] != v.shape[:3]:
+            raise Unsupported("v", f"its shape is {tuple(v.shape)}, k's is {tuple(k.shape)}; they must be equal but for head_dim")
         _check_heads(heads_q, heads_kv)
-        _check_head_dim(("q", q), ("k", k))
+        _check_head_dim(None, ("q", q), ("k", k))
+        _check_head_dim(None, ("v", v))
         mask = "none"
         if attn_mask is not None:
             mask = _check_mask(attn_mask, (batch, heads_q, len_q, len_kv), q)
@@ -87,6 +102,7 @@ class Problem(NamedTuple):
             batch, heads_q, heads_kv, len_q, len_kv, head_dim, _dtype_name(q), *_device(q), tensor_layout,
             _flag("is_causal", is_causal), mask,
             _scale(sm_scale, head_dim), _flag("return_lse", return_lse), needs_grad=needs_grad(q, k, v, attn_mask),
+            head_dim_v=0 if v.shape[3] == head_dim else v.shape[3],
         )  # fmt: skip
 
     @classmethod
@@ -100,7 +116,7 @@ class Problem(NamedTuple):
         _check_rank(4, tensor_layout, (("k", k), ("v", v)))
         _check_alike(("k", k), ("v", v))
         _check_kv(k, v)
-        _check_head_dim(("k", k))
+        _check_head_dim(MAX_HEAD_DIM, ("k", k))
         heads, tokens = _axes(tensor_layout)
         batch, heads_kv, len_kv, head_dim = k.shape[0], k.shape[heads], k.shape[tokens], k.shape[3]
         return cls(
@@ -164,7 +180,7 @@ class Problem(NamedTuple):
         _check_alike(("q", q), ("k", k), ("v", v))
         _check_kv(k, v)
         _check_heads(q.shape[1], k.shape[1])
-        _check_head_dim(("q", q), ("k", k))
+        _check_head_dim(MAX_HEAD_DIM, ("q", q), ("k", k))
         for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             if not hasattr(cu, "dim"):
                 raise Unsupported(name, f"got {type(cu).__name__}, accepted is a torch.Tensor of int32 or int64")
@@ -244,20 +260,21 @@ def _check_rank(rank: int, layout: str, tensors: tuple[tuple[str, torch.Tensor],
             raise Unsupported(name, f"got {type(t).__name__}, accepted is a torch.Tensor")
         _check_plain(name, t)
         if t.dim() != rank:
-            raise Unsupported(name, f"got {t.dim()} dimensions {tuple(t.shape)}, accepted are {rank} ({layout})")
+            raise TorchOnly(name, f"got {t.dim()} dimensions {tuple(t.shape)}, accepted are {rank} ({layout})")
         if t.numel() and t.shape[-1] > 1 and t.stride(-1) != 1:
-            raise Unsupported(name, f"its last stride is {t.stride(-1)}, accepted is 1 (head_dim contiguous); call .contiguous()")
+            raise TorchOnly(name, f"its last stride is {t.stride(-1)}, accepted is 1 (head_dim contiguous); call .contiguous()")
 
 
 def _check_plain(name: str, t: torch.Tensor) -> None:
     """No tensor but one whose elements lie in memory, by strides."""
     if getattr(t, "is_nested", False):
-        raise Unsupported(name, "is a nested tensor, accepted is a dense one: pad it (and mask), or call sageattn_varlen")
+        raise TorchOnly(name, "is a nested tensor, accepted is a dense one: pad it (and mask), or call sageattn_varlen")
     if str(t.layout) != "torch.strided":
         raise Unsupported(name, f"its layout is {t.layout}, accepted is a dense tensor; call .to_dense()")
     base = next(c for c in type(t).__mro__ if c.__module__ == "torch" and c.__name__ == "Tensor")
     if type(t).__torch_dispatch__ is not base.__torch_dispatch__:
-        raise Unsupported(name, f"is a {type(t).__name__}, which may hold no data of its own; accepted is a plain torch.Tensor")
+        kind = Unsupported if type(t).__name__ == "FakeTensor" else TorchOnly
+        raise kind(name, f"is a {type(t).__name__}, which may hold no data of its own; accepted is a plain torch.Tensor")
 
 
 def _check_layout(layout: str) -> None:
@@ -265,10 +282,10 @@ def _check_layout(layout: str) -> None:
         raise Unsupported("tensor_layout", f"got {layout!r}, accepted are 'HND' [B, H, N, D] and 'NHD' [B, N, H, D]")
 
 
-def _check_alike(first: tuple[str, torch.Tensor], *others: tuple[str, torch.Tensor]) -> None:
+def _check_alike(first: tuple[str, torch.Tensor], *others: tuple[str, torch.Tensor], accepted: tuple[str, ...] = DTYPES) -> None:
     leader, like = first
-    if _dtype_name(like) not in DTYPES:
-        raise Unsupported(leader, f"its dtype is {like.dtype}, accepted are {', '.join(DTYPES)}")
+    if _dtype_name(like) not in accepted:
+        raise Unsupported(leader, f"its dtype is {like.dtype}, accepted are {', '.join(accepted)}")
     for name, t in others:
         if t.dtype != like.dtype:
             raise Unsupported(name, f"its dtype is {t.dtype}, {leader}'s is {like.dtype}; they must be equal")
@@ -286,12 +303,12 @@ def _check_heads(heads_q: int, heads_kv: int) -> None:
         raise Unsupported("k", f"q has {heads_q} heads and k has {heads_kv}; q's must be a multiple of k's (grouped-query attention)")
 
 
-def _check_head_dim(first: tuple[str, torch.Tensor], *others: tuple[str, torch.Tensor]) -> None:
+def _check_head_dim(limit: int | None, first: tuple[str, torch.Tensor], *others: tuple[str, torch.Tensor]) -> None:
     leader, head_dim = first[0], first[1].shape[-1]
     for name, t in others:
         if t.shape[-1] != head_dim:
             raise Unsupported(name, f"its head_dim is {t.shape[-1]}, {leader}'s is {head_dim}; they must be equal")
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
+    if head_dim < 1 or (limit and head_dim > limit):
         raise Unsupported(leader, f"its head_dim is {head_dim}, accepted are 1 to {MAX_HEAD_DIM}")
 
 
@@ -307,7 +324,7 @@ def _check_mask(mask: torch.Tensor, scores: tuple[int, int, int, int], q: torch.
         raise Unsupported("attn_mask", f"is on {mask.device}, q is on {q.device}; they must be on one device")
     if _is_bool(mask):
         return "bool"
-    if _dtype_name(mask) not in DTYPES:
+    if _dtype_name(mask) not in DTYPES and mask.dtype != q.dtype:
         raise Unsupported("attn_mask", f"its dtype is {mask.dtype}, accepted are bool (True keeps) and {', '.join(DTYPES)} (added)")
     return "additive"
 
@@ -319,6 +336,8 @@ def _is_bool(mask: torch.Tensor) -> bool:
 def _scale(sm_scale: float | None, head_dim: int) -> float:
     if sm_scale is None:
         return head_dim**-0.5
+    if isinstance(sm_scale, bool):
+        raise Unsupported("sm_scale", f"got {sm_scale}, accepted is a number; is_causal is the parameter before it")
     try:
         scale = float(sm_scale)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several elements

@@ -133,6 +133,9 @@ FAMILIES = tuple(sorted({arch for rule in RULES for arch in rule.archs}))
 
 def choose(problem: Problem, card: Capability, arch: int, calibration: Calibration | None = None) -> Choice:
     """What to try for a call on a card, whose kernel family is `arch`. The card's calibration goes before the rules."""
+    beyond = problem.beyond_variants
+    if beyond is not None:
+        return Choice((), f"no variant takes it: {beyond}", "")
     if card.device != "cuda":
         return Choice((), f"on {card.device} tensors quantising gains nothing", "")
     if problem.needs_grad:

@@ -117,11 +117,11 @@ def _quantize_launches(r: LaunchPlan, group: BoundQuantize, base: int, k: int, v
     w, (k_strides, v_strides, quantize_k_tail) = r.workspace, group.keys
     kv, k_scale_partial, v_stats, done = base + w.kv, base + w.k_scale_partial, base + w.v_stats, base + w.v_stats_ready
     keys = _pack_quantize_k(
-        k, k_strides, v, v_strides, kv, base + w.k_mean, k_scale_partial, v_stats, done, base + w.v_quant_sum, base + w.v_parts_live,
+        k, k_strides, v, v_strides, kv, base + w.k_mean, k_scale_partial, v_stats, done, base + w.v_quant_sum, base + w.v_stats_live,
         base + w.split_kv_ready, live, quantize_k_tail,
     )  # fmt: skip
     values = _pack_quantize_v(
-        v, v_strides, k_scale_partial, v_stats, done, base + w.v_parts_live, kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean,
+        v, v_strides, k_scale_partial, v_stats, done, base + w.v_stats_live, kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean,
         base + w.v_quant_sum, base + w.live_keys, live, group.values,
     )  # fmt: skip
     return (r.keys, group.key_blocks, 1, 1, keys, bool(live)), (r.values, group.value_blocks, 1, 1, values, True)

@@ -27,7 +27,7 @@ class Workspace:
     kv: int  # [tiles] of the layout's kTileBytes
     v_stats: int  # [splits, 3, D] fp32
     v_stats_ready: int  # [splits] int32
-    v_parts_live: int  # [splits] int32
+    v_stats_live: int  # [splits] int32
     k_scale_partial: int  # [k_ctas_per_head] fp32
     k_scale_max: int  # int32
     live_keys: int  # fp32
@@ -35,7 +35,7 @@ class Workspace:
     v_mean: int  # [D] fp32
     v_quant_sum: int  # [D] int32
     k_mean: int  # [D] fp32
-    split_kv_workspace: int  # of the whole group: [blocks] of Kernels.split_kv_bytes
+    split_kv_workspace: int  # of the whole group: [blocks] of KernelFamily.split_kv_bytes
     split_kv_ready: int  # [blocks, 2] int32, and behind them the number of the next item
     size: int
 

@@ -1,7 +1,7 @@
 """Build the wheel of `sageattention-launcher`, the compiled launcher, for the running Python and system.
 
-    python csrc/build_launcher.py [--out DIR]        needs setuptools, pybind11 and a C++17 compiler; no CUDA
-    python csrc/build_launcher.py --project DIR      only writes the project, for another builder such as cibuildwheel
+    python csrc/tools/launcher_wheel.py [--out DIR]        needs setuptools, pybind11 and a C++17 compiler; no CUDA
+    python csrc/tools/launcher_wheel.py --project DIR      only writes the project, for another builder such as cibuildwheel
 
 pybind11 has no stable ABI, so there is one wheel per Python and system. Its version is the package's: `sageattention` takes
 no other. On Linux the wheel gets the manylinux tag of the newest glibc symbol it uses; build it on an old system for an old tag.
@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-CSRC = Path(__file__).resolve().parent
+CSRC = Path(__file__).resolve().parents[1]
 PACKAGE = CSRC.parent / "sageattention"
 
 PYPROJECT = """\

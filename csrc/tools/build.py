@@ -1,10 +1,10 @@
-"""Build the kernel images: the table in `sageattention/kernels/table.py` and this folder's sources become the files beside that table.
+"""Build the kernel images: the table in `sageattention/kernels/table.py` and the sources in csrc/ become the files beside that table.
 
-    python csrc/build.py                     what has changed
-    python csrc/build.py --arch sm_80        one architecture; --only NAME: one image
-    python csrc/build.py --check             no compiler: is every committed image there, whole, and built from these sources?
-    python csrc/build.py --verify            compile everything again and compare the machine code
-    python csrc/build.py --sample [N]        the same for one image of each architecture, another one for each N (today's number)
+    python csrc/tools/build.py                 what has changed
+    python csrc/tools/build.py --arch sm_80    one architecture; --only NAME: one image
+    python csrc/tools/build.py --check         no compiler: is every committed image there, whole, and built from these sources?
+    python csrc/tools/build.py --verify        compile everything again and compare the machine code
+    python csrc/tools/build.py --sample [N]    the same for one image of each architecture, another one for each N (today's number)
 
 Each image is one translation unit, generated here: the source named in the table, assertions that its parameter structs are
 laid out as their Python twins, and one extern "C" kernel per entry. Images are xz files; `manifest.json` tells for each what it
@@ -31,8 +31,9 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-CSRC = Path(__file__).resolve().parent
-sys.path.insert(0, str(CSRC))  # for worker processes, which import this file by its path
+TOOLS = Path(__file__).resolve().parent
+CSRC = TOOLS.parent
+sys.path.insert(0, str(TOOLS))  # for worker processes, which import this file by its path
 
 import nvrtc  # noqa: E402
 import sass_report  # noqa: E402
@@ -159,7 +160,7 @@ def compile_all(images: Iterable, jobs: int, csrc: Path = CSRC, say: Callable[[s
     """Compile images in `jobs` processes; yields (image, bytes, usage) as they are done, and tells progress.
 
     Raises:
-        BuildError: after all others are done, with every refused source's log.
+        BuildError: after all others are done, with the log of every source that was refused or warned of.
     """
     images, failed = list(images), []
     if not images:
@@ -174,14 +175,14 @@ def compile_all(images: Iterable, jobs: int, csrc: Path = CSRC, say: Callable[[s
             head = f"[{count:3}/{len(images)}] {image.path:44}"
             try:
                 binary, usage, warnings, seconds = future.result()
+                if warnings:
+                    raise nvrtc.CompileError(f"{image.path}: a warning fails the build\n{warnings}")
             except nvrtc.CompileError as error:
                 failed.append(str(error))
                 say(f"{head} FAILED")
                 continue
             registers = max((u.registers for u in usage.values()), default=0)
             say(f"{head} {seconds:6.1f} s  {len(image.entries):2} kernels  {f'≤ {registers} registers' if registers else 'PTX'}")
-            if warnings:
-                say(warnings)
             yield image, binary, usage
     if failed:
         raise BuildError("\n".join(failed))

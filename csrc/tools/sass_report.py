@@ -1,7 +1,7 @@
 """One line per kernel about its machine code: registers, shared memory, resident warps, and its main loop per matrix instruction.
 
-    python csrc/sass_report.py [--arch sm_80] [--only NAME] [--symbol PART]    the built images
-    python csrc/sass_report.py --mix --symbol PART                             and the main loop's instruction mix
+    python csrc/tools/sass_report.py [--arch sm_80] [--only NAME] [--symbol PART]    the built images
+    python csrc/tools/sass_report.py --mix --symbol PART                             and the main loop's instruction mix
 
 Needs `nvdisasm`: on PATH, or as Triton or NVIDIA's PyPI packages bundle it. The main loop is the innermost backward branch
 with the most matrix instructions in its body, what is seldom run inside it included. PTX images have no machine code and are left out.
@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-KERNELS = Path(__file__).resolve().parent.parent / "sageattention" / "kernels"
+KERNELS = Path(__file__).resolve().parents[2] / "sageattention" / "kernels"
 BUNDLES = ("triton", "triton-windows", "nvidia-cuda-nvdisasm", "nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu12")
 
 MMA = {"HMMA", "IMMA", "QMMA", "OMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA"}

@@ -1,0 +1,235 @@
+"""Block-sparse attention in plain PyTorch: the exact result that routers and kernels are tested against, on any device.
+
+Two steps, as the kernels have them. `route` pools, selects and sums up the blocks that are left out; `attend` computes the softmax over
+the chosen blocks, each row beginning at the state of its tail:
+
+    m₀ = max σ_ij,  l₀ = Σ c_j 2^(σ_ij − m₀),  o₀ = Σ 2^(σ_ij − m₀) Σ_{t in j} v_t      over the blocks j that are not exact,
+
+so that a block that is left out weighs as c_j keys at its mean, the same for the 64 rows that share σ_i. Without a tail the state is
+(−∞, 0, 0). Tensors are [B, H, N, D]; one (batch, head) is held at a time, never the scores of all heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from . import block_bits
+from .block_selection import Selection, scores, select
+from .constants import LOG2E
+from .pooling import BLOCK, PooledKV, pool_kv, pool_q
+from .sparse_geometry import BlockView, Geometry
+
+
+class Tail(NamedTuple):
+    """Starting state of the online softmax for every 64 rows: m and l [B, Hq, ⌈Nq/64⌉], o [B, Hq, ⌈Nq/64⌉, D]; m in base 2."""
+
+    m: torch.Tensor
+    l: torch.Tensor
+    o: torch.Tensor
+
+
+class Route(NamedTuple):
+    """What a router hands to the attention.
+
+    Attributes:
+        bits: int32 [B, Hq, ⌈Nq/q_block⌉, words], see `block_bits`: the KV blocks that are computed exactly.
+        k_shift: [B, Hkv, D], which the attention subtracts from K, as the scores of the tail did.
+        tail: None where the other blocks are left out.
+    """
+
+    bits: torch.Tensor
+    k_shift: torch.Tensor
+    tail: Tail | None
+
+
+def route(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    selection: Selection | Sequence[Selection],
+    geometry: Geometry,
+    *,
+    tail: bool = True,
+    block_mask: torch.Tensor | None = None,
+    sm_scale: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Route:
+    """Choose the exact blocks and sum up the others.
+
+    Args:
+        q: [B, Hq, Nq, D]; k, v: [B, Hkv, Nk, D], Hq a multiple of Hkv.
+        selection: one for all heads, or one for each of the Hq.
+        block_mask: bool [B or 1, Hq or 1, ⌈Nq/q_block⌉, ⌈Nk/64⌉], for "static": True is exact.
+        dtype: of the computation. fp64 takes every finite input; fp32 those whose squares are finite.
+    """
+    batch, heads, len_q, head_dim = q.shape
+    view = BlockView(len_q, k.shape[2], geometry, q.device)
+    scale = _scale(sm_scale, head_dim) * LOG2E
+    bits = torch.zeros(batch, heads, view.lists, block_bits.words(view.n), dtype=torch.int32, device=q.device)
+    k_shift = q.new_zeros(batch, k.shape[1], head_dim, dtype=dtype)
+    state = _empty_tail(batch, heads, view.m, head_dim, dtype, q.device) if tail else None
+    for b in range(batch):
+        for h, kv_head, kv in _pooled_heads(k, v, heads, b, view, dtype):
+            k_shift[b, kv_head] = kv.k_shift
+            pooled = pool_q(view.arrange(q[b, h], dtype), view.live_queries(b))
+            sigma, live = scores(pooled, kv, scale), kv.counts > 0
+            visible = view.visible & live
+            exact = (view.sinks | view.query_sinks | view.of_lists(view.near)) & view.of_lists(visible)
+            rule = selection if isinstance(selection, Selection) else selection[h]
+            if rule.kind == "static":
+                exact |= _head_of(block_mask, b, h) & view.of_lists(visible)
+            else:
+                exact |= view.of_lists(visible & ~view.whole)  # the diagonal of a causal call can't be in a tail
+                exact |= select(sigma, visible, view.sinks, rule, pooled, kv, scale, view.rows)
+            bits[b, h] = block_bits.pack(exact)
+            if state is not None:
+                state.m[b, h], state.l[b, h], state.o[b, h] = _tail(sigma, view.whole & live & ~view.of_rows(exact), kv)
+    return Route(bits, k_shift, state)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    chosen: Route,
+    geometry: Geometry,
+    *,
+    sm_scale: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the blocks of `chosen.bits`, each row begun at its tail. `geometry` is the one of the route.
+
+    Returns:
+        (out [B, Hq, Nq, D], lse [B, Hq, Nq] in natural log), in `dtype`. A row without any key and tail gives 0 and −inf.
+    """
+    batch, heads, len_q, head_dim = q.shape
+    group = heads // k.shape[1] if heads else 1
+    scale = _scale(sm_scale, head_dim)
+    view = BlockView(len_q, k.shape[2], geometry, q.device)
+    out, lse = q.new_empty(q.shape, dtype=dtype), q.new_empty(q.shape[:3], dtype=dtype)
+    for b in range(batch):
+        live = view.live_keys(b)
+        for h in range(heads):
+            if h % group == 0:
+                shift = chosen.k_shift[b, h // group].to(dtype)
+                keys, values = view.arrange(k[b, h // group], dtype) - shift, view.arrange(v[b, h // group], dtype)
+            rows, lists = view.arrange(q[b, h], dtype), block_bits.unpack(chosen.bits[b, h], view.n)
+            begin = None if chosen.tail is None else Tail(*(x[b, h].to(dtype).repeat_interleave(BLOCK, 0)[:len_q] for x in chosen.tail))
+            o, logsum = _attend_head(rows, keys, values, lists, live, begin, view, scale * LOG2E)
+            out[b, h, view.place], lse[b, h, view.place] = o, logsum + rows @ shift * scale
+    return out, lse
+
+
+def coarse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    geometry: Geometry,
+    *,
+    sm_scale: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> torch.Tensor:
+    """softmax_j(q_mean_i · k_mean_j · sm_scale) v_mean_j, the same for the 64 rows of block i: VSA's coarse attention, [B, Hq, Nq, D].
+
+    Blocks without a key count nothing. Causal geometry has no meaning here and is not looked at.
+    """
+    batch, heads, len_q, head_dim = q.shape
+    view = BlockView(len_q, k.shape[2], geometry, q.device)
+    out = q.new_zeros(q.shape, dtype=dtype)
+    for b in range(batch):
+        for h, _, kv in _pooled_heads(k, v, heads, b, view, dtype):
+            pooled = pool_q(view.arrange(q[b, h], dtype), view.live_queries(b))
+            live = kv.counts > 0
+            p = torch.softmax(scores(pooled, kv, _scale(sm_scale, head_dim)).masked_fill(~live, -math.inf), -1)
+            mean = torch.where(live.any(), p @ (kv.v_sum / kv.counts.clamp_min(1)[:, None]), 0)
+            out[b, h, view.place] = mean.repeat_interleave(BLOCK, 0)[:len_q]
+    return out
+
+
+def exact_share(chosen: Route, len_q: int, len_kv: int, geometry: Geometry) -> torch.Tensor:
+    """Share of the blocks that a query may see which are computed exactly, a scalar tensor on the route's device; 1 where there is none."""
+    view = BlockView(len_q, len_kv, geometry, chosen.bits.device)
+    visible = view.of_lists(view.visible)
+    possible = visible.sum() * chosen.bits.shape[0] * chosen.bits.shape[1]
+    exact = block_bits.unpack(chosen.bits, view.n).sum()
+    return torch.where(possible > 0, exact / possible.clamp_min(1), 1.0)
+
+
+def _pooled_heads(
+    k: torch.Tensor, v: torch.Tensor, heads: int, b: int, view: BlockView, dtype: torch.dtype
+) -> Iterator[tuple[int, int, PooledKV]]:
+    """(query head, KV head, its pooled blocks) for each query head of batch b."""
+    group = heads // k.shape[1] if heads else 1
+    live = view.live_keys(b)
+    for h in range(heads):
+        if h % group == 0:
+            kv = pool_kv(view.arrange(k[b, h // group], dtype), view.arrange(v[b, h // group], dtype), live)
+        yield h, h // group, kv
+
+
+def _attend_head(
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lists: torch.Tensor,
+    live: torch.Tensor | None,
+    begin: Tail | None,
+    view: BlockView,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One head in block order: rows [Nq, D], keys and values [Nk, D], `lists` bool [lists, n], `begin` a state for each row."""
+    out, lse = torch.empty_like(rows), torch.empty_like(rows[:, 0])
+    slots = torch.arange(view.n * BLOCK, device=rows.device).view(view.n, BLOCK)
+    exists = slots < view.len_kv if live is None else torch.nn.functional.pad(live, (0, -view.len_kv % BLOCK)).view_as(slots)
+    for part, chosen in zip(torch.arange(view.len_q, device=rows.device).split(view.geometry.q_block), lists):
+        index = slots[chosen][exists[chosen]]
+        s = rows[part] @ keys[index].T * scale
+        seen = view.seen_keys(part, index)
+        if seen is not None:
+            s = s.masked_fill(~seen, -math.inf)
+        out[part], lse[part] = _softmax_from(None if begin is None else Tail(*(x[part] for x in begin)), s, values[index])
+    return out, lse
+
+
+def _tail(sigma: torch.Tensor, others: torch.Tensor, kv: PooledKV) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(m₀ [m], l₀ [m], o₀ [m, D]) of the blocks `others` [m, n]."""
+    logits = sigma.masked_fill(~others, -math.inf)
+    m = logits.amax(-1) if logits.shape[-1] else logits.new_full(logits.shape[:1], -math.inf)
+    weight = torch.exp2(logits - _finite(m)[:, None])
+    return m, weight @ kv.counts, torch.where(others.any(-1, keepdim=True), weight @ kv.v_sum, 0)
+
+
+def _softmax_from(begin: Tail | None, s: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over the logits s [rows, keys] (base 2) from a starting state of each row: (out [rows, D], lse [rows] in natural log)."""
+    rows, head_dim = s.shape[0], values.shape[1]
+    if begin is None:
+        begin = Tail(s.new_full((rows,), -math.inf), s.new_zeros(rows), s.new_zeros(rows, head_dim))
+    m = torch.maximum(begin.m, s.amax(-1)) if s.shape[1] else begin.m
+    alpha, p = torch.exp2(begin.m - _finite(m)), torch.exp2(s - _finite(m)[:, None])
+    l = begin.l * alpha + p.sum(-1)
+    o = begin.o * alpha[:, None] + p @ values
+    empty = l == 0  # not l <= 0: a NaN stays one
+    out = torch.where(empty[:, None], 0, o / torch.where(empty, 1, l)[:, None])
+    return out, torch.where(empty, -math.inf, (m + torch.log2(torch.where(empty, 1, l))) / LOG2E)
+
+
+def _empty_tail(batch: int, heads: int, blocks: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tail:
+    m = torch.full((batch, heads, blocks), -math.inf, dtype=dtype, device=device)
+    return Tail(m, torch.zeros_like(m), torch.zeros(batch, heads, blocks, head_dim, dtype=dtype, device=device))
+
+
+def _head_of(block_mask: torch.Tensor, b: int, h: int) -> torch.Tensor:
+    return block_mask[b if block_mask.shape[0] > 1 else 0, h if block_mask.shape[1] > 1 else 0]
+
+
+def _finite(maximum: torch.Tensor) -> torch.Tensor:
+    """A maximum to subtract: 0 where there is nothing, so that −inf − (−inf) never happens."""
+    return torch.where(maximum == -math.inf, 0, maximum)
+
+
+def _scale(sm_scale: float | None, head_dim: int) -> float:
+    return head_dim**-0.5 if sm_scale is None else sm_scale

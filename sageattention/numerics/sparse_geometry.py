@@ -1,0 +1,118 @@
+"""Which tokens exist and what a query may see, at the grain of blocks: the part of block-sparse attention that needs no scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .pooling import BLOCK, count_blocks
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What is around the scores. Token ranges are half-open and in the order of the tensors.
+
+    Attributes:
+        q_block: query rows that share a list, 64 or 128.
+        is_causal: query i sees the keys up to position q_start + i (q_start None counts as 0).
+        q_start: key position of query 0; None where queries and keys are no common sequence.
+        sinks: ranges of keys; their blocks are exact for every query.
+        query_sinks: ranges of queries; their blocks compute every block.
+        neighbours: KV blocks on either side of the query rows' own that are exact; None for no such rule. It takes q_start.
+        order: integer [N], the row of the tensors that stands at each position of the block order; None for the tensors' own order.
+        key_mask: bool [B, Nk], True where the key exists.
+        block_len: integer [n] or [B, n], keys that exist at the beginning of each block; where queries and keys are one sequence
+            (q_start 0, equally many), also the rows that count in the queries' means.
+    """
+
+    q_block: int = 128
+    is_causal: bool = False
+    q_start: int | None = 0
+    sinks: Sequence[tuple[int, int]] = ()
+    query_sinks: Sequence[tuple[int, int]] = ()
+    neighbours: int | None = 1
+    order: torch.Tensor | None = None
+    key_mask: torch.Tensor | None = None
+    block_len: torch.Tensor | None = None
+
+
+class BlockView:
+    """A `Geometry` laid over `len_q` queries and `len_kv` keys: m blocks of 64 query rows, n KV blocks, lists of `rows` blocks of rows.
+
+    Attributes:
+        place: index of the tensors' rows by the position of the block order.
+        visible: bool [m, n], whether any row sees any key of the block.
+        whole: bool [m, n], whether all rows see all its keys: such a block may be in the tail.
+        near: bool [m, n], blocks that are exact for where they lie.
+        sinks: bool [n].
+        query_sinks: bool [lists, 1].
+    """
+
+    def __init__(self, len_q: int, len_kv: int, geometry: Geometry, device: torch.device):
+        self.len_q, self.len_kv, self.geometry, self.device = len_q, len_kv, geometry, device
+        self.rows = geometry.q_block // BLOCK
+        self.m, self.n = count_blocks(len_q), count_blocks(len_kv)
+        self.lists = count_blocks(len_q, geometry.q_block)
+        self.place = slice(None) if geometry.order is None else geometry.order.long()
+        first = torch.arange(self.m, device=device)[:, None] * BLOCK
+        last = (first + BLOCK - 1).clamp_max(len_q - 1)
+        blocks = torch.arange(self.n, device=device)
+        self.near = torch.zeros(self.m, self.n, dtype=torch.bool, device=device)
+        start = geometry.q_start or 0
+        if geometry.is_causal:
+            self.visible = blocks * BLOCK <= start + last
+            self.whole = (blocks * BLOCK + BLOCK - 1).clamp_max(len_kv - 1) <= start + first
+        else:
+            self.visible = self.whole = torch.ones_like(self.near)
+        if geometry.neighbours is not None and geometry.q_start is not None:
+            reach = geometry.neighbours
+            self.near = (blocks >= (start + first) // BLOCK - reach) & (blocks <= (start + last) // BLOCK + reach)
+        self.sinks = self._touched(geometry.sinks, len_kv, BLOCK)
+        self.query_sinks = self._touched(geometry.query_sinks, len_q, geometry.q_block)[:, None]
+
+    def arrange(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of x [N, D] in block order."""
+        return x[self.place].to(dtype)
+
+    def live_keys(self, b: int) -> torch.Tensor | None:
+        """Keys of batch b that exist, bool [Nk] in block order; None for all."""
+        g, live = self.geometry, None
+        if g.key_mask is not None:
+            live = g.key_mask[b][self.place]
+        if g.block_len is not None:
+            filled = self._filled(b)
+            live = filled if live is None else live & filled
+        return live
+
+    def live_queries(self, b: int) -> torch.Tensor | None:
+        """Rows of batch b that count in the queries' means, bool [Nq] in block order; None for all."""
+        shared = self.geometry.q_start == 0 and self.len_q == self.len_kv
+        return self._filled(b) if shared and self.geometry.block_len is not None else None
+
+    def seen_keys(self, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
+        """Which of the keys each of the rows sees, by their positions: bool [rows, keys]; None for all."""
+        if not self.geometry.is_causal:
+            return None
+        return keys <= rows[:, None] + (self.geometry.q_start or 0)
+
+    def of_lists(self, of_rows: torch.Tensor) -> torch.Tensor:
+        """bool [m, n] → [lists, n], what is true of any row block of a list."""
+        return torch.nn.functional.pad(of_rows, (0, 0, 0, -self.m % self.rows)).unflatten(0, (-1, self.rows)).any(1)
+
+    def of_rows(self, of_lists: torch.Tensor) -> torch.Tensor:
+        """bool [lists, n] → [m, n]."""
+        return of_lists.repeat_interleave(self.rows, 0)[: self.m]
+
+    def _touched(self, ranges: Sequence[tuple[int, int]], tokens: int, block: int) -> torch.Tensor:
+        """Blocks that hold a token of the ranges."""
+        inside = torch.zeros(tokens, dtype=torch.bool, device=self.device)
+        for start, stop in ranges:
+            inside[start:stop] = True
+        return torch.nn.functional.pad(inside[self.place], (0, -tokens % block)).view(-1, block).any(1)
+
+    def _filled(self, b: int) -> torch.Tensor:
+        length = self.geometry.block_len
+        length = length if length.dim() == 1 else length[b if length.shape[0] > 1 else 0]
+        return (torch.arange(BLOCK, device=self.device) < length[:, None]).flatten()[: self.len_kv]
