@@ -90,7 +90,7 @@ enum TurnFlag : u32 {
 //   40  first: the place of its first tile in the order of the item's tiles
 //   44  partial: the place of the partial result that it writes or joins
 namespace work {
-constexpr u32 kMaxScale = 12, kPair = 16, kOut = 32, kFirst = 40, kPartial = 44;
+constexpr u32 kMaxScale = 12, kPair = 16, kRow0 = 28, kOut = 32, kFirst = 40, kPartial = 44;
 }
 
 // The turn's tiles, for a warp. The shuffles tell the compiler that all lanes have the same.
@@ -550,16 +550,23 @@ struct MainloopSm90 {
 
   // Which keys from key0 on the lane's rows see, but for what a bias removes.
   __device__ __forceinline__ Keys visible(int key0) const {
-    const RowCoord<C> at(shared + C::work_slot(iteration));
     Keys keys;
+    if constexpr (C::kMask == Mask::none) {  // the work tile is left alone: the compiler's uniform registers are short
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = at.row(half);
-      keys.below(half, (causal ? min(row + 1, p.len_kv) : p.len_kv) - key0);
-      if (C::kMask == Mask::list && p.kept && key0 < p.len_kv)
-        keys.keep(half, p.kept + at.batch * p.kept_stride_b + at.head * p.kept_stride_h + min(row, p.len_q - 1) * p.kept_stride_q + key0 / 32);
+      for (int half = 0; half < 2; ++half) keys.below(half, p.len_kv - key0);
+    } else {
+      const int thread = special_tid_x() - 128, row0 = (int)load_shared(shared + C::work_slot(iteration) + work::kRow0) + thread / 32 * 16;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = row0 + 8 * half + thread % 32 / 4;
+        keys.below(half, (causal ? min(row + 1, p.len_kv) : p.len_kv) - key0);
+        if (C::kMask == Mask::list && p.kept && key0 < p.len_kv) {
+          const RowCoord<C> at(shared + C::work_slot(iteration));
+          keys.keep(half, p.kept + at.batch * p.kept_stride_b + at.head * p.kept_stride_h + min(row, p.len_q - 1) * p.kept_stride_q + key0 / 32);
+        }
+      }
     }
-    keys.align(at.t);
+    keys.align(special_tid_x() % 4);
     return keys;
   }
 

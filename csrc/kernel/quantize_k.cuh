@@ -30,7 +30,7 @@ struct QuantizeKShared {
   float k_amax[2][kWarps][4];
   LiveWindow<kLiveWords> live;  // where some keys are not
   i32 sample[kMostSamples];     // the keys whose mean is the k_mean, where some keys are not live
-  i32 live_samples;
+  i32 live_samples, samples_of_warp[4];
 };
 
 // Of one thread's eight channels, over its rows.
@@ -274,14 +274,23 @@ struct RotateKOf<true, Layout, kDtype> {
 // is none anywhere, the first live key of all, and if there is none of those, no key. Returns how many. All threads take part.
 template <class Layout>
 __device__ __forceinline__ int find_samples(const QuantizeKParams& p, const LiveRows& live, QuantizeKShared<Layout>& shared) {
-  if (threadIdx.x == 0) shared.live_samples = 0;
-  __syncthreads();  // the counter is 0
+  static_assert(kMostSamples == 128, "four warps look for samples");
+  int key = -1;
   if (threadIdx.x < p.k_mean_samples) {
-    const int key = threadIdx.x * p.k_mean_step, word = key / 32, end = key + p.k_mean_step - word * 32;
-    u32 bits = live.word(word) >> key % 32 << key % 32;
+    const int start = threadIdx.x * p.k_mean_step, word = start / 32, end = start + p.k_mean_step - word * 32;
+    u32 bits = live.word(word) >> start % 32 << start % 32;
     if (end < 32) bits &= (1u << end) - 1;
-    if (bits) shared.sample[atomicAdd(&shared.live_samples, 1)] = word * 32 + __ffs(bits) - 1;
+    if (bits) key = word * 32 + __ffs(bits) - 1;
   }
+  // In order, so that the mean has the same bits in every block and on every run.
+  const u32 found = __ballot_sync(kAllLanes, key >= 0);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp < 4 && lane == 0) shared.samples_of_warp[warp] = __popc(found);
+  __syncthreads();  // the counts are there
+  int place = __popc(found & ((1u << lane) - 1)), count = 0;
+  for (int w = 0; w < 4; ++w) place += w < warp ? shared.samples_of_warp[w] : 0, count += shared.samples_of_warp[w];
+  if (key >= 0) shared.sample[place] = key;
+  if (threadIdx.x == 0) shared.live_samples = count;
   __syncthreads();  // the samples are there
   if (!shared.live_samples && threadIdx.x == 0)
     for (int w = 0; w < live.words && !shared.live_samples; ++w)

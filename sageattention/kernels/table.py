@@ -38,7 +38,7 @@ def _quantize_v_entry(kernels: KernelFamily, head_dim: int) -> Entry:
     )
 
 
-CLASSIFY = Entry("classify_mask", "classify_band", ClassifyParams, 256, 4, local=8)
+CLASSIFY = Entry("classify_mask", "classify_band", ClassifyParams, 256, 2)
 
 
 def _images(target: str) -> Iterator[Image]:
