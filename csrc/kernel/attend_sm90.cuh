@@ -548,6 +548,11 @@ struct MainloopSm90 {
 
   using Keys = KeyBits<8 * kStepNTiles>;
 
+  // The warpgroup's last query.
+  __device__ __forceinline__ int last_row() const {
+    return (int)load_shared(shared + C::work_slot(iteration) + work::kRow0) + (special_tid_x() / 128 - 1) * 64 + 63;
+  }
+
   // Which keys from key0 on the lane's rows see, but for what a bias removes.
   __device__ __forceinline__ Keys visible(int key0) const {
     Keys keys;

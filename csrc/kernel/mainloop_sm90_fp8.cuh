@@ -246,7 +246,15 @@ struct MainloopFp8 : MainloopSm90<C> {
   __device__ __forceinline__ void masked_tile() {
     Scores s;
     masked_step<0>(s);
-    if constexpr (kStepsPerTile == 2) masked_step<1>(s);
+    if constexpr (kStepsPerTile == 2) {
+      bool reached = true;
+      if constexpr (C::kMask == Mask::causal)  // whether any query of the warpgroup reaches the second half of the keys
+        reached = __any_sync(kAllLanes, tile_number * C::kTile + C::kStep <= Base::last_row());
+      if (reached)
+        masked_step<1>(s);
+      else
+        release(kKEmpty, ring.stage);
+    }
     release(kVEmpty, ring.stage);
     ring.advance();
   }
