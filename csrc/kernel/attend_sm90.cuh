@@ -21,7 +21,7 @@ struct WgmmaConfig {
   using Layout = Layout_;
   static constexpr int kHeadDim = Layout::kHeadDim, kTile = Layout::kTile, kStages = kStages_, kQStages = kQStages_;
   static constexpr Mask kMask = kMask_;
-  static constexpr bool kLoneIsMasked = false;  // a single unmasked tile goes with the masked ones
+  static constexpr int kUnmaskedLeast = 1, kUnmaskedMultiple = 1;  // of a run of unmasked tiles; others go with the masked ones
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kConsumerWarps = 4 * kConsumers, kThreads = 128 * (kConsumers + 1), kBlockM = 64 * kConsumers;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // of 65536: 128 · 24 + 256 · 240
@@ -174,7 +174,8 @@ struct Scheduler {
     }
     const int begin = tiles * from / blocks, count = tiles * to / blocks - begin;
     masked = min(max(masked - begin, 0), count);
-    if (C::kLoneIsMasked && count - masked == 1) masked = count;
+    masked += (count - masked) % C::kUnmaskedMultiple;
+    if (count - masked < C::kUnmaskedLeast) masked = count;
     if (elected()) {  // where all tiles are there in order, the last one comes first
       store_shared16(to_shared, {(u32)masked, (u32)(count - masked), flags, 0u});
       store_shared8(to_shared + 40, (u32)(C::kMask == Mask::list ? begin : tiles - 1 - begin), (u32)(to < blocks ? share + 1 : share));
@@ -547,6 +548,33 @@ struct MainloopSm90 {
   __device__ __forceinline__ u32 tile(u32 stage) const { return shared + C::kStage0 + stage * Layout::kTileBytes; }
 
   using Keys = KeyBits<8 * kStepNTiles>;
+
+  __device__ __forceinline__ bool has_tail(const KvRange& range) const {
+    return C::kMask == Mask::list && p.tail && !(range.flags & kWritesPartial);
+  }
+
+  // What the softmax of the warpgroup's 64 queries starts with: its maximum into m_i, its sum, O. no_score: m_i where there is none.
+  __device__ __forceinline__ void load_tail(float (&o)[C::kOutRegisters], float (&l)[2], float no_score) {
+    const u32 slot = shared + C::work_slot(iteration);
+    const uint4 v = load_shared16(slot + work::kPair);  // bh, batch, head, row0
+    const int t = special_tid_x() % 4, group = (int)v.w / 64 + special_tid_x() / 128 - 1, groups = (p.len_q + 63) / 64;
+    const float* state = p.tail + (((i64)v.y * p.heads_kv * p.heads_per_kv + v.z) * groups + min(group, groups - 1)) * (4 + kHeadDim);
+    const float p_max = exp2_approx(p.log2_p_max), sum = state[1];
+    l[0] = l[1] = sum * p_max;
+    m_i[0] = m_i[1] = sum > 0.0f ? state[0] - p.log2_p_max : no_score;
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 32; ++c)
+#pragma unroll
+      for (int e = 0; e < kChunk; ++e) {
+        const u32 channel = C::channel_scales(slot) + 4 * (32 * c + kChunk * t + e);
+        const float amax = load_shared_float(channel);
+        float x = state[4 + 32 * c + kChunk * t + e];
+        if constexpr (Layout::kVElementBytes == 1) x = fmaf(-sum, load_shared_float(channel + 4 * kHeadDim), x);
+        x = amax > 0.0f ? x * p_max / (amax * p.inv_v_max) : 0.0f;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) o[16 * c + e / 2 * 4 + 2 * half + e % 2] = x;
+      }
+  }
 
   // The warpgroup's last query.
   __device__ __forceinline__ int last_row() const {

@@ -98,7 +98,8 @@ struct AttendParams {
   i64 mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k;
   const u32* kept;     // a bool mask in bits, [B, H, Nq, words] by strides in words, 0 where it broadcasts
   i64 kept_stride_b, kept_stride_h, kept_stride_q;
-  TileLists lists;     // with a dense mask
+  TileLists lists;     // with a dense mask, or block-sparse
+  const float* tail;   // [B, H, ⌈Nq / 64⌉, 4 + D]: what the softmax of 64 queries starts with, {m, l, unused, unused, O}; or null
   void* out;           // as q
   i64 out_stride_b, out_stride_h, out_stride_n;
   float* lse;          // [B, H, Nq] or null

@@ -85,7 +85,7 @@ class AttendParams(ctypes.Structure):
         ("k_mean", POINTER), ("split_kv_workspace", POINTER), ("split_kv_ready", POINTER), ("next_item", POINTER),
         ("mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64), ("mask_stride_q", c_int64), ("mask_stride_k", c_int64),
         ("kept", POINTER), ("kept_stride_b", c_int64), ("kept_stride_h", c_int64), ("kept_stride_q", c_int64),
-        ("lists", TileLists),
+        ("lists", TileLists), ("tail", POINTER),
         ("out", POINTER), ("out_stride_b", c_int64), ("out_stride_h", c_int64), ("out_stride_n", c_int64),
         ("lse", POINTER),
         ("bh_first", c_int32), ("bh_count", c_int32), ("heads_kv", c_int32), ("heads_per_kv", c_int32),

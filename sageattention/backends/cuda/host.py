@@ -134,7 +134,7 @@ def _attend_launch(r: LaunchPlan, group: BoundAttend, base: int, q: int, mask: i
     params = _pack_attend(
         q, q_strides, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_quant_sum, base + w.live_keys,
         base + w.k_mean, base + w.split_kv_workspace if r.shares else 0, done, done + 4 * (r.split_kv_flags - 1) if r.split_kv_flags else 0,
-        mask, mask_strides, kept, kept_strides, lists, list_strides, out, out_strides, lse, tail,
+        mask, mask_strides, kept, kept_strides, lists, list_strides, 0, out, out_strides, lse, tail,
     )  # fmt: skip
     return r.attend, group.blocks, 1, 1, params, True
 
