@@ -158,11 +158,12 @@ template <class C>
 __device__ __forceinline__ void quantize_q(const AttendParams& p, QFragments<C>& q_frags) {
   constexpr int kHeadDim = C::kHeadDim;
   const RowCoord<C> at(p);
+  const auto token = [&](int row) { return token_of<C::kMask>(p, row); };
   float x[C::kRowTiles][2][kHeadDim / 4], scale[C::kRowTiles][2];
   with_access(p.dtype, p.q_vectorized, [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
     const u8* head = static_cast<const u8*>(p.q.data) + (at.batch * p.q.stride_b + at.head * p.q.stride_h) * kElementBytes<kDtype>;
-    load_rows<kHeadDim, C::kRowTiles, kDtype, decltype(vectors)::value>(head, p.q.stride_n, at.row(0, 0), p.len_q, at.t, p.head_dim, x);
+    load_rows<kHeadDim, C::kRowTiles, kDtype, decltype(vectors)::value>(head, token, p.q.stride_n, at.row(0, 0), p.len_q, at.t, p.head_dim, x);
   });
   if (p.lse) {  // what the shift of K takes out of a row's LSE waits in its place: registers are short in the main loop
     grid_dependency_wait();
@@ -170,7 +171,7 @@ __device__ __forceinline__ void quantize_q(const AttendParams& p, QFragments<C>&
     for (int i = 0; i < 2 * C::kRowTiles; ++i) {
       const int row = at.row(i / 2, i % 2);
       const float score = k_mean_score<kHeadDim>(x[i / 2][i % 2], p.k_mean + at.bh * kHeadDim, at.t, p.sm_scale);
-      if (row < p.len_q && at.t == 0) *at.lse(p, row) = score;
+      if (row < p.len_q && at.t == 0) *at.lse(p, token(row)) = score;
     }
   }
 #pragma unroll
@@ -204,7 +205,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
     const float sum = row_sum(softmax.l_i[r][half]);
     inverse[r][half] = sum > 0.0f ? p.inv_v_max / sum : 0.0f;  // 0: every key masked out
     if (p.lse && at.t == 0 && row < p.len_q) {
-      float* lse = at.lse(p, row);
+      float* lse = at.lse(p, token_of<C::kMask>(p, row));
       *lse = sum > 0.0f ? *lse + (m_i[r][half] + log2_approx(sum)) * kLn2 : -kInf;
     }
   }
@@ -239,7 +240,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
       const int r = i / 2, half = i % 2, row = at.row(r, half);
       if (row >= p.len_q) continue;
       u8* to = static_cast<u8*>(p.out) +
-               (at.batch * p.out_stride_b + at.head * p.out_stride_h + row * p.out_stride_n) * kElementBytes<kDtype>;
+               (at.batch * p.out_stride_b + at.head * p.out_stride_h + token_of<C::kMask>(p, row) * p.out_stride_n) * kElementBytes<kDtype>;
 #pragma unroll
       for (int c = 0; c < C::kHeadDim / 32; ++c) {
         float y[kChunk];

@@ -257,13 +257,17 @@ __device__ __forceinline__ void load_raw_q(const AttendParams& p, u32 shared) {
     if (valid && prefetches_raw_q<C>(p)) {
       const uint4 at = load_shared16(own + work::kPair);
       const int channel = lane % kPieces * kChunk, row = lane / kPieces, batch = at.y, head = at.z, row0 = at.w;
-      const u8* from = static_cast<const u8*>(p.q.data) +
-                       (batch * p.q.stride_b + head * p.q.stride_h + (row0 + row) * p.q.stride_n + channel) * 2;
+      const u8* from = static_cast<const u8*>(p.q.data) + (batch * p.q.stride_b + head * p.q.stride_h + channel) * 2;
       const u32 to = shared + C::kRawQ + row * C::kRawQPitch + 2 * channel;
       // Nothing is fetched for rows beyond the end: whatever is there in their place does not get beyond them.
       const int rows = channel < p.head_dim ? min(C::kBlockM, p.len_q - row0) - row : 0;
+      if (C::kMask == Mask::list && p.order) {
+        for (int i = 0; i < rows; i += kRows) cp_async16(to + i * C::kRawQPitch, from + 2 * (i64)p.order[row0 + row + i] * p.q.stride_n);
+      } else {
+        from += 2 * (row0 + row) * p.q.stride_n;
 #pragma unroll 4
-      for (int i = 0; i < rows; i += kRows, from += 2 * kRows * p.q.stride_n) cp_async16(to + i * C::kRawQPitch, from);
+        for (int i = 0; i < rows; i += kRows, from += 2 * kRows * p.q.stride_n) cp_async16(to + i * C::kRawQPitch, from);
+      }
     }
     cp_async_mbarrier_arrive(barrier + kWorkFull);
     if (!valid) break;
@@ -325,13 +329,14 @@ __device__ __forceinline__ void quantize_q(const AttendParams& p, u32 shared, in
   with_dtype(p.dtype, [&](auto type) {
     constexpr int kDtype = decltype(type)::value;
     const u8* head = static_cast<const u8*>(p.q.data) + (at.batch * p.q.stride_b + at.head * p.q.stride_h) * kElementBytes<kDtype>;
+    const auto token = [&](int row) { return token_of<C::kMask>(p, row); };
     Raw8<kDtype> raw[2][kHeadDim / 32];
     if (kDtype != kFloat32 && prefetches_raw_q<C>(p))
       read_raw_q<C>(shared, at, p.head_dim, raw);
     else if (p.q_vectorized)
-      load_raw<kHeadDim, 2, kDtype, true>(head, p.q.stride_n, at.row(0), p.len_q, at.t, p.head_dim, raw);
+      load_raw<kHeadDim, 2, kDtype, true>(head, token, p.q.stride_n, at.row(0), p.len_q, at.t, p.head_dim, raw);
     else
-      load_raw<kHeadDim, 2, kDtype, false>(head, p.q.stride_n, at.row(0), p.len_q, at.t, p.head_dim, raw);
+      load_raw<kHeadDim, 2, kDtype, false>(head, token, p.q.stride_n, at.row(0), p.len_q, at.t, p.head_dim, raw);
     __syncwarp();
     mbarrier_arrive(elected(), shared + C::kWorkBarriers + kWorkEmpty);
     const u32 row0 = shared + C::q_offset(iteration, at.warp / 4) + 16 * (at.warp % 4) * 16;
@@ -385,7 +390,7 @@ __device__ __forceinline__ void store_lse(const AttendParams& p, const RowCoord<
   grid_dependency_wait();
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
-    const int row = min(at.row(half), p.len_q - 1);
+    const int row = token_of<C::kMask>(p, min(at.row(half), p.len_q - 1));
     const i64 offset = at.batch * p.q.stride_b + at.head * p.q.stride_h + row * p.q.stride_n;
     float shift;
     with_dtype(p.dtype, [&](auto type) {
@@ -432,7 +437,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
     int width[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      row[half] = static_cast<u8*>(p.out) + (head + at.row(half) * p.out_stride_n) * kElementBytes<kDtype>;
+      row[half] = static_cast<u8*>(p.out) + (head + (C::kMask == Mask::list ? token_of<C::kMask>(p, min(at.row(half), p.len_q - 1)) : at.row(half)) * p.out_stride_n) * kElementBytes<kDtype>;
       width[half] = at.row(half) < p.len_q ? p.head_dim : 0;
     }
 #pragma unroll

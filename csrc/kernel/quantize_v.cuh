@@ -220,7 +220,7 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {  // keys beyond the end repeat the last: they weigh nothing
         const int key = min(unit * Shared::kUnitKeys + (pass + i) * kRows + row, p.len - 1);
-        raw[i] = load8<kDtype, kVectors>(v + key * row_bytes, kChunk * chunk, p.head_dim);
+        raw[i] = load8<kDtype, kVectors>(v + (p.order ? p.order[key] : key) * row_bytes, kChunk * chunk, p.head_dim);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {

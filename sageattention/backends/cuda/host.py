@@ -118,11 +118,11 @@ def _quantize_launches(r: LaunchPlan, group: BoundQuantize, base: int, k: int, v
     kv, k_scale_partial, v_stats, done = base + w.kv, base + w.k_scale_partial, base + w.v_stats, base + w.v_stats_ready
     keys = _pack_quantize_k(
         k, k_strides, v, v_strides, kv, base + w.k_mean, k_scale_partial, v_stats, done, base + w.v_quant_sum, base + w.v_stats_live,
-        base + w.split_kv_ready, live, quantize_k_tail,
+        base + w.split_kv_ready, 0, live, quantize_k_tail,
     )  # fmt: skip
     values = _pack_quantize_v(
         v, v_strides, k_scale_partial, v_stats, done, base + w.v_stats_live, kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean,
-        base + w.v_quant_sum, base + w.live_keys, live, group.values,
+        base + w.v_quant_sum, base + w.live_keys, 0, live, group.values,
     )  # fmt: skip
     return (r.keys, group.key_blocks, 1, 1, keys, bool(live)), (r.values, group.value_blocks, 1, 1, values, True)
 
@@ -134,7 +134,7 @@ def _attend_launch(r: LaunchPlan, group: BoundAttend, base: int, q: int, mask: i
     params = _pack_attend(
         q, q_strides, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_quant_sum, base + w.live_keys,
         base + w.k_mean, base + w.split_kv_workspace if r.shares else 0, done, done + 4 * (r.split_kv_flags - 1) if r.split_kv_flags else 0,
-        mask, mask_strides, kept, kept_strides, lists, list_strides, 0, out, out_strides, lse, tail,
+        mask, mask_strides, kept, kept_strides, lists, list_strides, 0, 0, out, out_strides, lse, tail,
     )  # fmt: skip
     return r.attend, group.blocks, 1, 1, params, True
 

@@ -124,7 +124,7 @@ def _new_launch_plan(p: Problem, plan: Plan, one_group: bool) -> LaunchPlan:
             (names.split_kv_bytes(d) * limit if shares else 0, split_kv_flags * 4),
         ),
         len_kv, tiles, k_ctas_per_head, v_chunks, v_ctas_per_head, q_tiles, limit, shares, split_kv_flags,
-        (tiles, tile_bytes, k_ctas_per_head, -(-len_kv // step), step, split_kv_flags, v_chunks, v_chunk_tokens),
+        (tiles, tile_bytes, k_ctas_per_head, False, -(-len_kv // step), step, split_kv_flags, v_chunks, v_chunk_tokens),
         (k_ctas_per_head, v_chunks, tiles, v_ctas_per_head, scheme.v_mean, scheme.v_max),
         (
             min(abs(p.sm_scale) * LOG2E * 4 * d / INT8_MAX, FINITE_MAX), math.copysign(1.0, p.sm_scale),
