@@ -4,8 +4,6 @@
 
 namespace sage {
 
-constexpr float kFiniteMax = 1e38f;  // where an intermediate number is cut off instead of overflowing (variants.FINITE_MAX)
-
 __device__ __forceinline__ float clamp_finite(float x) { return fminf(fmaxf(x, -kFiniteMax), kFiniteMax); }
 
 // Rows row0 + 8i, i < kRows, of the head at `head`, as rotate.cuh deals out the channels. Rows beyond the end repeat the last. token_of(row):

@@ -15,12 +15,17 @@
 
 namespace sage {
 
-// kQStages: with two places for Q nobody waits until the last turn's has been read.
-template <class Layout_, Mask kMask_, int kStages_, int kQStages_>
+// One kernel: a row of sageattention/kernels/wgmma.py.
+struct WgmmaTile {
+  Mask mask;
+  int stages, q_stages;  // of KV tiles; of Q: with two, no consumer waits until the last work tile's Q has been read
+};
+
+template <class Layout_, WgmmaTile kWgmmaTile>
 struct WgmmaConfig {
   using Layout = Layout_;
-  static constexpr int kHeadDim = Layout::kHeadDim, kTile = Layout::kTile, kStages = kStages_, kQStages = kQStages_;
-  static constexpr Mask kMask = kMask_;
+  static constexpr int kHeadDim = Layout::kHeadDim, kTile = Layout::kTile, kStages = kWgmmaTile.stages, kQStages = kWgmmaTile.q_stages;
+  static constexpr Mask kMask = kWgmmaTile.mask;
   static constexpr int kUnmaskedLeast = 1, kUnmaskedMultiple = 1;  // of a run of unmasked tiles; others go with the masked ones
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kConsumerWarps = 4 * kConsumers, kThreads = 128 * (kConsumers + 1), kBlockM = 64 * kConsumers;
@@ -300,7 +305,7 @@ __device__ __forceinline__ void publish_work_tile(const AttendParams& p, u32 sha
         }
       }
       // A largest K scale of 0 (all keys alike) must not make the bound infinite; the scores are 0 then whatever it is.
-      if (elected()) store_shared_float(to + work::kMaxScale, p.score_limit / fmaxf(__int_as_float(p.k_scale_max[bh]), 7.5e-37f));
+      if (elected()) store_shared_float(to + work::kMaxScale, p.score_limit / fmaxf(__int_as_float(p.k_scale_max[bh]), kKScaleFloor));
     }
     __syncwarp();
     mbarrier_arrive(elected(), barrier + kWorkFull);
@@ -462,6 +467,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
 template <class C>
 struct SplitKvPartial {
   static constexpr int kCount = C::kHeadDim / 2, kFours = kCount / 4 + 1, kThreads = 128 * C::kConsumers;
+  static constexpr int kCtaBytes = kFours * kThreads * 16;  // of p.split_kv_workspace
 
   float4* to;
   i32* ready;
@@ -645,12 +651,16 @@ struct MainloopSm90 {
   }
 };
 
+// Dynamic shared memory of a launch, in bytes.
+template <class C>
+constexpr int attend_shared_bytes() {
+  return C::kSharedBytes;
+}
+
 // A block: one piece of work after another, the tiles of the next already on their way while the last is stored. Walk<C> is a
-// MainloopSm90<C> with O in `o` and `all(span, sums)`, which goes over a turn's tiles.
-// kSharedBytes: the dynamic shared memory that the launch has (sageattention/variants.py).
-template <class C, template <class> class Mainloop, int kSharedBytes>
+// MainloopSm90<C> with O in `o` and `run(range, l)`, which goes over a work tile's KV tiles.
+template <class C, template <class> class Mainloop>
 __device__ __forceinline__ void attend_block(const AttendParams& p) {
-  static_assert(kSharedBytes == C::kSharedBytes, "the table of variants and the kernel disagree about shared memory");
   static_assert(C::kBarriers % 8 == 0 && C::kStage0 % 128 == 0 && C::Layout::kTileBytes % 128 == 0, "operands lie on 128 bytes");
   extern __shared__ __align__(128) u8 bytes[];
   const u32 shared = shared_address(bytes);

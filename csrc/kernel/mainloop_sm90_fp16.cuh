@@ -231,9 +231,9 @@ struct MainloopFp16 : MainloopSm90<C> {
   }
 };
 
-template <class C, int kSharedBytes>
+template <class C>
 __device__ __forceinline__ void attend_wgmma(const AttendParams& p) {
-  attend_block<C, MainloopFp16, kSharedBytes>(p);
+  attend_block<C, MainloopFp16>(p);
 }
 
 }  // namespace sage

@@ -9,8 +9,8 @@
 
 namespace sage {
 
-template <class Layout_, Mask kMask_, int kStages_, int kQStages_>
-struct WgmmaFp8Config : WgmmaConfig<Layout_, kMask_, kStages_, kQStages_> {
+template <class Layout_, WgmmaTile kWgmmaTile>
+struct WgmmaFp8Config : WgmmaConfig<Layout_, kWgmmaTile> {
   using Layout = Layout_;
   static constexpr int kStep = Layout::kHeadDim == 64 && Layout::kTile == 128 ? 128 : 64;  // keys of one step of the softmax
   static constexpr int kStepsPerTile = Layout::kTile / kStep, kScaleCount = kStep / Layout::kScaleKeys;
@@ -29,7 +29,6 @@ struct MainloopFp8 : MainloopSm90<C> {
       Base::q_scale, Base::sQ, Base::p;
   using Scales = float[C::kScaleCount][2];  // [part of the step][row half]
   static constexpr int kHeadDim = C::kHeadDim, kStepsPerTile = C::kStepsPerTile;
-  static constexpr float kLog2E4m3Max = 8.8073549220576f;  // log2(448) = log2_p_max + rescale_threshold
   static constexpr float kNoScore = -3e38f;                   // a reference below all scores, and a number
 
   // P is 2^(score − near), O and the sums are relative to `m_i` as everywhere.
@@ -139,7 +138,6 @@ struct MainloopFp8 : MainloopSm90<C> {
   // What P of a group that begins is relative to. A flat tail far below a row's reference must not be lost on the lines of `softmax_step`:
   // where all of a row's scores are, its weights are raised.
   __device__ __forceinline__ void begin_group(const float (&top)[2]) {
-    constexpr float kTailThreshold = 3.0f, kTailBoostLog2 = 4.0f;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const u32 far = __ballot_sync(kAllLanes, top[half] < m_i[half] - kTailThreshold) >> (special_tid_x() & 28);
@@ -153,7 +151,6 @@ struct MainloopFp8 : MainloopSm90<C> {
   // reference far from 0.
   template <bool kMasked>
   __device__ __forceinline__ void softmax_step(const Scores& s, const Scales& scale, ProbFragments& prob) const {
-    constexpr float kLineExcess = 15.0f / 256;  // the line is too high by this, in base 2, on average
     constexpr int kExpChain = 4;
     float shift[2], line[2], x[C::kProbRegisters][4];
 #pragma unroll
@@ -330,9 +327,9 @@ struct MainloopFp8 : MainloopSm90<C> {
   }
 };
 
-template <class C, int kSharedBytes>
+template <class C>
 __device__ __forceinline__ void attend_wgmma_fp8(const AttendParams& p) {
-  attend_block<C, MainloopFp8, kSharedBytes>(p);
+  attend_block<C, MainloopFp8>(p);
 }
 
 }  // namespace sage

@@ -17,7 +17,7 @@
 
 namespace sage {
 
-constexpr int kLiveWords = 512, kMostSamples = 128;
+constexpr int kLiveWords = 512;
 
 template <class Layout>
 struct QuantizeKShared {
@@ -29,7 +29,7 @@ struct QuantizeKShared {
   float4 start[kHeadDim / 16][8];      // minus the k_mean as an MMA leaves it, by MMA and g
   float k_amax[2][kWarps][4];
   LiveWindow<kLiveWords> live;  // where some keys are not
-  i32 sample[kMostSamples];     // the keys whose mean is the k_mean, where some keys are not live
+  i32 sample[kMostKMeanTokens];     // the keys whose mean is the k_mean, where some keys are not live
   i32 live_samples, samples_of_warp[4];
 };
 
@@ -150,7 +150,7 @@ __device__ __forceinline__ float share_scales(float amax, int group, bool whole,
 #pragma unroll
   for (int other = 4; other <= 16; other *= 2) amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, other));
   const float inverse = int8_inverse(amax);
-  scale = inverse > 0.0f ? amax * (1.0f / 127) : 0.0f;
+  scale = inverse > 0.0f ? amax * (1.0f / kInt8Max) : 0.0f;
   if (threadIdx.x < 4) {
     u8* scales = out + Layout::scale_offset(tile_bytes) + Layout::kScalePitch * lane;
     *reinterpret_cast<float*>(scales + 4 * part) = scale;
@@ -274,7 +274,7 @@ struct RotateKOf<true, Layout, kDtype> {
 // is none anywhere, the first live key of all, and if there is none of those, no key. Returns how many. All threads take part.
 template <class Layout>
 __device__ __forceinline__ int find_samples(const QuantizeKParams& p, const LiveRows& live, QuantizeKShared<Layout>& shared) {
-  static_assert(kMostSamples == 128, "four warps look for samples");
+  static_assert(kMostKMeanTokens == 128, "four warps look for samples");
   int key = -1;
   if (threadIdx.x < p.k_mean_samples) {
     const int start = threadIdx.x * p.k_mean_step, word = start / 32, end = start + p.k_mean_step - word * 32;

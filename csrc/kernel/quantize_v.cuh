@@ -35,9 +35,6 @@ struct QuantizeVShared {
   bool mean_subtracted[kHeadDim];
 };
 
-// Where V − mean could overflow, the mean stays in (reference.quantise_v).
-constexpr float kWidest = 1e38f;  // variants.FINITE_MAX
-
 // Reduces the partial results of the first launch, once they are there. The head's first block keeps them for the attention kernel.
 template <class Layout>
 __device__ __forceinline__ void reduce_v_stats(const QuantizeVParams& p, int bh, bool keep, QuantizeVShared<Layout>& shared) {
@@ -77,7 +74,7 @@ __device__ __forceinline__ void reduce_v_stats(const QuantizeVParams& p, int bh,
     mean *= share;
     if (live == 0) high = low = mean = 0.0f;
     mean = mean > high ? high : mean < low ? low : mean;  // however it was rounded; NaN stays
-    shared.mean_subtracted[c] = p.subtract_v_mean && 0.5f * high - 0.5f * low <= kWidest;
+    shared.mean_subtracted[c] = p.subtract_v_mean && 0.5f * high - 0.5f * low <= kFiniteMax;  // else V − mean could overflow
     if (mean == mean && !shared.mean_subtracted[c]) mean = 0.0f;
     float amax = fmaxf(high - mean, mean - low);
     if (amax < kAmaxMin) amax = 0.0f;

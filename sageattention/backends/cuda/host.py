@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ...kernels.params import AttendParams, ClassifyParams, QuantizeKParams, QuantizeVParams, packer
+from ...numerics.constants import BAND_ROWS, DTYPES, MASK_KINDS
 from ...planning.plan import Plan
 from ...planning.problem import Problem
 from ..call import Result, result_like
@@ -21,11 +22,10 @@ from . import driver
 from .launcher import Launch
 from .workspace import LaunchPlan, launch_plan_of
 
-BAND_ROWS = 32  # queries that share a row of tile bits (csrc/kernel/classify_mask.cuh)
-_DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
-_MASK_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.bool: 3}
-(_pack_classify, _classify_constants), (_pack_quantize_k, _quantize_k_constants), (_pack_quantize_v, _quantize_v_constants), (_pack_attend, _attend_constants) = (
-    packer(p) for p in (ClassifyParams, QuantizeKParams, QuantizeVParams, AttendParams)
+_MASK_KINDS = {getattr(torch, name): number for name, number in MASK_KINDS.items()}
+_pack_classify, _classify_constants = packer(ClassifyParams)
+(_pack_quantize_k, _quantize_k_constants), (_pack_quantize_v, _quantize_v_constants), (_pack_attend, _attend_constants) = (
+    packer(p) for p in (QuantizeKParams, QuantizeVParams, AttendParams)
 )
 
 
@@ -248,7 +248,7 @@ def _bind_quantize(r: LaunchPlan, k: torch.Tensor, v: torch.Tensor, lists: _List
     live = lists.live_keys if lists else (0, 0, 0, 0)
     groups = []
     for first, bh_count in r.groups:
-        shape = first, bh_count, p.heads_kv, r.len_kv, p.head_dim, _DTYPES[p.dtype], vectors
+        shape = first, bh_count, p.heads_kv, r.len_kv, p.head_dim, DTYPES[p.dtype], vectors
         keys = _quantize_k_constants(*strides[0], *strides[1], *live, *shape, *r.quantize_k_tail)
         values = _quantize_v_constants(*strides[1], *live, *shape, *r.quantize_v_tail)
         groups.append(BoundQuantize(bh_count * (r.k_ctas_per_head + r.v_chunks), keys, bh_count * r.v_ctas_per_head, values[-1]))
@@ -274,7 +274,7 @@ def _bind_attend(
             blocks,
             _attend_constants(
                 *q_strides, *mask_strides, *(lists.kept_strides if lists else (0, 0, 0)), *(lists.lists if lists else (0, 0, 0, 0, 1)),
-                *out_strides, first, bh_count, p.heads_kv, heads_per_kv, p.len_q, r.len_kv, p.head_dim, _DTYPES[p.dtype], *vectors, p.causal, kind, pairs_at_once, r.tiles, r.q_tiles, full_waves,
+                *out_strides, first, bh_count, p.heads_kv, heads_per_kv, p.len_q, r.len_kv, p.head_dim, DTYPES[p.dtype], *vectors, p.causal, kind, pairs_at_once, r.tiles, r.q_tiles, full_waves,
                 *((2**32 - 1) // d for d in (r.q_tiles, heads_per_kv, p.heads_kv)), *r.attend_tail,
             ),
             lists.kept if lists else 0,
