@@ -103,8 +103,8 @@ class KernelFamily:
         """`live`: of the kernel that is told which keys are."""
         return f"keys_{self.quantizers}_{find_tile(self.tiles, 0, head_dim).block_n}_d{head_dim}" + ("_live" if live else "")
 
-    def quantize_v_symbol(self, head_dim: int) -> str:
-        return f"values_{self.name}_d{head_dim}"
+    def quantize_v_symbol(self, head_dim: int, live: bool = False) -> str:
+        return f"values_{self.name}_d{head_dim}" + ("_live" if live else "")
 
     def attend_image(self, head_dim: int) -> str:
         return f"attend_{self.name}_d{head_dim}"

@@ -92,6 +92,9 @@ def emulate(
     batch, heads, len_q, head_dim = q.shape
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if is_causal:  # no query sees a key beyond the last one
+        k, v = k[:, :, :len_q], v[:, :, :len_q]
+        attn_mask = attn_mask if attn_mask is None or attn_mask.dim() == 0 else attn_mask[..., :len_q]
     group = heads // k.shape[1] if heads else 1
     for b in range(batch):
         for h in range(heads):
@@ -118,11 +121,9 @@ def live_keys(masks: list[torch.Tensor | None], len_q: int, len_kv: int, is_caus
     """The keys, [Nk] bool, that take part in the statistics of K and V; None for all of them.
 
     A key takes no part where every query of every head in `masks`, [Nq | 1, Nk | 1] each, has it removed (False, −inf), does not reach it
-    (causal), or has it more than `NEGLIGIBLE_BIAS` under the largest bias of its row.
+    (causal, with Nk ≤ Nq), or has it more than `NEGLIGIBLE_BIAS` under the largest bias of its row.
     """
     live = None
-    if is_causal and len_kv > len_q:
-        live = torch.arange(len_kv) < len_q
     for number, mask in enumerate(masks):
         if mask is None:
             continue

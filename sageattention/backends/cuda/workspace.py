@@ -86,7 +86,7 @@ def _new_launch_plan(p: Problem, plan: Plan, one_group: bool) -> LaunchPlan:
     card = capability.of_device(p.device, p.device_index)
     quantizer, attention = plan.images
     masked = p.mask != "none"
-    keys, values = quantizer.entry(names.quantize_k_symbol(d, masked)), quantizer.entry(names.quantize_v_symbol(d))
+    keys, values = quantizer.entry(names.quantize_k_symbol(d, masked)), quantizer.entry(names.quantize_v_symbol(d, masked))
     kernels = (
         driver.kernel(p.device_index, quantizer, CLASSIFY.symbol, plan.variant.name) if masked else None,
         driver.kernel(p.device_index, quantizer, keys.symbol, plan.variant.name),
