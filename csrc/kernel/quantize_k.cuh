@@ -12,7 +12,7 @@
 #include "../layout/fragment.cuh"
 #include "../block/live_keys.cuh"
 #include "../block/rotate.cuh"
-#include "../ptx/async_copy.cuh"
+#include "../ptx/grid.cuh"
 #include "params.cuh"
 
 namespace sage {

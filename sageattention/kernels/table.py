@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .architectures import TARGETS, TEST_TARGETS
 from .binaries import Entry, Image
 from .family import MASKS, KernelFamily
 from .mma import MMA_FP8, MMA_FP16, MMA_INT8
-from .params import ClassifyParams, QuantizeKParams, QuantizeVParams
+from .params import ClassifyParams, QuantizeKParams, QuantizeVParams, ZeroMaskedRowsParams
 from .wgmma import WGMMA_FP8, WGMMA_FP16
 
-TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_75", "compute_80", "compute_89")
-# The PTX of architectures whose machine code is there is for running their kernels on a later card, which itself takes the last one.
-TEST_TARGETS = ("compute_75", "compute_80")
 KERNELS: tuple[KernelFamily, ...] = (WGMMA_FP16, MMA_FP16, MMA_FP8, WGMMA_FP8, MMA_INT8)
 
 QUANTIZE_V_THREADS = 128
@@ -45,6 +43,7 @@ def _quantize_v_entry(kernels: KernelFamily, head_dim: int, live: bool) -> Entry
 
 
 CLASSIFY = Entry("classify_mask", "classify_band", ClassifyParams, 256, 2)
+ZERO_MASKED_ROWS = Entry("zero_masked_rows", "zero_rows", ZeroMaskedRowsParams, 128, checks=("kZeroRowsThreads == 128",))
 
 
 def _images(target: str) -> Iterator[Image]:
@@ -55,6 +54,7 @@ def _images(target: str) -> Iterator[Image]:
         keys = {k.quantize_k_symbol(d, live): _quantize_k_entry(k, arch, d, live) for k, d in reversed(made) for live in (True, False)}
         entries = (CLASSIFY, *reversed(keys.values()), *(_quantize_v_entry(k, d, live) for k, d in made for live in (False, True)))
         yield Image(name, target, "kernel/quantize.cuh", entries, released=target not in TEST_TARGETS)
+    yield Image("masked_rows", target, "kernel/zero_masked_rows.cuh", (ZERO_MASKED_ROWS,), released=target not in TEST_TARGETS)
     for k in built:
         for d in k.head_dims:
             entries = tuple(k.entry(k, arch, d, mask, accumulate) for mask in MASKS for accumulate in k.accumulators)

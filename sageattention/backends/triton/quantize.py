@@ -41,8 +41,8 @@ def statistics(
     partial_amax,  # [H, SPLITS, D] fp32
     k_scale_max,  # [H] fp32, set to 0 here for `quantize_kv` to raise
     cu_seqlens,  # [B + 1], VARLEN only
-    k_stride_b, k_stride_n, k_stride_h,
-    v_stride_b, v_stride_n, v_stride_h,
+    k_stride_b, k_stride_h, k_stride_n,
+    v_stride_b, v_stride_h, v_stride_n,
     head0, heads, tokens, slots,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
@@ -87,8 +87,8 @@ def quantize_kv(
     partial_amax,  # [H, SPLITS, D] fp32
     k8, k_scale, k_scale_max, v16, v_scale,  # see the module's text
     cu_seqlens,  # [B + 1], VARLEN only
-    k_stride_b, k_stride_n, k_stride_h,
-    v_stride_b, v_stride_n, v_stride_h,
+    k_stride_b, k_stride_h, k_stride_n,
+    v_stride_b, v_stride_h, v_stride_n,
     head0, heads, tokens, slots,
     V_MAX: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     VARLEN: tl.constexpr,
