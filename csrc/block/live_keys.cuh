@@ -1,6 +1,8 @@
 // Which keys take part in the statistics of K and V, read from the rows that a pre-pass left (LiveKeys in params.cuh).
 #pragma once
+#include "../common/warp.cuh"
 #include "../kernel/params.cuh"
+#include "../ptx/special.cuh"
 
 namespace sage {
 
