@@ -7,6 +7,7 @@
 #include "../block/mask.cuh"
 #include "../common/warp.cuh"
 #include "../ptx/async_copy.cuh"
+#include "../ptx/grid.cuh"
 #include "../ptx/special.cuh"
 #include "params.cuh"
 
