@@ -217,7 +217,7 @@ def _run_releasing(held: list[Call], *containers: Any) -> torch.Tensor:
     if not dispatch.halves_save_memory(call):
         return dispatch.run_planned(call)[0]
     q, mask, problem = call.q, call.mask, call.problem
-    kv = dispatch.quantize_planned(call.k, call.v, problem, call.plan)
+    kv = dispatch.quantize_planned(call.k, call.v, mask, problem, call.plan)
     del call
     for container in containers:
         container.take()

@@ -288,19 +288,22 @@ def run_varlen(
     return out
 
 
-def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str, variant: str) -> QuantizedKV:
+def quantize_kv(
+    k: torch.Tensor, v: torch.Tensor, tensor_layout: str, variant: str, key_mask: torch.Tensor | None = None
+) -> QuantizedKV:  # fmt: skip
     """The first half of a call: K and V quantised, all heads at once."""
     _refuse_transforms("k")
-    problem = Problem.from_kv(k, v, tensor_layout=tensor_layout)
+    problem = Problem.from_kv(k, v, tensor_layout=tensor_layout, key_mask=key_mask)
     try:
         chosen = plan_for(problem, variant)
     except Unsupported as error:
-        raise Unsupported("k" if error.parameter == "q" else error.parameter, error.reason) from None
-    return quantize_planned(k, v, problem, chosen)
+        parameter = {"q": "k", "attn_mask": "key_mask"}.get(error.parameter, error.parameter)
+        raise Unsupported(parameter, error.reason) from None
+    return quantize_planned(k, v, None if key_mask is None else key_mask[:, None, None], problem, chosen)
 
 
-def quantize_planned(k: torch.Tensor, v: torch.Tensor, problem: Problem, chosen: Plan) -> QuantizedKV:
-    """The same by a plan that is made already.
+def quantize_planned(k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, problem: Problem, chosen: Plan) -> QuantizedKV:
+    """The same by a plan that is made already. Keys that `mask`, which is the problem's, hides from every query take no part.
 
     Raises:
         Unsupported: its variant has no halves.
@@ -308,10 +311,10 @@ def quantize_planned(k: torch.Tensor, v: torch.Tensor, problem: Problem, chosen:
     if chosen.variant.backend == "cuda":
         from .backends.cuda import host
 
-        return host.quantize(k, v, problem, chosen)
+        return host.quantize(k, v, mask, problem, chosen)
     if chosen.variant.backend != "triton":
         raise Unsupported("variant", f"{chosen.variant.name} ({chosen.reason}) keeps no quantised K and V; name one that does")
-    return _triton_host().quantize(k, v, problem, chosen, 0, problem.batch * problem.heads_kv)
+    return _triton_host().quantize_all(k, v, mask, problem, chosen)
 
 
 def attend(

@@ -164,7 +164,7 @@ def test_equal_weights_give_the_mean_of_v(card: Lanes, variant: str) -> None:
 def test_where_there_is_nothing_to_quantise(card: Lanes, shape: tuple[int, int, int]) -> None:
     k = torch.zeros(*shape, card.head_dim)
     problem = on_card({"q": k, "k": k, "v": k})
-    kv = host.quantize(k, k, problem, plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch))
+    kv = host.quantize(k, k, None, problem, plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch))
     assert kv.buffer.numel() == 0
 
 
@@ -180,7 +180,7 @@ def test_groups_of_heads_and_halves_give_the_same_bits(card: Lanes, monkeypatch:
     assert launch_plan.groups == ((0, 1), (1, 1), (2, 1), (3, 1))
     assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
     problem = on_card(t, is_causal=causal)
-    kv = host.quantize(t["k"], t["v"], problem, plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch))
+    kv = host.quantize(t["k"], t["v"], None, problem, plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch))
     halves = host.attend_all(t["q"], kv, problem, None)
     assert torch.equal(halves[0], whole[0]) and torch.equal(halves[1], whole[1])
 
@@ -243,7 +243,7 @@ def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: Ker
     problem = on_card(t)
     chosen = plan(problem, card.capability, variant.name, next(iter(kernels.schemes)), arch=0 if kernels.arch else arch)
     assert chosen.kernels is kernels
-    kv = host.quantize(t["k"], t["v"], problem, chosen)
+    kv = host.quantize(t["k"], t["v"], None, problem, chosen)
     (launch_plan,) = workspace._launch_plans.values()
     w, size = launch_plan.workspace, kernels.tile_bytes(d)
 

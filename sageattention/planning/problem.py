@@ -106,8 +106,8 @@ class Problem(NamedTuple):
         )  # fmt: skip
 
     @classmethod
-    def from_kv(cls, k: torch.Tensor, v: torch.Tensor, *, tensor_layout: str) -> Problem:
-        """K and V alone, for `with_query` to complete.
+    def from_kv(cls, k: torch.Tensor, v: torch.Tensor, *, tensor_layout: str, key_mask: torch.Tensor | None = None) -> Problem:
+        """K and V alone, for `with_query` to complete. Its mask is "bool" where some keys are hidden from every query.
 
         Raises:
             Unsupported: as `from_tensors`, but never of q.
@@ -121,6 +121,7 @@ class Problem(NamedTuple):
         batch, heads_kv, len_kv, head_dim = k.shape[0], k.shape[heads], k.shape[tokens], k.shape[3]
         return cls(
             batch, heads_kv, heads_kv, len_kv, len_kv, head_dim, _dtype_name(k), *_device(k), tensor_layout,
+            mask="none" if key_mask is None else _check_key_mask(key_mask, batch, len_kv, k),
             sm_scale=_scale(None, head_dim), needs_grad=needs_grad(k, v),
         )  # fmt: skip
 
@@ -148,6 +149,8 @@ class Problem(NamedTuple):
         if needs_grad(q, attn_mask):
             raise Unsupported("q", "a gradient is asked for, and attention to quantised k and v has none")
         mask = "none"
+        if attn_mask is None and self.mask != "none":
+            raise Unsupported("attn_mask", "is None, and k and v were quantised with a key_mask; pass a mask that hides those keys")
         if attn_mask is not None:
             mask = _check_mask(attn_mask, (self.batch, q.shape[heads], q.shape[tokens], self.len_kv), q)
         return self._replace(
@@ -327,6 +330,18 @@ def _check_mask(mask: torch.Tensor, scores: tuple[int, int, int, int], q: torch.
     if _dtype_name(mask) not in DTYPES and mask.dtype != q.dtype:
         raise Unsupported("attn_mask", f"its dtype is {mask.dtype}, accepted are bool (True keeps) and {', '.join(DTYPES)} (added)")
     return "additive"
+
+
+def _check_key_mask(mask: torch.Tensor, batch: int, len_kv: int, k: torch.Tensor) -> str:
+    if not hasattr(mask, "dim"):
+        raise Unsupported("key_mask", f"got {type(mask).__name__}, accepted is a torch.Tensor of bool (True keeps)")
+    _check_plain("key_mask", mask)
+    if not _is_bool(mask) or mask.dim() != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != len_kv:
+        accepted = f"bool (True keeps) of shape [B | 1, Nk] = {[batch, len_kv]}"
+        raise Unsupported("key_mask", f"got {mask.dtype} of shape {tuple(mask.shape)}, accepted is {accepted}")
+    if mask.device != k.device:
+        raise Unsupported("key_mask", f"is on {mask.device}, k is on {k.device}; they must be on one device")
+    return "bool"
 
 
 def _is_bool(mask: torch.Tensor) -> bool:

@@ -19,7 +19,7 @@ from ...planning.problem import Problem
 from ..call import Result, result_like
 from . import driver
 from .launcher import Launch
-from .workspace import LaunchPlan, launch_plan_of
+from .workspace import LaunchPlan, Workspace, launch_plan_of
 
 BAND_ROWS = 32  # queries that share a row of tile bits (csrc/kernel/classify_mask.cuh)
 _DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
@@ -33,11 +33,12 @@ _MASK_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.bool
 class QuantizedKV:
     """K and V of all heads, in the layout of the plan's kernels. Owns no float tensor of the caller's.
 
-    `problem` is the call that K and V were checked as.
+    `problem` is the call that K and V were checked as, `workspace` where in the buffer everything lies.
     """
 
     problem: Problem
     plan: Plan
+    workspace: Workspace | None  # None where there is nothing to attend to
     buffer: torch.Tensor
 
 
@@ -63,7 +64,7 @@ def run(call) -> Result:
     live_at = lists_at + lists.live if lists else 0
     chains = [
         (*_quantize_launches(launch_plan, quantize_bound, base + number % 2 * size, k_at, v_at, live_at),
-         _attend_launch(launch_plan, attend_bound, base + number % 2 * size, q_at, mask_at, lists_at, out_at, lse_at))
+         _attend_launch(launch_plan, attend_bound, launch_plan.workspace, base + number % 2 * size, q_at, mask_at, lists_at, out_at, lse_at))
         for number, (quantize_bound, attend_bound) in enumerate(zip(form.quantize_bound, form.attend_bound))
     ]  # fmt: skip
     if lists:
@@ -72,16 +73,20 @@ def run(call) -> Result:
     return out, lse
 
 
-def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: Plan) -> QuantizedKV:
-    """Quantise K and V, all heads in one group."""
+def quantize(k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, problem: Problem, plan: Plan) -> QuantizedKV:
+    """Quantise K and V, all heads in one group. Keys that the mask, which is the problem's, hides from every query take no part."""
     if problem.empty:
-        return QuantizedKV(problem, plan, torch.empty(0, dtype=torch.uint8, device=k.device))
+        return QuantizedKV(problem, plan, None, torch.empty(0, dtype=torch.uint8, device=k.device))
     launch_plan = launch_plan_of(problem, plan, True)
     buffer = torch.empty(launch_plan.workspace.size, dtype=torch.uint8, device=k.device)
     k_at, v_at = k.data_ptr(), v.data_ptr()
-    (quantize_bound,) = _bind_quantize(launch_plan, k, v, None, (k_at | v_at) % 16)
-    _issue(launch_plan.device, [_quantize_launches(launch_plan, quantize_bound, buffer.data_ptr(), k_at, v_at, 0)])
-    return QuantizedKV(problem, plan, buffer)
+    lists, launches, live_at = None, (), 0
+    if mask is not None:
+        lists, space, launch = _classify(launch_plan, mask)
+        launches, live_at = (launch,), space.data_ptr() + lists.live
+    (quantize_bound,) = _bind_quantize(launch_plan, k, v, lists, (k_at | v_at) % 16)
+    _issue(launch_plan.device, [(*launches, *_quantize_launches(launch_plan, quantize_bound, buffer.data_ptr(), k_at, v_at, live_at))])
+    return QuantizedKV(problem, plan, launch_plan.workspace, buffer)
 
 
 def attend_all(q: torch.Tensor, kv: QuantizedKV, problem: Problem, mask: torch.Tensor | None) -> Result:
@@ -89,21 +94,25 @@ def attend_all(q: torch.Tensor, kv: QuantizedKV, problem: Problem, mask: torch.T
     out, lse = result_like(q, problem)
     launch_plan = launch_plan_of(problem, kv.plan, True)
     q_at, out_at, lse_at = q.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr()
-    lists, mask_at, lists_at = None, 0, 0
-    launches = []
+    lists, launches, mask_at, lists_at = None, (), 0, 0
     if mask is not None:
-        mask_at = mask.data_ptr()
-        lists = _lists(launch_plan, mask, mask_at % 16)
-        space = torch.empty(lists.size, dtype=torch.uint8, device=q.device)
-        lists_at = space.data_ptr()
-        launches.append(_classify_launch(launch_plan, lists, mask_at, lists_at))
+        lists, space, launch = _classify(launch_plan, mask)
+        launches, mask_at, lists_at = (launch,), mask.data_ptr(), space.data_ptr()
     (attend_bound,) = _bind_attend(launch_plan, q, out, mask, lists, (q_at | out_at) % 16)
-    launch = _attend_launch(launch_plan, attend_bound, kv.buffer.data_ptr(), q_at, mask_at, lists_at, out_at, lse_at)
+    launch = _attend_launch(launch_plan, attend_bound, kv.workspace, kv.buffer.data_ptr(), q_at, mask_at, lists_at, out_at, lse_at)
     _issue(launch_plan.device, [(*launches, (*launch[:5], False))])  # anything may be ahead of it on the stream
     return out, lse
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------------------
+
+
+def _classify(r: LaunchPlan, mask: torch.Tensor) -> tuple[_Lists, torch.Tensor, Launch]:
+    """A mask's lists, memory of their own, and the launch that fills it."""
+    at = mask.data_ptr()
+    lists = _lists(r, mask, at % 16)
+    space = torch.empty(lists.size, dtype=torch.uint8, device=mask.device)
+    return lists, space, _classify_launch(r, lists, at, space.data_ptr())
 
 
 def _classify_launch(r: LaunchPlan, lists: _Lists, mask: int, at: int) -> Launch:
@@ -127,8 +136,10 @@ def _quantize_launches(r: LaunchPlan, group: BoundQuantize, base: int, k: int, v
     return (r.keys, group.key_blocks, 1, 1, keys, bool(live)), (r.values, group.value_blocks, 1, 1, values, True)
 
 
-def _attend_launch(r: LaunchPlan, group: BoundAttend, base: int, q: int, mask: int, lists: int, out: int, lse: int) -> Launch:
-    w, (q_strides, mask_strides, kept_strides, list_strides, out_strides, tail) = r.workspace, group.constants
+def _attend_launch(
+    r: LaunchPlan, group: BoundAttend, w: Workspace, base: int, q: int, mask: int, lists: int, out: int, lse: int
+) -> Launch:  # fmt: skip
+    q_strides, mask_strides, kept_strides, list_strides, out_strides, tail = group.constants
     kept = lists + group.kept if group.kept else 0
     done = base + w.split_kv_ready
     params = _pack_attend(

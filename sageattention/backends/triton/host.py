@@ -15,6 +15,7 @@ from triton.runtime.errors import InterpreterError, TritonError
 from ...errors import CudaError, KernelMissing
 from ...numerics import hadamard
 from ...numerics.constants import FINITE_MAX
+from ...numerics.live_keys import live_keys, reachable
 from ...planning.plan import Plan
 from ...planning.problem import Problem
 from ..call import Call, Result, result_like
@@ -38,12 +39,14 @@ class Packed:
 class QuantizedKV:
     """K and V of a group of heads, quantised as `quantize` describes. Owns no float tensor of the caller's.
 
-    `head0` is the group's first head among batch · heads_kv. `problem` is the call that K and V were checked as.
+    `head0` is the group's first head among batch · heads_kv. `problem` is the call that K and V were checked as, `len_kv` how many of its
+    keys there are here.
     """
 
     problem: Problem
     plan: Plan
     head0: int
+    len_kv: int
     slots: int
     k8: torch.Tensor
     k_scale: torch.Tensor
@@ -58,11 +61,19 @@ def run(call: Call) -> Result:
     p = call.problem
     out, lse = result_like(call.q, p)
     heads, step = p.batch * p.heads_kv, call.plan.heads_per_group
+    len_kv = reachable(p.len_q, p.len_kv, p.causal)
+    live = _live(call.mask, p, len_kv)
     for head0 in range(0, heads, step):
-        kv = quantize(call.k, call.v, p, call.plan, head0, min(step, heads - head0))
+        kv = quantize(call.k, call.v, p, call.plan, head0, min(step, heads - head0), len_kv, live)
         attend(call.q, kv, p, out, lse, call.mask)
         del kv  # before the next group's: its memory is used again
     return out, lse
+
+
+def quantize_all(k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, problem: Problem, plan: Plan) -> QuantizedKV:
+    """Quantise K and V, all heads in one group and all keys, for queries that may not be known yet."""
+    live = _live(mask, problem, problem.len_kv)
+    return quantize(k, v, problem, plan, 0, problem.batch * problem.heads_kv, problem.len_kv, live)
 
 
 def attend_all(q: torch.Tensor, kv: QuantizedKV, problem: Problem, mask: torch.Tensor | None) -> Result:
@@ -77,39 +88,52 @@ def run_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     heads = problem.batch * problem.heads_kv
     q, k, v, result = q[None], k[None], v[None], out[None]
-    kv = quantize(k, v, problem, plan, 0, heads, packed)
+    kv = quantize(k, v, problem, plan, 0, heads, problem.len_kv, None, packed)
     attend(q, kv, problem, result, None, None, packed)
     return out
 
 
+def _live(mask: torch.Tensor | None, p: Problem, len_kv: int) -> torch.Tensor | None:
+    """Which of the first `len_kv` keys a mask [B | 1, H | 1, Nq | 1, Nk | 1] leaves to any query: uint8 [B | 1, Hkv | 1, len_kv]."""
+    if mask is None or p.empty:
+        return None
+    return live_keys(mask[..., :len_kv], p.heads_kv, p.len_q, len_kv, p.causal).view(torch.uint8)
+
+
 def quantize(
-    k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: Plan, head0: int, heads: int, packed: Packed | None = None
-) -> QuantizedKV:
-    """Quantise `heads` heads of K and V from `head0` on (counted over batch · heads_kv)."""
+    k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: Plan, head0: int, heads: int, len_kv: int,
+    live: torch.Tensor | None = None, packed: Packed | None = None,
+) -> QuantizedKV:  # fmt: skip
+    """Quantise the first `len_kv` keys of `heads` heads of K and V from `head0` on (counted over batch · heads_kv)."""
     tile, d = plan.tile, plan.head_dim
     rows = problem.heads_kv if packed else heads
-    slots = k.shape[1] + problem.batch * tile.block_n if packed else -(-problem.len_kv // tile.block_n) * tile.block_n
+    slots = k.shape[1] + problem.batch * tile.block_n if packed else -(-len_kv // tile.block_n) * tile.block_n
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=k.device)
 
     kv = QuantizedKV(
-        problem, plan, head0, slots, empty(rows, slots, d, dtype=torch.int8), empty(rows, slots), empty(heads), empty(heads, d),
+        problem, plan, head0, len_kv, slots, empty(rows, slots, d, dtype=torch.int8), empty(rows, slots), empty(heads), empty(heads, d),
         empty(rows, slots, d, dtype=torch.float16), empty(heads, d),
     )  # fmt: skip
     maxima = empty(heads, SPLITS, d)
     cu_seqlens = packed.cu_seqlens_k if packed else kv.k_scale_max
     strides = (*_strides(k, problem), *_strides(v, problem))
     per_program = min(ROWS, tile.block_n)
-    shape = {"HEAD_DIM": problem.head_dim, "D": d, "BLOCK_N": tile.block_n, "SPLITS": SPLITS, "VARLEN": packed is not None}
+    shape = {
+        "HEAD_DIM": problem.head_dim, "D": d, "BLOCK_N": tile.block_n, "SPLITS": SPLITS, "VARLEN": packed is not None,
+        "SOME_LIVE": live is not None,
+    }  # fmt: skip
+    live_strides = (0, 0) if live is None else tuple(0 if n == 1 else s for n, s in zip(live.shape[:2], live.stride()))
+    live = kv.k_scale_max if live is None else live
     with _launching(k, problem, plan):
         statistics[SPLITS + 1, heads](
-            k, v, kv.k_mean, maxima, kv.k_scale_max, cu_seqlens, *strides, head0, problem.heads_kv, problem.len_kv, slots,
+            k, v, live, kv.k_mean, maxima, kv.k_scale_max, cu_seqlens, *strides, *live_strides, head0, problem.heads_kv, len_kv, slots,
             BLOCK=STATISTICS_BLOCK, **shape,
         )  # fmt: skip
-        quantize_kv[2 * -(-problem.len_kv // tile.block_n) * (tile.block_n // per_program), heads](
-            k, v, kv.k_mean, maxima, kv.k8, kv.k_scale, kv.k_scale_max, kv.v16, kv.v_scale, cu_seqlens, *strides,
-            head0, problem.heads_kv, problem.len_kv, slots, V_MAX=plan.scheme.v_max, ROWS=per_program, **shape,
+        quantize_kv[2 * -(-len_kv // tile.block_n) * (tile.block_n // per_program), heads](
+            k, v, live, kv.k_mean, maxima, kv.k8, kv.k_scale, kv.k_scale_max, kv.v16, kv.v_scale, cu_seqlens, *strides, *live_strides,
+            head0, problem.heads_kv, len_kv, slots, V_MAX=plan.scheme.v_max, ROWS=per_program, **shape,
         )  # fmt: skip
     return kv
 
@@ -137,7 +161,7 @@ def attend(
             kv.k8, kv.k_scale, kv.k_scale_max, kv.k_mean, kv.v16, kv.v_scale,
             packed.cu_seqlens_q if packed else unused, packed.cu_seqlens_k if packed else unused,
             *_strides(q, problem), *_strides(out, problem), *((0, 0, 0, 0) if mask is None else mask.stride()),
-            kv.head0, problem.heads_q, problem.heads_kv, problem.len_q, problem.len_kv, kv.slots,
+            kv.head0, problem.heads_q, problem.heads_kv, problem.len_q, kv.len_kv, kv.slots,
             min(abs(problem.sm_scale) * hadamard.gain(plan.head_dim), FINITE_MAX), math.copysign(1.0, problem.sm_scale),
             torch.finfo(out.dtype).max,
             LOG2_P_MAX=math.log2(plan.scheme.p_max), HEAD_DIM=problem.head_dim, D=plan.head_dim,
