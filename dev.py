@@ -7,7 +7,8 @@
     python3 dev.py wheels   the launchers' wheels and their index (further arguments go to wheels/build.py)
     python3 dev.py bench    the kernels' speed (further arguments go to `python -m sageattention bench`)
 
-Each makes .venv beside this file on its first run, with the packages that requirements-dev.txt pins. `--here` uses the Python that
+Each makes .venv beside this file on its first run, with the packages that requirements-dev.txt pins (`test` also .clients, with
+those of requirements-clients.txt). `--here` uses the Python that
 runs this file instead, and installs nothing. With COMFYUI_PATH set, `demo` samples in that ComfyUI, with the Python that
 COMFYUI_PYTHON names, or ComfyUI's own virtual environment, or (with --here) this one.
 """
@@ -28,6 +29,8 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "requirements.sha256"
 REQUIREMENTS = ROOT / "requirements-dev.txt"
+CLIENTS = ROOT / ".clients"
+CLIENT_REQUIREMENTS = ROOT / "requirements-clients.txt"
 # Only where torch brings no Triton of its own (its builds without CUDA): to interpret the kernels, and to compile them for cards.
 TRITON = {"linux": "triton==3.6.0", "win32": "triton-windows==3.6.0.post26"}.get(sys.platform)
 WHEEL_TOOLS = ["ziglang==0.17.1"]  # besides the pinned requirements; the same tools give the same bytes
@@ -137,8 +140,25 @@ def demo(here: bool, arguments: list[str]) -> int:
     return subprocess.call([python, str(ROOT / "tests" / "showcase.py"), *arguments])
 
 
+def clients() -> None:
+    """.clients, made or brought up to date: programs whose code the tests call. Where they can't be had the tests go on without them."""
+    stamp = CLIENTS / "requirements.sha256"
+    wanted = hashlib.sha256(CLIENT_REQUIREMENTS.read_bytes() + repr(sys.version_info[:2]).encode()).hexdigest()
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    shutil.rmtree(CLIENTS, ignore_errors=True)
+    try:
+        install("programs that call this package", ["--no-deps", "--target", str(CLIENTS), "-r", str(CLIENT_REQUIREMENTS)])
+    except Failed as failed:
+        say(f"{failed}; the tests of those programs are left out")
+        return
+    stamp.write_text(wanted)
+
+
 def test(here: bool, arguments: list[str]) -> int:
     python = _python(here)
+    if not here:
+        clients()
     chosen = any(a.startswith(("-n", "--numprocesses", "--pdb")) for a in arguments)
     workers = min(os.cpu_count() or 1, 4)  # more only wait for memory: the interpreted kernels are what takes the time
     if not chosen and workers > 1 and _has(python, "xdist"):

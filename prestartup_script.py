@@ -151,4 +151,15 @@ def known_as_fatal(origin):
         return ""
 
 
+class SpargeFinder:
+    """Last in `sys.meta_path`: `import spas_sage_attn` finds this package's functions of SpargeAttn's names where nothing else has it."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] != "spas_sage_attn":
+            return None
+        return importlib.import_module(NAME + ".sparge").Finder().find_spec(name)
+
+
 sys.meta_path.insert(0, SageAttentionFinder())
+if os.environ.get("SAGEATTENTION_SPARGE") == "1":
+    sys.meta_path.append(SpargeFinder())

@@ -20,18 +20,17 @@ class PatchSageAttention:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
-            "required": {
-                "model": ("MODEL", {"tooltip": patch.MODEL_TOOLTIP}),
-                "variant": (patch.CHOICES, {"default": patch.AUTO, "tooltip": patch.VARIANT_TOOLTIP}),
-            }
+            "required": {"model": ("MODEL", {"tooltip": patch.MODEL_TOOLTIP})},
+            # A prompt that comes by the API may leave it out.
+            "optional": {"variant": (patch.CHOICES, {"default": patch.AUTO, "tooltip": patch.variant_tooltip()})},
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, variant: str) -> bool:
+    def VALIDATE_INPUTS(cls, variant: str = patch.AUTO) -> bool:
         """Accept any variant, as the V3 node does."""
         return True
 
-    def execute(self, model: Any, variant: str) -> tuple[Any]:
+    def execute(self, model: Any, variant: str = patch.AUTO) -> tuple[Any]:
         return (patch.apply(model, variant),)
 
 

@@ -19,18 +19,19 @@ class PatchSageAttention(io.ComfyNode):
             description=patch.description(),
             inputs=[
                 io.Model.Input("model", tooltip=patch.MODEL_TOOLTIP),
-                io.Combo.Input("variant", options=patch.CHOICES, default=patch.AUTO, tooltip=patch.VARIANT_TOOLTIP),
+                # A prompt that comes by the API may leave it out.
+                io.Combo.Input("variant", options=patch.CHOICES, default=patch.AUTO, tooltip=patch.variant_tooltip(), optional=True),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def validate_inputs(cls, variant: str) -> bool:
+    def validate_inputs(cls, variant: str = patch.AUTO) -> bool:
         """Accept any variant: a workflow saved elsewhere still loads, and `patch.usable` finds a replacement, aloud."""
         return True
 
     @classmethod
-    def execute(cls, model, variant: str) -> io.NodeOutput:
+    def execute(cls, model, variant: str = patch.AUTO) -> io.NodeOutput:
         return io.NodeOutput(patch.apply(model, variant))
 
 

@@ -18,6 +18,7 @@ from .api import (
     scaled_dot_product_attention,
 )
 from .errors import CudaError, KernelMissing, Unsupported
+from .sparse import sageattn_sparse
 
 __all__ = [
     "Availability",
@@ -36,6 +37,7 @@ __all__ = [
     "sageattn_qk_int8_pv_fp16_cuda",
     "sageattn_qk_int8_pv_fp16_triton",
     "sageattn_qk_int8_pv_int8_cuda",
+    "sageattn_sparse",
     "sageattn_varlen",
     "scaled_dot_product_attention",
 ]

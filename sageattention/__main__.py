@@ -1,4 +1,4 @@
-"""`python -m sageattention doctor | check | bench`. `doctor` runs without torch; the others say that they need it.
+"""`python -m sageattention doctor | check | bench | explain`. `doctor` runs without torch; the others say that they need it.
 
 `python path/to/sageattention doctor` is the same for a Python that does not look into the current folder: the embedded one of
 ComfyUI's portable build.
@@ -16,13 +16,19 @@ import sys
 
 def parser() -> argparse.ArgumentParser:
     """The command line; each command's module has `main(args) -> exit code`."""
+    from ._version import __version__
+
     top = argparse.ArgumentParser(
         prog="python -m sageattention", description="Quantised attention: what runs here, is it right, is it fast?"
     )
+    top.add_argument("--version", action="version", version=f"sageattention {__version__} in {os.path.dirname(os.path.abspath(__file__))}")
     commands = top.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser("doctor", help="what this machine has, which variants run on it and why the others don't")
-    check = commands.add_parser("check", help="every ready variant against fp64; exit code 1 where one is off")
+    check = commands.add_parser(
+        "check", help="every ready variant against fp64; exit code 1 where one is off, 3 where no kernel of this package was checked"
+    )
     bench = commands.add_parser("bench", help="the ready variants' speed and memory beside torch's SDPA backends")
+    explain = commands.add_parser("explain", help="which variant a call gets on this machine, and why not another")
     check.add_argument("--quick", action="store_true", help="only the input kinds: no masks, head dimensions, GQA")
     check.add_argument("--device", help="a torch device such as cuda:1 or cpu; default: cuda where there is one")
     check.add_argument("--variants", type=_names, help="comma-separated names; default: every ready one")
@@ -33,7 +39,14 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", help="a torch device such as cuda:1; default: cuda where there is one")
     bench.add_argument("--calibrate", action="store_true", help="time what `auto` may choose on this card (a minute), and remember it")
     bench.add_argument("--reset", action="store_true", help="with --calibrate: forget it, on every card")
-    for command in (doctor, check, bench):
+    explain.add_argument("--shapes", type=_names, help="comma-separated names, or BxHxNqxNkxD; default: every named shape")
+    explain.add_argument("--heads-kv", type=int, help="heads of k and v, where they have fewer than q")
+    explain.add_argument("--mask", choices=("none", "causal", "bool", "additive"), default="none", help="the call's mask")
+    explain.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), default="bfloat16")
+    explain.add_argument("--variant", default="auto", help="a variant's name; default: auto")
+    explain.add_argument("--pv-accum-dtype", default="", help="the accumulator asked for")
+    explain.add_argument("--device", help="a torch device such as cuda:1 or cpu; default: cuda where there is one")
+    for command in (doctor, check, bench, explain):
         command.add_argument("--json", action="store_true", help="machine-readable output")
     return top
 

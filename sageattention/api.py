@@ -279,7 +279,10 @@ def available_variants(device: torch.device | str | None = None) -> list[Availab
     for variant in VARIANTS.values():
         error = refusal(variant, machine, *forced) or (malformed if variant.backend in ("triton", "cuda") else None)
         status = "ready" if error is None else "missing" if isinstance(error, KernelMissing) else "unsupported"
-        found.append(Availability(variant.name, variant.summary, status, error.reason if error else ""))
+        reason = error.reason if error else ""
+        if error and device.type == "cpu" and variant.backend in ("triton", "cuda") and capability.torch_without_cuda():
+            reason = f"{reason}; {capability.torch_without_cuda()}"
+        found.append(Availability(variant.name, variant.summary, status, reason))
     return found
 
 

@@ -28,32 +28,37 @@ def cube_order(
     suffix: int = 0,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """The row map that visits a frame-major grid cube by cube.
+    """The row map by which blocks of 64 tokens are small volumes of a frame-major grid, whatever its size.
 
-    Prefix and suffix tokens keep their places. The cubes at the ragged edges hold fewer tokens and are packed without padding; the blocks
-    after them then hold parts of two cubes.
+    Frames and rows are cut into slabs of `cube[0]` frames and `cube[1]` rows, or one fewer so that they are even. A slab is walked along
+    the columns, each step its cross-section of 16 tokens: any 64 consecutive ones are a volume, wherever a block begins, so nothing is
+    padded at ragged edges. The next slab is walked back, so that a block that holds parts of two holds neighbours.
 
     Args:
         frames, height, width: the grid, in tokens.
-        cube: its extent in frames, rows and columns; 64 tokens fill a block.
-        prefix, suffix: tokens before and after the grid.
+        cube: extent of a full block in frames, rows and columns. The last follows from the others.
+        prefix, suffix: tokens before and after the grid, which keep their places.
 
     Returns:
         int32 [prefix + frames · height · width + suffix].
 
     Raises:
-        Unsupported: a length below 0, an edge of a cube below 1.
+        Unsupported: a length below 0, or a cube whose volume is not 64.
     """
     import torch
 
     _check_lengths(frames=frames, height=height, width=width, prefix=prefix, suffix=suffix)
-    _check_cube(cube)
+    if cube not in CUBES:
+        raise Unsupported("cube", f"got {cube!r}, accepted are {', '.join(map(str, CUBES))} (frames, rows, columns)")
     tokens = frames * height * width
-    row = torch.arange(tokens, device=device)
-    # A stable sort by cube leaves the tokens of one in frame-major order.
-    grid = torch.argsort(_cube_of(row, (frames, height, width), cube), stable=True)
-    ends = torch.arange(prefix, device=device), torch.arange(suffix, device=device) + prefix + tokens
-    return torch.cat((ends[0], grid + prefix, ends[1])).int()
+    t, y, x = _place(torch.arange(tokens, device=device), height, width)
+    slabs_t, slabs_y = -(-frames // cube[0]), -(-height // cube[1])
+    slab_t, slab_y = t * slabs_t // max(frames, 1), y * slabs_y // max(height, 1)
+    slab_y = torch.where(slab_t % 2 == 1, slabs_y - 1 - slab_y, slab_y)
+    slab = slab_t * slabs_y + slab_y
+    grid = torch.argsort(slab * width + torch.where(slab % 2 == 1, width - 1 - x, x), stable=True)
+    head, end = torch.arange(prefix, device=device), torch.arange(prefix + tokens, prefix + tokens + suffix, device=device)
+    return torch.cat((head, grid + prefix, end)).int()
 
 
 def inverse_order(order: torch.Tensor) -> torch.Tensor:
@@ -106,7 +111,8 @@ def vsa_tiles(frames: int, height: int, width: int, *, prefix: tuple[int, ...] =
     tokens = torch.arange(sum(prefix), device=device)
     tiles = [tile for segment in tokens.split(list(prefix)) for tile in segment.split(BLOCK) if tile.numel()]
     prefix_tiles = len(tiles)
-    cube = _cube_of(torch.arange(frames * height * width, device=device), (frames, height, width), (4, 4, 4))
+    t, y, x = _place(torch.arange(frames * height * width, device=device), height, width)
+    cube = (t // 4 * -(-height // 4) + y // 4) * -(-width // 4) + x // 4
     tiles += (torch.argsort(cube, stable=True) + sum(prefix)).split(torch.bincount(cube).tolist())
     tiles = [tile for tile in tiles if tile.numel()]
     rows = torch.full((len(tiles), BLOCK), -1, dtype=torch.long, device=device)
@@ -194,12 +200,9 @@ def _radial_bands(
     return edges.cumsum(1)[:, :-1] > 0
 
 
-def _cube_of(row: torch.Tensor, grid: tuple[int, int, int], cube: tuple[int, int, int]) -> torch.Tensor:
-    """The number of the cube that holds each token of a frame-major grid; cubes are counted frame-major, too."""
-    _, height, width = grid
-    t, y, x = row // max(height * width, 1), row // max(width, 1) % max(height, 1), row % max(width, 1)
-    down, across = -(-height // cube[1]), -(-width // cube[2])
-    return (t // cube[0] * down + y // cube[1]) * across + x // cube[2]
+def _place(row: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(frame, row, column) of each token of a frame-major grid."""
+    return row // max(height * width, 1), row // max(width, 1) % max(height, 1), row % max(width, 1)
 
 
 def _any_in_blocks(tokens: torch.Tensor, block: int) -> torch.Tensor:
@@ -212,8 +215,3 @@ def _check_lengths(**lengths: int) -> None:
     for name, given in lengths.items():
         if not isinstance(given, int) or given < 0:
             raise Unsupported(name, f"got {given!r}, accepted is a number of tokens or frames ≥ 0")
-
-
-def _check_cube(cube: tuple[int, int, int]) -> None:
-    if len(cube) != 3 or any(not isinstance(edge, int) or edge < 1 for edge in cube):
-        raise Unsupported("cube", f"got {cube!r}, accepted are three edges ≥ 1 (frames, rows, columns), such as {CUBES}")

@@ -348,6 +348,6 @@ def halves_save_memory(call: Call) -> bool:
     backend, heads = chosen.variant.backend, p.batch * p.heads_kv
     if backend not in GROUPS_ALIVE or p.empty:
         return False
-    head = p.len_kv * chosen.head_dim * (1 + chosen.scheme.v_bytes)
+    head = p.len_kv * chosen.scheme.kv_bytes(chosen.head_dim)
     alive = min(heads, chosen.heads_per_group * GROUPS_ALIVE[backend])
     return (heads - alive) * head < call.q.numel() * call.q.element_size()

@@ -16,9 +16,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import dispatch
+from . import dispatch, sparse_dispatch
 from .backends.call import Result
 from .planning.problem import needs_grad
+from .planning.sparse_problem import token_ranges
 
 _is_exporting = getattr(torch.compiler, "is_exporting", bool)  # torch < 2.7 does not tell
 # Inputs keep the strides the caller gave them (the last must stay 1).
@@ -27,6 +28,12 @@ _CALL = "Tensor q, Tensor k, Tensor v, Tensor? mask, str layout, bool causal, fl
 _VARLEN = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "bool causal, float? sm_scale"
+)
+_SPARSE = (
+    "Tensor q, Tensor k, Tensor v, str layout, bool causal, float? sm_scale, str variant, str selection, float? tau, "
+    "Tensor? tau_of_heads, float? keep, Tensor? keep_of_heads, float similarity, int q_block, bool tail, int? neighbours, "
+    "SymInt? q_start, SymInt[] sinks, SymInt[] query_sinks, Tensor? order, Tensor? block_len, Tensor? block_mask, Tensor? key_mask, "
+    "Tensor? coarse_gate"
 )
 
 
@@ -86,6 +93,47 @@ def _fake_varlen(
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
+def sparse_call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, causal: bool, sm_scale: float | None, variant: str,
+    *, selection: str, tau: float | torch.Tensor | None, keep: float | torch.Tensor | None, similarity: float, q_block: int, tail: bool,
+    neighbours: int | None, q_start: int | None, sinks: Any, query_sinks: Any, **tensors: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(out, lse, share) of `sageattn_sparse`'s arguments by the operator `sparse`, whose schema knows no unions."""
+    thresholds = [(None, given) if isinstance(given, torch.Tensor) else (given, None) for given in (tau, keep)]
+    flat = [
+        [token for pair in token_ranges(name, given) for token in pair]
+        for name, given in (("sinks", sinks), ("query_sinks", query_sinks))
+    ]  # fmt: skip
+    operator = sparse_untraced if compiled_with_grad(q, k, v) else sparse
+    return operator(
+        q, k, v, layout, causal, sm_scale, variant, selection, *thresholds[0], *thresholds[1], similarity, q_block, tail, neighbours,
+        q_start, *flat, *(tensors[name] for name in ("order", "block_len", "block_mask", "key_mask", "coarse_gate")),
+    )  # fmt: skip
+
+
+def _sparse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, causal: bool, sm_scale: float | None, variant: str, selection: str,
+    tau: float | None, tau_of_heads: torch.Tensor | None, keep: float | None, keep_of_heads: torch.Tensor | None, similarity: float,
+    q_block: int, tail: bool, neighbours: int | None, q_start: int | None, sinks: list[int], query_sinks: list[int],
+    order: torch.Tensor | None, block_len: torch.Tensor | None, block_mask: torch.Tensor | None, key_mask: torch.Tensor | None,
+    coarse_gate: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    result = sparse_dispatch.compute(
+        q, k, v, tensor_layout=layout, is_causal=causal, sm_scale=sm_scale, variant=variant, selection=selection,
+        tau=tau if tau_of_heads is None else tau_of_heads, keep=keep if keep_of_heads is None else keep_of_heads, similarity=similarity,
+        q_block=q_block, tail=tail, neighbours=neighbours, q_start=q_start, sinks=list(zip(sinks[::2], sinks[1::2])),
+        query_sinks=list(zip(query_sinks[::2], query_sinks[1::2])), order=order, block_len=block_len, block_mask=block_mask,
+        key_mask=key_mask, coarse_gate=coarse_gate,
+    )  # fmt: skip
+    return tuple(result)
+
+
+def _fake_sparse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: str, *arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    return *_fake_attention_lse(q, k, v, None, layout, False, None, "", ""), q.new_empty((), dtype=torch.float32)
+
+
 def _free_namespace() -> str:
     base = re.sub(r"\W", "_", __package__ or "sageattention", flags=re.ASCII)
     for number in itertools.count(1):
@@ -120,6 +168,7 @@ for _name, _schema, _impl, _fake in (
     ("attention", f"({_CALL}) -> Tensor", _attention, _fake_attention),
     ("attention_lse", f"({_CALL}) -> (Tensor, Tensor)", _attention_lse, _fake_attention_lse),
     ("varlen", f"({_VARLEN}) -> Tensor", _varlen, _fake_varlen),
+    ("sparse", f"({_SPARSE}) -> (Tensor, Tensor, Tensor)", _sparse, _fake_sparse),
 ):
     _library.define(_name + _schema, tags=_TAGS)
     _library.impl(_name, _impl, "CompositeExplicitAutograd")
@@ -129,5 +178,8 @@ for _name, _schema, _impl, _fake in (
 attention = getattr(torch.ops, NAMESPACE).attention.default
 attention_lse = getattr(torch.ops, NAMESPACE).attention_lse.default
 varlen = getattr(torch.ops, NAMESPACE).varlen.default
+sparse = getattr(torch.ops, NAMESPACE).sparse.default
 # What `compiled_with_grad` calls run instead.
-attention_untraced, attention_lse_untraced, varlen_untraced = map(torch.compiler.disable, (_attention, _attention_lse, _varlen))
+attention_untraced, attention_lse_untraced, varlen_untraced, sparse_untraced = map(
+    torch.compiler.disable, (_attention, _attention_lse, _varlen, _sparse)
+)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 collect_ignore = ["../__init__.py"]  # the node pack's entry is ComfyUI's to import, not pytest's
+CLIENTS = Path(os.environ.get("CLIENTS", Path(__file__).resolve().parent.parent / ".clients"))
 LEFT_OUT = pytest.StashKey[Counter[str]]()
 
 
@@ -27,6 +29,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     missing = {
         "gpu": "" if _has_gpu() else "need an NVIDIA GPU",
         "comfyui": "" if os.environ.get("COMFYUI_PATH") else "need COMFYUI_PATH",
+        "clients": "" if (CLIENTS / "diffusers").is_dir() else "need the programs of requirements-clients.txt (dev.py test gets them)",
     }
     kept, left_out, counts = [], [], config.stash[LEFT_OUT]
     for item in items:

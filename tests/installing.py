@@ -147,9 +147,7 @@ class Python:
         done = self("import sageattention as s; print(getattr(s, '__version__', 'foreign'))")
         return done.stdout.strip() or None
 
-    def install(
-        self, pack: Path, *options: str, prefix: tuple[str, ...] = (), file: str | Path = "install.py", **environment: str
-    ) -> dict:
+    def install(self, pack: Path, *options: str, prefix: tuple[str, ...] = (), file: str | Path = "install.py", **environment: str) -> dict:
         """Run install.py as ComfyUI-Manager does, or by another path. Returns the result, plus `code` and `errors`."""
         command = [*prefix, self.exe, str(file), "--json", *options]
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **environment}

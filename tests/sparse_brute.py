@@ -21,7 +21,7 @@ class Call:
     kind: str = "sol"
     tau: float = 1.0
     keep: float = 0.3
-    likeness: float = 0.0
+    similarity: float = 0.0
     q_block: int = 64
     tail: bool = True
     is_causal: bool = False
@@ -124,38 +124,39 @@ class _Head:
         if call.kind == "static":
             mask = call.block_mask[b % len(call.block_mask), h % call.block_mask.shape[1], rows[0] * 64 // call.q_block].tolist()
         else:
-            mask = self.score(rows, seen, sink)
+            mask = self.score(rows, sink)
         return [(a or s) and v for a, s, v in zip(always, mask, seen)]
 
-    def score(self, rows: list[int], seen: list[bool], sink: list[bool]) -> list[bool]:
+    def score(self, rows: list[int], sink: list[bool]) -> list[bool]:
         """Sums of softmaxes against a threshold, in plain numbers."""
         call, weight, limit = self.call, [0.0] * self.n, 0.0
-        uneven = [call.kind == "cdf" and self.alike[j] < call.likeness for j in range(self.n)]
+        uneven = [self.alike[j] < call.similarity for j in range(self.n)]
+        asked = {i: [j for j in range(self.n) if self.visible[i][j] and not uneven[j] and not sink[j]] for i in rows}
         for i in rows:
-            sees = [j for j in range(self.n) if self.visible[i][j] and not uneven[j]]
-            total = sum(2 ** self.sigma[i][j] for j in sees)
-            for j in sees:
+            total = sum(2 ** self.sigma[i][j] for j in asked[i])
+            for j in asked[i]:
                 weight[j] += 2 ** self.sigma[i][j] / total
             if call.kind == "sol" and total:
                 spread = sum(float(qd) ** 2 * float(vd) for qd, vd in zip(self.q_mean[i], self.var))
                 limit += 2 ** (call.tau * math.sqrt(spread * (call.sm_scale * LOG2E) ** 2 + 1e-6)) / total
-            if call.kind == "mass" and any(self.visible[i]):
-                limit += call.tau / sum(self.visible[i])
+            if call.kind == "mass" and asked[i]:
+                limit += call.tau / len(asked[i])
+        everything = any(self.q_alike[i] < call.similarity for i in rows)
+        candidates = sorted({j for i in rows for j in asked[i]}, key=lambda j: -weight[j])
+        chosen = set()
         if call.kind in ("sol", "mass"):
-            return [w > limit for w in weight]
-        by_weight = sorted(range(self.n), key=lambda j: -weight[j])
-        if call.kind == "topk":
-            candidates = [j for j in by_weight if seen[j] and not sink[j]]
+            chosen = {j for j in candidates if weight[j] > limit}
+        elif call.kind == "topk":
             kappa = round(call.keep * len(candidates))
             if call.keep < 1:
                 kappa = min(kappa, len(candidates) - 1)
-            return [j in candidates[: max(kappa, 1)] for j in range(self.n)]
-        chosen, share = set(), 0.0
-        for j in by_weight:
-            if share < call.keep and weight[j]:
-                chosen.add(j)
-            share += weight[j] / (sum(weight) or 1)
-        everything = any(self.q_alike[i] < call.likeness for i in rows)
+            chosen = set(candidates[: max(kappa, 1)])
+        else:
+            share = 0.0
+            for j in candidates:
+                if share < call.keep:
+                    chosen.add(j)
+                share += weight[j] / sum(weight)
         return [j in chosen or uneven[j] or everything for j in range(self.n)]
 
     def holds(self, ranges: list, start: int, stop: int) -> bool:

@@ -43,8 +43,8 @@ class DemoParams(ctypes.Structure):
 
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_75", "compute_80", "compute_89")
 ENTRIES = (
-    Entry("demo_double", "scale<2>", DemoParams, threads=256, smem=1024),
-    Entry("demo_triple", "scale<3>", DemoParams, threads=128, min_blocks=2, smem=98304),
+    Entry("demo_double", "scale<2>", DemoParams, threads=256, smem="1024"),
+    Entry("demo_triple", "scale<3>", DemoParams, threads=128, min_blocks=2, smem="96 * 1024"),
 )
 TABLE = tuple(Image("demo", arch, "demo.cuh", ENTRIES) for arch in ARCHS)
 
@@ -122,7 +122,7 @@ def install_images(kernels: Path, table: tuple[Image, ...] = TABLE) -> None:
     for image in table:
         binary = fake_binary(image)
         usage = {} if image.is_ptx else {e.symbol: nvrtc.Usage(32, 0, 0, 256) for e in image.entries}
-        records[image.path] = build.record(image, binary, usage, "0" * 64)
+        records[image.path] = build.record(image, binary, usage, {"demo_double": 1024, "demo_triple": 98304}, "0" * 64)
         build._replace(kernels / image.path, build.pack(binary))
     build.write_manifest(records, kernels)
 

@@ -45,7 +45,7 @@ def test_doctor_without_torch_as_json():
     assert states["sageattn_qk_int8_pv_fp16_triton"] == "missing"
 
 
-@pytest.mark.parametrize("command", ["check", "bench"])
+@pytest.mark.parametrize("command", ["check", "bench", "explain"])
 def test_the_others_say_that_they_need_torch(command):
     done = bare(command)
     assert done.returncode == 2
@@ -165,8 +165,12 @@ def test_check_tells_a_kernel_that_turns_out_to_be_missing(monkeypatch, capsys):
     monkeypatch.setitem(dispatch._RUNNERS, "reference", missing)
     real = check.cases
     monkeypatch.setattr(check, "cases", lambda device, quick: iter([next(real(device, quick=quick))]))
-    assert cli.main(["check", "--device", "cpu", "--quick"]) == 0
-    assert "reference.cubin can't be loaded" in capsys.readouterr().out
+    assert cli.main(["check", "--device", "cpu", "--quick"]) == 3
+    out = capsys.readouterr().out
+    assert "reference.cubin can't be loaded" in out and "NO KERNEL OF THIS PACKAGE WAS CHECKED: none runs on cpu" in out
+    assert cli.main(["check", "--device", "cpu", "--quick", "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["kernels"] == []
+    assert cli.main(["check", "--device", "cpu", "--quick", "--variants", "sdpa"]) == 0  # the user's own choice
 
 
 def test_bench_on_a_cpu_says_that_there_is_nothing_to_time(capsys):
@@ -187,6 +191,8 @@ def test_bench_on_a_cpu_says_that_there_is_nothing_to_time(capsys):
         (["check", "--device", "cuda:99"], "cuda:99"),
         (["check", "--device", "meta"], "--device"),
         (["check", "--variants", "sageattn_qk_int8_pv_fp16_triton:fp8"], "pv_accum_dtype"),
+        (["explain", "--shapes", "flux_9000"], "flux_9000"),
+        (["explain", "--shapes", "flux_512", "--heads-kv", "7"], "--heads-kv"),
     ],
 )
 def test_an_unknown_name_is_an_error(arguments, named, capsys):
@@ -200,6 +206,62 @@ def test_shapes_are_named_or_written_out():
     assert parse_shape("flux_1024").len_q == 4608
     written = parse_shape("2x10x4096x77x64")
     assert (written.batch, written.heads, written.len_q, written.len_kv, written.head_dim) == (2, 10, 4096, 77, 64)
+
+
+def test_version():
+    from sageattention import __version__
+
+    done = bare("--version")
+    assert done.returncode == 0 and done.stdout.split() == ["sageattention", __version__, "in", str(ROOT / "sageattention")]
+
+
+def test_explain_tells_which_variant_a_call_gets(monkeypatch, capsys):
+    from sageattention.device import capability
+    from sageattention.device.capability import Capability
+    from sageattention.planning import calibration
+
+    assert cli.main(["explain", "--device", "cpu", "--shapes", "flux_1024"]) == 0
+    assert capsys.readouterr().out == "flux_1024 (1, 24, 4608, 4608, 128): sdpa on cpu: on cpu tensors quantising gains nothing\n"
+    monkeypatch.setattr(capability, "of_device", lambda device, index: Capability("cuda", 89, 128, "none", "RTX 4090"))
+    monkeypatch.setattr(calibration, "of_card", lambda card: None)
+    assert cli.main(["explain", "--device", "cpu", "--json"]) == 0
+    calls = json.loads(capsys.readouterr().out)["calls"]
+    assert {shape.split()[0]: one["variant"] for shape, one in calls.items()}["wan_480p"] == "sageattn_qk_int8_pv_int8_cuda"
+    asked = ["explain", "--device", "cpu", "--shapes", "2x8x4096x4096x300,2x8x4096x4096x128", "--variant", "sageattn_qk_int8_pv_fp16_cuda"]
+    assert cli.main([*asked, "--mask", "causal", "--heads-kv", "2", "--pv-accum-dtype", "fp16", "--dtype", "float16"]) == 1
+    out = capsys.readouterr().out
+    assert "refused, q: its head_dim is 300" in out and "sageattn_qk_int8_pv_fp16_cuda (fp16) on RTX 4090: asked for by name" in out
+
+
+def test_a_torch_without_cuda_beside_a_card_is_named(monkeypatch, capsys):
+    import torch
+
+    from sageattention import available_variants
+    from sageattention.device import capability, libcuda
+
+    capability.torch_without_cuda.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(libcuda, "device_name", lambda index: "RTX 4090")
+    told = f"torch {torch.__version__} is a build without CUDA, though there is an NVIDIA card, RTX 4090: install a CUDA build of torch"
+    assert all(told in a.reason for a in available_variants("cpu") if a.name.endswith("cuda"))
+    assert cli.main(["check", "--device", "cpu", "--quick", "--variants", "sdpa"]) == 0 and told in capsys.readouterr().out
+    capability.torch_without_cuda.cache_clear()
+
+
+def test_a_calibrations_table_fits_a_terminal():
+    from sageattention.cli import calibrate
+    from sageattention.planning.calibration import LONGEST, Point
+    from sageattention.variants import VARIANTS
+
+    names = [f"{name}:{accum}".rstrip(":") for name, v in VARIANTS.items() if v.backend in ("triton", "cuda") for accum in v.accum or [""]]
+    ms = {name: 100.0 + number for number, name in enumerate(names)}
+    points = [Point(256, "causal", 16, LONGEST, LONGEST, 1234.5, ms), Point(64, "none", 16, 1024, 1024, 0.01, {names[0]: 1.0})]
+    lines = calibrate.results(points).splitlines()
+    assert max(map(len, lines)) <= 120
+    assert [line.split() for line in lines[1 : 1 + len(names)]] == [
+        [letter, name] for letter, name in zip("ABCDEFGHIJKLMNOP", sorted(names))
+    ]
+    assert lines[-2].split()[-1] == "ABCDEFGHIJKLMNOP"[sorted(names).index(names[0])] and lines[-1].split()[-1] == "SDPA"
 
 
 @pytest.mark.gpu

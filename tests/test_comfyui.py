@@ -92,9 +92,9 @@ def unpatched(server) -> dict[str, Any]:
 def test_the_server_offers_the_node(server):
     info = server.get("/object_info/PatchSageAttention")["PatchSageAttention"]
     assert info["output"] == ["MODEL"] and info["python_module"] == "custom_nodes.sage-pack"
-    kind, extra = info["input"]["required"]["variant"]
+    kind, extra = info["input"]["optional"]["variant"]
     choices = extra["options"] if kind == "COMBO" else kind
-    assert choices[:2] == ["auto", "disabled"] and "reference" in choices and extra["default"] == "auto"
+    assert choices[:2] == ["auto", "disabled"] and "reference" not in choices and extra["default"] == "auto"
 
 
 def test_the_prompt_queue_runs_a_patched_model(server, unpatched):

@@ -22,6 +22,7 @@ def dev(monkeypatch, tmp_path):
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(module, "STAMP", tmp_path / ".venv" / "stamp")
+    monkeypatch.setattr(module, "CLIENTS", tmp_path / ".clients")
     module.commands, module.codes = [], {}
 
     def call(command, **options):
@@ -47,6 +48,20 @@ def test_first_run_installs_and_the_second_does_not(dev):
     dev.commands.clear()
     assert dev.environment() == python
     assert dev.commands == []
+
+
+def test_the_tests_get_the_programs_that_call_the_package_once(dev, monkeypatch):
+    dev.codes["--target"] = 1  # no network
+    assert dev.test(False, []) == 0 and not dev.CLIENTS.exists()
+    del dev.codes["--target"]
+    dev.CLIENTS.mkdir()
+    dev.commands.clear()
+    monkeypatch.setattr(dev.shutil, "rmtree", lambda *args, **kwargs: None)
+    for _ in range(2):
+        assert dev.test(False, ["-x"]) == 0
+    assert len(ran(dev, "--target")) == 1 and "--no-deps" in ran(dev, "--target")[0]
+    dev.commands.clear()
+    assert dev.test(True, []) == 0 and not ran(dev, "pip")
 
 
 def test_changed_requirements_install_again_into_the_same_environment(dev, monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 import matrix
 import pytest
 import torch
+from stub import build
 
 from sageattention import dispatch
 from sageattention.backends.call import Call
@@ -44,10 +45,12 @@ def compiled(arch: int, folder: Path, sources: tuple[str, ...], functions: str) 
         (folder / part).mkdir()
         for source in (ROOT / "csrc" / part).glob("*.cuh"):
             (folder / part / source.name).write_text(source.read_text().replace(SHARED, "u8* stages = dynamic_shared;"))
+    (folder / build.CONSTANTS).parent.mkdir()
+    (folder / build.CONSTANTS).write_text(build.constants())
     unit, library = folder / "unit.cpp", folder / "lanes.so"
     includes = "".join(f'#include "{name}"\n' for name in ("block.h", *sources))
     unit.write_text(f"{includes}namespace sage {{\n{functions}}}\n")
-    options = ("-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off", f"-DARCH={arch}", f"-I{folder}", f"-I{ROOT}")
+    options = ("-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off", f"-DARCH={arch}", f"-I{folder}", f"-I{ROOT}")
     subprocess.run([COMPILER, *options, str(unit), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 

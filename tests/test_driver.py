@@ -340,7 +340,7 @@ def test_a_missing_or_broken_manifest(cuda, content):
     assert str(path) in message and "reinstall sageattention 3." in message
 
 
-@pytest.mark.parametrize(("key", "value"), [("params", 40), ("threads", 64), ("smem_dynamic", 2048)])
+@pytest.mark.parametrize(("key", "value"), [("params", 40), ("threads", 64)])
 def test_an_image_of_another_version(cuda, key, value):
     path = store.KERNELS / store.MANIFEST
     manifest = json.loads(path.read_text())
@@ -378,8 +378,7 @@ def test_a_driver_that_is_none(cuda, code, said):
 
 def test_a_driver_that_fails_to_start(cuda):
     cuda.set(init=803)
-    with pytest.raises(CudaError, match=r"cuInit: CUDA_ERROR_STUB \(803\)"):
-        kernel()
+    assert "cuInit: CUDA_ERROR_STUB (803)" in refused()
 
 
 @pytest.mark.parametrize(
@@ -413,10 +412,10 @@ def test_an_image_the_driver_refuses(cuda, code):
     assert kernel("compute_89/demo.ptx.xz")
 
 
-def test_a_driver_failing_while_it_loads_is_no_fallback(cuda):
+def test_a_driver_that_fails_while_it_loads_has_no_such_kernel_this_time(cuda):
+    """Nothing has run: another variant, or the model's own attention, may."""
     cuda.set(load=2)
-    with pytest.raises(CudaError, match=r"cuModuleLoadDataEx\(sm_90a/demo.cubin.xz\): CUDA_ERROR_STUB \(2\)"):
-        kernel()
+    assert "cuModuleLoadDataEx(sm_90a/demo.cubin.xz): CUDA_ERROR_STUB (2)" in refused()
     assert cuda.get("pushed") == cuda.get("popped")
     cuda.set(load=0)
     assert kernel()  # memory may be free by now

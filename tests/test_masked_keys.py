@@ -9,10 +9,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import masked  # noqa: E402
-from test_reference import SCHEMES, each_scheme  # noqa: E402
+from test_reference import each_scheme  # noqa: E402
 
 from sageattention.cli import workloads  # noqa: E402
-from sageattention.numerics.live_keys import CHUNK, NEGLIGIBLE_BIAS, live_keys  # noqa: E402
+from sageattention.numerics.constants import NEGLIGIBLE_BIAS  # noqa: E402
+from sageattention.numerics.live_keys import CHUNK, live_keys  # noqa: E402
 from sageattention.numerics.reference import emulate, oracle  # noqa: E402
 
 

@@ -27,11 +27,36 @@ def patched(model: Model, variant: str) -> Model:
     return NODE().execute(model, variant)[0]
 
 
-def test_the_combo_offers_every_variant_and_no_sdpa():
-    choices, extra = NODE.INPUT_TYPES()["required"]["variant"]
+def test_the_combo_offers_every_variant_with_kernels():
+    inputs = NODE.INPUT_TYPES()
+    choices, extra = inputs["optional"]["variant"]
     assert choices[:2] == ["auto", "disabled"] and extra["default"] == "auto"
-    assert set(choices[2:]) == set(PACK.sageattention.variants.VARIANTS) - {"sdpa"}
-    assert "reference" in choices and all(name in extra["tooltip"] for name in choices)
+    assert set(choices[2:]) == set(PACK.sageattention.variants.VARIANTS) - {"sdpa", "reference"}
+    assert set(inputs["required"]) == {"model"}
+
+
+@pytest.mark.parametrize("lacking", [(), ("fp8_cuda_sm90",), ("fp16_cuda", "fp8_cuda", "fp8_cuda_sm90", "int8_cuda", "fp16_triton")])
+def test_the_tooltip_is_short_and_tells_what_this_machine_lacks(lacking, monkeypatch):
+    Availability = PACK.sageattention.Availability
+
+    def found(device):
+        ready = {name: name.removeprefix(patch.PREFIX) not in lacking for name in PACK.sageattention.variants.VARIANTS}
+        return [Availability(name, "a summary", "ready" if here else "unsupported", "a reason") for name, here in ready.items()]
+
+    monkeypatch.setattr(patch, "available_variants", found)
+    lines = NODE.INPUT_TYPES()["optional"]["variant"][1]["tooltip"].splitlines()
+    assert len(lines) <= 6 and max(map(len, lines)) <= 100
+    short = {name.removeprefix(patch.PREFIX) for name in patch.CHOICES}
+    assert all(any(name in line for line in lines[:5]) for name in short)
+    told = lines[-1].partition("Not on this machine: ")[2].rstrip(".").split(", ") if lacking else []
+    assert set(told) == set(lacking) and (lacking or lines[-1] == "This machine has them all.")
+
+
+def test_a_prompt_without_a_variant_gets_the_default_and_a_saved_reference_still_runs(caplog):
+    assert slot.owner(NODE().execute(Model())[0]).variant == "auto" and NODE.VALIDATE_INPUTS() is True
+    with caplog.at_level(logging.INFO):
+        assert slot.owner(patched(Model(), "reference")).variant == "reference"
+    assert not caplog.records
 
 
 def test_patching_leaves_the_original_and_earlier_clones_alone():

@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from sageattention import Unsupported, dispatch, sageattn_varlen  # noqa: E402
-from sageattention.planning import varlen  # noqa: E402
+from sageattention.planning import tensor_values, varlen  # noqa: E402
 from sageattention.planning.plan import Plan  # noqa: E402
 from sageattention.variants import TRITON_FP16  # noqa: E402
 
@@ -71,9 +71,9 @@ def test_an_inference_tensor_has_no_version_and_is_read_once():
 
 
 def test_a_forgotten_tensor_is_not_kept():
-    varlen._read.clear()
+    tensor_values._read.clear()
     check([0, 5, 12])
-    assert len(varlen._read) == 0
+    assert len(tensor_values._read) == 0
 
 
 def test_offsets_with_strides_reach_the_kernels_without(monkeypatch):

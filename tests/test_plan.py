@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from sageattention import KernelMissing, Unsupported
+from sageattention.device import capability
 from sageattention.device.capability import Capability
 from sageattention.kernels import store
 from sageattention.kernels.family import MASKS, find_tile
@@ -74,7 +76,7 @@ def test_auto_leaves_training_to_sdpa():
 @pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v.backend in ("triton", "cuda")])
 @pytest.mark.parametrize("machine", [CPU, MPS, ROCM], ids=lambda m: m.device)
 def test_gpu_variants_are_unsupported_elsewhere(name, machine):
-    with pytest.raises(Unsupported, match=f"^q: is on {machine.device}.*NVIDIA") as caught:
+    with pytest.raises(Unsupported, match=f"^q: .*NVIDIA GPU.*, not on {machine.device}") as caught:
         plan(problem(device=machine.device), machine._replace(triton="native"), name)
     assert name in str(caught.value)
 
@@ -131,7 +133,7 @@ def test_triton_by_name():
     for arch in ARCHS:
         chosen = plan(problem(), gpu(arch), TRITON)
         assert chosen.variant.name == TRITON and chosen.arch == arch and chosen.scheme.kv_tile == chosen.tile.block_n
-    with pytest.raises(Unsupported, match=r"sm_61.*sm_75 or newer"):
+    with pytest.raises(Unsupported, match=r"sm_75 or newer, not sm_61"):
         plan(problem(), gpu(61), TRITON)
     with pytest.raises(KernelMissing, match="triton-windows"):
         plan(problem(), gpu(90, "none"), TRITON)
@@ -335,3 +337,18 @@ def test_halves_are_taken_where_they_save_memory(variant, changes, saves, monkey
     p = problem(**changes)
     q = torch.empty(p.batch, p.heads_q, p.len_q, p.head_dim, dtype=torch.bfloat16, device="meta")
     assert dispatch.halves_save_memory(Call(q, q, q, None, p, plan(p, gpu(89), variant), {})) == saves
+
+
+def test_an_amd_card_behind_zluda_runs_torchs_attention(monkeypatch):
+    """Its name is the only sign: it says that it is an NVIDIA card of compute capability 8.8."""
+    properties = types.SimpleNamespace(name="AMD Radeon RX 7900 XTX [ZLUDA]", major=8, minor=8, multi_processor_count=48)
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    card = capability.of_device("cuda", 0)
+    assert (card.device, card.arch, card.name) == ("zluda", 0, properties.name)
+    problem = Problem(1, 24, 24, 8192, 8192, 128, "float16", "cuda", 0)
+    assert plan(problem, card).variant.name == "sdpa"
+    for name in VARIANTS.keys() - {"sdpa", "reference"}:
+        with pytest.raises((Unsupported, KernelMissing), match=r"zluda|Triton"):
+            plan(problem, card, name)

@@ -44,7 +44,7 @@ def run(call: Call, dtype=torch.float64):
     geometry = Geometry(
         call.q_block, call.is_causal, call.q_start, call.sinks, call.query_sinks, call.neighbours, call.order, call.key_mask, call.block_len
     )
-    selection = Selection(call.kind, call.tau, call.keep, call.likeness)
+    selection = Selection(call.kind, call.tau, call.keep, call.similarity)
     chosen = route(
         call.q, call.k, call.v, selection, geometry, tail=call.tail, block_mask=call.block_mask, sm_scale=call.sm_scale, dtype=dtype
     )
@@ -69,7 +69,7 @@ def random_call(kind: str, seed: int) -> Call:
     heads = heads_kv * draw.choice((1, 2))
     call = Call(*qkv(len_q, len_kv, heads, heads_kv, 8, batch, seed), kind, q_block=draw.choice((64, 128)), tail=draw.random() < 0.6)
     call.tau, call.keep, call.sm_scale = draw.choice((0.3, 1.0, 1.3)), draw.choice((0.0, 0.1, 0.3, 0.9, 1.0)), draw.choice((0.1, 0.3, -0.2))
-    call.likeness = draw.choice((0.0, 0.55, 0.75))
+    call.similarity = draw.choice((0.0, 0.55, 0.75))
     call.is_causal = draw.random() < 0.3
     call.neighbours = None if kind == "static" else draw.choice((None, 0, 1, 2))
     call.q_start = draw.choice((0, 64, 37, None)) if len_q != len_kv else 0

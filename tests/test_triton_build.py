@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import matrix
 import pytest
+import torch
 
 import sageattention
 from sageattention import CudaError, KernelMissing, dispatch
@@ -72,6 +74,45 @@ def test_a_failing_launch_is_a_cuda_error_every_time(monkeypatch: pytest.MonkeyP
         with pytest.raises(CudaError, match="illegal memory access"):
             dispatch.run(call)
     assert len(launches) == 2
+
+
+@pytest.mark.parametrize("said", ["device kernel image is invalid", "no kernel image is available for execution on the device"])
+def test_a_kernel_that_the_driver_does_not_load_is_missing(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    call, launches = failing_call(monkeypatch, RuntimeError(f"Triton Error [CUDA]: {said}"))
+    for _ in range(2):
+        with pytest.raises(KernelMissing, match=said):
+            dispatch.run(call)
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_number_of_heads_is_too_large_for_a_grid(monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
+    """CUDA's grids hold 65,535 blocks along y: 80,000 batches of 4:1 heads, or 4,096 windows of 20 heads, have more programs than that."""
+    grids: dict[str, tuple[int, ...]] = {}
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]):
+            grids[self.name] = grid
+            return lambda *arguments, **options: None
+
+    for name in ("statistics", "quantize_kv", "_attend_kernel"):
+        monkeypatch.setattr(host, name, Kernel(name))
+    card = Capability("cuda", 90, triton="native")
+    if packed:
+        q, (batch, heads) = torch.empty(4096 * 64, 20, 64, dtype=torch.float16, device="meta"), (4096, 20)
+        cu_seqlens = torch.empty(4097, dtype=torch.int32, device="meta")
+        problem = Problem.from_packed(q, q, q, cu_seqlens, cu_seqlens, 64, 64)
+        host.run_packed(q, q, q, host.Packed(cu_seqlens, cu_seqlens), problem, plan(problem, card, TRITON_FP16.name))
+    else:
+        q, k = (torch.empty(80_000, n, 64, 64, dtype=torch.float16, device="meta") for n in (4, 1))
+        problem, (batch, heads) = Problem.from_tensors(q, k, k), (80_000, 4)
+        chosen = replace(plan(problem, card, TRITON_FP16.name), heads_per_group=80_000)
+        host.run(Call(q, k, k, None, problem, chosen, {}))
+    assert all(len(grid) == 1 and 65_535 < grid[0] < 2**31 for grid in grids.values()) and len(grids) == 3
+    assert grids["_attend_kernel"] == (batch * heads,)
 
 
 def test_a_triton_of_another_release_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

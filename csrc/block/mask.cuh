@@ -7,13 +7,10 @@
 namespace sage {
 
 enum class Mask { none, causal, list };  // compile time; `list`: a dense mask, perhaps causal as well, by lists of KV tiles
-enum MaskKind : i32 { kMaskF16 = kFloat16, kMaskBf16 = kBfloat16, kMaskF32 = kFloat32, kMaskBool = 3 };
-
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // Natural-log bias → base 2. A finite bias stays finite: only −inf masks out.
 __device__ __forceinline__ float bias_to_base2(float bias) {
-  return bias == -kInf ? -kInf : fminf(fmaxf(bias * kLog2e, -1e38f), 1e38f);
+  return bias == -kInf ? -kInf : fminf(fmaxf(bias * kLog2e, -kFiniteMax), kFiniteMax);
 }
 
 __device__ __forceinline__ int mask_element_bytes(i32 kind) { return kind == kMaskBool ? 1 : kind == kMaskF32 ? 4 : 2; }

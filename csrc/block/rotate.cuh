@@ -136,16 +136,12 @@ __device__ __forceinline__ float abs_max(const float (&x)[kCount]) {
   return top;
 }
 
-// A magnitude below this counts as zero, so that 127 divided by it is finite (variants.AMAX_MIN).
-constexpr float kAmaxMin = 7.8886090522101181e-31f;  // 2^-100
+__device__ __forceinline__ float int8_inverse(float amax) { return amax < kAmaxMin ? 0.0f : rcp_approx(amax * (1.0f / kInt8Max)); }
 
-__device__ __forceinline__ float int8_inverse(float amax) { return amax < kAmaxMin ? 0.0f : rcp_approx(amax * (1.0f / 127)); }
-
-// rint(x · inverse) of four values as bytes, x0 lowest. Adding 1.5·2^23 leaves the integer, two's complement, in the low mantissa bits.
+// rint(x · inverse) of four values as bytes, x0 lowest: adding kPreset leaves the integer, two's complement, in the low mantissa bits.
 __device__ __forceinline__ u32 quantize_s8x4(float x0, float x1, float x2, float x3, float inverse) {
-  constexpr float kMagic = 12582912.0f;
-  const u32 a = __float_as_uint(fmaf(x0, inverse, kMagic)), b = __float_as_uint(fmaf(x1, inverse, kMagic));
-  const u32 c = __float_as_uint(fmaf(x2, inverse, kMagic)), d = __float_as_uint(fmaf(x3, inverse, kMagic));
+  const u32 a = __float_as_uint(fmaf(x0, inverse, kPreset)), b = __float_as_uint(fmaf(x1, inverse, kPreset));
+  const u32 c = __float_as_uint(fmaf(x2, inverse, kPreset)), d = __float_as_uint(fmaf(x3, inverse, kPreset));
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 

@@ -14,8 +14,7 @@
 
 namespace sage {
 
-constexpr u32 kPresetBits = 0x4B400000u;
-constexpr float kPreset = 12582912.0f;
+constexpr u32 kPresetBits = __builtin_bit_cast(u32, kPreset);
 
 constexpr int kScoreNTiles = kKvTile / 8;  // n-tiles of the scores
 

@@ -2,8 +2,15 @@
 // full ones, each in ascending order.
 #pragma once
 #include "../kernel/params.cuh"
+#include "mask.cuh"
 
 namespace sage {
+
+// Where a row of the sequence lies in memory, of queries and output.
+template <Mask kMask>
+__device__ __forceinline__ int token_of(const AttendParams& p, int row) {
+  return kMask == Mask::list && p.order ? p.order[row] : row;
+}
 
 struct TileList {
   const u32* bits;  // of the block's first band

@@ -1,10 +1,10 @@
 // Eight consecutive channels of a token as fp32: the unit in which every kernel reads its tensors.
 #pragma once
+#include <sage/constants.cuh>
+
 #include "../ptx/convert.cuh"
 
 namespace sage {
-
-enum Dtype : i32 { kFloat16 = 0, kBfloat16 = 1, kFloat32 = 2 };
 
 constexpr int kChunk = 8;  // channels
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;

@@ -18,18 +18,28 @@
 
 namespace sage {
 
-template <int kHeadDim_, Mask kMask_, PvType kPvType_, PvAccum kPvAccum_, int kWarps_, int kRowTiles_, int kStages_,
-          bool kQInSmem_, bool kLoopStateInSmem_, bool kRecomputeThreadIdx_, int kDelayVLoad_>
+// One kernel: a row of sageattention/kernels/mma.py.
+struct MmaTile {
+  Mask mask;
+  PvType pv;
+  PvAccum accumulate;
+  int warps, row_tiles, stages;       // row_tiles: of 16 queries, a warp's
+  bool q_in_smem = false;             // Q's fragments stay in shared memory: 16 or 32 registers less
+  bool loop_state_in_smem = false;    // so do the rows' scales and the number of the first tile
+  bool recompute_thread_idx = false;  // each tile derives its addresses from %tid again instead of keeping them in registers
+  int delay_v_load = 0;  // keeps ptxas from hoisting V's load above the softmax: 1 = fake address dependency on the row sum, 2 = __syncwarp()
+};
+
+template <int kHeadDim_, MmaTile kTile>
 struct AttendConfig {
-  static constexpr int kHeadDim = kHeadDim_, kWarps = kWarps_, kRowTiles = kRowTiles_, kStages = kStages_;
-  static constexpr bool kQInSmem = kQInSmem_;  // Q's fragments wait in shared memory: 16 or 32 registers less
-  static constexpr bool kLoopStateInSmem = kLoopStateInSmem_;  // what a tile needs once waits there: the rows' scales, the number of the first tile
+  static constexpr int kHeadDim = kHeadDim_, kWarps = kTile.warps, kRowTiles = kTile.row_tiles, kStages = kTile.stages;
+  static constexpr bool kQInSmem = kTile.q_in_smem, kLoopStateInSmem = kTile.loop_state_in_smem;
   static constexpr bool kQScalesInSmem = kQInSmem || kLoopStateInSmem;
-  static constexpr bool kRecomputeThreadIdx = kRecomputeThreadIdx_;  // what follows from the thread's number is worked out anew for each tile
-  static constexpr int kDelayVLoad = kDelayVLoad_;  // V is not loaded before the scores have left the registers; 1, 2: two ways
-  static constexpr Mask kMask = kMask_;
-  static constexpr PvType kPvType = kPvType_;
-  static constexpr PvAccum kPvAccum = kPvAccum_;
+  static constexpr bool kRecomputeThreadIdx = kTile.recompute_thread_idx;
+  static constexpr int kDelayVLoad = kTile.delay_v_load;
+  static constexpr Mask kMask = kTile.mask;
+  static constexpr PvType kPvType = kTile.pv;
+  static constexpr PvAccum kPvAccum = kTile.accumulate;
   static constexpr bool kTileMax = kPvType != PvType::fp16;  // P is taken against the tile's own row maximum
   static constexpr int kThreads = 32 * kWarps, kBlockM = 16 * kRowTiles * kWarps;
   using Layout = Fragment<kHeadDim, kVElementBytes<kPvType>>;
@@ -158,11 +168,12 @@ template <class C>
 __device__ __forceinline__ void quantize_q(const AttendParams& p, QFragments<C>& q_frags) {
   constexpr int kHeadDim = C::kHeadDim;
   const RowCoord<C> at(p);
+  const auto token = [&](int row) { return token_of<C::kMask>(p, row); };
   float x[C::kRowTiles][2][kHeadDim / 4], scale[C::kRowTiles][2];
   with_access(p.dtype, p.q_vectorized, [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
     const u8* head = static_cast<const u8*>(p.q.data) + (at.batch * p.q.stride_b + at.head * p.q.stride_h) * kElementBytes<kDtype>;
-    load_rows<kHeadDim, C::kRowTiles, kDtype, decltype(vectors)::value>(head, p.q.stride_n, at.row(0, 0), p.len_q, at.t, p.head_dim, x);
+    load_rows<kHeadDim, C::kRowTiles, kDtype, decltype(vectors)::value>(head, token, p.q.stride_n, at.row(0, 0), p.len_q, at.t, p.head_dim, x);
   });
   if (p.lse) {  // what the shift of K takes out of a row's LSE waits in its place: registers are short in the main loop
     grid_dependency_wait();
@@ -170,7 +181,7 @@ __device__ __forceinline__ void quantize_q(const AttendParams& p, QFragments<C>&
     for (int i = 0; i < 2 * C::kRowTiles; ++i) {
       const int row = at.row(i / 2, i % 2);
       const float score = k_mean_score<kHeadDim>(x[i / 2][i % 2], p.k_mean + at.bh * kHeadDim, at.t, p.sm_scale);
-      if (row < p.len_q && at.t == 0) *at.lse(p, row) = score;
+      if (row < p.len_q && at.t == 0) *at.lse(p, token(row)) = score;
     }
   }
 #pragma unroll
@@ -184,7 +195,7 @@ __device__ __forceinline__ void quantize_q(const AttendParams& p, QFragments<C>&
   grid_dependency_wait();
   // No score may leave the range in which the softmax works. A largest K scale of 0 (all keys alike) must not make the bound
   // infinite; the scores are 0 then whatever it is.
-  const float max_scale = p.score_limit / fmaxf(__int_as_float(p.k_scale_max[at.bh]), 7.5e-37f);
+  const float max_scale = p.score_limit / fmaxf(__int_as_float(p.k_scale_max[at.bh]), kKScaleFloor);
 #pragma unroll
   for (int i = 0; i < 2 * C::kRowTiles; ++i) scale[i / 2][i % 2] = fminf(scale[i / 2][i % 2], max_scale);
   q_frags.put_scales(scale);
@@ -204,7 +215,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
     const float sum = row_sum(softmax.l_i[r][half]);
     inverse[r][half] = sum > 0.0f ? p.inv_v_max / sum : 0.0f;  // 0: every key masked out
     if (p.lse && at.t == 0 && row < p.len_q) {
-      float* lse = at.lse(p, row);
+      float* lse = at.lse(p, token_of<C::kMask>(p, row));
       *lse = sum > 0.0f ? *lse + (m_i[r][half] + log2_approx(sum)) * kLn2 : -kInf;
     }
   }
@@ -239,7 +250,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
       const int r = i / 2, half = i % 2, row = at.row(r, half);
       if (row >= p.len_q) continue;
       u8* to = static_cast<u8*>(p.out) +
-               (at.batch * p.out_stride_b + at.head * p.out_stride_h + row * p.out_stride_n) * kElementBytes<kDtype>;
+               (at.batch * p.out_stride_b + at.head * p.out_stride_h + token_of<C::kMask>(p, row) * p.out_stride_n) * kElementBytes<kDtype>;
 #pragma unroll
       for (int c = 0; c < C::kHeadDim / 32; ++c) {
         float y[kChunk];
@@ -409,12 +420,15 @@ struct Mainloop {
   }
 };
 
-// kSharedBytes: the dynamic shared memory that the launch has (sageattention/variants.py).
-template <class C, int kSharedBytes>
+// Dynamic shared memory of a launch, in bytes: the pipeline, Q where it stays there.
+template <class C>
+constexpr int attend_shared_bytes() {
+  return C::Pipeline::kBytes + QFragments<C>::kBytes;
+}
+
+template <class C>
 __device__ void attend_mma(const AttendParams& p) {
-  static_assert(kSharedBytes == C::Pipeline::kBytes + QFragments<C>::kBytes,
-                "the table of variants and the kernel disagree about shared memory");
-  extern __shared__ __align__(128) u8 stages[];  // the pipe, Q where it is shared
+  extern __shared__ __align__(128) u8 stages[];
   Mainloop<C> mainloop{p};
   mainloop.thread16 = 16 * threadIdx.x;
   mainloop.causal = C::kMask == Mask::causal || (C::kMask == Mask::list && p.causal);

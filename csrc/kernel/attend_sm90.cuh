@@ -15,13 +15,18 @@
 
 namespace sage {
 
-// kQStages: with two places for Q nobody waits until the last turn's has been read.
-template <class Layout_, Mask kMask_, int kStages_, int kQStages_>
+// One kernel: a row of sageattention/kernels/wgmma.py.
+struct WgmmaTile {
+  Mask mask;
+  int stages, q_stages;  // of KV tiles; of Q: with two, no consumer waits until the last work tile's Q has been read
+};
+
+template <class Layout_, WgmmaTile kWgmmaTile>
 struct WgmmaConfig {
   using Layout = Layout_;
-  static constexpr int kHeadDim = Layout::kHeadDim, kTile = Layout::kTile, kStages = kStages_, kQStages = kQStages_;
-  static constexpr Mask kMask = kMask_;
-  static constexpr bool kLoneIsMasked = false;  // a single unmasked tile goes with the masked ones
+  static constexpr int kHeadDim = Layout::kHeadDim, kTile = Layout::kTile, kStages = kWgmmaTile.stages, kQStages = kWgmmaTile.q_stages;
+  static constexpr Mask kMask = kWgmmaTile.mask;
+  static constexpr int kUnmaskedLeast = 1, kUnmaskedMultiple = 1;  // of a run of unmasked tiles; others go with the masked ones
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kConsumerWarps = 4 * kConsumers, kThreads = 128 * (kConsumers + 1), kBlockM = 64 * kConsumers;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // of 65536: 128 · 24 + 256 · 240
@@ -174,7 +179,8 @@ struct Scheduler {
     }
     const int begin = tiles * from / blocks, count = tiles * to / blocks - begin;
     masked = min(max(masked - begin, 0), count);
-    if (C::kLoneIsMasked && count - masked == 1) masked = count;
+    masked += (count - masked) % C::kUnmaskedMultiple;
+    if (count - masked < C::kUnmaskedLeast) masked = count;
     if (elected()) {  // where all tiles are there in order, the last one comes first
       store_shared16(to_shared, {(u32)masked, (u32)(count - masked), flags, 0u});
       store_shared8(to_shared + 40, (u32)(C::kMask == Mask::list ? begin : tiles - 1 - begin), (u32)(to < blocks ? share + 1 : share));
@@ -256,13 +262,17 @@ __device__ __forceinline__ void load_raw_q(const AttendParams& p, u32 shared) {
     if (valid && prefetches_raw_q<C>(p)) {
       const uint4 at = load_shared16(own + work::kPair);
       const int channel = lane % kPieces * kChunk, row = lane / kPieces, batch = at.y, head = at.z, row0 = at.w;
-      const u8* from = static_cast<const u8*>(p.q.data) +
-                       (batch * p.q.stride_b + head * p.q.stride_h + (row0 + row) * p.q.stride_n + channel) * 2;
+      const u8* from = static_cast<const u8*>(p.q.data) + (batch * p.q.stride_b + head * p.q.stride_h + channel) * 2;
       const u32 to = shared + C::kRawQ + row * C::kRawQPitch + 2 * channel;
       // Nothing is fetched for rows beyond the end: whatever is there in their place does not get beyond them.
       const int rows = channel < p.head_dim ? min(C::kBlockM, p.len_q - row0) - row : 0;
+      if (C::kMask == Mask::list && p.order) {
+        for (int i = 0; i < rows; i += kRows) cp_async16(to + i * C::kRawQPitch, from + 2 * (i64)p.order[row0 + row + i] * p.q.stride_n);
+      } else {
+        from += 2 * (row0 + row) * p.q.stride_n;
 #pragma unroll 4
-      for (int i = 0; i < rows; i += kRows, from += 2 * kRows * p.q.stride_n) cp_async16(to + i * C::kRawQPitch, from);
+        for (int i = 0; i < rows; i += kRows, from += 2 * kRows * p.q.stride_n) cp_async16(to + i * C::kRawQPitch, from);
+      }
     }
     cp_async_mbarrier_arrive(barrier + kWorkFull);
     if (!valid) break;
@@ -295,7 +305,7 @@ __device__ __forceinline__ void publish_work_tile(const AttendParams& p, u32 sha
         }
       }
       // A largest K scale of 0 (all keys alike) must not make the bound infinite; the scores are 0 then whatever it is.
-      if (elected()) store_shared_float(to + work::kMaxScale, p.score_limit / fmaxf(__int_as_float(p.k_scale_max[bh]), 7.5e-37f));
+      if (elected()) store_shared_float(to + work::kMaxScale, p.score_limit / fmaxf(__int_as_float(p.k_scale_max[bh]), kKScaleFloor));
     }
     __syncwarp();
     mbarrier_arrive(elected(), barrier + kWorkFull);
@@ -324,13 +334,14 @@ __device__ __forceinline__ void quantize_q(const AttendParams& p, u32 shared, in
   with_dtype(p.dtype, [&](auto type) {
     constexpr int kDtype = decltype(type)::value;
     const u8* head = static_cast<const u8*>(p.q.data) + (at.batch * p.q.stride_b + at.head * p.q.stride_h) * kElementBytes<kDtype>;
+    const auto token = [&](int row) { return token_of<C::kMask>(p, row); };
     Raw8<kDtype> raw[2][kHeadDim / 32];
     if (kDtype != kFloat32 && prefetches_raw_q<C>(p))
       read_raw_q<C>(shared, at, p.head_dim, raw);
     else if (p.q_vectorized)
-      load_raw<kHeadDim, 2, kDtype, true>(head, p.q.stride_n, at.row(0), p.len_q, at.t, p.head_dim, raw);
+      load_raw<kHeadDim, 2, kDtype, true>(head, token, p.q.stride_n, at.row(0), p.len_q, at.t, p.head_dim, raw);
     else
-      load_raw<kHeadDim, 2, kDtype, false>(head, p.q.stride_n, at.row(0), p.len_q, at.t, p.head_dim, raw);
+      load_raw<kHeadDim, 2, kDtype, false>(head, token, p.q.stride_n, at.row(0), p.len_q, at.t, p.head_dim, raw);
     __syncwarp();
     mbarrier_arrive(elected(), shared + C::kWorkBarriers + kWorkEmpty);
     const u32 row0 = shared + C::q_offset(iteration, at.warp / 4) + 16 * (at.warp % 4) * 16;
@@ -384,7 +395,7 @@ __device__ __forceinline__ void store_lse(const AttendParams& p, const RowCoord<
   grid_dependency_wait();
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
-    const int row = min(at.row(half), p.len_q - 1);
+    const int row = token_of<C::kMask>(p, min(at.row(half), p.len_q - 1));
     const i64 offset = at.batch * p.q.stride_b + at.head * p.q.stride_h + row * p.q.stride_n;
     float shift;
     with_dtype(p.dtype, [&](auto type) {
@@ -431,7 +442,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
     int width[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      row[half] = static_cast<u8*>(p.out) + (head + at.row(half) * p.out_stride_n) * kElementBytes<kDtype>;
+      row[half] = static_cast<u8*>(p.out) + (head + (C::kMask == Mask::list ? token_of<C::kMask>(p, min(at.row(half), p.len_q - 1)) : at.row(half)) * p.out_stride_n) * kElementBytes<kDtype>;
       width[half] = at.row(half) < p.len_q ? p.head_dim : 0;
     }
 #pragma unroll
@@ -456,6 +467,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
 template <class C>
 struct SplitKvPartial {
   static constexpr int kCount = C::kHeadDim / 2, kFours = kCount / 4 + 1, kThreads = 128 * C::kConsumers;
+  static constexpr int kCtaBytes = kFours * kThreads * 16;  // of p.split_kv_workspace
 
   float4* to;
   i32* ready;
@@ -548,6 +560,33 @@ struct MainloopSm90 {
 
   using Keys = KeyBits<8 * kStepNTiles>;
 
+  __device__ __forceinline__ bool has_tail(const KvRange& range) const {
+    return C::kMask == Mask::list && p.tail && !(range.flags & kWritesPartial);
+  }
+
+  // What the softmax of the warpgroup's 64 queries starts with: its maximum into m_i, its sum, O. no_score: m_i where there is none.
+  __device__ __forceinline__ void load_tail(float (&o)[C::kOutRegisters], float (&l)[2], float no_score) {
+    const u32 slot = shared + C::work_slot(iteration);
+    const uint4 v = load_shared16(slot + work::kPair);  // bh, batch, head, row0
+    const int t = special_tid_x() % 4, group = (int)v.w / 64 + special_tid_x() / 128 - 1, groups = (p.len_q + 63) / 64;
+    const float* state = p.tail + (((i64)v.y * p.heads_kv * p.heads_per_kv + v.z) * groups + min(group, groups - 1)) * (4 + kHeadDim);
+    const float p_max = exp2_approx(p.log2_p_max), sum = state[1];
+    l[0] = l[1] = sum * p_max;
+    m_i[0] = m_i[1] = sum > 0.0f ? state[0] - p.log2_p_max : no_score;
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 32; ++c)
+#pragma unroll
+      for (int e = 0; e < kChunk; ++e) {
+        const u32 channel = C::channel_scales(slot) + 4 * (32 * c + kChunk * t + e);
+        const float amax = load_shared_float(channel);
+        float x = state[4 + 32 * c + kChunk * t + e];
+        if constexpr (Layout::kVElementBytes == 1) x = fmaf(-sum, load_shared_float(channel + 4 * kHeadDim), x);
+        x = amax > 0.0f ? x * p_max / (amax * p.inv_v_max) : 0.0f;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) o[16 * c + e / 2 * 4 + 2 * half + e % 2] = x;
+      }
+  }
+
   // The warpgroup's last query.
   __device__ __forceinline__ int last_row() const {
     return (int)load_shared(shared + C::work_slot(iteration) + work::kRow0) + (special_tid_x() / 128 - 1) * 64 + 63;
@@ -612,12 +651,16 @@ struct MainloopSm90 {
   }
 };
 
+// Dynamic shared memory of a launch, in bytes.
+template <class C>
+constexpr int attend_shared_bytes() {
+  return C::kSharedBytes;
+}
+
 // A block: one piece of work after another, the tiles of the next already on their way while the last is stored. Walk<C> is a
-// MainloopSm90<C> with O in `o` and `all(span, sums)`, which goes over a turn's tiles.
-// kSharedBytes: the dynamic shared memory that the launch has (sageattention/variants.py).
-template <class C, template <class> class Mainloop, int kSharedBytes>
+// MainloopSm90<C> with O in `o` and `run(range, l)`, which goes over a work tile's KV tiles.
+template <class C, template <class> class Mainloop>
 __device__ __forceinline__ void attend_block(const AttendParams& p) {
-  static_assert(kSharedBytes == C::kSharedBytes, "the table of variants and the kernel disagree about shared memory");
   static_assert(C::kBarriers % 8 == 0 && C::kStage0 % 128 == 0 && C::Layout::kTileBytes % 128 == 0, "operands lie on 128 bytes");
   extern __shared__ __align__(128) u8 bytes[];
   const u32 shared = shared_address(bytes);

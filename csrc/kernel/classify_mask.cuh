@@ -11,9 +11,8 @@
 
 namespace sage {
 
-constexpr int kBandRows = 32, kClassifyThreads = 256, kClassifyWarps = kClassifyThreads / 32;
+constexpr int kClassifyThreads = 256, kClassifyWarps = kClassifyThreads / 32;
 constexpr int kMostWords = 1024;   // of a band's plane
-constexpr float kNegligible = 1000.0f;  // nats under a row's largest bias: such a key takes no part in statistics
 
 struct ClassifyShared {
   u32 plane[2][kMostWords];
@@ -132,7 +131,7 @@ __device__ void classify_band(const ClassifyParams& p) {
       if (p.mask_kind == kMaskBool) {
         alive |= kept;
       } else {
-        const float least = shared.row_max[r] - kNegligible;
+        const float least = shared.row_max[r] - kNegligibleBias;
 #pragma unroll
         for (int e = 0; e < 4; ++e) alive |= quad.bias[e] < least ? 0u : kept & 1u << e;
       }

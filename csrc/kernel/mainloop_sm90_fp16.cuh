@@ -215,6 +215,15 @@ struct MainloopFp16 : MainloopSm90<C> {
     m_limit[0] = m_limit[1] = -kInf;
 #pragma unroll
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] = 0.0f;
+    if (Base::has_tail(range)) {
+      float l[2];
+      Base::load_tail(o, l, -kInf);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        o[kHeadDim / 2 + 2 * half] = o[kHeadDim / 2 + 2 * half + 1] = l[half];
+        m_limit[half] = m_i[half] + p.log2_p_max + p.rescale_threshold;
+      }
+    }
     warpgroup_fence_operand(o);
     for (int left = range.masked; left; --left) masked_tile();
     if (range.unmasked) unmasked_tiles(range.unmasked);
@@ -222,9 +231,9 @@ struct MainloopFp16 : MainloopSm90<C> {
   }
 };
 
-template <class C, int kSharedBytes>
+template <class C>
 __device__ __forceinline__ void attend_wgmma(const AttendParams& p) {
-  attend_block<C, MainloopFp16, kSharedBytes>(p);
+  attend_block<C, MainloopFp16>(p);
 }
 
 }  // namespace sage

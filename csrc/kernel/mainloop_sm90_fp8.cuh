@@ -9,15 +9,16 @@
 
 namespace sage {
 
-template <class Layout_, Mask kMask_, int kStages_, int kQStages_>
-struct WgmmaFp8Config : WgmmaConfig<Layout_, kMask_, kStages_, kQStages_> {
+template <class Layout_, WgmmaTile kWgmmaTile>
+struct WgmmaFp8Config : WgmmaConfig<Layout_, kWgmmaTile> {
   using Layout = Layout_;
-  static constexpr bool kLoneIsMasked = true;  // the loop wants two
-  static constexpr int kStep = Layout::kHeadDim == 64 ? 128 : 64;  // keys of one step of the softmax
+  static constexpr int kStep = Layout::kHeadDim == 64 && Layout::kTile == 128 ? 128 : 64;  // keys of one step of the softmax
   static constexpr int kStepsPerTile = Layout::kTile / kStep, kScaleCount = kStep / Layout::kScaleKeys;
   static constexpr int kScoreRegisters = kStep / 2, kProbRegisters = kStep / 8;
   static constexpr int kOutRegisters = Layout::kHeadDim / 2, kAccRegisters = Layout::kVColumns / 2;
-  static_assert(Layout::kTile == 128 && Layout::kOnes && Layout::kVElementBytes == 1, "steps and scales are worked out for this tile");
+  // Unmasked tiles of a run: at least two, and of 64 keys an even number, so that four steps make a group.
+  static constexpr int kGroupSteps = 256 / kStep, kUnmaskedLeast = 2, kUnmaskedMultiple = Layout::kTile == 64 ? 2 : 1;
+  static_assert((Layout::kTile == 128 || Layout::kTile == 64) && Layout::kOnes && Layout::kVElementBytes == 1, "steps and scales are worked out for this tile");
 };
 
 template <class C>
@@ -28,7 +29,6 @@ struct MainloopFp8 : MainloopSm90<C> {
       Base::q_scale, Base::sQ, Base::p;
   using Scales = float[C::kScaleCount][2];  // [part of the step][row half]
   static constexpr int kHeadDim = C::kHeadDim, kStepsPerTile = C::kStepsPerTile;
-  static constexpr float kLog2E4m3Max = 8.8073549220576f;  // log2(448) = log2_p_max + rescale_threshold
   static constexpr float kNoScore = -3e38f;                   // a reference below all scores, and a number
 
   // P is 2^(score − near), O and the sums are relative to `m_i` as everywhere.
@@ -138,7 +138,6 @@ struct MainloopFp8 : MainloopSm90<C> {
   // What P of a group that begins is relative to. A flat tail far below a row's reference must not be lost on the lines of `softmax_step`:
   // where all of a row's scores are, its weights are raised.
   __device__ __forceinline__ void begin_group(const float (&top)[2]) {
-    constexpr float kTailThreshold = 3.0f, kTailBoostLog2 = 4.0f;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const u32 far = __ballot_sync(kAllLanes, top[half] < m_i[half] - kTailThreshold) >> (special_tid_x() & 28);
@@ -152,7 +151,6 @@ struct MainloopFp8 : MainloopSm90<C> {
   // reference far from 0.
   template <bool kMasked>
   __device__ __forceinline__ void softmax_step(const Scores& s, const Scales& scale, ProbFragments& prob) const {
-    constexpr float kLineExcess = 15.0f / 256;  // the line is too high by this, in base 2, on average
     constexpr int kExpChain = 4;
     float shift[2], line[2], x[C::kProbRegisters][4];
 #pragma unroll
@@ -273,7 +271,7 @@ struct MainloopFp8 : MainloopSm90<C> {
   __device__ __forceinline__ void unmasked_tiles(int tiles) {
     Scores even, odd;
     ProbFragments prob;
-    if constexpr (kStepsPerTile == 1)  // the shuffles tell the compiler that all lanes have the same: it keeps them in uniform registers
+    if constexpr (C::kGroupSteps == 2)  // the shuffles tell the compiler that all lanes have the same: it keeps them in uniform registers
       tiles = __shfl_sync(kAllLanes, tiles, 0), ring.stage = __shfl_sync(kAllLanes, ring.stage, 0), ring.parity = __shfl_sync(kAllLanes, ring.parity, 0);
     issue_scores<0>(even, ring);
     load_k_scales(ring.stage);
@@ -282,17 +280,18 @@ struct MainloopFp8 : MainloopSm90<C> {
     wgmma_wait<0>();
     warpgroup_fence_operand(even);
     issue_pv<0>(prob, true);  // sums of 0: so the loop is entered as it is repeated
-    if constexpr (kStepsPerTile == 2) {
-      for (bool first = true;; first = false, tiles -= 2) {
+    if constexpr (C::kGroupSteps == 4) {
+      constexpr int kSecond = kStepsPerTile - 1;  // a step's place in its tile
+      for (int pairs = tiles / (3 - kStepsPerTile), first = 1;; first = 0, pairs -= 2) {
         step<0>(even, odd, prob, true, first, false);
-        step<1>(odd, even, prob, false, false, tiles == 1);
-        if (tiles == 1) {
+        step<kSecond>(odd, even, prob, false, false, pairs == 1);
+        if (pairs == 1) {
           finish();
           return;
         }
         step<0>(even, odd, prob, false, false, false);
-        step<1>(odd, even, prob, false, false, tiles == 2);
-        if (tiles == 2) {
+        step<kSecond>(odd, even, prob, false, false, pairs == 2);
+        if (pairs == 2) {
           finish();
           return;
         }
@@ -319,16 +318,18 @@ struct MainloopFp8 : MainloopSm90<C> {
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] = 0.0f;
     l_i[0] = l_i[1] = 0.0f;
     arrives = opaque(elected());
-    m_i[0] = m_i[1] = m_p[0] = m_p[1] = kNoScore;
+    m_i[0] = m_i[1] = kNoScore;
+    if (Base::has_tail(range)) Base::load_tail(o, l_i, kNoScore);
+    m_p[0] = m_i[0], m_p[1] = m_i[1];
     for (int left = range.masked; left; --left) masked_tile();
     if (range.unmasked) unmasked_tiles(range.unmasked);
     l_out[0] = l_i[0], l_out[1] = l_i[1];
   }
 };
 
-template <class C, int kSharedBytes>
+template <class C>
 __device__ __forceinline__ void attend_wgmma_fp8(const AttendParams& p) {
-  attend_block<C, MainloopFp8, kSharedBytes>(p);
+  attend_block<C, MainloopFp8>(p);
 }
 
 }  // namespace sage

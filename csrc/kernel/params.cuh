@@ -51,11 +51,13 @@ struct QuantizeKParams {
   i32* v_quant_sum;          // [pairs, D]: set to 0
   i32* v_stats_live;     // [pairs, splits]: how many of a part's keys are live
   i32* split_kv_ready;    // [dones]: set to 0
+  const i32* order;       // [len]: the token at each place of the sequence; null: as they lie. With LiveKeys or without
   LiveKeys live;
   i32 bh_first, bh_count, heads, len, head_dim;
   i32 dtype;                      // Dtype
   i32 vectorized;                    // 1: rows of k and v are 16-byte aligned, head_dim is a multiple of 8
   i32 kv_tiles, tile_bytes, ctas_per_head;    // a block of K takes ⌈units / runs⌉ consecutive units of kScaleKeys keys
+  i32 k_mean_given;  // 1: k_mean is there already
   i32 k_mean_samples, k_mean_step;       // the k_mean is the mean of the tokens 0, step, 2·step, …: `k_mean_samples` of them
   i32 split_kv_flags;
   i32 v_chunks, v_chunk_tokens;       // split i of V is the tokens [i·v_chunk_tokens, (i+1)·v_chunk_tokens)
@@ -73,6 +75,7 @@ struct QuantizeVParams {
   float* v_mean;               // [pairs, D], 0 where the scheme leaves it in
   i32* v_quant_sum;                // [pairs, D]: the sum of what V was rounded to, in kQuantSumUnits, for kernels that make up for it
   float* live_keys;            // [pairs]: how many keys are live, at least 1
+  const i32* order;            // as above
   LiveKeys live;
   i32 bh_first, bh_count, heads, len, head_dim;
   i32 dtype, vectorized;
@@ -98,7 +101,9 @@ struct AttendParams {
   i64 mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k;
   const u32* kept;     // a bool mask in bits, [B, H, Nq, words] by strides in words, 0 where it broadcasts
   i64 kept_stride_b, kept_stride_h, kept_stride_q;
-  TileLists lists;     // with a dense mask
+  TileLists lists;     // with a dense mask, or block-sparse
+  const i32* order;    // with lists: of queries and output, as of K and V
+  const float* tail;   // [B, H, ⌈Nq / 64⌉, 4 + D]: what the softmax of 64 queries starts with, {m, l, unused, unused, O}; or null
   void* out;           // as q
   i64 out_stride_b, out_stride_h, out_stride_n;
   float* lse;          // [B, H, Nq] or null

@@ -17,7 +17,7 @@
 
 namespace sage {
 
-constexpr int kLiveWords = 512, kMostSamples = 128;
+constexpr int kLiveWords = 512;
 
 template <class Layout>
 struct QuantizeKShared {
@@ -29,7 +29,7 @@ struct QuantizeKShared {
   float4 start[kHeadDim / 16][8];      // minus the k_mean as an MMA leaves it, by MMA and g
   float k_amax[2][kWarps][4];
   LiveWindow<kLiveWords> live;  // where some keys are not
-  i32 sample[kMostSamples];     // the keys whose mean is the k_mean, where some keys are not live
+  i32 sample[kMostKMeanTokens];     // the keys whose mean is the k_mean, where some keys are not live
   i32 live_samples, samples_of_warp[4];
 };
 
@@ -150,7 +150,7 @@ __device__ __forceinline__ float share_scales(float amax, int group, bool whole,
 #pragma unroll
   for (int other = 4; other <= 16; other *= 2) amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, other));
   const float inverse = int8_inverse(amax);
-  scale = inverse > 0.0f ? amax * (1.0f / 127) : 0.0f;
+  scale = inverse > 0.0f ? amax * (1.0f / kInt8Max) : 0.0f;
   if (threadIdx.x < 4) {
     u8* scales = out + Layout::scale_offset(tile_bytes) + Layout::kScalePitch * lane;
     *reinterpret_cast<float*>(scales + 4 * part) = scale;
@@ -274,7 +274,7 @@ struct RotateKOf<true, Layout, kDtype> {
 // is none anywhere, the first live key of all, and if there is none of those, no key. Returns how many. All threads take part.
 template <class Layout>
 __device__ __forceinline__ int find_samples(const QuantizeKParams& p, const LiveRows& live, QuantizeKShared<Layout>& shared) {
-  static_assert(kMostSamples == 128, "four warps look for samples");
+  static_assert(kMostKMeanTokens == 128, "four warps look for samples");
   int key = -1;
   if (threadIdx.x < p.k_mean_samples) {
     const int start = threadIdx.x * p.k_mean_step, word = start / 32, end = start + p.k_mean_step - word * 32;
@@ -311,32 +311,37 @@ __device__ __forceinline__ void quantize_cta(const QuantizeKParams& p, const u8*
   const int scale_blocks = kBlocksPerTile * p.kv_tiles, length = (scale_blocks + p.ctas_per_head - 1) / p.ctas_per_head, first = cta * length, last = min(first + length, scale_blocks);
   RawRow<kHeadDim, kDtype> raw;
   int window = 0;  // the key from which shared.live has words
+  const auto row_of = [&](int i) { return kSome && p.order ? p.order[i] : i; };
   const u8* key = k + min(first * kKeys + Rotate::row(), p.len - 1) * row_bytes;
   const auto load = [&] { raw.template load<kVectors>(key, threadIdx.x % 4, p.head_dim); };
   const auto advance = [&](int scale_block) {  // instead of a key beyond the end, one that there is
     if (scale_block * kKeys + Rotate::row() < p.len) key += kKeys * row_bytes;
   };
   if (kPrefetch) load();
-  const auto keep_anchor = [&](int, int c, float mean) {
+  const auto keep_k_mean = [&](int, int c, float mean) {
     shared.k_mean[c] = mean * (0.5f / kHeadDim);
     if (cta == 0) p.k_mean[bh * kHeadDim + c] = mean;
   };
-  if constexpr (kSome) {
+  if (kSome && p.k_mean_given) {
+    for (int c = threadIdx.x; c < kHeadDim; c += QuantizeKShared<Layout>::kThreads) shared.k_mean[c] = p.k_mean[bh * kHeadDim + c] * (0.5f / kHeadDim);
+  } else if (kSome && live.bits) {
     const int samples = find_samples(p, live, shared);
     reduce_rows<ChannelSum, kDtype, kVectors>(k, row_bytes, samples, p.head_dim, 1.0f / max(samples, 1), shared,
-                                       [&](int i) -> Row { return {shared.sample[i], true}; }, keep_anchor);
-    __syncthreads();  // the sums have been read: the window may lie where they were
+                                              [&](int i) -> Row { return {row_of(shared.sample[i]), true}; }, keep_k_mean);
+  } else {
+    reduce_rows<ChannelSum, kDtype, kVectors>(k, row_bytes, p.k_mean_samples, p.head_dim, 1.0f / p.k_mean_samples, shared,
+                                              [&](int i) -> Row { return {row_of(i * p.k_mean_step), true}; }, keep_k_mean);
+  }
+  if (kSome && live.bits) {
     window = first * kKeys;
     shared.live.load(live, window, QuantizeKShared<Layout>::kThreads);
-  } else {
-    reduce_rows<ChannelSum, kDtype, kVectors>(k, p.k_mean_step * row_bytes, p.k_mean_samples, p.head_dim, 1.0f / p.k_mean_samples, shared,
-                                       [](int i) -> Row { return {i, true}; }, keep_anchor);
   }
   __syncthreads();  // the k_mean is complete
   Rotate rotate_k;
   rotate_k.prepare(shared);
   float top = 0.0f;
   for (int scale_block = first; scale_block < last; ++scale_block) {
+    if (kSome && p.order) key = k + row_of(min(scale_block * kKeys + Rotate::row(), p.len - 1)) * row_bytes;
     if (!kPrefetch) raw = {}, load();  // so that it takes no registers in between
     u8* out = p.kv + ((i64)bh * p.kv_tiles + scale_block / kBlocksPerTile) * p.tile_bytes;
     const auto load_next = [&] {
@@ -344,11 +349,11 @@ __device__ __forceinline__ void quantize_cta(const QuantizeKParams& p, const u8*
       if (kPrefetch && scale_block + 1 < last) load();
     };
     const int first_key = scale_block * kKeys;
-    if (kSome && first_key + kKeys > window / 32 * 32 + shared.live.kKeys) {  // share_scales() comes after the last look at it
+    if (kSome && live.bits && first_key + kKeys > window / 32 * 32 + shared.live.kKeys) {  // share_scales() comes after the last look at it
       window = first_key;
       shared.live.load(live, window, QuantizeKShared<Layout>::kThreads);
     }
-    const auto counts = [&](int i) { return kSome ? shared.live.get(first_key + i, window) : first_key + i < p.len; };
+    const auto counts = [&](int i) { return kSome && live.bits ? shared.live.get(first_key + i, window) : first_key + i < p.len; };
     if (kSome && !counts(Rotate::row())) raw = {};
     top = fmaxf(top, rotate_k.quantise(raw, counts, load_next, scale_block, p.tile_bytes, shared, out));
   }
@@ -406,8 +411,9 @@ __device__ void quantize_k(const QuantizeKParams& p) {
       const int count = min(p.v_chunk_tokens, p.len - first);
       const u8* rows = head_of(p.v, bh) + first * row_bytes;
       const auto keep = [&](int result, int c, float value) { to[result * Layout::kHeadDim + c] = value; };
-      if constexpr (kSome) {
-        const LiveRows live = live_of(bh);
+      const LiveRows live = live_of(bh);
+      const auto row_of = [&](int i) { return kSome && p.order ? p.order[first + i] - first : i; };
+      if (kSome && live.bits) {
         const int substitute = count_live(live, first, count, p.v_stats_live + block, shared);
         if (substitute < 0) {
           for (int c = threadIdx.x; c < Layout::kHeadDim; c += QuantizeKShared<Layout>::kThreads) keep(0, c, -kInf), keep(1, c, kInf), keep(2, c, 0.0f);
@@ -416,13 +422,13 @@ __device__ void quantize_k(const QuantizeKParams& p) {
               rows, row_bytes, count, p.head_dim, 1.0f / p.len, shared,
               [&](int i) -> Row {
                 const bool counts = shared.live.get(first + i, first);
-                return {counts ? i : substitute, counts};
+                return {row_of(counts ? i : substitute), counts};
               },
               keep);
         }
       } else {
         reduce_rows<ChannelStats, kDtype, decltype(vectors)::value>(rows, row_bytes, count, p.head_dim, 1.0f / p.len, shared,
-                                                              [](int i) -> Row { return {i, true}; }, keep);
+                                                                    [&](int i) -> Row { return {row_of(i), true}; }, keep);
       }
       __threadfence();
       __syncthreads();  // all has been written

@@ -35,9 +35,6 @@ struct QuantizeVShared {
   bool mean_subtracted[kHeadDim];
 };
 
-// Where V − mean could overflow, the mean stays in (reference.quantise_v).
-constexpr float kWidest = 1e38f;  // variants.FINITE_MAX
-
 // Reduces the partial results of the first launch, once they are there. The head's first block keeps them for the attention kernel.
 template <class Layout>
 __device__ __forceinline__ void reduce_v_stats(const QuantizeVParams& p, int bh, bool keep, QuantizeVShared<Layout>& shared) {
@@ -77,7 +74,7 @@ __device__ __forceinline__ void reduce_v_stats(const QuantizeVParams& p, int bh,
     mean *= share;
     if (live == 0) high = low = mean = 0.0f;
     mean = mean > high ? high : mean < low ? low : mean;  // however it was rounded; NaN stays
-    shared.mean_subtracted[c] = p.subtract_v_mean && 0.5f * high - 0.5f * low <= kWidest;
+    shared.mean_subtracted[c] = p.subtract_v_mean && 0.5f * high - 0.5f * low <= kFiniteMax;  // else V − mean could overflow
     if (mean == mean && !shared.mean_subtracted[c]) mean = 0.0f;
     float amax = fmaxf(high - mean, mean - low);
     if (amax < kAmaxMin) amax = 0.0f;
@@ -220,7 +217,7 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {  // keys beyond the end repeat the last: they weigh nothing
         const int key = min(unit * Shared::kUnitKeys + (pass + i) * kRows + row, p.len - 1);
-        raw[i] = load8<kDtype, kVectors>(v + key * row_bytes, kChunk * chunk, p.head_dim);
+        raw[i] = load8<kDtype, kVectors>(v + (p.order ? p.order[key] : key) * row_bytes, kChunk * chunk, p.head_dim);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {

@@ -15,11 +15,12 @@
 // Column c of V's n-tile i is channel 32·(i/4) + 8·(c/2) + 2·(i%4) + c%2: then the lane that holds columns 2t and 2t+1 of four
 // n-tiles owns eight consecutive channels of the output and stores them at once.
 #pragma once
+#include <sage/constants.cuh>
+
 #include "../ptx/types.cuh"
 
 namespace sage {
 
-constexpr int kKvTile = 64;      // keys
 constexpr int kBlockBytes = 512;
 constexpr int kScalesPerTile = 4;  // scale t belongs to keys 8j + 2t, 8j + 2t + 1: those of one lane's accumulators
 

@@ -42,9 +42,10 @@ from machine_code import same_code  # noqa: E402
 PACKAGE = CSRC.parent / "sageattention"
 KERNELS = PACKAGE / "kernels"
 MANIFEST = "manifest.json"
-OPTIONS = ["--std=c++17", "--device-as-default-execution-space"]  # the latter for lambdas and constexpr functions
+OPTIONS = ["--std=c++20", "--device-as-default-execution-space"]  # the latter for lambdas and constexpr functions
 # The window covers the largest image; a larger preset's 64 MiB would be allocated again at every load.
 XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 22}]
+CONSTANTS = "sage/constants.cuh"  # a header that is written here and lies nowhere
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 _TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/|\s+|\w+|.', re.DOTALL)
 
@@ -53,14 +54,32 @@ class BuildError(Exception):
     """An image can't be built, or is not what the sources give."""
 
 
-def load_table() -> tuple:
-    """`IMAGES` of sageattention/kernels/table.py, read without importing the package itself, which would want torch."""
+def _import(module: str) -> types.ModuleType:
+    """A module of the package, without importing the package itself, which would want torch."""
     name = "_sageattention_tables"
     if name not in sys.modules:
         package = types.ModuleType(name)
         package.__path__ = [str(PACKAGE)]
         sys.modules[name] = package
-    images = importlib.import_module(f"{name}.kernels.table").IMAGES
+    return importlib.import_module(f"{name}.{module}")
+
+
+@functools.cache
+def constants() -> str:
+    """The header `CONSTANTS`: what Python and C++ share of sageattention/numerics/constants.py."""
+    shared = _import("numerics.constants")
+    lines = ["// Written by csrc/tools/build.py from sageattention/numerics/constants.py.", "#pragma once", "namespace sage {"]
+    lines += [
+        f"constexpr float {name} = {x!r}f;" if isinstance(x, float) else f"constexpr int {name} = {x};" for name, x in shared.CPP.items()
+    ]
+    for name, members in shared.CPP_ENUMS.items():
+        lines.append(f"enum {name} : int {{ {', '.join(f'{member} = {number}' for member, number in members.items())} }};")
+    return "\n".join([*lines, "}  // namespace sage", ""])
+
+
+def load_table() -> tuple:
+    """`IMAGES` of sageattention/kernels/table.py."""
+    images = _import("kernels.table").IMAGES
     paths = [i.path for i in images]
     symbols = [(i.path, e.symbol) for i in images for e in i.entries]
     for what, keys in (("image", paths), ("kernel", symbols)):
@@ -94,6 +113,7 @@ def translation_unit(image) -> str:
     lines = [f'#include "{image.source}"', "namespace sage {"]
     for entry in image.entries:
         lines += _layout(entry.params, done)
+        lines += [f'static_assert({check}, "the table of kernels says otherwise");' for check in entry.checks]
     lines += [
         f'extern "C" __global__ void __launch_bounds__({e.threads}, {e.min_blocks})\n'
         f"{e.symbol}(const __grid_constant__ {e.params.__name__} p) {{ {e.expression}(p); }}"
@@ -102,8 +122,19 @@ def translation_unit(image) -> str:
     return "\n".join([*lines, "}  // namespace sage", ""])
 
 
+def shared_memory(image, csrc: Path = CSRC) -> dict[str, int]:
+    """Dynamic shared memory of each kernel, in bytes: the sources' constants, read from PTX that holds nothing else."""
+    lines = [f'#include "{image.source}"', "namespace sage {"]
+    lines += [f'extern "C" __device__ const int {e.symbol}_smem = {e.smem};' for e in image.entries]
+    options = [*OPTIONS, *image.options, f"--include-path={csrc}"]
+    text, arch = "\n".join([*lines, "}", ""]), image.arch.replace("sm_", "compute_")
+    ptx, _, _ = nvrtc.compile_text(text, f"{image.name}.smem.cu", arch, options, {CONSTANTS: constants()})
+    found = dict(re.findall(r"\b(\w+)_smem(?: = (\d+))?;", ptx.decode()))
+    return {e.symbol: int(found[e.symbol] or 0) for e in image.entries}
+
+
 def include_closure(source: str, csrc: Path = CSRC) -> dict[str, str]:
-    """Every file of `csrc` that `source` includes, itself first, with its text. Line ends are normalised."""
+    """Every header that `source` includes, itself first, by its path in `csrc`, with its text. Line ends are normalised."""
     found: dict[str, str] = {}
     queue = [csrc / source]
     while queue:
@@ -112,6 +143,8 @@ def include_closure(source: str, csrc: Path = CSRC) -> dict[str, str]:
         if key in found:
             continue
         found[key] = path.read_text(encoding="utf-8").replace("\r\n", "\n")
+        if f"#include <{CONSTANTS}>" in found[key]:
+            found[CONSTANTS] = constants()
         for name in _INCLUDE.findall(found[key]):
             place = next((p for p in (path.parent / name, csrc / name) if p.is_file()), None)
             if place is None:
@@ -140,7 +173,7 @@ def code_of(text: str) -> str:
 def source_hash(image, csrc: Path = CSRC) -> str:
     """What the image depends on, as one sha256: compiler, options, and the code of the generated text and of all included files."""
     digest = hashlib.sha256()
-    parts = [nvrtc.VERSION, image.arch, *OPTIONS, *image.options, code_of(translation_unit(image))]
+    parts = [nvrtc.VERSION, image.arch, *OPTIONS, *image.options, code_of(translation_unit(image)), *(e.smem for e in image.entries)]
     for key, text in sorted(include_closure(image.source, csrc).items()):
         parts += [key, code_of(text)]
     for part in parts:
@@ -152,7 +185,8 @@ def compile_image(job: tuple[str, str, str, list[str], str]) -> tuple[bytes, dic
     """Worker: one translation unit to (image, usage by symbol, warnings, seconds). `job` is plain text, so any process can run it."""
     text, name, arch, options, csrc = job
     start = time.perf_counter()
-    image, usage, warnings = nvrtc.compile_text(text, name, arch, [*OPTIONS, *options, f"--include-path={csrc}"])
+    options = [*OPTIONS, *options, f"--include-path={csrc}"]
+    image, usage, warnings = nvrtc.compile_text(text, name, arch, options, {CONSTANTS: constants()})
     return image, usage, warnings, time.perf_counter() - start
 
 
@@ -223,7 +257,7 @@ def pack(image: bytes) -> bytes:
     return lzma.compress(image, format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC64, filters=XZ_FILTERS)
 
 
-def record(image, binary: bytes, usage: dict[str, nvrtc.Usage], source: str) -> dict:
+def record(image, binary: bytes, usage: dict[str, nvrtc.Usage], shared: dict[str, int], source: str) -> dict:
     """The image's part of the manifest. Registers and spills are null where only the driver will know them (PTX)."""
     kernels = {}
     for entry in image.entries:
@@ -234,7 +268,7 @@ def record(image, binary: bytes, usage: dict[str, nvrtc.Usage], source: str) -> 
             "registers": used and used.registers,
             "spills": used and used.stack + used.spills,
             "smem_static": used and used.smem,
-            "smem_dynamic": entry.smem,
+            "smem_dynamic": shared[entry.symbol],
             "threads": entry.threads,
             "min_blocks": entry.min_blocks,
             "params": ctypes.sizeof(entry.params),
@@ -280,8 +314,6 @@ def stale(image, manifest: dict, kernels: Path = KERNELS, csrc: Path = CSRC) -> 
         return "not in the manifest"
     if known["source"] != source_hash(image, csrc):
         return "its sources, its entries or the compiler have changed"
-    if {s: k["smem_dynamic"] for s, k in known["kernels"].items()} != {e.symbol: e.smem for e in image.entries}:
-        return "its shared memory has changed"
     data = stored(image.path, kernels)
     if data is None:
         return "the file is missing or damaged"
@@ -310,7 +342,7 @@ def build(table: tuple, chosen: list, jobs: int, kernels: Path = KERNELS, csrc: 
                 binary = before
             else:
                 _replace(kernels / image.path, pack(binary))
-            manifest[image.path] = record(image, binary, usage, source_hash(image, csrc))
+            manifest[image.path] = record(image, binary, usage, shared_memory(image, csrc), source_hash(image, csrc))
     finally:
         write_manifest(manifest, kernels)
     for path in sorted(kernels.glob("*/*.xz")):

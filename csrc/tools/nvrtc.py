@@ -87,7 +87,9 @@ def _check(code: int, call: str) -> None:
         raise CompileError(f"{call}: {_library().nvrtcGetErrorString(code).decode()} ({code})")
 
 
-def compile_text(text: str, name: str, arch: str, options: list[str]) -> tuple[bytes, dict[str, Usage], str]:
+def compile_text(
+    text: str, name: str, arch: str, options: list[str], generated: dict[str, str] | None = None
+) -> tuple[bytes, dict[str, Usage], str]:
     """Compile one translation unit.
 
     Args:
@@ -95,6 +97,7 @@ def compile_text(text: str, name: str, arch: str, options: list[str]) -> tuple[b
         name: what messages call it; fixed per image, so that it can't make two builds differ.
         arch: "sm_80" gives a cubin, "compute_80" gives PTX.
         options: for NVRTC, beyond the architecture and the CUDA headers.
+        generated: headers that are no files, by the names under which the sources include them.
 
     Returns:
         The image, each kernel's usage by symbol (empty for PTX, which no assembler has seen), and the warnings.
@@ -106,7 +109,10 @@ def compile_text(text: str, name: str, arch: str, options: list[str]) -> tuple[b
     flags = [f"--gpu-architecture={arch}", *options, f"--include-path={headers()}"]
     if not ptx:
         flags.append("--ptxas-options=-v")
-    _check(library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None), "nvrtcCreateProgram")
+    included = generated or {}
+    names, texts = ((ctypes.c_char_p * len(included))(*(x.encode() for x in part)) for part in (included.keys(), included.values()))
+    created = library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), len(names), texts, names)
+    _check(created, "nvrtcCreateProgram")
     try:
         code = library.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*(f.encode() for f in flags)))
         log = _text(program, "ProgramLog").rstrip(b"\0").decode(errors="replace")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import string
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -210,16 +211,28 @@ def _calibrate(device: torch.device, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"file": str(file), "made_for": calibration.made_for(card), "points": [asdict(p) for p in points]}, indent=2))
         return 0
-    names = sorted({name for point in points for name in point.ms})
-    rows = []
-    for point in points:
-        times = (f"{point.sdpa_ms / point.ms[name]:.2f}" if name in point.ms else "–" for name in names)
-        rows.append((str(point), f"{point.sdpa_ms:.3f}", *times, (*point.faster(), "sdpa")[0]))
-    print("\n" + table(("call", "SDPA, ms", *(f"× {name}" for name in names), "auto"), rows, numeric=range(1, 2 + len(names))))
+    print("\n" + results(points))
     for name, reason in sorted({item for point in points for item in point.off.items()}):
         print(f"left out: {name} – {reason}")
     print(f"\nkept in {file}\n`auto` goes by it from the next start on; `{calibration.COMMAND} --reset` undoes it")
     return 0
+
+
+def results(points: list[Point]) -> str:
+    """The points as a table of at most 120 columns, the candidates by letters that the lines above it explain."""
+    letters = dict(zip(sorted({name for point in points for name in point.ms}), string.ascii_uppercase))
+    lines = [
+        "calls are head_dim, heads, queries × keys, mask; the letters are so many times as fast as SDPA:",
+        *(f"{letter}  {name}" for name, letter in letters.items()),
+    ]
+    rows = []
+    for point in points:
+        gains = (f"{point.sdpa_ms / point.ms[name]:#.3g}" if name in point.ms else "–" for name in letters)
+        best = next(iter(point.faster()), None)
+        call = f"{point.head_dim}  {point.heads}  {point.len_q:,} × {point.len_kv:,}  {point.mask}"
+        rows.append((call, f"{point.sdpa_ms:.3f}", *gains, letters[best] if best else "SDPA"))
+    head = ("call", "SDPA, ms", *letters.values(), "auto")
+    return "\n".join([*lines, "", table(head, rows, numeric=range(1, 2 + len(letters)))])
 
 
 def _reset(as_json: bool) -> int:

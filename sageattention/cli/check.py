@@ -178,23 +178,28 @@ def run(device: torch.device, names: list[str] | None = None, *, quick: bool = F
 
 
 def main(args: argparse.Namespace) -> int:
-    """The command; exit code 1 where a variant is off or fails, 0 otherwise."""
+    """The command; exit code 1 where a variant is off or fails, 3 where no kernel of this package was checked though none was left out by
+    name, 0 otherwise."""
     device = chosen_device(args.device)
     results, refused = run(device, args.variants, quick=args.quick)
     # A variant asked for by name has to be there; of the others, what is missing is told, and is not wrong.
     bad = [r for r in results if r.status in ("off", "failed") or (args.variants and r.status in ("missing", "unsupported"))]
+    judged = {r.variant.partition(":")[0] for r in results if r.status in ("ok", "off", "failed")}
+    kernels = sorted(name for name in judged if VARIANTS[name].backend in ("triton", "cuda"))
+    code = 1 if bad else 0 if kernels or args.variants else 3
     if args.json:
-        print(
-            json.dumps({"device": str(device), "ok": not bad, "results": [asdict(r) for r in results], "not_run": dict(refused)}, indent=2)
-        )
-        return 1 if bad else 0
+        found = {"device": str(device), "ok": not bad, "kernels": kernels, "results": [asdict(r) for r in results]}
+        print(json.dumps(found | {"not_run": dict(refused)}, indent=2))
+        return code
     print(f"Relative L2 error against fp64, bf16 inputs, on {device}.")
     rows = [(r.variant, r.case, r.status, _number(r.error), _number(r.bound), r.detail) for r in results]
     print(table(("variant", "case", "status", "error", "bound", ""), rows, numeric=(3, 4)))
     for name, reason in refused:
         print(f"not run: {name} – {reason}")
     print(f"{sum(r.status == 'ok' for r in results)} of {len(results)} are right" + (f", {len(bad)} are not." if bad else "."))
-    return 1 if bad else 0
+    if not kernels:
+        print(f"\nNO KERNEL OF THIS PACKAGE WAS CHECKED: none runs on {device}. {capability.torch_without_cuda()}".rstrip())
+    return code
 
 
 def _number(value: float | None) -> str:

@@ -196,7 +196,7 @@ def _environment(problems: list[str]) -> dict[str, str]:
     named = os.environ.get("SAGEATTENTION_VARIANT")
     if named and named != "auto" and named not in VARIANTS:
         known = ", ".join(VARIANTS)
-        problems.append(f"SAGEATTENTION_VARIANT holds {named!r}, which is no variant: 'auto' refuses every call; known are {known}")
+        problems.append(f"SAGEATTENTION_VARIANT holds {named!r}, which is no variant, so 'auto' chooses; known are {known}")
     return {name: os.environ[name] for name in VARIABLES if name in os.environ}
 
 

@@ -8,6 +8,9 @@ import importlib.util
 import os
 from typing import NamedTuple
 
+from ..errors import CudaError
+from . import libcuda
+
 
 class Capability(NamedTuple):
     """A device as the planner sees it. `arch` is 10·major + minor of its compute capability, 0 where it has none."""
@@ -43,6 +46,20 @@ def triton_error() -> str:
 
 
 @functools.cache
+def torch_without_cuda() -> str:
+    """Where torch is a build without CUDA on a machine with an NVIDIA card: a sentence that says so, and the remedy; "" elsewhere."""
+    import torch
+
+    if torch.version.cuda or torch.version.hip:
+        return ""
+    try:
+        card = libcuda.device_name(0)
+    except (libcuda.NoDriver, CudaError):
+        return ""
+    return f"torch {torch.__version__} is a build without CUDA, though there is an NVIDIA card, {card}: install a CUDA build of torch"
+
+
+@functools.cache
 def of_device(device: str, index: int) -> Capability:
     """The capability of a torch device. For CUDA this initialises CUDA; for any other device it does not."""
     if device != "cuda":
@@ -52,4 +69,6 @@ def of_device(device: str, index: int) -> Capability:
     if torch.version.hip:  # ROCm builds call their devices "cuda"; our kernels are for NVIDIA's
         return Capability("rocm", name=torch.cuda.get_device_name(index))
     properties = torch.cuda.get_device_properties(index)
+    if "[ZLUDA]" in properties.name:  # an AMD card behind a translation of CUDA, which does not run our machine code
+        return Capability("zluda", name=properties.name)
     return Capability("cuda", 10 * properties.major + properties.minor, properties.multi_processor_count, triton_mode(), properties.name)

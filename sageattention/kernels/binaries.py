@@ -32,8 +32,9 @@ class Entry:
     params: type[Structure]
     threads: int  # per block
     min_blocks: int = 1  # resident per multiprocessor, for __launch_bounds__
-    smem: int = 0  # dynamic shared memory a launch may ask for, bytes
+    smem: str = "0"  # C++, a constant: dynamic shared memory of a launch, bytes; the build evaluates it for the manifest
     local: int = 0  # bytes of local memory per thread that the build accepts; more is a spill, and an error
+    checks: tuple[str, ...] = ()  # C++, constants that the build asserts: what Python knows of the kernel's data
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..numerics.constants import HEAD_DIMS
@@ -10,7 +10,6 @@ from ..numerics.scheme import Scheme
 from .binaries import Entry
 
 MASKS = ("none", "causal", "list")
-BARRIER_BYTES = 8
 WARP_ROWS = 16  # of an MMA
 
 
@@ -45,6 +44,11 @@ def find_tile(tiles: Tiles, arch: int, head_dim: int, *kind: str) -> Tile:
     return next(tiles[key] for key in keys if key in tiles)
 
 
+def initializer(name: str, fields: Mapping[str, object]) -> str:
+    """A C++ struct's value with its fields by name, of which those left out have their defaults."""
+    return f"{name}{{{', '.join(f'.{field} = {value}' for field, value in fields.items())}}}"
+
+
 @dataclass(frozen=True)
 class KernelFamily:
     """The CUDA kernels for one format of quantised K and V: a quantiser, and attention for each head dimension, mask and accumulator.
@@ -62,12 +66,15 @@ class KernelFamily:
     entry: Callable[[KernelFamily, int, int, str, str], Entry]  # the attention kernel for (arch, head_dim, mask, accumulator)
     arch: int = 0  # compute capability of the only devices it is made for, whose machine code is "sm_XXa"; 0: any from min_arch on
     min_arch: int = 75
-    # Without a mask, a block goes on with further queries, and may share its last ones with another: what it then leaves to that one.
+    quantizers: str = "mma"  # families of the same name have their quantisers in one image and, for tiles of equal size, K's in common
+    scale_blocks: int = 1  # of a tile's keys: those of each share K's scales
+    # Persistent kernels: bytes of split-KV partials (O, l, m) that a CTA leaves for the CTA with which it shares its last work tile, by
+    # compiled head dimension.
     split_kv_bytes: Callable[[int], int] | None = None
 
     @property
     def persistent(self) -> bool:
-        """Whether a grid of any size does all work."""
+        """Whether a grid of any size does all unmasked work."""
         return self.split_kv_bytes is not None
 
     @property
@@ -86,14 +93,15 @@ class KernelFamily:
     @property
     def quantizer(self) -> str:
         """The quantisers' image."""
-        return f"quantise_{self.name.split('_')[0]}"
+        return f"quantise_{self.quantizers}"
 
     def scale_block_keys(self, head_dim: int) -> int:
         """Keys of K that share scales: kScaleKeys of the layout."""
-        return find_tile(self.tiles, 0, head_dim).block_n // (2 if self.arch else 1)
+        return find_tile(self.tiles, 0, head_dim).block_n // self.scale_blocks
 
-    def quantize_k_symbol(self, head_dim: int, masked: bool = False) -> str:
-        return f"keys_{self.name.split('_')[0]}_{find_tile(self.tiles, 0, head_dim).block_n}_d{head_dim}" + ("_live" if masked else "")
+    def quantize_k_symbol(self, head_dim: int, live: bool = False) -> str:
+        """`live`: of the kernel that is told which keys are."""
+        return f"keys_{self.quantizers}_{find_tile(self.tiles, 0, head_dim).block_n}_d{head_dim}" + ("_live" if live else "")
 
     def quantize_v_symbol(self, head_dim: int) -> str:
         return f"values_{self.name}_d{head_dim}"

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from ..numerics.constants import KV_TILE
 from ..numerics.scheme import FP8_FP16, FP8_FP32_MMA, FP16_FP16_FP32, FP16_FP32_MMA, INT8_INT32
 from .binaries import Entry
-from .family import BARRIER_BYTES, MASKS, WARP_ROWS, KernelFamily, Tile, Tiles, find_tile
+from .family import MASKS, WARP_ROWS, KernelFamily, Tile, Tiles, find_tile, initializer
 from .params import AttendParams
 
-BULK_ARCH = 90  # from here on a tile is one bulk copy, with two barriers a stage: it has landed, it has been read
+FLAGS = ("q_in_smem", "loop_state_in_smem", "recompute_thread_idx", "delay_v_load")
+
 
 # mma.sync kernels; the machine code behind each choice is in docs/kernels.md. What a fragment of K or V costs in shared memory serves
 # 32 rows of a warp where the registers allow it, without a spill in the main loop: head_dim 128 on A100 and Hopper, where shared memory
@@ -18,61 +20,65 @@ BULK_ARCH = 90  # from here on a tile is one bulk copy, with two barriers a stag
 # 12.x, Turing) are bound by it with 16 rows as well, and want as many warps as the registers hold: twelve. At head_dim 64, 16 rows leave
 # room for 16 warps. 8.6, 8.9 and 12.x have 99 KiB of shared memory for a block, Turing 64 and no asynchronous copies; with a dense mask
 # each warp stages 4.5 KiB of bias beside the pipeline.
-_TWO, _EIGHT, _TWELVE = Tile(128, 64, 4, 3, 2, True), Tile(128, 64, 8, 3, 1), Tile(192, 64, 12, 3, 1)
+def _tile(block_m: int, warps: int, stages: int, *more: int, **flags: int) -> Tile:
+    return Tile(block_m, KV_TILE, warps, stages, *more, **flags)
+
+
+_TWO, _EIGHT, _TWELVE = _tile(128, 4, 3, 2, True), _tile(128, 8, 3, 1), _tile(192, 12, 3, 1)
 MMA_TILES: Tiles = {
-    (0, 64): Tile(128, 64, 8, 3, 2),
+    (0, 64): _tile(128, 8, 3, 2),
     (0, 128): _TWO,
     (0, 128, "list", "fp16"): replace(_EIGHT, stages=2),
-    (0, 256): Tile(128, 64, 8, 3, 1, True),
-    (0, 256, "list"): Tile(128, 64, 8, 2, 1, True),
-    (0, 256, "list", "fp16"): Tile(128, 64, 8, 1, 1, True),
-    (75, 64): Tile(128, 64, 8, 2, 2),
-    (75, 64, "list"): Tile(64, 64, 4, 2, 1),
+    (0, 256): _tile(128, 8, 3, 1, True),
+    (0, 256, "list"): _tile(128, 8, 2, 1, True),
+    (0, 256, "list", "fp16"): _tile(128, 8, 1, 1, True),
+    (75, 64): _tile(128, 8, 2, 2),
+    (75, 64, "list"): _tile(64, 4, 2, 1),
     (75, 128): replace(_EIGHT, stages=2),
     (75, 128, "list"): replace(_EIGHT, stages=1),
     (75, 256): replace(_EIGHT, stages=1),
-    (75, 256, "list"): Tile(32, 64, 2, 1, 1),
+    (75, 256, "list"): _tile(32, 2, 1, 1),
     (80, 128): _TWELVE,
     (80, 128, "none", "fp32"): _TWO,
     (80, 128, "list"): replace(_EIGHT, stages=2),
-    (80, 256): Tile(128, 64, 8, 2, 1, True),
-    (80, 256, "list"): Tile(64, 64, 4, 2, 1, True),
+    (80, 256): _tile(128, 8, 2, 1, True),
+    (80, 256, "list"): _tile(64, 4, 2, 1, True),
     (100, 128): _TWELVE,
     (100, 128, "list"): _EIGHT,
 }
 MMA_BYTE_TILES: Tiles = {
-    (0, 64): Tile(128, 64, 8, 3, 2),
+    (0, 64): _tile(128, 8, 3, 2),
     (0, 128): replace(_TWO, stages=4),
     (0, 256): replace(_EIGHT, stages=4),
-    (75, 64): Tile(128, 64, 8, 3, 2),
+    (75, 64): _tile(128, 8, 3, 2),
     (75, 64, "list"): replace(_EIGHT, stages=2),
     (75, 128): _EIGHT,
     (75, 128, "list"): replace(_EIGHT, stages=1),
     (75, 256): replace(_EIGHT, stages=1),
-    (75, 256, "list"): Tile(64, 64, 4, 1, 1),
+    (75, 256, "list"): _tile(64, 4, 1, 1),
     (80, 128): replace(_TWO, stages=4),
     (80, 128, "list"): _EIGHT,
     (80, 256): _EIGHT,
-    (100, 64): Tile(128, 64, 8, 3, 2),
+    (100, 64): _tile(128, 8, 3, 2),
     (100, 64, "none", "fp8"): _EIGHT,
     (100, 64, "causal", "fp8"): _EIGHT,
     (100, 128): _TWELVE,
     (100, 128, "list"): _EIGHT,
 }
 for _arch in (86, 89, 120):
-    MMA_TILES[_arch, 64] = MMA_BYTE_TILES[_arch, 64] = Tile(128, 64, 8, 3, 2)
+    MMA_TILES[_arch, 64] = MMA_BYTE_TILES[_arch, 64] = _tile(128, 8, 3, 2)
     MMA_TILES[_arch, 64, "list"] = MMA_BYTE_TILES[_arch, 64, "list"] = _EIGHT
     MMA_TILES[_arch, 128] = MMA_BYTE_TILES[_arch, 128] = _TWELVE
     MMA_TILES[_arch, 128, "list"] = MMA_BYTE_TILES[_arch, 128, "list"] = replace(_EIGHT, stages=2)
     MMA_TILES[_arch, 256] = MMA_BYTE_TILES[_arch, 256] = replace(_EIGHT, stages=2)
     MMA_TILES[_arch, 256, "list"] = MMA_BYTE_TILES[_arch, 256, "list"] = replace(_EIGHT, stages=1)
 MMA_TILES[120, 128, "causal"] = _EIGHT
-MMA_TILES[120, 256] = Tile(128, 64, 8, 1, 1, True)
-MMA_BYTE_TILES[120, 256, "list"] = Tile(64, 64, 4, 1, 1, True)
+MMA_TILES[120, 256] = _tile(128, 8, 1, 1, True)
+MMA_BYTE_TILES[120, 256, "list"] = _tile(64, 4, 1, 1, True)
 # Where sums of fp16 or emulated FP8 MMAs take more registers.
 for _mask in MASKS:
     MMA_TILES[0, 64, _mask, "fp16"] = _TWO
-    MMA_TILES[75, 64, _mask, "fp16"] = MMA_TILES[75, 64, "list"] if _mask == "list" else Tile(128, 64, 4, 2, 2)
+    MMA_TILES[75, 64, _mask, "fp16"] = MMA_TILES[75, 64, "list"] if _mask == "list" else _tile(128, 4, 2, 2)
     for _sums in ("fp8", "fp16"):
         MMA_BYTE_TILES[0, 128, _mask, _sums] = MMA_BYTE_TILES[100, 128, _mask, _sums] = _EIGHT
         MMA_BYTE_TILES[0, 256, _mask, _sums] = replace(_EIGHT, q_in_smem=True)
@@ -110,7 +116,7 @@ MMA_BYTE_TILES |= {
     (100, 256, "causal", "fp16"): _SHARED,
     (100, 256, "list", "fp16"): _SHARED,
     (120, 256, "causal", "fp8"): replace(MMA_BYTE_TILES[120, 256, "causal", "fp8"], q_in_smem=True),
-    (120, 256, "list", "fp8"): Tile(64, 64, 4, 2, delay_v_load=2),
+    (120, 256, "list", "fp8"): _tile(64, 4, 2, delay_v_load=2),
 }
 # Bytes of local memory a thread may use outside its main loop: at head_dim 256 the accumulators leave the compiler a register or two short.
 MMA_LOCAL = {64: 0, 128: 0, 256: 16}
@@ -118,23 +124,20 @@ MMA_LOCAL = {64: 0, 128: 0, 256: 16}
 
 def _mma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
     t = find_tile(kernels.tiles, arch, head_dim, mask, accumulate)
-    row_tiles = t.block_m // (WARP_ROWS * t.warps)
-    smem = t.stages * (kernels.tile_bytes(head_dim) + (2 * BARRIER_BYTES if arch >= BULK_ARCH else 0))
-    if t.q_in_smem:
-        smem += t.block_m * head_dim
-    if t.q_in_smem or t.loop_state_in_smem:
-        smem += 8 * row_tiles * 32 * t.warps
-    if t.loop_state_in_smem:
-        smem += 16
-    flags = ", ".join(str(x).lower() for x in (t.q_in_smem, t.loop_state_in_smem, t.recompute_thread_idx, t.delay_v_load))
-    config = f"{head_dim}, Mask::{mask}, PvType::{kernels.pv}, PvAccum::{accumulate}, {t.warps}, {row_tiles}, {t.stages}, {flags}"
-    symbol = kernels.attend_symbol(head_dim, mask, accumulate)
-    return Entry(symbol, f"attend_mma<AttendConfig<{config}>, {smem}>", AttendParams, 32 * t.warps, t.blocks, smem, MMA_LOCAL[head_dim])
+    fields = {
+        "mask": f"Mask::{mask}", "pv": f"PvType::{kernels.pv}", "accumulate": f"PvAccum::{accumulate}",
+        "warps": t.warps, "row_tiles": t.block_m // (WARP_ROWS * t.warps), "stages": t.stages,
+    } | {name: str(value).lower() for name in FLAGS if (value := getattr(t, name))}  # fmt: skip
+    config = f"AttendConfig<{head_dim}, {initializer('MmaTile', fields)}>"
+    return Entry(
+        kernels.attend_symbol(head_dim, mask, accumulate), f"attend_mma<{config}>", AttendParams, 32 * t.warps, t.blocks,
+        f"attend_shared_bytes<{config}>()", MMA_LOCAL[head_dim],
+    )  # fmt: skip
 
 
 def _fragment_bytes(value_bytes: int) -> Callable[[int], int]:
-    """Of a tile of 64 keys (csrc/layout/fragment.cuh): INT8 codes, values, four fp32 scales."""
-    return lambda head_dim: 64 * head_dim * (1 + value_bytes) + 16
+    """Of a tile (csrc/layout/fragment.cuh): K in INT8, V, four fp32 scales."""
+    return lambda head_dim: KV_TILE * head_dim * (1 + value_bytes) + 16
 
 
 MMA_FP16 = KernelFamily(

@@ -52,11 +52,11 @@ class QuantizeKParams(ctypes.Structure):
     _fields_ = [
         ("k", Tokens), ("v", Tokens),
         ("kv", POINTER), ("k_mean", POINTER), ("k_scale_partial", POINTER), ("v_stats", POINTER), ("v_stats_ready", POINTER),
-        ("v_quant_sum", POINTER), ("v_stats_live", POINTER), ("split_kv_ready", POINTER), ("live", LiveKeys),
+        ("v_quant_sum", POINTER), ("v_stats_live", POINTER), ("split_kv_ready", POINTER), ("order", POINTER), ("live", LiveKeys),
         ("bh_first", c_int32), ("bh_count", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("vectorized", c_int32),
         ("kv_tiles", c_int32), ("tile_bytes", c_int32), ("ctas_per_head", c_int32),
-        ("k_mean_samples", c_int32), ("k_mean_step", c_int32),
+        ("k_mean_given", c_int32), ("k_mean_samples", c_int32), ("k_mean_step", c_int32),
         ("split_kv_flags", c_int32), ("v_chunks", c_int32), ("v_chunk_tokens", c_int32),
     ]  # fmt: skip
 
@@ -67,7 +67,7 @@ class QuantizeVParams(ctypes.Structure):
     _fields_ = [
         ("v", Tokens),
         ("k_scale_partial", POINTER), ("v_stats", POINTER), ("v_stats_ready", POINTER), ("v_stats_live", POINTER), ("kv", POINTER),
-        ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_quant_sum", POINTER), ("live_keys", POINTER), ("live", LiveKeys),
+        ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_quant_sum", POINTER), ("live_keys", POINTER), ("order", POINTER), ("live", LiveKeys),
         ("bh_first", c_int32), ("bh_count", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("vectorized", c_int32),
         ("k_ctas_per_head", c_int32), ("v_chunks", c_int32),
@@ -85,7 +85,7 @@ class AttendParams(ctypes.Structure):
         ("k_mean", POINTER), ("split_kv_workspace", POINTER), ("split_kv_ready", POINTER), ("next_item", POINTER),
         ("mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64), ("mask_stride_q", c_int64), ("mask_stride_k", c_int64),
         ("kept", POINTER), ("kept_stride_b", c_int64), ("kept_stride_h", c_int64), ("kept_stride_q", c_int64),
-        ("lists", TileLists),
+        ("lists", TileLists), ("order", POINTER), ("tail", POINTER),
         ("out", POINTER), ("out_stride_b", c_int64), ("out_stride_h", c_int64), ("out_stride_n", c_int64),
         ("lse", POINTER),
         ("bh_first", c_int32), ("bh_count", c_int32), ("heads_kv", c_int32), ("heads_per_kv", c_int32),

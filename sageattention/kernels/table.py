@@ -16,26 +16,30 @@ TEST_TARGETS = ("compute_75", "compute_80")
 KERNELS: tuple[KernelFamily, ...] = (WGMMA_FP16, MMA_FP16, MMA_FP8, WGMMA_FP8, MMA_INT8)
 
 QUANTIZE_V_THREADS = 128
-# Threads whose registers fit a multiprocessor, by head dimension; on 7.5, where the whole rotation is in fp32, the compiler lacks two.
-QUANTIZE_K_RESIDENT, QUANTIZE_V_RESIDENT = {64: 768, 128: 768, 256: 512}, 768
+QUANTIZE_V_RESIDENT = 768  # threads whose registers fit a multiprocessor
+# The same for K, by compiled head dimension and by architecture where that differs: on 7.5 the whole rotation is in fp32, for which the
+# compiler lacks two registers.
+QUANTIZE_K_RESIDENT = {(0, 64): 768, (0, 128): 768, (0, 256): 512, (75, 128): 512, (75, 256): 256}
 
 
-def _quantize_k_entry(kernels: KernelFamily, arch: int, head_dim: int, masked: bool) -> Entry:
+def _quantize_k_entry(kernels: KernelFamily, arch: int, head_dim: int, live: bool) -> Entry:
     layout = kernels.layout.format(d=head_dim)
-    threads, resident = 4 * kernels.scale_block_keys(head_dim), QUANTIZE_K_RESIDENT[head_dim]
-    if arch == 75 and head_dim > 64:
-        resident -= threads
-    if masked:  # looking at which keys are live takes registers
+    threads = 4 * kernels.scale_block_keys(head_dim)
+    resident = QUANTIZE_K_RESIDENT.get((arch, head_dim)) or QUANTIZE_K_RESIDENT[0, head_dim]
+    if live:  # looking at which keys are live takes registers
         resident = min(resident, 512)
-    expression = f"quantize_k<{layout}, {str(masked).lower()}>"
-    return Entry(kernels.quantize_k_symbol(head_dim, masked), expression, QuantizeKParams, threads, max(1, resident // threads))
+    checks = (f"{layout}::kScaleKeys == {kernels.scale_block_keys(head_dim)}",)
+    symbol = kernels.quantize_k_symbol(head_dim, live)
+    return Entry(symbol, f"quantize_k<{layout}, {str(live).lower()}>", QuantizeKParams, threads, max(1, resident // threads), checks=checks)
 
 
 def _quantize_v_entry(kernels: KernelFamily, head_dim: int) -> Entry:
-    expression = f"quantize_v<{kernels.layout.format(d=head_dim)}, PvType::{kernels.pv}>"
+    layout = kernels.layout.format(d=head_dim)
     return Entry(
-        kernels.quantize_v_symbol(head_dim), expression, QuantizeVParams, QUANTIZE_V_THREADS, QUANTIZE_V_RESIDENT // QUANTIZE_V_THREADS
-    )
+        kernels.quantize_v_symbol(head_dim), f"quantize_v<{layout}, PvType::{kernels.pv}>", QuantizeVParams,
+        QUANTIZE_V_THREADS, QUANTIZE_V_RESIDENT // QUANTIZE_V_THREADS,
+        checks=(f"{layout}::kTileBytes == {kernels.tile_bytes(head_dim)}",),
+    )  # fmt: skip
 
 
 CLASSIFY = Entry("classify_mask", "classify_band", ClassifyParams, 256, 2)
@@ -46,7 +50,7 @@ def _images(target: str) -> Iterator[Image]:
     arch, built = int(target.split("_")[1].rstrip("a")), [k for k in KERNELS if k.built_for(target)]
     for name in dict.fromkeys(k.quantizer for k in built):
         made = [(k, d) for k in built if k.quantizer == name for d in k.head_dims]
-        keys = {k.quantize_k_symbol(d, masked): _quantize_k_entry(k, arch, d, masked) for k, d in reversed(made) for masked in (True, False)}
+        keys = {k.quantize_k_symbol(d, live): _quantize_k_entry(k, arch, d, live) for k, d in reversed(made) for live in (True, False)}
         entries = (CLASSIFY, *reversed(keys.values()), *(_quantize_v_entry(k, d) for k, d in made))
         yield Image(name, target, "kernel/quantize.cuh", entries, released=target not in TEST_TARGETS)
     for k in built:

@@ -3,16 +3,17 @@
 Scores are logits in base 2, σ_ij = q_mean_i · k_mean_j · sm_scale · log2(e), one row for each 64 queries. A list serves `q_block` queries,
 64 or 128. For 128 the two rows are brought together as the sum of their softmaxes: a block's weight is Σ_r 2^(σ_rj − lse_r) over
 the rows r, and it is exact where that is more than the threshold's weight Σ_r 2^(t_r − lse_r). With one row that is σ > t.
+The softmax is over the blocks in question: those that the row sees, that are no sinks (they are exact anyway) and that are alike (below).
 All of it is computed as logarithms, which neither overflow nor round small weights to ties.
 
     sol   t = τ · sqrt(Σ_d q_mean_d² k_var_d · (sm_scale · log2 e)² + 1e-6)     (Sol-Attn, arXiv:2607.24027)
-    mass  t = lse + log2(τ / n), n the blocks the row may see: τ times the mean share of the softmax, one τ for all heads
-    topk  the κ largest weights of the blocks that are no sinks, ties included, κ = round(keep · their number), at least 1, and
-          all of them only at keep = 1                                         (SLA; VSA without neighbours and tail)
-    cdf   the largest weights until their share of the row reaches `keep`. A KV block whose keys are less alike than `likeness` stands
-          outside of the softmax and is exact; so is every block for a query block as uneven (SpargeAttn, arXiv:2502.18137)
+    mass  t = lse + log2(τ / n), n the blocks in question: τ times their mean share, one τ for all heads
+    topk  the κ largest weights, ties included, κ = round(keep · n), at least 1, and all n only at keep = 1
+                                                                                (SLA; VSA without neighbours and tail)
+    cdf   the largest weights until their share of the row reaches `keep`      (SpargeAttn, arXiv:2502.18137)
     static  a given mask
 
+A KV block whose keys are less alike than `similarity` is exact; so is every block for queries that are as uneven (SpargeAttn).
 A NaN score counts as above every threshold: the row then computes all that it may see, and gives what dense attention gives.
 """
 
@@ -36,13 +37,13 @@ class Selection(NamedTuple):
         kind: one of `KINDS`.
         tau: the threshold of "sol" and "mass".
         keep: the share of blocks of "topk", the share of the softmax of "cdf"; 0 to 1.
-        likeness: what "cdf" asks of a block's tokens; 0 or less turns it off.
+        similarity: mean cosine between tokens that a block needs to be judged by its mean; 0 or less asks nothing.
     """
 
     kind: str
     tau: float = 1.0
     keep: float = 0.1
-    likeness: float = 0.0
+    similarity: float = 0.0
 
 
 def scores(q: PooledQ, kv: PooledKV, scale: float) -> torch.Tensor:
@@ -65,41 +66,40 @@ def select(
     Args:
         sigma: [m, n], `scores`; a row for each 64 queries.
         visible: bool [m, n], blocks of which a row sees at least one key.
-        sinks: bool [n], blocks that are exact anyway: "topk" does not count them.
+        sinks: bool [n], blocks that are exact anyway.
         rows: rows of `sigma` that share a list, 1 or 2.
 
     Returns:
         bool [⌈m / rows⌉, n].
     """
-    seen = _group(visible, rows, False).any(1)
-    outside = torch.zeros_like(sinks)
-    if selection.kind == "cdf":
-        outside = kv.k_likeness < selection.likeness
-    lse = _log2_sum(sigma.masked_fill(~visible | outside, -math.inf))
-    weight = _join(torch.where(visible & ~outside, sigma - lse, -math.inf), rows)
+    uneven = kv.k_similarity < selection.similarity
+    asked = visible & ~sinks & ~uneven
+    lse = _log2_sum(sigma.masked_fill(~asked, -math.inf))
+    weight = _join(torch.where(asked, sigma - lse, -math.inf), rows)
+    candidates = _group(asked, rows, False).any(1)
     if selection.kind == "sol":
         spread = (q.q_mean.square() @ kv.k_var * scale**2 + TINY_SPREAD).sqrt()[:, None]
         chosen = ~(weight <= _join(selection.tau * spread - lse, rows))
     elif selection.kind == "mass":
-        mean_share = 1 / visible.sum(-1, keepdim=True).clamp_min(1)
+        mean_share = 1 / asked.sum(-1, keepdim=True).clamp_min(1)
         chosen = ~(weight <= _join((selection.tau * mean_share).log2(), rows))
     elif selection.kind == "topk":
-        chosen = _largest(weight, seen & ~sinks, selection.keep)
+        chosen = _largest(weight, candidates, selection.keep)
     elif selection.kind == "cdf":
-        chosen = _until_share(weight, selection.keep) | outside
-        chosen |= _group((q.q_likeness < selection.likeness)[:, None], rows, False).any(1)
+        chosen = _until_share(weight, selection.keep)
     else:
         raise ValueError(f"selection {selection.kind!r} has no scores, accepted are {', '.join(KINDS[:-1])}")
-    return chosen & seen
+    everything = _group((q.q_similarity < selection.similarity)[:, None], rows, False).any(1)
+    return (chosen & candidates | uneven | everything) & _group(visible, rows, False).any(1)
 
 
 def _largest(weight: torch.Tensor, candidates: torch.Tensor, keep: float) -> torch.Tensor:
-    """The κ largest of each row's candidates, ties included."""
+    """The κ largest of each row's candidates, ties included: bool [lists, n]."""
     number = candidates.sum(-1)
     kappa = torch.minimum((keep * number).round(), number - (0 if keep >= 1 else 1)).clamp_min(1).long()
     ordered = weight.masked_fill(~candidates, -math.inf).sort(-1, descending=True).values
     threshold = ordered.gather(-1, (kappa - 1)[:, None]) if ordered.shape[-1] else ordered
-    return ~(weight < threshold) & candidates
+    return ~(weight < threshold)
 
 
 def _until_share(weight: torch.Tensor, keep: float) -> torch.Tensor:

@@ -6,7 +6,8 @@ import math
 
 import torch
 
-NEGLIGIBLE_BIAS = 1000.0  # nats under a row's largest bias, at which no weight is left of any score
+from .constants import NEGLIGIBLE_BIAS
+
 CHUNK = 1 << 23  # elements of the mask that are looked at at once, where that takes memory
 
 

@@ -25,7 +25,7 @@ class PooledKV(NamedTuple):
         k_shift: [D], mean of the block means, empty blocks aside; the attention subtracts the same vector from K.
         k_mean: [n, D], mean of the live keys of each block, minus `k_shift`.
         k_var: [D], mean of k_mean², empty blocks aside.
-        k_likeness: [n], see `likeness`, of the keys minus `k_shift`.
+        k_similarity: [n], see `similarity`, of the keys minus `k_shift`.
         v_sum: [n, D], sum of the live values.
         counts: [n], live keys.
     """
@@ -33,16 +33,16 @@ class PooledKV(NamedTuple):
     k_shift: torch.Tensor
     k_mean: torch.Tensor
     k_var: torch.Tensor
-    k_likeness: torch.Tensor
+    k_similarity: torch.Tensor
     v_sum: torch.Tensor
     counts: torch.Tensor
 
 
 class PooledQ(NamedTuple):
-    """One head's query blocks: q_mean [m, D], mean of the live rows (0 where there is none), and their q_likeness [m]."""
+    """One head's query blocks: q_mean [m, D], mean of the live rows (0 where there is none), and their q_similarity [m]."""
 
     q_mean: torch.Tensor
-    q_likeness: torch.Tensor
+    q_similarity: torch.Tensor
 
 
 def pool_kv(k: torch.Tensor, v: torch.Tensor, live: torch.Tensor | None = None) -> PooledKV:
@@ -54,17 +54,18 @@ def pool_kv(k: torch.Tensor, v: torch.Tensor, live: torch.Tensor | None = None) 
     k_shift = mean.sum(0) / used.sum().clamp_min(1)
     k_mean = torch.where(used[:, None], mean - k_shift, 0)
     k_var = k_mean.square().sum(0) / used.sum().clamp_min(1)
-    return PooledKV(k_shift, k_mean, k_var, likeness(torch.where(exists, blocks - k_shift, 0), counts), _blocked(v, live)[0].sum(1), counts)
+    similarity = self_similarity(torch.where(exists, blocks - k_shift, 0), counts)
+    return PooledKV(k_shift, k_mean, k_var, similarity, _blocked(v, live)[0].sum(1), counts)
 
 
 def pool_q(q: torch.Tensor, live: torch.Tensor | None = None) -> PooledQ:
     """Pool q [N, D] of one head; `live` is bool [N], None for all."""
     blocks, exists = _blocked(q, live)
     counts = exists.sum((1, 2)).to(q.dtype)
-    return PooledQ(blocks.sum(1) / counts.clamp_min(1)[:, None], likeness(blocks, counts))
+    return PooledQ(blocks.sum(1) / counts.clamp_min(1)[:, None], self_similarity(blocks, counts))
 
 
-def likeness(blocks: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def self_similarity(blocks: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Mean cosine over all pairs of live tokens (a token with itself included) of each block: |mean of the unit vectors|², in [0, 1].
 
     Args:

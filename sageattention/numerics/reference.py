@@ -15,23 +15,25 @@ import torch
 from . import hadamard
 from .constants import (
     AMAX_MIN,
+    E4M3_MAX,
     FINITE_MAX,
     INT8_MAX,
     K_SCALE_SHIFT,
+    LINE_EXCESS,
+    LN2,
     LOG2E,
     MASK_LIMIT,
+    QK_MAX,
     SCORE_LIMIT,
+    TAIL_BOOST_LOG2,
+    TAIL_THRESHOLD,
     k_mean_stride,
     pad_head_dim,
 )
 from .live_keys import live_keys, reachable
 from .scheme import Scheme
 
-LN2 = math.log(2.0)
-E4M3_MAX = 448.0
 LAZY_ROWS = 128  # queries of a block of the kernels with `lazy`
-LINEAR_EXCESS = 15 / 256  # in base 2, of the line over the exponential on average
-FAR, RAISE = 3.0, 4.0  # a row whose scores begin a group so far (base 2) below its reference has its weights raised by so much
 # An FP8 MMA cuts each product off below the accumulator's leading bits. Cutting the sum off after every second key, at this many
 # significand bits, gives the shrinkage that was measured on Hopper: 1.1e-5 a key of a coherent sum (.98, .815, .70 at 2k, 16k, 32k).
 FP8_ACCUMULATOR_BITS = 14
@@ -146,7 +148,7 @@ def quantize_k(k: torch.Tensor, scheme: Scheme, live: torch.Tensor | None = None
     amax = shifted.abs().amax(-1, keepdim=True)
     if scheme.k_scale != "token":
         amax = _share(amax, scheme)
-    k8, scale = _int8(shifted, amax)
+    k8, scale = QUANTIZE_QK[scheme.qk](shifted, amax)
     return k8, scale * K_SCALE_SHIFT, k_mean[0]
 
 
@@ -197,13 +199,16 @@ def _int8(x: torch.Tensor, amax: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return (x * inverse).round(), amax * (1 / INT8_MAX)
 
 
+QUANTIZE_QK = {"int8": _int8}  # by the type of Q and K: (x, amax) → (x in units of its scale, rounded; the scale)
+
+
 def _e4m3(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
 
 
 def _linear(score: torch.Tensor, maximum: torch.Tensor, p_max: float) -> torch.Tensor:
     """P in e4m3, its logarithm's fraction as mantissa: a straight line for each octave. Below 2^-6 the line goes on to 0 at 2^-7."""
-    code = ((score - maximum) * 8 + 8 * (math.log2(p_max) + 7 - LINEAR_EXCESS)).round().clamp(0, 126)
+    code = ((score - maximum) * 8 + 8 * (math.log2(p_max) + 7 - LINE_EXCESS)).round().clamp(0, 126)
     return code.to(torch.uint8).view(torch.float8_e4m3fn).float()
 
 
@@ -321,9 +326,9 @@ def _attend_rows(
     tokens, head_dim = k8.shape
     factor = min(abs(sm_scale) * hadamard.gain(head_dim), FINITE_MAX)  # finite, so that 0 · factor is 0
     rotated = rotate(q, scheme) * math.copysign(1.0, sm_scale)
-    q8, unit = _int8(rotated, rotated.abs().amax(-1, keepdim=True))
+    q8, unit = QUANTIZE_QK[scheme.qk](rotated, rotated.abs().amax(-1, keepdim=True))
     largest = k_scale.amax().clamp_min(AMAX_MIN)
-    q_scale = torch.minimum(unit * factor * (LOG2E / K_SCALE_SHIFT), SCORE_LIMIT / (INT8_MAX**2 * head_dim) / largest)
+    q_scale = torch.minimum(unit * factor * (LOG2E / K_SCALE_SHIFT), SCORE_LIMIT / (QK_MAX[scheme.qk] ** 2 * head_dim) / largest)
 
     # `out` and the sums l are relative to the maximum m; P, the accumulator `acc` and its sums `acc_l` to `near`.
     m = near = torch.full_like(q_scale, -math.inf)
@@ -341,8 +346,8 @@ def _attend_rows(
             base = torch.maximum(m, near)
             new = torch.where(top > base + scheme.rescale_threshold, top, base) if begins else m
             moved = torch.where(top > near + scheme.rescale_threshold, torch.where(top > m + scheme.rescale_threshold, top, m), near)
-            far = (top < new - math.log2(scheme.p_max) - FAR) & lines
-            to = torch.where(far, new - RAISE, new) if begins else moved
+            far = (top < new - math.log2(scheme.p_max) - TAIL_THRESHOLD) & lines
+            to = torch.where(far, new - TAIL_BOOST_LOG2, new) if begins else moved
         else:
             new = torch.maximum(m, top)
             to = top if scheme.p_tile_max else new

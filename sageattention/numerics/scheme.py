@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .constants import FRAGMENT_KEYS
+from .constants import BITS, E4M3_MAX, FRAGMENT_KEYS, KV_TILE, KV_TILE_SM90
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,21 @@ class Scheme:
     exact_sum: bool = False  # the softmax denominator sums P before it is rounded
     accumulate: str = "fp32"  # the MMA accumulator of P·V: "fp32", "fp16", "int32" (exact), "fp8" (an FP8 MMA's ~14 bits)
     promote: int = 0  # keys after which the accumulator is added to fp32 registers; 0: after every KV tile
-    kv_tile: int = 64  # keys per step of the online softmax
+    kv_tile: int = KV_TILE  # keys per step of the online softmax
     fragment_keys: int = FRAGMENT_KEYS  # a "fragment" scale covers a quarter of so many consecutive keys
     linear: bool = False  # P of the first eight of every sixteen keys is on a straight line for each octave
     lazy: int = 0  # not 0: tiles from the last to the first, in steps of lazy / head_dim keys; a reference moves when it has to (`slack`)
+    qk: str = "int8"  # the type of Q and K
     rescale_threshold: float = 0.0  # a row's maximum may outgrow its reference by 2^slack before all is rescaled: P reaches p_max · 2^slack
 
     @property
-    def v_bytes(self) -> int:
-        """Bytes of one element of quantised V."""
-        return 2 if self.pv == "fp16" else 1
+    def v_bits(self) -> int:
+        """Bits of one element of quantised V."""
+        return BITS[self.pv]
+
+    def kv_bytes(self, channels: int) -> int:
+        """Bytes of one key's quantised K and V, without scales."""
+        return channels * (BITS[self.qk] + self.v_bits) // 8
 
 
 # fp16 P and V with fp32 accumulators: the products need no head room, so both operands use fp16's range; p_max = 2^10 keeps
@@ -46,7 +51,7 @@ FP16_FP32_TRITON = replace(FP16_FP32, exact_sum=True)
 FP16_FP32_MMA = replace(FP16_FP32, k_scale="fragment", exact_sum=True, rescale_threshold=3.0)
 # Hopper's wgmma kernel takes 96 keys at a time, with two scales a thread (.0107 on normal inputs). Its denominator is a column of ones
 # in V, so it sums what P was rounded to.
-FP16_FP32_WGMMA = replace(FP16_FP32_MMA, fragment_keys=48, exact_sum=False, kv_tile=96)
+FP16_FP32_WGMMA = replace(FP16_FP32_MMA, fragment_keys=KV_TILE_SM90["fp16"] // 2, exact_sum=False, kv_tile=KV_TILE_SM90["fp16"])
 # fp16 accumulators, promoted every KV tile: keys in the accumulator · p_max · 2^slack · v_max · 2 < 65504. The last 2 is for a P that
 # the fma rounds above p_max. The same for "fp16": promoting less often gains nothing.
 FP16_FP16_FP32 = Scheme("fp16", True, "fragment", p_max=16.0, v_max=8.0, accumulate="fp16", exact_sum=True, rescale_threshold=1.0)
@@ -54,13 +59,14 @@ FP16_FP16_FP32 = Scheme("fp16", True, "fragment", p_max=16.0, v_max=8.0, accumul
 TILE_MAX_THRESHOLD = 16.0
 # e4m3 P and V over their whole range. P of the tile's own maximum is exact, which takes 6 % off the error; V's mean, taken out, is exact
 # too. An FP8 MMA keeps about 14 bits whatever its accumulator is called (Ada, Hopper), so "fp32" is promoted every tile as well.
-FP8_FP32 = Scheme("fp8", True, "fragment", p_max=448.0, v_max=448.0, v_mean=True, p_tile_max=True, accumulate="fp8")
+FP8_FP32 = Scheme("fp8", True, "fragment", p_max=E4M3_MAX, v_max=E4M3_MAX, v_mean=True, p_tile_max=True, accumulate="fp8")
 # Hopper's wgmma kernel has no time to promote every tile, so P is against the running maximum. What that costs is won back twice over
 # where the mean added back also makes up for the rounding of V: that error is the same for all keys, P's is not (.0395 → .0353).
 # Half of the weights do without an exponential (.0371); a promoted sum is of 256 keys.
 FP8_FP32_WGMMA = replace(
-    FP8_FP32, p_tile_max=False, v_rounded=True, p_max=56.0, rescale_threshold=3.0, promote=256, linear=True, kv_tile=128, lazy=64 * 128
-)
+    FP8_FP32, p_tile_max=False, v_rounded=True, p_max=56.0, rescale_threshold=3.0, promote=256, linear=True,
+    fragment_keys=KV_TILE_SM90["fp8"] // 2, kv_tile=KV_TILE_SM90["fp8"], lazy=64 * 128,
+)  # fmt: skip
 # By mma.sync the mean makes up for the rounding of V as well (.0364 → .0313).
 FP8_FP32_MMA = replace(FP8_FP32, v_rounded=True, exact_sum=True, rescale_threshold=TILE_MAX_THRESHOLD)
 FP8_FP16 = replace(FP8_FP32_MMA, p_max=56.0, v_max=4.5, accumulate="fp16")

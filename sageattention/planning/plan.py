@@ -118,13 +118,13 @@ def refusal(variant: Variant, capability: Capability, arch: int = 0, ptx: bool =
     if variant.backend in ("triton", "cuda"):
         if capability.device != "cuda":
             extra = ", or TRITON_INTERPRET=1 (slow, for tests)" if variant.backend == "triton" else ""
-            return Unsupported("q", f"is on {capability.device}; {variant.name} needs a tensor on an NVIDIA GPU{extra}")
+            return Unsupported("q", f"{variant.name} needs a tensor on an NVIDIA GPU{extra}, not on {capability.device}")
         if family < variant.min_arch:
-            needs = f"needs sm_{variant.min_arch} or newer"
-            return Unsupported("q", f"is on an sm_{family} device; {variant.name} {needs}; {_nearest(variant, family)}")
+            needs = f"needs sm_{variant.min_arch} or newer, not sm_{family}"
+            return Unsupported("q", f"{variant.name} {needs}; {_nearest(variant, family)}")
         if variant.archs and family not in variant.archs:
-            only = f"is made for {_archs(variant.archs)} only"
-            return Unsupported("q", f"is on an sm_{family} device; {variant.name} {only}; {_nearest(variant, family)}")
+            only = f"is made for {_archs(variant.archs)} only, not for sm_{family}"
+            return Unsupported("q", f"{variant.name} {only}; {_nearest(variant, family)}")
     if variant.backend == "cuda":
         kernels = next((k for d in HEAD_DIMS if (k := variant.choose(family, bool(arch), d))), None)
         try:
@@ -173,7 +173,7 @@ def _fit(problem: Problem, capability: Capability, variant: Variant, accum: str,
     head_dim = pad_head_dim(problem.head_dim)
     if variant.backend == "triton":
         tile = find_tile(variant.tiles, family, head_dim)
-        per_key = head_dim + head_dim * scheme.v_bytes + 4
+        per_key = scheme.kv_bytes(head_dim) + 4  # K's scale
         heads = _heads_per_group(problem, variant.backend, tile.block_n * per_key, tile.block_n)
         return Plan(variant, reason, (), family, head_dim, tile, replace(scheme, kv_tile=tile.block_n), heads)
     if variant.backend == "cuda":
@@ -202,7 +202,7 @@ def _heads_per_group(problem: Problem, backend: str, tile_bytes: int, tile: int)
 def _nearest(variant: Variant, arch: int) -> str:
     """What of the same kind, P and V in one type before another, an sm_`arch` device can run, in words."""
     able = [v for v in VARIANTS.values() if v.backend == "cuda" and arch >= v.min_arch and (not v.archs or arch in v.archs)]
-    nearest = min(able, key=lambda v: (v.scheme.pv != variant.scheme.pv, v.scheme.v_bytes != variant.scheme.v_bytes), default=SDPA)
+    nearest = min(able, key=lambda v: (v.scheme.pv != variant.scheme.pv, v.scheme.v_bits != variant.scheme.v_bits), default=SDPA)
     return f"the nearest that runs there is {nearest.name}"
 
 

@@ -100,8 +100,8 @@ class Problem(NamedTuple):
             mask = _check_mask(attn_mask, (batch, heads_q, len_q, len_kv), q)
         return cls(
             batch, heads_q, heads_kv, len_q, len_kv, head_dim, _dtype_name(q), *_device(q), tensor_layout,
-            _flag("is_causal", is_causal), mask,
-            _scale(sm_scale, head_dim), _flag("return_lse", return_lse), needs_grad=needs_grad(q, k, v, attn_mask),
+            as_flag("is_causal", is_causal), mask,
+            _scale(sm_scale, head_dim), as_flag("return_lse", return_lse), needs_grad=needs_grad(q, k, v, attn_mask),
             head_dim_v=0 if v.shape[3] == head_dim else v.shape[3],
         )  # fmt: skip
 
@@ -154,8 +154,8 @@ class Problem(NamedTuple):
         if attn_mask is not None:
             mask = _check_mask(attn_mask, (self.batch, q.shape[heads], q.shape[tokens], self.len_kv), q)
         return self._replace(
-            heads_q=q.shape[heads], len_q=q.shape[tokens], causal=_flag("is_causal", is_causal), mask=mask,
-            sm_scale=_scale(sm_scale, self.head_dim), return_lse=_flag("return_lse", return_lse),
+            heads_q=q.shape[heads], len_q=q.shape[tokens], causal=as_flag("is_causal", is_causal), mask=mask,
+            sm_scale=_scale(sm_scale, self.head_dim), return_lse=as_flag("return_lse", return_lse),
         )  # fmt: skip
 
     @classmethod
@@ -187,7 +187,7 @@ class Problem(NamedTuple):
         for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             if not hasattr(cu, "dim"):
                 raise Unsupported(name, f"got {type(cu).__name__}, accepted is a torch.Tensor of int32 or int64")
-            _check_plain(name, cu)
+            check_plain(name, cu)
             if cu.dim() != 1 or cu.numel() < 1 or _dtype_name(cu) not in ("int32", "int64"):
                 raise Unsupported(name, f"got {cu.dtype} of shape {tuple(cu.shape)}, accepted is int32 or int64 of shape [batch + 1]")
             if cu.device != q.device:
@@ -199,7 +199,7 @@ class Problem(NamedTuple):
         longest_q, longest_k = _length("max_seqlen_q", max_seqlen_q), _length("max_seqlen_k", max_seqlen_k)
         return cls(
             cu_seqlens_q.numel() - 1, q.shape[1], k.shape[1], min(longest_q, q.shape[0]), min(longest_k, k.shape[0]), q.shape[2],
-            _dtype_name(q), *_device(q), "NHD", _flag("is_causal", is_causal), "none",
+            _dtype_name(q), *_device(q), "NHD", as_flag("is_causal", is_causal), "none",
             _scale(sm_scale, q.shape[2]), False, True, needs_grad(q, k, v),
         )  # fmt: skip
 
@@ -261,14 +261,14 @@ def _check_rank(rank: int, layout: str, tensors: tuple[tuple[str, torch.Tensor],
     for name, t in tensors:
         if not hasattr(t, "dim"):
             raise Unsupported(name, f"got {type(t).__name__}, accepted is a torch.Tensor")
-        _check_plain(name, t)
+        check_plain(name, t)
         if t.dim() != rank:
             raise TorchOnly(name, f"got {t.dim()} dimensions {tuple(t.shape)}, accepted are {rank} ({layout})")
         if t.numel() and t.shape[-1] > 1 and t.stride(-1) != 1:
             raise TorchOnly(name, f"its last stride is {t.stride(-1)}, accepted is 1 (head_dim contiguous); call .contiguous()")
 
 
-def _check_plain(name: str, t: torch.Tensor) -> None:
+def check_plain(name: str, t: torch.Tensor) -> None:
     """No tensor but one whose elements lie in memory, by strides."""
     if getattr(t, "is_nested", False):
         raise TorchOnly(name, "is a nested tensor, accepted is a dense one: pad it (and mask), or call sageattn_varlen")
@@ -318,7 +318,7 @@ def _check_head_dim(limit: int | None, first: tuple[str, torch.Tensor], *others:
 def _check_mask(mask: torch.Tensor, scores: tuple[int, int, int, int], q: torch.Tensor) -> str:
     if not hasattr(mask, "dim"):
         raise Unsupported("attn_mask", f"got {type(mask).__name__}, accepted is a torch.Tensor, bool (True keeps) or float (added)")
-    _check_plain("attn_mask", mask)
+    check_plain("attn_mask", mask)
     shape = tuple(mask.shape)
     padded = (1,) * (4 - len(shape)) + shape
     if len(shape) > 4 or any(m not in (1, s) for m, s in zip(padded, scores)):
@@ -362,7 +362,7 @@ def _scale(sm_scale: float | None, head_dim: int) -> float:
     return scale
 
 
-def _flag(name: str, given: bool | None) -> bool:
+def as_flag(name: str, given: bool | None) -> bool:
     """True or False, whatever type it comes in (None is False). Of anything else, such as a text, the truth is not what it says."""
     try:
         known = given is None or given in (False, True)

@@ -72,9 +72,9 @@ def kernel(index: int, image: Image, symbol: str, variant: str) -> Kernel:
         variant: whom an error is about.
 
     Raises:
-        KernelMissing: there is no driver, it is too old for the image, the image is missing, damaged or refused, or the card
-            has too little shared memory. Nothing stays half loaded; another variant can be tried.
-        CudaError: the driver fails for another reason.
+        KernelMissing: there is no driver, it is too old for the image, the image is missing, damaged or refused, the card has
+            too little shared memory, or the driver fails at loading it. Nothing has run and nothing stays half loaded; another
+            variant can be tried.
     """
     known = _devices.get(index)
     found = known and known.kernels.get((image.path, symbol))
@@ -86,7 +86,7 @@ def kernel(index: int, image: Image, symbol: str, variant: str) -> Kernel:
             if (image.path, symbol) not in card.kernels:
                 card.kernels[image.path, symbol] = _load(card, image, image.entry(symbol))
             return card.kernels[image.path, symbol]
-    except (libcuda.NoDriver, Unusable) as error:
+    except (libcuda.NoDriver, Unusable, CudaError) as error:
         raise KernelMissing(variant, str(error)) from error
 
 
@@ -120,12 +120,13 @@ def _launch_error(card: Device, stream: int, launches: tuple[Launch, ...], failu
 
 def _load(card: Device, image: Image, entry: Entry) -> Kernel:
     known, path = store.record(image, entry), store.KERNELS / image.path
-    for key, value in (("threads", entry.threads), ("smem_dynamic", entry.smem), ("params", ctypes.sizeof(entry.params))):
+    for key, value in (("threads", entry.threads), ("params", ctypes.sizeof(entry.params))):
         if known[key] != value:
             raise Unusable(
                 f"{path} is of another version: the {key} of {entry.symbol} is {known[key]}, this version's is {value}; {store.remedy()}"
             )
-    _check_shared(card, image, entry, known["smem_static"] or 0)
+    smem = known["smem_dynamic"]
+    _check_shared(card, image, entry, smem + (known["smem_static"] or 0))
     with libcuda.current(card.context):
         module = _module(card, image)
         try:
@@ -133,15 +134,14 @@ def _load(card: Device, image: Image, entry: Entry) -> Kernel:
         except libcuda.Refused as error:
             raise Unusable(f"{path}: {error}; {store.remedy()}") from error
         if known["smem_static"] is None:  # PTX: the driver has only now compiled it
-            _check_shared(card, image, entry, libcuda.static_shared(handle, entry.symbol))
-        if entry.smem:
-            libcuda.allow_shared(handle, entry.symbol, entry.smem)
+            _check_shared(card, image, entry, smem + libcuda.static_shared(handle, entry.symbol))
+        if smem:
+            libcuda.allow_shared(handle, entry.symbol, smem)
     overlap = card.arch >= 90 and libcuda.cuda_version() >= libcuda.GRAPHS_WITH_OVERLAP
-    return Kernel(handle, entry.threads, entry.smem, known["params"], overlap, entry.symbol, ctypes.c_void_p(handle))
+    return Kernel(handle, entry.threads, smem, known["params"], overlap, entry.symbol, ctypes.c_void_p(handle))
 
 
-def _check_shared(card: Device, image: Image, entry: Entry, static: int) -> None:
-    need = static + entry.smem
+def _check_shared(card: Device, image: Image, entry: Entry, need: int) -> None:
     if need > card.shared:
         raise Unusable(
             f"{entry.symbol} of {store.KERNELS / image.path} needs {need} bytes of shared memory per block, {_named(card)} "

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ...kernels.params import AttendParams, ClassifyParams, QuantizeKParams, QuantizeVParams, packer
+from ...numerics.constants import BAND_ROWS, DTYPES, MASK_KINDS
 from ...planning.plan import Plan
 from ...planning.problem import Problem
 from ..call import Result, result_like
@@ -21,11 +22,10 @@ from . import driver
 from .launcher import Launch
 from .workspace import LaunchPlan, Workspace, launch_plan_of
 
-BAND_ROWS = 32  # queries that share a row of tile bits (csrc/kernel/classify_mask.cuh)
-_DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
-_MASK_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.bool: 3}
-(_pack_classify, _classify_constants), (_pack_quantize_k, _quantize_k_constants), (_pack_quantize_v, _quantize_v_constants), (_pack_attend, _attend_constants) = (
-    packer(p) for p in (ClassifyParams, QuantizeKParams, QuantizeVParams, AttendParams)
+_MASK_KINDS = {getattr(torch, name): number for name, number in MASK_KINDS.items()}
+_pack_classify, _classify_constants = packer(ClassifyParams)
+(_pack_quantize_k, _quantize_k_constants), (_pack_quantize_v, _quantize_v_constants), (_pack_attend, _attend_constants) = (
+    packer(p) for p in (QuantizeKParams, QuantizeVParams, AttendParams)
 )
 
 
@@ -127,11 +127,11 @@ def _quantize_launches(r: LaunchPlan, group: BoundQuantize, base: int, k: int, v
     kv, k_scale_partial, v_stats, done = base + w.kv, base + w.k_scale_partial, base + w.v_stats, base + w.v_stats_ready
     keys = _pack_quantize_k(
         k, k_strides, v, v_strides, kv, base + w.k_mean, k_scale_partial, v_stats, done, base + w.v_quant_sum, base + w.v_stats_live,
-        base + w.split_kv_ready, live, quantize_k_tail,
+        base + w.split_kv_ready, 0, live, quantize_k_tail,
     )  # fmt: skip
     values = _pack_quantize_v(
         v, v_strides, k_scale_partial, v_stats, done, base + w.v_stats_live, kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean,
-        base + w.v_quant_sum, base + w.live_keys, live, group.values,
+        base + w.v_quant_sum, base + w.live_keys, 0, live, group.values,
     )  # fmt: skip
     return (r.keys, group.key_blocks, 1, 1, keys, bool(live)), (r.values, group.value_blocks, 1, 1, values, True)
 
@@ -145,7 +145,7 @@ def _attend_launch(
     params = _pack_attend(
         q, q_strides, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_quant_sum, base + w.live_keys,
         base + w.k_mean, base + w.split_kv_workspace if r.shares else 0, done, done + 4 * (r.split_kv_flags - 1) if r.split_kv_flags else 0,
-        mask, mask_strides, kept, kept_strides, lists, list_strides, out, out_strides, lse, tail,
+        mask, mask_strides, kept, kept_strides, lists, list_strides, 0, 0, out, out_strides, lse, tail,
     )  # fmt: skip
     return r.attend, group.blocks, 1, 1, params, True
 
@@ -259,7 +259,7 @@ def _bind_quantize(r: LaunchPlan, k: torch.Tensor, v: torch.Tensor, lists: _List
     live = lists.live_keys if lists else (0, 0, 0, 0)
     groups = []
     for first, bh_count in r.groups:
-        shape = first, bh_count, p.heads_kv, r.len_kv, p.head_dim, _DTYPES[p.dtype], vectors
+        shape = first, bh_count, p.heads_kv, r.len_kv, p.head_dim, DTYPES[p.dtype], vectors
         keys = _quantize_k_constants(*strides[0], *strides[1], *live, *shape, *r.quantize_k_tail)
         values = _quantize_v_constants(*strides[1], *live, *shape, *r.quantize_v_tail)
         groups.append(BoundQuantize(bh_count * (r.k_ctas_per_head + r.v_chunks), keys, bh_count * r.v_ctas_per_head, values[-1]))
@@ -285,7 +285,7 @@ def _bind_attend(
             blocks,
             _attend_constants(
                 *q_strides, *mask_strides, *(lists.kept_strides if lists else (0, 0, 0)), *(lists.lists if lists else (0, 0, 0, 0, 1)),
-                *out_strides, first, bh_count, p.heads_kv, heads_per_kv, p.len_q, r.len_kv, p.head_dim, _DTYPES[p.dtype], *vectors, p.causal, kind, pairs_at_once, r.tiles, r.q_tiles, full_waves,
+                *out_strides, first, bh_count, p.heads_kv, heads_per_kv, p.len_q, r.len_kv, p.head_dim, DTYPES[p.dtype], *vectors, p.causal, kind, pairs_at_once, r.tiles, r.q_tiles, full_waves,
                 *((2**32 - 1) // d for d in (r.q_tiles, heads_per_kv, p.heads_kv)), *r.attend_tail,
             ),
             lists.kept if lists else 0,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...device import capability
 from ...kernels.table import CLASSIFY
-from ...numerics.constants import FINITE_MAX, INT8_MAX, LOG2E, SCORE_LIMIT, k_mean_stride
+from ...numerics.constants import FINITE_MAX, LOG2E, QK_MAX, SCORE_LIMIT, k_mean_stride
 from ...planning.plan import WORKSPACE_LIMIT, Plan
 from ...planning.problem import Problem
 from . import driver
@@ -100,13 +100,13 @@ def _new_launch_plan(p: Problem, plan: Plan, one_group: bool) -> LaunchPlan:
     groups = tuple((first, min(bh_count, bh_total - first)) for first in range(0, bh_total, bh_count))
     step = k_mean_stride(len_kv)
     keys_all = tiles * plan.tile.block_n
-    units = keys_all // names.scale_block_keys(d), -(-keys_all * scheme.v_bytes // values.threads)
+    units = keys_all // names.scale_block_keys(d), -(-keys_all * scheme.v_bits // (8 * values.threads))
     slots = keys.min_blocks * card.multiprocessors
     k_ctas_per_head = _runs(bh_count, units[0], slots * QUANTIZE_K_SHARE)
     most, fewest = (min(MAX_V_CHUNKS, -(-len_kv // tokens)) for tokens in V_CHUNK_TOKENS)
     v_chunk_tokens = -(-len_kv // max(fewest, min(int(slots * (1 - QUANTIZE_K_SHARE)) // bh_count, most)))
     v_chunks = -(-len_kv // v_chunk_tokens)
-    v_ctas_per_head = _runs(bh_count, units[1], values.min_blocks * card.multiprocessors)  # each warp has 32 / v_bytes keys at a time
+    v_ctas_per_head = _runs(bh_count, units[1], values.min_blocks * card.multiprocessors)  # a warp has 256 / v_bits keys at a time
     q_tiles = -(-p.len_q // plan.tile.block_m)
     limit, shares, split_kv_flags = MAX_GRID, False, 0
     if names.persistent and len(groups) == 1:
@@ -117,6 +117,7 @@ def _new_launch_plan(p: Problem, plan: Plan, one_group: bool) -> LaunchPlan:
             # Causal items are dealt out longest first, which leaves nothing to share. A block waits for another one's part.
             shares = items > limit > 1 and items % limit > 0 and not (p.causal and not masked)
             shares = shares and tiles * tile_bytes * bh_count + names.split_kv_bytes(d) * limit <= WORKSPACE_LIMIT["cuda"]
+    qk_max = QK_MAX[scheme.qk]
     return LaunchPlan(
         p, plan, *kernels, p.device_index, groups,
         _workspace(
@@ -124,11 +125,11 @@ def _new_launch_plan(p: Problem, plan: Plan, one_group: bool) -> LaunchPlan:
             (names.split_kv_bytes(d) * limit if shares else 0, split_kv_flags * 4),
         ),
         len_kv, tiles, k_ctas_per_head, v_chunks, v_ctas_per_head, q_tiles, limit, shares, split_kv_flags,
-        (tiles, tile_bytes, k_ctas_per_head, -(-len_kv // step), step, split_kv_flags, v_chunks, v_chunk_tokens),
+        (tiles, tile_bytes, k_ctas_per_head, False, -(-len_kv // step), step, split_kv_flags, v_chunks, v_chunk_tokens),
         (k_ctas_per_head, v_chunks, tiles, v_ctas_per_head, scheme.v_mean, scheme.v_max),
         (
-            min(abs(p.sm_scale) * LOG2E * 4 * d / INT8_MAX, FINITE_MAX), math.copysign(1.0, p.sm_scale),
-            max(-FINITE_MAX, min(p.sm_scale, FINITE_MAX)), SCORE_LIMIT / (INT8_MAX**2 * d), 1 / scheme.v_max, math.log2(scheme.p_max),
+            min(abs(p.sm_scale) * LOG2E * 4 * d / qk_max, FINITE_MAX), math.copysign(1.0, p.sm_scale),
+            max(-FINITE_MAX, min(p.sm_scale, FINITE_MAX)), SCORE_LIMIT / (qk_max**2 * d), 1 / scheme.v_max, math.log2(scheme.p_max),
             scheme.rescale_threshold,
         ),
     )  # fmt: skip

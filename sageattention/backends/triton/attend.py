@@ -72,12 +72,13 @@ def attend(
     CAUSAL: tl.constexpr, LSE: tl.constexpr, VARLEN: tl.constexpr, INT8_DOT: tl.constexpr,
 ):  # fmt: skip
     ratio = heads_q // heads_kv
-    local = tl.program_id(1)
+    blocks = tl.cdiv(len_q, BLOCK_M)
+    local = tl.program_id(0) // blocks
     group = local // ratio
     index = (head0 + group).to(tl.int64)
     batch, head_kv = index // heads_kv, index % heads_kv
     head = head_kv * ratio + local % ratio
-    start_m = tl.program_id(0) * BLOCK_M
+    start_m = tl.program_id(0) % blocks * BLOCK_M
     if VARLEN:
         first = tl.load(cu_seqlens_q + batch).to(tl.int64)
         len_q = (tl.load(cu_seqlens_q + batch + 1) - first).to(tl.int32)

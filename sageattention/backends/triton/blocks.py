@@ -14,7 +14,7 @@ K_SCALE_SHIFT = tl.constexpr(constants.K_SCALE_SHIFT)
 MASK_LIMIT = tl.constexpr(constants.MASK_LIMIT)
 FINITE_MAX = tl.constexpr(constants.FINITE_MAX)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # whose bf16 products are wrong, so it multiplies in fp32
-ROUND = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding and taking it away rounds |x| < 2²² to the nearest integer, ties to even
+ROUND = tl.constexpr(constants.PRESET)  # adding and taking it away rounds |x| < 2²² to the nearest integer, ties to even
 
 
 @triton.jit

@@ -23,6 +23,8 @@ from .attend import attend as _attend_kernel
 from .quantize import ROWS, SPLITS, quantize_kv, statistics
 
 STATISTICS_BLOCK = 64  # tokens a step
+# What the driver says where it can't load a kernel (errors 200, 209, 218, 221, 222 and 500): nothing has run then.
+LOADING = ("kernel image", "PTX", "symbol not found")
 
 _broken: dict[tuple, str] = {}  # what can't be built here (`_form`) → why
 
@@ -127,11 +129,11 @@ def quantize(
     live_strides = (0, 0) if live is None else tuple(0 if n == 1 else s for n, s in zip(live.shape[:2], live.stride()))
     live = kv.k_scale_max if live is None else live
     with _launching(k, problem, plan):
-        statistics[SPLITS + 1, heads](
+        statistics[((SPLITS + 1) * heads,)](
             k, v, live, kv.k_mean, maxima, kv.k_scale_max, cu_seqlens, *strides, *live_strides, head0, problem.heads_kv, len_kv, slots,
             BLOCK=STATISTICS_BLOCK, **shape,
         )  # fmt: skip
-        quantize_kv[2 * -(-len_kv // tile.block_n) * (tile.block_n // per_program), heads](
+        quantize_kv[(2 * -(-len_kv // tile.block_n) * (tile.block_n // per_program) * heads,)](
             k, v, live, kv.k_mean, maxima, kv.k8, kv.k_scale, kv.k_scale_max, kv.v16, kv.v_scale, cu_seqlens, *strides, *live_strides,
             head0, problem.heads_kv, len_kv, slots, V_MAX=plan.scheme.v_max, ROWS=per_program, **shape,
         )  # fmt: skip
@@ -156,7 +158,7 @@ def attend(
         mask = mask.expand(problem.batch, problem.heads_q, problem.len_q, problem.len_kv)
         mask = mask.view(torch.uint8) if kind == 1 else mask
     with _launching(q, problem, plan):
-        _attend_kernel[-(-problem.len_q // tile.block_m), heads](
+        _attend_kernel[(-(-problem.len_q // tile.block_m) * heads,)](
             q, out, unused if lse is None else lse, unused if mask is None else mask,
             kv.k8, kv.k_scale, kv.k_scale_max, kv.k_mean, kv.v16, kv.v_scale,
             packed.cu_seqlens_q if packed else unused, packed.cu_seqlens_k if packed else unused,
@@ -197,7 +199,8 @@ def _launching(t: torch.Tensor, problem: Problem, plan: Plan) -> Iterator[None]:
     except InterpreterError:
         raise
     except (TritonError, CompilationError, OSError, ImportError, subprocess.CalledProcessError, RuntimeError) as error:
-        if "[CUDA]" in str(error) or "CUDA error" in str(error):  # how Triton and torch say that the driver refused a call
+        refused = "[CUDA]" in str(error) or "CUDA error" in str(error)  # how Triton and torch say that the driver refused a call
+        if refused and not any(reason in str(error) for reason in LOADING):
             raise CudaError(f"{plan.variant.name}: {error}") from error
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         _broken[key] = f"Triton can't build it here ({type(error).__name__}: {first}); on Linux it needs a C compiler, such as gcc"

@@ -61,7 +61,7 @@ def statistics(
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, VARLEN: tl.constexpr,
     SOME_LIVE: tl.constexpr,
 ):  # fmt: skip
-    split, group = tl.program_id(0), tl.program_id(1)
+    split, group = tl.program_id(0) % (SPLITS + 1), tl.program_id(0) // (SPLITS + 1)
     batch, head, first, count, _ = _locate(group, head0, heads, cu_seqlens, tokens, slots, BLOCK_N, VARLEN)
     rows, channels = tl.arange(0, BLOCK), tl.arange(0, D)
     inside = channels < HEAD_DIM
@@ -127,7 +127,9 @@ def quantize_kv(
     V_MAX: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     VARLEN: tl.constexpr, SOME_LIVE: tl.constexpr,
 ):  # fmt: skip
-    block, group = tl.program_id(0) // 2, tl.program_id(1)
+    blocks = 2 * tl.cdiv(tokens, BLOCK_N) * (BLOCK_N // ROWS)
+    part, group = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    block = part // 2
     batch, head, first, count, slot = _locate(group, head0, heads, cu_seqlens, tokens, slots, BLOCK_N, VARLEN)
     if block * ROWS >= tl.cdiv(count, BLOCK_N) * BLOCK_N:
         return
@@ -140,7 +142,7 @@ def quantize_kv(
     per_channel = group.to(tl.int64) * D + channels
     out = (slot + token)[:, None] * D + channels[None, :]
 
-    if tl.program_id(0) % 2 == 0:
+    if part % 2 == 0:
         ptrs = k + batch * k_stride_b + head * k_stride_h + (first + token)[:, None] * k_stride_n + channels[None, :]
         x = rotate(tl.load(ptrs, mask=inside, other=0.0), ROWS, D)
         x = tl.where(valid[:, None], x - tl.load(k_mean + per_channel)[None, :], 0.0)

@@ -1,0 +1,41 @@
+"""Checks a block-sparse call, finds its variant and runs it: what `dispatch` is to dense calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .backends import sparse_reference
+from .backends.call import result_like
+from .backends.sparse_reference import SparseResult
+from .dispatch import machine
+from .kernels import binaries
+from .planning.problem import Problem
+from .planning.sparse_plan import sparse_variant
+from .planning.sparse_problem import SparseProblem
+
+
+def compute(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    tensor_layout: str,
+    is_causal: bool,
+    sm_scale: float | None,
+    variant: str,
+    **sparse: Any,
+) -> SparseResult:
+    """One call of `sageattn_sparse`; `sparse` are the arguments of `SparseProblem.from_call`.
+
+    Raises:
+        Unsupported, KernelMissing: as `sageattn_sparse`.
+    """
+    dense = Problem.from_tensors(q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, sm_scale=sm_scale, return_lse=True)
+    problem, tensors = SparseProblem.from_call(dense, q, **sparse)
+    sparse_variant(machine(dense), variant, *binaries.forced())  # the one that there is
+    if dense.empty:
+        out, lse = result_like(q, dense)
+        return SparseResult(out.zero_(), lse.fill_(-torch.inf), torch.ones((), device=q.device))
+    return sparse_reference.run(q, k, v, problem, tensors)
