@@ -17,6 +17,7 @@ from ..numerics.scheme import Scheme
 from ..variants import SDPA, VARIANTS, Variant
 from . import rules
 from .problem import Problem
+from .tile_lists import MAX_WORDS, WORD_BITS, tile_list_shape
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -174,7 +175,7 @@ def _fit(problem: Problem, capability: Capability, variant: Variant, accum: str,
     if variant.backend == "triton":
         tile = find_tile(variant.tiles, family, head_dim)
         per_key = scheme.kv_bytes(head_dim) + 4  # K's scale
-        heads = _heads_per_group(problem, variant.backend, tile.block_n * per_key, tile.block_n)
+        heads = _heads_per_group(problem, WORKSPACE_LIMIT["triton"], GROUPS_ALIVE["triton"], tile.block_n * per_key, tile.block_n)
         return Plan(variant, reason, (), family, head_dim, tile, replace(scheme, kv_tile=tile.block_n), heads)
     if variant.backend == "cuda":
         kernels = variant.choose(family, bool(arch), head_dim, accum)
@@ -182,20 +183,40 @@ def _fit(problem: Problem, capability: Capability, variant: Variant, accum: str,
         scheme = kernels.schemes[accum or next(iter(variant.accum))]
         mask = problem.mask_kind
         tile = find_tile(kernels.tiles, found[1].tiles_of, head_dim, mask, scheme.accumulate)
-        heads = _heads_per_group(problem, variant.backend, kernels.tile_bytes(head_dim), tile.block_n)
+        limit = WORKSPACE_LIMIT["cuda"] - _tile_list_bytes(problem, variant, kernels.tile_bytes(head_dim), tile.block_n)
+        heads = _heads_per_group(problem, limit, GROUPS_ALIVE["cuda"], kernels.tile_bytes(head_dim), tile.block_n)
         symbol = kernels.attend_symbol(head_dim, mask, scheme.accumulate)
         scheme = replace(scheme, kv_tile=tile.block_n)
         return Plan(variant, reason, (), family, head_dim, tile, scheme, heads, kernels=kernels, images=found, attend=symbol)
     return Plan(variant, reason, (), family, head_dim, scheme=scheme)
 
 
-def _heads_per_group(problem: Problem, backend: str, tile_bytes: int, tile: int) -> int:
-    """Key/value heads, over all batches, whose quantised K and V fit into the backend's workspace; groups are of even size."""
+def _tile_list_bytes(problem: Problem, variant: Variant, tile_bytes: int, tile: int) -> int:
+    """The workspace that a dense mask takes beside quantised K and V; 0 without one.
+
+    Raises:
+        Unsupported: the mask's bits leave no room for K and V, or there are more keys than the lists can name.
+    """
+    if problem.mask_kind != "list":
+        return 0
+    shape, limit = tile_list_shape(problem, problem.len_kv, tile), WORKSPACE_LIMIT["cuda"]
+    if shape.words > MAX_WORDS:
+        most = MAX_WORDS * WORD_BITS * tile
+        raise Unsupported("attn_mask", f"goes over {problem.len_kv:,} keys; {variant.name} takes a mask of at most {most:,}, longer without one")
+    alive = min(GROUPS_ALIVE["cuda"], problem.batch * problem.heads_kv) * -(-problem.len_kv // tile) * tile_bytes
+    room = limit - min(alive, limit // 2)  # one head's K and V may be more than that by themselves
+    if shape.size > room:
+        taken = f"its lists and bits take {shape.size >> 20:,} MiB beside K and V, for which {variant.name} has {room >> 20:,}"
+        raise Unsupported("attn_mask", f"{taken}; accepted is a smaller one, such as one that broadcasts over heads or queries")
+    return shape.size
+
+
+def _heads_per_group(problem: Problem, limit: int, alive: int, tile_bytes: int, tile: int) -> int:
+    """Key/value heads, over all batches, whose quantised K and V fit into `limit` bytes, `alive` groups at a time; groups are of even size."""
     heads, per_head = problem.batch * problem.heads_kv, -(-problem.len_kv // tile) * tile_bytes
-    limit = WORKSPACE_LIMIT[backend]
     if problem.varlen or heads * per_head <= limit:
         return heads
-    groups = -(-heads // max(1, limit // (GROUPS_ALIVE[backend] * per_head)))
+    groups = -(-heads // max(1, limit // (alive * per_head)))
     return -(-heads // groups)
 
 

@@ -17,6 +17,7 @@ from ...kernels.params import AttendParams, ClassifyParams, QuantizeKParams, Qua
 from ...numerics.constants import BAND_ROWS, DTYPES, MASK_KINDS
 from ...planning.plan import Plan
 from ...planning.problem import Problem
+from ...planning.tile_lists import tile_list_shape
 from ..call import Result, result_like
 from . import driver
 from .launcher import Launch
@@ -230,26 +231,27 @@ def _runs_of(mask: torch.Tensor, count: int, unaligned: int) -> int:
     return int(strides[3] == 1 and not any(s % count for s in strides[:3]) and unaligned % (count * mask.element_size()) == 0)
 
 
+def _broadcast_strides(shape: tuple[int, int, int], size: int) -> tuple[int, int, int]:
+    """(batch, head, row) strides of contiguous rows of `size` words, 0 where there is one for all."""
+    batches, heads, rows = shape
+    return heads * rows * size if batches > 1 else 0, rows * size if heads > 1 else 0, size if rows > 1 else 0
+
+
 def _lists(r: LaunchPlan, mask: torch.Tensor, unaligned: int) -> _Lists:
-    p, strides = r.problem, _mask_strides(mask)
-    batches, heads = (size if stride else 1 for size, stride in zip(mask.shape, strides[:2]))
-    alike = not strides[2] and not p.causal  # one set of lists for all queries
-    bands = 1 if alike else -(-p.len_q // BAND_ROWS)
-    words, live_words = -(-r.tiles // 32), -(-r.len_kv // 32)
-    band = 2 * words
-    lists = batches * heads * bands * band * 4
-    tail = (heads, bands, p.len_q, r.len_kv, _MASK_KINDS[mask.dtype], p.causal, _runs_of(mask, 4, unaligned), r.plan.tile.block_n, words, live_words)
+    p, strides, tile = r.problem, _mask_strides(mask), r.plan.tile
+    shape = tile_list_shape(p, r.len_kv, tile.block_n)
+    batches, heads, mask_rows, bands, words, live_words, is_bool = shape
     rows = bands * (p.heads_q // p.heads_kv if heads > 1 else 1)
-    is_bool, mask_rows = mask.dtype == torch.bool, p.len_q if strides[2] else 1
-    kept = lists + batches * heads * bands * live_words * 4
+    kept = shape.list_bytes + shape.live_bytes if is_bool else 0
+    quads = _runs_of(mask, 4, unaligned)
     return _Lists(
-        batches * heads * bands, _classify_constants(*strides, *tail),
-        (heads * bands * band if batches > 1 else 0, bands * band if heads > 1 else 0, 0 if alike else band, words,
-         1 if alike else r.plan.tile.block_m // BAND_ROWS),
-        (heads * bands * live_words if batches > 1 else 0, rows * live_words if heads > 1 else 0, rows, live_words),
-        lists, kept if is_bool else 0, (
-            heads * mask_rows * live_words if batches > 1 else 0, mask_rows * live_words if heads > 1 else 0, live_words if strides[2] else 0
-        ), kept + batches * heads * mask_rows * live_words * 4 * is_bool,
+        batches * heads * bands,
+        _classify_constants(
+            *strides, heads, bands, p.len_q, r.len_kv, _MASK_KINDS[mask.dtype], p.causal, quads, tile.block_n, words, live_words
+        ),
+        (*_broadcast_strides((batches, heads, bands), 2 * words), words, 1 if bands == 1 else tile.block_m // BAND_ROWS),
+        (*_broadcast_strides((batches, heads, bands), live_words)[:1], rows * live_words if heads > 1 else 0, rows, live_words),
+        shape.list_bytes, kept, _broadcast_strides((batches, heads, mask_rows), live_words), shape.size,
     )  # fmt: skip
 
 
