@@ -342,7 +342,7 @@ def _check_key_mask(mask: torch.Tensor, batch: int, len_kv: int, k: torch.Tensor
     """As `_check_mask`."""
     if not hasattr(mask, "dim"):
         raise Unsupported("key_mask", f"got {type(mask).__name__}, accepted is a torch.Tensor of bool (True keeps)")
-    _check_plain("key_mask", mask)
+    check_plain("key_mask", mask)
     if not _is_bool(mask) or mask.dim() != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != len_kv:
         accepted = f"bool (True keeps) of shape [B | 1, Nk] = {[batch, len_kv]}"
         raise Unsupported("key_mask", f"got {mask.dtype} of shape {tuple(mask.shape)}, accepted is {accepted}")
