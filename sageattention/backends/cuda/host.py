@@ -83,8 +83,8 @@ def quantize(k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, proble
     k_at, v_at = k.data_ptr(), v.data_ptr()
     lists, launches, live_at = None, (), 0
     if mask is not None:
-        lists, space, launch = _classify(launch_plan, mask)
-        launches, live_at = (launch,), space.data_ptr() + lists.live
+        lists, space, launches = _classify(launch_plan, mask)
+        live_at = space.data_ptr() + lists.live
     (quantize_bound,) = _bind_quantize(launch_plan, k, v, lists, (k_at | v_at) % 16)
     _issue(launch_plan.device, [(*launches, *_quantize_launches(launch_plan, quantize_bound, buffer.data_ptr(), k_at, v_at, live_at))])
     return QuantizedKV(problem, plan, launch_plan.workspace, buffer)
@@ -97,8 +97,8 @@ def attend_all(q: torch.Tensor, kv: QuantizedKV, problem: Problem, mask: torch.T
     q_at, out_at, lse_at = q.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr()
     lists, launches, mask_at, lists_at = None, (), 0, 0
     if mask is not None:
-        lists, space, launch = _classify(launch_plan, mask)
-        launches, mask_at, lists_at = (launch,), mask.data_ptr(), space.data_ptr()
+        lists, space, launches = _classify(launch_plan, mask)
+        mask_at, lists_at = mask.data_ptr(), space.data_ptr()
     (attend_bound,) = _bind_attend(launch_plan, q, out, mask, lists, (q_at | out_at) % 16)
     launch = _attend_launch(launch_plan, attend_bound, kv.workspace, kv.buffer.data_ptr(), q_at, mask_at, lists_at, out_at, lse_at)
     _issue(launch_plan.device, [(*launches, (*launch[:5], False))])  # anything may be ahead of it on the stream
@@ -108,12 +108,12 @@ def attend_all(q: torch.Tensor, kv: QuantizedKV, problem: Problem, mask: torch.T
 # --- launches ---------------------------------------------------------------------------------------------------------------------
 
 
-def _classify(r: LaunchPlan, mask: torch.Tensor) -> tuple[_Lists, torch.Tensor, Launch]:
-    """A mask's lists, memory of their own, and the launch that fills it."""
+def _classify(r: LaunchPlan, mask: torch.Tensor) -> tuple[_Lists, torch.Tensor, tuple[Launch, ...]]:
+    """A mask's lists, memory of their own, and the launches that fill it."""
     at = mask.data_ptr()
     lists = _lists(r, mask, at % 16)
     space = torch.empty(lists.size, dtype=torch.uint8, device=mask.device)
-    return lists, space, _classify_launch(r, lists, at, space.data_ptr())
+    return lists, space, (_classify_launch(r, lists, at, space.data_ptr()),)
 
 
 def _classify_launch(r: LaunchPlan, lists: _Lists, mask: int, at: int) -> Launch:
