@@ -403,6 +403,40 @@ struct Mainloop {
     pipeline.release();
   }
 
+  // Begins with what the tail left for the rows: its maximum, its sum, O.
+  __device__ __forceinline__ void load_tail() {
+    const RowCoord<C> at(p);
+    const float p_max = exp2_approx(p.log2_p_max);
+    const int groups = (p.len_q + 63) / 64;
+    float m[kRowTiles], l[kRowTiles];
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      const int group = min((at.row0 + 16 * r) / 64, groups - 1);
+      const float* state = p.tail + (((i64)at.batch * p.heads_kv * p.heads_per_kv + at.head) * groups + group) * (4 + kHeadDim);
+      l[r] = state[1] * p_max, m[r] = state[1] > 0.0f ? state[0] - p.log2_p_max : -kInf;
+#pragma unroll 1
+      for (int c = 0; c < kHeadDim / 32; ++c) {
+        float y[kChunk];
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) {
+          const int channel = 32 * c + kChunk * at.t + e, of_head = at.bh * kHeadDim + channel;
+          const float amax = p.v_amax[of_head];
+          float x = state[4 + channel];
+          if constexpr (C::kPvType != PvType::fp16)
+            x = fmaf(-state[1], corrected_v_mean<C::kPvType>(p.v_mean[of_head], amax, p.v_quant_sum[of_head], p.inv_v_max, p.live_keys[at.bh]), x);
+          y[e] = amax > 0.0f ? x * p_max / (amax * p.inv_v_max) : 0.0f;
+        }
+        // o's registers have no run-time index: each turn of the loop leaves them where c is its own.
+#pragma unroll
+        for (int own = 0; own < kHeadDim / 32; ++own)
+          if (own == c)
+#pragma unroll
+            for (int i = 0; i < 2 * kChunk; ++i) o[r][4 * own + i % kChunk / 2][i / kChunk * 2 + i % 2] = y[i % kChunk];
+      }
+    }
+    softmax.begin(m, l, at.t);
+  }
+
   // From the last tile to the first; tiles [0, full) hold no masked key.
   __device__ __forceinline__ void run(int tiles, int full) {
     constexpr int kPrefetch = C::kStages - 1;
@@ -441,6 +475,7 @@ __device__ void attend_mma(const AttendParams& p) {
 #pragma unroll
     for (int n = 0; n < C::kHeadDim / 8; ++n) mainloop.o[r][n][0] = mainloop.o[r][n][1] = mainloop.o[r][n][2] = mainloop.o[r][n][3] = 0.0f;
   if constexpr (C::kMask == Mask::list) {
+    if (p.tail) mainloop.load_tail();
     const auto list = [&] {
       const RowCoord<C> at(p);
       return TileList(p.lists, at.batch, at.head, at.block_row0, C::kBlockM, p.len_q);
