@@ -23,7 +23,9 @@ from sageattention.planning.problem import Problem
 from sageattention.variants import VARIANTS
 
 CLASSIFY_FUNCTION = f"""
-extern "C" void classify(const ClassifyParams* p, unsigned blocks) {{ run_grid(blocks, {CLASSIFY.threads}, [&] {{ {CLASSIFY.expression}(*p); }}); }}
+extern "C" void classify(const ClassifyParams* p, unsigned blocks) {{
+  run_grid(blocks, {CLASSIFY.threads}, [&] {{ {CLASSIFY.expression}(*p); }});
+}}
 """
 
 

@@ -202,7 +202,8 @@ def _tile_list_bytes(problem: Problem, variant: Variant, tile_bytes: int, tile: 
     shape, limit = tile_list_shape(problem, problem.len_kv, tile), WORKSPACE_LIMIT["cuda"]
     if shape.words > MAX_WORDS:
         most = MAX_WORDS * WORD_BITS * tile
-        raise Unsupported("attn_mask", f"goes over {problem.len_kv:,} keys; {variant.name} takes a mask of at most {most:,}, longer without one")
+        accepted = f"{variant.name} takes a mask of at most {most:,}, and more keys without one"
+        raise Unsupported("attn_mask", f"goes over {problem.len_kv:,} keys; {accepted}")
     alive = min(GROUPS_ALIVE["cuda"], problem.batch * problem.heads_kv) * -(-problem.len_kv // tile) * tile_bytes
     room = limit - min(alive, limit // 2)  # one head's K and V may be more than that by themselves
     if shape.size > room:
@@ -212,7 +213,7 @@ def _tile_list_bytes(problem: Problem, variant: Variant, tile_bytes: int, tile: 
 
 
 def _heads_per_group(problem: Problem, limit: int, alive: int, tile_bytes: int, tile: int) -> int:
-    """Key/value heads, over all batches, whose quantised K and V fit into `limit` bytes, `alive` groups at a time; groups are of even size."""
+    """Key/value heads, over all batches, of a group: `alive` groups fit into `limit` bytes, quantised; groups are of even size."""
     heads, per_head = problem.batch * problem.heads_kv, -(-problem.len_kv // tile) * tile_bytes
     if problem.varlen or heads * per_head <= limit:
         return heads

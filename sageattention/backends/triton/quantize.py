@@ -37,7 +37,7 @@ def _locate(group, head0, heads, cu_seqlens, tokens, slots, BLOCK_N: tl.constexp
 
 @triton.jit
 def _first_live(live, first, count, stride, tokens, BLOCK: tl.constexpr):
-    """Of every sample of `stride` keys, numbers `first` on, the first live key in the 32 keys that it begins in; `tokens` where there is none."""
+    """Of samples of `stride` keys, from number `first` on, each one's first live key in the 32 that it begins in; `tokens`: there is none."""
     start = (first + tl.arange(0, BLOCK)) * stride
     key = start[:, None] + tl.arange(0, WORD)[None, :]
     end = tl.minimum(tl.minimum(start + stride, start // WORD * WORD + WORD), count)
