@@ -404,7 +404,7 @@ def test_containers_that_are_not_ours_go_on_untaken(previous, variant, monkeypat
 def test_containers_free_k_and_v_before_the_output_is_made(monkeypatch):
     override, core, alive = adapter.SageOverride("reference"), NewCore(), []
 
-    def quantize_planned(k, v, problem, plan):
+    def quantize_planned(k, v, mask, problem, plan):
         return k.clone(), v.clone()
 
     def attend(q, kv, *, is_causal, sm_scale, return_lse, attn_mask):

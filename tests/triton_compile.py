@@ -72,7 +72,7 @@ def compile_all(arch: int) -> list[dict]:
     built = []
     for d in HEAD_DIMS if arch >= 80 else HEAD_DIMS[:1]:
         tile = find_tile(TRITON_FP16.tiles, arch, d)
-        shape = {"HEAD_DIM": d, "D": d, "BLOCK_N": tile.block_n, "SPLITS": SPLITS, "VARLEN": False}
+        shape = {"HEAD_DIM": d, "D": d, "BLOCK_N": tile.block_n, "SPLITS": SPLITS, "VARLEN": False, "CAUSAL": False}
         for some_live in (False, True) if d == 128 else (False,):
             live = {"SOME_LIVE": some_live, **shape}
             rows = {"V_MAX": TRITON_FP16.scheme.v_max, "ROWS": min(ROWS, tile.block_n)}

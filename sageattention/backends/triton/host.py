@@ -119,22 +119,22 @@ def quantize(
         empty(rows, slots, d, dtype=torch.float16), empty(heads, d),
     )  # fmt: skip
     maxima = empty(heads, SPLITS, d)
-    cu_seqlens = packed.cu_seqlens_k if packed else kv.k_scale_max
+    cu_seqlens = (packed.cu_seqlens_k, packed.cu_seqlens_q) if packed else (kv.k_scale_max, kv.k_scale_max)
     strides = (*_strides(k, problem), *_strides(v, problem))
     per_program = min(ROWS, tile.block_n)
     shape = {
         "HEAD_DIM": problem.head_dim, "D": d, "BLOCK_N": tile.block_n, "SPLITS": SPLITS, "VARLEN": packed is not None,
-        "SOME_LIVE": live is not None,
+        "CAUSAL": packed is not None and problem.causal, "SOME_LIVE": live is not None,
     }  # fmt: skip
     live_strides = (0, 0) if live is None else tuple(0 if n == 1 else s for n, s in zip(live.shape[:2], live.stride()))
     live = kv.k_scale_max if live is None else live
     with _launching(k, problem, plan):
         statistics[((SPLITS + 1) * heads,)](
-            k, v, live, kv.k_mean, maxima, kv.k_scale_max, cu_seqlens, *strides, *live_strides, head0, problem.heads_kv, len_kv, slots,
+            k, v, live, kv.k_mean, maxima, kv.k_scale_max, *cu_seqlens, *strides, *live_strides, head0, problem.heads_kv, len_kv, slots,
             BLOCK=STATISTICS_BLOCK, **shape,
         )  # fmt: skip
         quantize_kv[(2 * -(-len_kv // tile.block_n) * (tile.block_n // per_program) * heads,)](
-            k, v, live, kv.k_mean, maxima, kv.k8, kv.k_scale, kv.k_scale_max, kv.v16, kv.v_scale, cu_seqlens, *strides, *live_strides,
+            k, v, live, kv.k_mean, maxima, kv.k8, kv.k_scale, kv.k_scale_max, kv.v16, kv.v_scale, *cu_seqlens, *strides, *live_strides,
             head0, problem.heads_kv, len_kv, slots, V_MAX=plan.scheme.v_max, ROWS=per_program, **shape,
         )  # fmt: skip
     return kv

@@ -6,6 +6,7 @@ scale per token) and V as fp16 (one scale per channel). Workspace, with H = head
   v16 [H, T, D] fp16, v_scale [H, D] fp32; partial_amax [H, SPLITS, D] fp32
 Packed sequences (VARLEN) lie one after another in T, each rounded up by one tile, so that no tile holds two of them; then the
 statistics are per (sequence, head).
+CAUSAL (packed sequences; of others `tokens` are those that count): no sequence has more keys than queries.
 SOME_LIVE: a key whose byte of `live` is 0 takes no part in any statistic and is written as zeros.
 """
 
@@ -22,13 +23,17 @@ K_MEAN_TOKENS = tl.constexpr(constants.K_MEAN_TOKENS)
 
 
 @triton.jit
-def _locate(group, head0, heads, cu_seqlens, tokens, slots, BLOCK_N: tl.constexpr, VARLEN: tl.constexpr):
+def _locate(
+    group, head0, heads, cu_seqlens, cu_seqlens_q, tokens, slots, BLOCK_N: tl.constexpr, VARLEN: tl.constexpr, CAUSAL: tl.constexpr
+):  # fmt: skip
     """For one program: (batch, kv head, first token in the input, number of tokens, first slot in the workspace)."""
     index = (head0 + group).to(tl.int64)
     batch, head = index // heads, index % heads
     if VARLEN:
         first = tl.load(cu_seqlens + batch).to(tl.int64)
         count = (tl.load(cu_seqlens + batch + 1) - first).to(tl.int32)
+        if CAUSAL:  # nobody sees a key beyond the sequence's last query
+            count = tl.minimum(count, (tl.load(cu_seqlens_q + batch + 1) - tl.load(cu_seqlens_q + batch)).to(tl.int32))
         slot = head * slots + first + batch * BLOCK_N
         return batch * 0, head, first, count, slot
     else:
@@ -53,16 +58,16 @@ def statistics(
     k_mean,  # [H, D] fp32
     partial_amax,  # [H, SPLITS, D] fp32
     k_scale_max,  # [H] fp32, set to 0 here for `quantize_kv` to raise
-    cu_seqlens,  # [B + 1], VARLEN only
+    cu_seqlens, cu_seqlens_q,  # [B + 1] of keys and of queries, VARLEN only
     k_stride_b, k_stride_n, k_stride_h,
     v_stride_b, v_stride_n, v_stride_h,
     live_stride_b, live_stride_h,
     head0, heads, tokens, slots,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, VARLEN: tl.constexpr,
-    SOME_LIVE: tl.constexpr,
+    CAUSAL: tl.constexpr, SOME_LIVE: tl.constexpr,
 ):  # fmt: skip
     split, group = tl.program_id(0) % (SPLITS + 1), tl.program_id(0) // (SPLITS + 1)
-    batch, head, first, count, _ = _locate(group, head0, heads, cu_seqlens, tokens, slots, BLOCK_N, VARLEN)
+    batch, head, first, count, _ = _locate(group, head0, heads, cu_seqlens, cu_seqlens_q, tokens, slots, BLOCK_N, VARLEN, CAUSAL)
     rows, channels = tl.arange(0, BLOCK), tl.arange(0, D)
     inside = channels < HEAD_DIM
     live += batch * live_stride_b + head * live_stride_h
@@ -119,18 +124,18 @@ def quantize_kv(
     k_mean,  # [H, D] fp32
     partial_amax,  # [H, SPLITS, D] fp32
     k8, k_scale, k_scale_max, v16, v_scale,  # see the module's text
-    cu_seqlens,  # [B + 1], VARLEN only
+    cu_seqlens, cu_seqlens_q,  # [B + 1] of keys and of queries, VARLEN only
     k_stride_b, k_stride_n, k_stride_h,
     v_stride_b, v_stride_n, v_stride_h,
     live_stride_b, live_stride_h,
     head0, heads, tokens, slots,
     V_MAX: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    VARLEN: tl.constexpr, SOME_LIVE: tl.constexpr,
+    VARLEN: tl.constexpr, CAUSAL: tl.constexpr, SOME_LIVE: tl.constexpr,
 ):  # fmt: skip
     blocks = 2 * tl.cdiv(tokens, BLOCK_N) * (BLOCK_N // ROWS)
     part, group = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     block = part // 2
-    batch, head, first, count, slot = _locate(group, head0, heads, cu_seqlens, tokens, slots, BLOCK_N, VARLEN)
+    batch, head, first, count, slot = _locate(group, head0, heads, cu_seqlens, cu_seqlens_q, tokens, slots, BLOCK_N, VARLEN, CAUSAL)
     if block * ROWS >= tl.cdiv(count, BLOCK_N) * BLOCK_N:
         return
     channels = tl.arange(0, D)
