@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,7 @@ from sageattention.cli import workloads  # noqa: E402
 from sageattention.device import capability  # noqa: E402
 from sageattention.device.capability import Capability  # noqa: E402
 from sageattention.numerics.reference import oracle  # noqa: E402
-from sageattention.variants import VARIANTS  # noqa: E402
+from sageattention.variants import VARIANTS, Candidate  # noqa: E402
 
 CUDA_FUNCTIONS = {name: getattr(sageattention, name) for name, variant in VARIANTS.items() if variant.backend == "cuda"}
 QUANTISED = "reference"
@@ -246,7 +247,7 @@ def test_torch_func_finds_a_gradient_or_a_refusal():
 def nothing_runs(monkeypatch):
     from sageattention import dispatch
 
-    monkeypatch.setattr(dispatch, "run", lambda call: pytest.fail(f"{call.plan.variant.name} ran"))
+    monkeypatch.setattr(dispatch.Call, "run", lambda call: pytest.fail(f"{call.plan.variant.name} ran"))
 
 
 FUNCTIONS = {name: getattr(sageattention, name) for name in POSITIONAL if name != "sageattn_varlen"}
@@ -314,13 +315,13 @@ def test_auto_runs_its_next_candidate_where_a_kernel_is_missing(monkeypatch, cap
 
     triton, calls = "sageattn_qk_int8_pv_fp16_triton", []
     monkeypatch.setattr(capability, "of_device", lambda device, index: Capability("cuda", 89, 1, "native", "RTX 4090"))
-    monkeypatch.setattr(rules, "RULES", (rules.Rule((89,), (triton,), "static", "a test", min_q=1, min_kv=1, waves=0),))
+    monkeypatch.setattr(rules, "RULES", (rules.Rule((89,), (Candidate(triton),), "static", "a test", min_q=1, min_kv=1, waves=0),))
 
     def missing(call):
         calls.append(call)
         raise KernelMissing(triton, "no C compiler")
 
-    monkeypatch.setitem(dispatch._RUNNERS, "triton", missing)
+    monkeypatch.setitem(dispatch._BACKENDS, "triton", SimpleNamespace(run=missing))
     q, k, v = qkv()
     assert sageattention.explain(q, k, v).variant == triton
     for _ in range(3):

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 from sageattention import Unsupported  # noqa: E402
 from sageattention.device.capability import Capability  # noqa: E402
 from sageattention.kernels import store  # noqa: E402
-from sageattention.planning.plan import GROUPS_ALIVE, WORKSPACE_LIMIT, plan  # noqa: E402
+from sageattention.planning.plan import CudaPlan, plan  # noqa: E402
 from sageattention.planning.problem import Problem  # noqa: E402
 from sageattention.planning.tile_lists import MAX_WORDS, tile_list_shape  # noqa: E402
 from sageattention.variants import VARIANTS  # noqa: E402
@@ -87,8 +87,8 @@ def test_heads_are_grouped_by_what_the_lists_leave(tokens: int, rows: int, mask:
     chosen = plan(p, CARD, variant)
     tile = chosen.tile.block_n
     groups = -(-56 // chosen.heads_per_group)
-    alive = min(GROUPS_ALIVE["cuda"], groups) * chosen.heads_per_group * -(-tokens // tile) * chosen.kernels.tile_bytes(128)
-    assert alive + tile_list_shape(p, tokens, tile).size <= WORKSPACE_LIMIT["cuda"]
+    alive = min(CudaPlan.GROUPS_ALIVE, groups) * chosen.heads_per_group * -(-tokens // tile) * chosen.kernels.tile_bytes(128)
+    assert alive + tile_list_shape(p, tokens, tile).size <= CudaPlan.WORKSPACE_LIMIT
 
 
 @each_variant

@@ -88,7 +88,7 @@ def groups(device: str = "cpu") -> None:
     assert call.plan.heads_per_group == 6
     whole = host.run(call)
     for size in (1, 4):
-        for a, b in zip(whole, host.run(call._replace(plan=replace(call.plan, heads_per_group=size)))):
+        for a, b in zip(whole, host.run(replace(call, plan=replace(call.plan, heads_per_group=size)))):
             assert torch.equal(a, b)
 
 
@@ -137,7 +137,7 @@ def tiles() -> None:
                 **t, tensor_layout="HND", is_causal=False, attn_mask=None, sm_scale=None, return_lse=True, variant=TRITON_FP16.name
             )
             scheme = replace(call.plan.scheme, kv_tile=tile.block_n)
-            out, lse = host.run(call._replace(plan=replace(call.plan, arch=arch, tile=tile, scheme=scheme)))
+            out, lse = host.run(replace(call, plan=replace(call.plan, arch=arch, tile=tile, scheme=scheme)))
             expected, expected_lse = reference.emulate(**t, scheme=scheme)
             assert workloads.relative_l2(out, expected) <= matrix.EMULATION_BOUND["fp16"], (arch, head_dim, len_kv)
             assert (lse - expected_lse).abs().max() <= 0.1, (arch, head_dim, len_kv)

@@ -4,7 +4,6 @@
 // come from a list, or are all up to the last, which comes first. 32 rows, where the registers allow it, halve the shared-memory traffic: each fragment of K or V
 // that is loaded feeds two row tiles. Q stays in registers for the whole walk.
 #pragma once
-#include "../block/output.cuh"
 #include "../layout/fragment.cuh"
 #include "../block/mask.cuh"
 #include "../block/pipeline.cuh"
@@ -13,6 +12,7 @@
 #include "../block/softmax.cuh"
 #include "../block/tile_list.cuh"
 #include "../common/pv_type.cuh"
+#include "../ptx/grid.cuh"
 #include "../ptx/special.cuh"
 #include "params.cuh"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from ..numerics.constants import KV_TILE
 from ..numerics.scheme import FP8_FP16, FP8_FP32_MMA, FP16_FP16_FP32, FP16_FP32_MMA, INT8_INT32
@@ -20,7 +21,7 @@ FLAGS = ("q_in_smem", "loop_state_in_smem", "recompute_thread_idx", "delay_v_loa
 # 12.x, Turing) are bound by it with 16 rows as well, and want as many warps as the registers hold: twelve. At head_dim 64, 16 rows leave
 # room for 16 warps. 8.6, 8.9 and 12.x have 99 KiB of shared memory for a block, Turing 64 and no asynchronous copies; with a dense mask
 # each warp stages 4.5 KiB of bias beside the pipeline.
-def _tile(block_m: int, warps: int, stages: int, *more: int, **flags: int) -> Tile:
+def _tile(block_m: int, warps: int, stages: int, *more: Any, **flags: Any) -> Tile:
     return Tile(block_m, KV_TILE, warps, stages, *more, **flags)
 
 

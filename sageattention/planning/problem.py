@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import sys
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import TorchOnly, Unsupported
+from ..layout import AXES
+from ..tracing import needs_grad
 
 if TYPE_CHECKING:
     import torch
 
 MAX_HEAD_DIM = 256  # of the variants; torch's own attention has no limit
-LAYOUTS = ("HND", "NHD")
 DTYPES = ("float16", "bfloat16", "float32")
 TORCH_DTYPES = (*DTYPES, "float64")
 _NUMBERS = (float, int, type(None))  # of which a scale usually is
@@ -86,7 +86,7 @@ class Problem(NamedTuple):
         _check_layout(tensor_layout)
         _check_rank(4, tensor_layout, (("q", q), ("k", k), ("v", v)))
         _check_alike(("q", q), ("k", k), ("v", v), accepted=TORCH_DTYPES)
-        heads, tokens = _axes(tensor_layout)
+        heads, tokens = AXES[tensor_layout]
         (batch, head_dim), heads_q, heads_kv = (q.shape[0], q.shape[3]), q.shape[heads], k.shape[heads]
         len_q, len_kv = q.shape[tokens], k.shape[tokens]
         if k.shape[0] != batch:
@@ -118,7 +118,7 @@ class Problem(NamedTuple):
         _check_alike(("k", k), ("v", v))
         _check_kv(k, v)
         _check_head_dim(MAX_HEAD_DIM, ("k", k))
-        heads, tokens = _axes(tensor_layout)
+        heads, tokens = AXES[tensor_layout]
         batch, heads_kv, len_kv, head_dim = k.shape[0], k.shape[heads], k.shape[tokens], k.shape[3]
         mask, mask_shape = "none", (1, 1, 1)
         if key_mask is not None:
@@ -143,7 +143,7 @@ class Problem(NamedTuple):
             Unsupported: as `from_tensors`.
         """
         _check_rank(4, self.layout, (("q", q),))
-        heads, tokens = _axes(self.layout)
+        heads, tokens = AXES[self.layout]
         given = (q.shape[0], q.shape[3], _dtype_name(q), *_device(q))
         quantised = (self.batch, self.head_dim, self.dtype, self.device, self.device_index)
         if given != quantised:
@@ -236,28 +236,8 @@ def _dtype_name(t: torch.Tensor) -> str:
     return str(t.dtype)[6:]  # "torch.float16" → "float16"
 
 
-def _axes(layout: str) -> tuple[int, int]:
-    """Where heads and tokens are."""
-    return (1, 2) if layout == "HND" else (2, 1)
-
-
 def _device(t: torch.Tensor) -> tuple[str, int]:
     return t.device.type, -1 if t.device.index is None else t.device.index
-
-
-def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd records a call with these: for a backward pass, or with a tangent beside it (forward mode)."""
-    for t in tensors:
-        if t is not None and t.requires_grad:
-            import torch
-
-            if torch.is_grad_enabled():
-                return True
-            break
-    forward = sys.modules.get("torch.autograd.forward_ad")
-    if forward is None or forward._current_level < 0:  # as its `unpack_dual` asks first, each time
-        return False
-    return any(t is not None and forward.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _check_rank(rank: int, layout: str, tensors: tuple[tuple[str, torch.Tensor], ...]) -> None:
@@ -277,14 +257,15 @@ def check_plain(name: str, t: torch.Tensor) -> None:
         raise TorchOnly(name, "is a nested tensor, accepted is a dense one: pad it (and mask), or call sageattn_varlen")
     if str(t.layout) != "torch.strided":
         raise Unsupported(name, f"its layout is {t.layout}, accepted is a dense tensor; call .to_dense()")
-    base = next(c for c in type(t).__mro__ if c.__module__ == "torch" and c.__name__ == "Tensor")
-    if type(t).__torch_dispatch__ is not base.__torch_dispatch__:
+    own: Any = type(t)
+    base: Any = next(c for c in own.__mro__ if c.__module__ == "torch" and c.__name__ == "Tensor")
+    if own.__torch_dispatch__ is not base.__torch_dispatch__:
         kind = Unsupported if type(t).__name__ == "FakeTensor" else TorchOnly
         raise kind(name, f"is a {type(t).__name__}, which may hold no data of its own; accepted is a plain torch.Tensor")
 
 
 def _check_layout(layout: str) -> None:
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in AXES:
         raise Unsupported("tensor_layout", f"got {layout!r}, accepted are 'HND' [B, H, N, D] and 'NHD' [B, N, H, D]")
 
 
@@ -386,5 +367,5 @@ def _length(name: str, given: int) -> int:
     except (TypeError, ValueError, OverflowError, RuntimeError):  # no number, infinite, of several elements
         length = -1
     if length < 0:
-        raise Unsupported(name, f"got {given!r}, accepted are lengths ≥ 0")
+        raise Unsupported(name, f"got {given!r}, accepted are lengths >= 0")
     return length

@@ -60,8 +60,8 @@ def attend(
     mask,  # [B, Hq, Nq, Nk] by strides (0 where broadcast); bool as uint8, or float
     k8, k_scale, k_scale_max, k_mean, v16, v_scale,  # as `triton_quant` wrote them
     cu_seqlens_q, cu_seqlens_k,  # [B + 1], VARLEN only
-    q_stride_b, q_stride_n, q_stride_h,
-    out_stride_b, out_stride_n, out_stride_h,
+    q_stride_b, q_stride_h, q_stride_n,
+    out_stride_b, out_stride_h, out_stride_n,
     mask_stride_b, mask_stride_h, mask_stride_m, mask_stride_n,
     head0, heads_q, heads_kv, len_q, len_kv, slots,
     factor,  # |sm_scale| · 4·D, finite

@@ -42,7 +42,7 @@ def _locate(
 
 @triton.jit
 def _first_live(live, first, count, stride, tokens, BLOCK: tl.constexpr):
-    """Of samples of `stride` keys, from number `first` on, each one's first live key in the 32 that it begins in; `tokens`: there is none."""
+    """Of samples of `stride` keys, from number `first` on, each one's first live key in the 32 that it begins in, or `tokens`."""
     start = (first + tl.arange(0, BLOCK)) * stride
     key = start[:, None] + tl.arange(0, WORD)[None, :]
     end = tl.minimum(tl.minimum(start + stride, start // WORD * WORD + WORD), count)
@@ -59,8 +59,8 @@ def statistics(
     partial_amax,  # [H, SPLITS, D] fp32
     k_scale_max,  # [H] fp32, set to 0 here for `quantize_kv` to raise
     cu_seqlens, cu_seqlens_q,  # [B + 1] of keys and of queries, VARLEN only
-    k_stride_b, k_stride_n, k_stride_h,
-    v_stride_b, v_stride_n, v_stride_h,
+    k_stride_b, k_stride_h, k_stride_n,
+    v_stride_b, v_stride_h, v_stride_n,
     live_stride_b, live_stride_h,
     head0, heads, tokens, slots,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, VARLEN: tl.constexpr,
@@ -125,8 +125,8 @@ def quantize_kv(
     partial_amax,  # [H, SPLITS, D] fp32
     k8, k_scale, k_scale_max, v16, v_scale,  # see the module's text
     cu_seqlens, cu_seqlens_q,  # [B + 1] of keys and of queries, VARLEN only
-    k_stride_b, k_stride_n, k_stride_h,
-    v_stride_b, v_stride_n, v_stride_h,
+    k_stride_b, k_stride_h, k_stride_n,
+    v_stride_b, v_stride_h, v_stride_n,
     live_stride_b, live_stride_h,
     head0, heads, tokens, slots,
     V_MAX: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
