@@ -19,10 +19,11 @@ from ...layout import strides
 from ...numerics.constants import BAND_ROWS, DTYPES, MASK_KINDS
 from ...planning.plan import CudaPlan
 from ...planning.problem import Problem
+from ...planning.tile_lists import tile_list_shape
 from ..call import PreparedCall, QuantizedKV, Result, result_like
 from . import driver
 from .launcher import Launch
-from .workspace import LaunchPlan, launch_plan_of
+from .workspace import LaunchPlan, Workspace, launch_plan_of
 
 _MASK_KINDS = {getattr(torch, name): number for name, number in MASK_KINDS.items()}
 _pack_classify, _classify_constants = packer(ClassifyParams)
@@ -35,6 +36,7 @@ _pack_classify, _classify_constants = packer(ClassifyParams)
 class CudaQuantizedKV(QuantizedKV[CudaPlan]):
     """K and V of all heads, in the layout of the plan's kernels."""
 
+    workspace: Workspace | None  # where in the buffer everything lies; None where there is nothing to attend to
     buffer: torch.Tensor
 
 
@@ -61,7 +63,7 @@ def run(call: PreparedCall[CudaPlan]) -> Result:
     live_at = lists_at + lists.live if lists else 0
     chains: list[tuple[Launch, ...]] = [
         (*_quantize_launches(launch_plan, quantize_bound, base + number % 2 * size, k_at, v_at, live_at),
-         _attend_launch(launch_plan, attend_bound, base + number % 2 * size, q_at, mask_at, lists_at, out_at, lse_at))
+         _attend_launch(launch_plan, attend_bound, launch_plan.workspace, base + number % 2 * size, q_at, mask_at, lists_at, out_at, lse_at))
         for number, (quantize_bound, attend_bound) in enumerate(zip(form.quantize_bound, form.attend_bound))
     ]  # fmt: skip
     if lists:
@@ -70,16 +72,20 @@ def run(call: PreparedCall[CudaPlan]) -> Result:
     return out, lse
 
 
-def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: CudaPlan) -> CudaQuantizedKV:
-    """Quantise K and V, all heads in one group."""
+def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: CudaPlan, mask: torch.Tensor | None) -> CudaQuantizedKV:
+    """Quantise K and V, all heads in one group. Keys that the mask hides from every query take no part."""
     if problem.empty:
-        return CudaQuantizedKV(problem, plan, torch.empty(0, dtype=torch.uint8, device=k.device))
+        return CudaQuantizedKV(problem, plan, None, torch.empty(0, dtype=torch.uint8, device=k.device))
     launch_plan = launch_plan_of(problem, plan, True)
     buffer = torch.empty(launch_plan.workspace.size, dtype=torch.uint8, device=k.device)
     k_at, v_at = k.data_ptr(), v.data_ptr()
-    (quantize_bound,) = _bind_quantize(launch_plan, k, v, None, (k_at | v_at) % 16)
-    _issue(launch_plan.device, [_quantize_launches(launch_plan, quantize_bound, buffer.data_ptr(), k_at, v_at, 0)])
-    return CudaQuantizedKV(problem, plan, buffer)
+    lists, launches, live_at = None, (), 0
+    if mask is not None:
+        lists, space, launches = _classify(launch_plan, mask)
+        live_at = space.data_ptr() + lists.live
+    (quantize_bound,) = _bind_quantize(launch_plan, k, v, lists, (k_at | v_at) % 16)
+    _issue(launch_plan.device, [(*launches, *_quantize_launches(launch_plan, quantize_bound, buffer.data_ptr(), k_at, v_at, live_at))])
+    return CudaQuantizedKV(problem, plan, launch_plan.workspace, buffer)
 
 
 def attend(q: torch.Tensor, kv: CudaQuantizedKV, problem: Problem, mask: torch.Tensor | None) -> Result:
@@ -87,21 +93,25 @@ def attend(q: torch.Tensor, kv: CudaQuantizedKV, problem: Problem, mask: torch.T
     out, lse = result_like(q, problem)
     launch_plan = launch_plan_of(problem, kv.plan, True)
     q_at, out_at, lse_at = q.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr()
-    lists, mask_at, lists_at = None, 0, 0
-    launches = []
+    lists, launches, mask_at, lists_at = None, (), 0, 0
     if mask is not None:
-        mask_at = mask.data_ptr()
-        lists = _lists(launch_plan, mask, mask_at % 16)
-        space = torch.empty(lists.size, dtype=torch.uint8, device=q.device)
-        lists_at = space.data_ptr()
-        launches.append(_classify_launch(launch_plan, lists, mask_at, lists_at))
+        lists, space, launches = _classify(launch_plan, mask)
+        mask_at, lists_at = mask.data_ptr(), space.data_ptr()
     (attend_bound,) = _bind_attend(launch_plan, q, out, mask, lists, (q_at | out_at) % 16)
-    launch = _attend_launch(launch_plan, attend_bound, kv.buffer.data_ptr(), q_at, mask_at, lists_at, out_at, lse_at)
+    launch = _attend_launch(launch_plan, attend_bound, kv.workspace, kv.buffer.data_ptr(), q_at, mask_at, lists_at, out_at, lse_at)
     _issue(launch_plan.device, [(*launches, (*launch[:5], False))])  # anything may be ahead of it on the stream
     return out, lse
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------------------
+
+
+def _classify(r: LaunchPlan, mask: torch.Tensor) -> tuple[_Lists, torch.Tensor, tuple[Launch, ...]]:
+    """A mask's lists, memory of their own, and the launches that fill it."""
+    at = mask.data_ptr()
+    lists = _lists(r, mask, at % 16)
+    space = torch.empty(lists.size, dtype=torch.uint8, device=mask.device)
+    return lists, space, (_classify_launch(r, lists, at, space.data_ptr()),)
 
 
 def _classify_launch(r: LaunchPlan, lists: _Lists, mask: int, at: int) -> Launch:
@@ -125,8 +135,10 @@ def _quantize_launches(r: LaunchPlan, group: BoundQuantize, base: int, k: int, v
     return (r.keys, group.key_blocks, 1, 1, keys, bool(live)), (r.values, group.value_blocks, 1, 1, values, True)
 
 
-def _attend_launch(r: LaunchPlan, group: BoundAttend, base: int, q: int, mask: int, lists: int, out: int, lse: int) -> Launch:
-    w, (q_strides, mask_strides, kept_strides, list_strides, out_strides, tail) = r.workspace, group.constants
+def _attend_launch(
+    r: LaunchPlan, group: BoundAttend, w: Workspace, base: int, q: int, mask: int, lists: int, out: int, lse: int
+) -> Launch:  # fmt: skip
+    q_strides, mask_strides, kept_strides, list_strides, out_strides, tail = group.constants
     kept = lists + group.kept if group.kept else 0
     done = base + w.split_kv_ready
     params = _pack_attend(
@@ -217,26 +229,27 @@ def _runs_of(mask: torch.Tensor, count: int, unaligned: int) -> bool:
     return stride_k == 1 and not any(s % count for s in rows) and unaligned % (count * mask.element_size()) == 0
 
 
+def _broadcast_strides(shape: tuple[int, int, int], size: int) -> tuple[int, int, int]:
+    """(batch, head, row) strides of contiguous rows of `size` words, 0 where there is one for all."""
+    batches, heads, rows = shape
+    return heads * rows * size if batches > 1 else 0, rows * size if heads > 1 else 0, size if rows > 1 else 0
+
+
 def _lists(r: LaunchPlan, mask: torch.Tensor, unaligned: int) -> _Lists:
-    p, mask_strides = r.problem, _mask_strides(mask)
-    batches, heads = (size if stride else 1 for size, stride in zip(mask.shape, mask_strides[:2]))
-    alike = not mask_strides[2] and not p.causal  # one set of lists for all queries
-    bands = 1 if alike else -(-p.len_q // BAND_ROWS)
-    words, live_words = -(-r.tiles // 32), -(-r.len_kv // 32)
-    band = 2 * words
-    lists = batches * heads * bands * band * 4
-    tail = (heads, bands, p.len_q, r.len_kv, _MASK_KINDS[mask.dtype], p.causal, _runs_of(mask, 4, unaligned), r.plan.tile.block_n, words, live_words)
+    p, tile = r.problem, r.plan.tile
+    shape = tile_list_shape(p, r.len_kv, tile.block_n)
+    batches, heads, mask_rows, bands, words, live_words, is_bool = shape
     rows = bands * (p.heads_q // p.heads_kv if heads > 1 else 1)
-    is_bool, mask_rows = mask.dtype == torch.bool, p.len_q if mask_strides[2] else 1
-    kept = lists + batches * heads * bands * live_words * 4
+    kept = shape.list_bytes + shape.live_bytes if is_bool else 0
+    quads = _runs_of(mask, 4, unaligned)
     return _Lists(
-        batches * heads * bands, _classify_constants(*mask_strides, *tail),
-        (heads * bands * band if batches > 1 else 0, bands * band if heads > 1 else 0, 0 if alike else band, words,
-         1 if alike else r.plan.tile.block_m // BAND_ROWS),
-        (heads * bands * live_words if batches > 1 else 0, rows * live_words if heads > 1 else 0, rows, live_words),
-        lists, kept if is_bool else 0, (
-            heads * mask_rows * live_words if batches > 1 else 0, mask_rows * live_words if heads > 1 else 0, live_words if mask_strides[2] else 0
-        ), kept + batches * heads * mask_rows * live_words * 4 * is_bool,
+        batches * heads * bands,
+        _classify_constants(
+            *_mask_strides(mask), heads, bands, p.len_q, r.len_kv, _MASK_KINDS[mask.dtype], p.causal, quads, tile.block_n, words, live_words
+        ),
+        (*_broadcast_strides((batches, heads, bands), 2 * words), words, 1 if bands == 1 else tile.block_m // BAND_ROWS),
+        (*_broadcast_strides((batches, heads, bands), live_words)[:1], rows * live_words if heads > 1 else 0, rows, live_words),
+        shape.list_bytes, kept, _broadcast_strides((batches, heads, mask_rows), live_words), shape.size,
     )  # fmt: skip
 
 

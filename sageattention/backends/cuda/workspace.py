@@ -11,6 +11,7 @@ from ...kernels.table import CLASSIFY
 from ...numerics.constants import FINITE_MAX, LOG2E, QK_MAX, SCORE_LIMIT, k_mean_stride
 from ...planning.plan import CudaPlan
 from ...planning.problem import Problem
+from ...planning.tile_lists import tile_list_shape
 from . import driver
 from .launcher import Kernel
 
@@ -109,7 +110,8 @@ def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False) -> Launc
             split_kv_flags = 2 * limit + 1
             # Causal items are dealt out longest first, which leaves nothing to share. A block waits for another one's part.
             shares = items > limit > 1 and items % limit > 0 and not (p.causal and not masked)
-            shares = shares and tiles * tile_bytes * bh_count + names.split_kv_bytes(d) * limit <= CudaPlan.WORKSPACE_LIMIT
+            lists = tile_list_shape(p, len_kv, plan.tile.block_n).size if masked else 0
+            shares = shares and tiles * tile_bytes * bh_count + names.split_kv_bytes(d) * limit + lists <= CudaPlan.WORKSPACE_LIMIT
     qk_max = QK_MAX[scheme.qk]
     return LaunchPlan(
         p, plan, *kernels, p.device_index, groups,
