@@ -86,7 +86,7 @@ def card(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> Lanes:
     monkeypatch.setattr(store, "missing", lambda image: "")
     monkeypatch.setattr(workspace.capability, "of_device", lambda *_: lanes.capability)
     monkeypatch.setattr(driver, "kernel", lambda index, image, symbol, variant: symbol)
-    monkeypatch.setattr(host, "_issue", lambda device, chains: [lanes.launch(device, 0, chain) for chain in chains])
+    monkeypatch.setattr(host, "issue", lambda device, chains: [lanes.launch(device, 0, chain) for chain in chains])
     return lanes
 
 

@@ -21,10 +21,10 @@ struct TileList {
 
   // block_m: queries of a block, whose first is row0.
   __device__ __forceinline__ TileList(const TileLists& lists, int batch, int head, int row0, int block_m, int len_q) {
-    const int rows = block_m / lists.bands, first = row0 / rows;
+    const int first = row0 / lists.band_rows, last = (min(row0 + block_m, len_q) - 1) / lists.band_rows;
     bits = lists.bits + batch * lists.stride_b + head * lists.stride_h + first * lists.stride_band;
     stride_band = lists.stride_band, words = lists.words;
-    bands = min(lists.bands, (len_q - 1) / rows + 1 - first);
+    bands = last - first + 1;
   }
 
   // Word w of the mixed tiles, w < words; word w − words of the full ones behind them.

@@ -178,7 +178,7 @@ struct Scheduler {
       if (C::kMask == Mask::causal) tiles = min(tiles, (row0 + C::kBlockM - 1) / C::kTile + 1), full = min(full, (row0 + 1) / C::kTile);
       masked = tiles - full;
     }
-    const int begin = tiles * from / blocks, count = tiles * to / blocks - begin;
+    const int begin = from ? tiles * from / blocks : 0, count = (to == blocks ? tiles : tiles * to / blocks) - begin;
     masked = min(max(masked - begin, 0), count);
     masked += (count - masked) % C::kUnmaskedMultiple;
     if (count - masked < C::kUnmaskedLeast) masked = count;

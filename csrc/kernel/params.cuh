@@ -16,7 +16,7 @@ struct Tokens {
 struct TileLists {
   const u32* bits;                      // [batch | 1, head | 1, band | 1, 2, words]
   i64 stride_b, stride_h, stride_band;  // in words, 0 where it broadcasts
-  i32 words, bands;                     // bands: of a block of queries
+  i32 words, band_rows;                 // band_rows: queries of a band
 };
 
 // Which keys take part in the statistics of K and V: bit k % 32 of word k / 32, in any of `rows` consecutive rows of `words`.

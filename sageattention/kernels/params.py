@@ -26,7 +26,8 @@ class TileLists(ctypes.Structure):
     """Which KV tiles a block of queries visits, as bits [batch | 1, head | 1, band | 1, 2, words]."""
 
     _fields_ = [
-        ("bits", POINTER), ("stride_b", c_int64), ("stride_h", c_int64), ("stride_band", c_int64), ("words", c_int32), ("bands", c_int32),
+        ("bits", POINTER), ("stride_b", c_int64), ("stride_h", c_int64), ("stride_band", c_int64),
+        ("words", c_int32), ("band_rows", c_int32),
     ]  # fmt: skip
 
 
@@ -68,7 +69,8 @@ class QuantizeVParams(ctypes.Structure):
     _fields_ = [
         ("v", Tokens),
         ("k_scale_partial", POINTER), ("v_stats", POINTER), ("v_stats_ready", POINTER), ("v_stats_live", POINTER), ("kv", POINTER),
-        ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_quant_sum", POINTER), ("live_keys", POINTER), ("order", POINTER), ("live", LiveKeys),
+        ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_quant_sum", POINTER),
+        ("live_keys", POINTER), ("order", POINTER), ("live", LiveKeys),
         ("bh_first", c_int32), ("bh_count", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("vectorized", c_int32),
         ("k_ctas_per_head", c_int32), ("v_chunks", c_int32),
@@ -82,8 +84,8 @@ class AttendParams(ctypes.Structure):
 
     _fields_ = [
         ("q", Tokens),
-        ("kv", POINTER), ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_quant_sum", POINTER), ("live_keys", POINTER),
-        ("k_mean", POINTER), ("split_kv_workspace", POINTER), ("split_kv_ready", POINTER), ("next_item", POINTER),
+        ("kv", POINTER), ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_quant_sum", POINTER),
+        ("live_keys", POINTER), ("k_mean", POINTER), ("split_kv_workspace", POINTER), ("split_kv_ready", POINTER), ("next_item", POINTER),
         ("mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64), ("mask_stride_q", c_int64), ("mask_stride_k", c_int64),
         ("kept", POINTER), ("kept_stride_b", c_int64), ("kept_stride_h", c_int64), ("kept_stride_q", c_int64),
         ("lists", TileLists), ("order", POINTER), ("tail", POINTER),

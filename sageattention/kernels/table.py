@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from .architectures import TARGETS, TEST_TARGETS
 from .binaries import Entry, Image
-from .family import MASKS, KernelFamily
+from .family import KernelFamily
 from .mma import MMA_FP8, MMA_FP16, MMA_INT8
 from .params import ClassifyParams, QuantizeKParams, QuantizeVParams, ZeroMaskedRowsParams
-from .wgmma import WGMMA_FP8, WGMMA_FP16
+from .wgmma import WGMMA_FP8, WGMMA_FP8_SPARSE, WGMMA_FP16, WGMMA_FP16_SPARSE
 
-KERNELS: tuple[KernelFamily, ...] = (WGMMA_FP16, MMA_FP16, MMA_FP8, WGMMA_FP8, MMA_INT8)
+KERNELS: tuple[KernelFamily, ...] = (WGMMA_FP16, MMA_FP16, MMA_FP8, WGMMA_FP8, MMA_INT8, WGMMA_FP16_SPARSE, WGMMA_FP8_SPARSE)
 
 QUANTIZE_V_THREADS = 128
 QUANTIZE_V_RESIDENT = 768  # threads whose registers fit a multiprocessor
@@ -51,13 +51,13 @@ def _images(target: str) -> Iterator[Image]:
     arch, built = int(target.split("_")[1].rstrip("a")), [k for k in KERNELS if k.built_for(target)]
     for name in dict.fromkeys(k.quantizer for k in built):
         made = [(k, d) for k in built if k.quantizer == name for d in k.head_dims]
-        keys = {k.quantize_k_symbol(d, live): _quantize_k_entry(k, arch, d, live) for k, d in reversed(made) for live in (True, False)}
-        entries = (CLASSIFY, *reversed(keys.values()), *(_quantize_v_entry(k, d, live) for k, d in made for live in (False, True)))
+        keys = {k.quantize_k_symbol(d, live): _quantize_k_entry(k, arch, d, live) for k, d in reversed(made) for live in k.quantizers_live}
+        entries = (CLASSIFY, *reversed(keys.values()), *(_quantize_v_entry(k, d, live) for k, d in made for live in k.quantizers_live))
         yield Image(name, target, "kernel/quantize.cuh", entries, released=target not in TEST_TARGETS)
     yield Image("masked_rows", target, "kernel/zero_masked_rows.cuh", (ZERO_MASKED_ROWS,), released=target not in TEST_TARGETS)
     for k in built:
         for d in k.head_dims:
-            entries = tuple(k.entry(k, arch, d, mask, accumulate) for mask in MASKS for accumulate in k.accumulators)
+            entries = tuple(k.entry(k, arch, d, mask, accumulate) for mask in k.masks for accumulate in k.accumulators)
             yield Image(k.attend_image(d), target, k.source, entries, released=target not in TEST_TARGETS)
 
 

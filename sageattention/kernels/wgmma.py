@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from ..numerics.constants import KV_TILE_SM90
+from ..numerics.constants import KV_BLOCK, KV_TILE_SM90
 from ..numerics.scheme import FP8_FP32_WGMMA, FP16_FP32_WGMMA
 from .binaries import Entry
 from .family import KernelFamily, Tile, Tiles, find_tile, initializer
@@ -17,7 +18,7 @@ WGMMA_TILES: Tiles = {(0, d): _FP16 for d in (64, 128)}
 WGMMA_BYTE_TILES: Tiles = {(0, d): _FP8 for d in (64, 128)}
 PRODUCER_WARPS = 4  # among a tile's
 # Bytes of local memory a thread may use outside its main loop.
-WGMMA_LOCAL = 40
+WGMMA_LOCAL = 48
 
 
 def _wgmma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
@@ -65,3 +66,19 @@ WGMMA_FP8 = KernelFamily(
     WGMMA_BYTE_TILES, _wgmma_entry, arch=90, quantizers="wgmma", scale_blocks=2,
     split_kv_bytes=_split_kv_bytes(WGMMA_BYTE_TILES),
 )  # fmt: skip
+
+# Block-sparse attention: tiles are the blocks of 64 keys that a router chooses from.
+_SPARSE = Tile(128, KV_BLOCK, 12, 8)
+_SPARSE_FP16 = replace(_SPARSE, stages=5)
+
+
+def _sparse(family: KernelFamily, v_bytes: int, tile: Tile) -> KernelFamily:
+    tiles: Tiles = {(0, d): tile for d in (64, 128)}
+    schemes = {name: replace(scheme, kv_tile=KV_BLOCK, fragment_keys=KV_BLOCK // 2) for name, scheme in family.schemes.items()}
+    return replace(
+        family, name=f"{family.name}_sparse", layout=_core_matrix(v_bytes, tile), tile_bytes=_core_matrix_bytes(v_bytes, tile),
+        schemes=schemes, tiles=tiles, split_kv_bytes=_split_kv_bytes(tiles), masks=("list",),
+    )  # fmt: skip
+
+
+WGMMA_FP16_SPARSE, WGMMA_FP8_SPARSE = _sparse(WGMMA_FP16, 2, _SPARSE_FP16), _sparse(WGMMA_FP8, 1, _SPARSE)

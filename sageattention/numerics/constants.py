@@ -33,6 +33,8 @@ K_SCALE_FLOOR = 7.5e-37
 # Keys of a tile of the mma.sync kernels, and of Hopper's by type of P and V.
 KV_TILE = 64
 KV_TILE_SM90 = {"fp16": 96, "fp8": 128}
+# Keys of a block of block-sparse attention.
+KV_BLOCK = 64
 # A "fragment" K scale covers the keys that one thread of an m16n8 accumulator holds of this many: 16, namely 2t and 2t + 1 of every
 # eight, t = lane mod 4. So a thread has one K scale a tile and takes its row maxima over integers. .0109 on normal inputs; two scales
 # a tile (8 keys each) give .0104 for twice the products.

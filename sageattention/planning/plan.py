@@ -74,7 +74,10 @@ class KernelPlan(Plan):
 
     @classmethod
     def grouped(cls, problem: Problem, tile_bytes: int, tile: int, beside: int = 0) -> int:
-        """`heads_per_group` for tiles of `tile` keys, of `tile_bytes` quantised, with so many bytes beside them. Groups are of even size."""
+        """`heads_per_group` for tiles of `tile` keys, of `tile_bytes` quantised, with so many bytes beside them.
+
+        Groups are of even size.
+        """
         heads, per_head = problem.batch * problem.heads_kv, -(-problem.len_kv // tile) * tile_bytes
         limit = cls.WORKSPACE_LIMIT - beside
         if problem.varlen or heads * per_head <= limit:
@@ -208,8 +211,9 @@ def _fit(problem: Problem, target: Target, candidate: Candidate, reason: str) ->
         raise Unsupported("q", f"a gradient is asked for; {lacks} (under torch.no_grad() and without tangents it runs)")
     if variant.backend == "reference":
         return EmulationPlan(variant, reason, target.family, accum, scheme=scheme)
-    fit = _fit_triton if variant.backend == "triton" else _fit_cuda
-    return fit(problem, target, variant, accum, scheme, reason)
+    if variant.backend == "triton":
+        return _fit_triton(problem, target, variant, accum, scheme, reason)
+    return fit_cuda(problem, target, variant, accum, reason)
 
 
 def _fit_triton(problem: Problem, target: Target, variant: Variant, accum: str, scheme: Scheme, reason: str) -> TritonPlan:
@@ -222,9 +226,16 @@ def _fit_triton(problem: Problem, target: Target, variant: Variant, accum: str, 
     )  # fmt: skip
 
 
-def _fit_cuda(problem: Problem, target: Target, variant: Variant, accum: str, scheme: Scheme, reason: str) -> CudaPlan:
-    head_dim, mask = pad_head_dim(problem.head_dim), problem.mask_kind
-    kernels, images = _kernels(variant, target, head_dim, accum)
+def fit_cuda(
+    problem: Problem, target: Target, variant: Variant, accum: str, reason: str, sparse: bool = False
+) -> CudaPlan:  # fmt: skip
+    """The plan of a CUDA variant.
+
+    Raises:
+        KernelMissing: it has no kernels for the target.
+    """
+    head_dim, mask = pad_head_dim(problem.head_dim), "list" if sparse else problem.mask_kind
+    kernels, images = _kernels(variant, target, head_dim, accum, sparse)
     scheme = kernels.schemes[accum or next(iter(variant.accum))]
     tile = find_tile(kernels.tiles, images[1].tiles_of, head_dim, mask, scheme.accumulate)
     tile_bytes = kernels.tile_bytes(head_dim)
@@ -257,13 +268,15 @@ def _tile_list_bytes(problem: Problem, variant: Variant, tile_bytes: int, tile: 
     return shape.size
 
 
-def _kernels(variant: Variant, target: Target, head_dim: int, accum: str = "") -> tuple[KernelFamily, tuple[Image, Image]]:
+def _kernels(
+    variant: Variant, target: Target, head_dim: int, accum: str = "", sparse: bool = False
+) -> tuple[KernelFamily, tuple[Image, Image]]:
     """The kernels that the device runs, and their images: the quantisers' and the attention's.
 
     Raises:
         KernelMissing: the table has none for the device, or a file is missing.
     """
-    kernels = variant.choose(target.family, bool(target.forced), head_dim, accum)
+    kernels = variant.choose(target.family, bool(target.forced), head_dim, accum, sparse)
     if kernels is None:
         lacks = f"this installation holds no kernel of it for sm_{target.family}"
         raise KernelMissing(variant.name, f"{lacks}; choose 'auto' or another variant")

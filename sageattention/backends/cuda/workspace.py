@@ -69,8 +69,8 @@ class LaunchPlan:
 
 
 @functools.lru_cache(maxsize=4096)
-def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False) -> LaunchPlan:
-    """The launches of a call, all heads in one group or in as many as the plan says.
+def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False, sparse: bool = False) -> LaunchPlan:
+    """The launches of a call, all heads in one group or in as many as the plan says; `sparse`: by lists and a k_mean that are given.
 
     Raises:
         KernelMissing: a kernel can't be loaded.
@@ -79,7 +79,7 @@ def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False) -> Launc
     card = capability.of_device(p.device, p.device_index)
     quantizer, attention = plan.images
     masked = p.mask != "none"
-    live = masked and not one_group  # whose buffers lie in the same places whatever mask comes with the queries
+    live = masked or sparse
     keys, values = quantizer.entry(names.quantize_k_symbol(d, live)), quantizer.entry(names.quantize_v_symbol(d, live))
     kernels = (
         driver.kernel(p.device_index, quantizer, CLASSIFY.symbol, plan.variant.name) if masked else None,
@@ -88,7 +88,7 @@ def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False) -> Launc
         driver.kernel(p.device_index, attention, plan.attend, plan.variant.name),
     )
     # Causal: nobody sees a key beyond the last query. Keys that were quantised before the queries were known are there all the same.
-    len_kv = min(p.len_kv, p.len_q) if p.causal and not one_group else p.len_kv
+    len_kv = min(p.len_kv, p.len_q) if p.causal and not one_group and not sparse else p.len_kv
     bh_total, tiles, tile_bytes = p.batch * p.heads_kv, -(-len_kv // plan.tile.block_n), names.tile_bytes(d)
     bh_count = bh_total if one_group else plan.heads_per_group
     groups = tuple((first, min(bh_count, bh_total - first)) for first in range(0, bh_total, bh_count))
@@ -109,7 +109,7 @@ def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False) -> Launc
         if not one_group:
             split_kv_flags = 2 * limit + 1
             # Causal items are dealt out longest first, which leaves nothing to share. A block waits for another one's part.
-            shares = items > limit > 1 and items % limit > 0 and not (p.causal and not masked)
+            shares = items > limit > 1 and items % limit > 0 and not (p.causal and not live)
             lists = tile_list_shape(p, len_kv, plan.tile.block_n).size if masked else 0
             shares = shares and tiles * tile_bytes * bh_count + names.split_kv_bytes(d) * limit + lists <= CudaPlan.WORKSPACE_LIMIT
     qk_max = QK_MAX[scheme.qk]
@@ -120,7 +120,7 @@ def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False) -> Launc
             (names.split_kv_bytes(d) * limit if shares else 0, split_kv_flags * 4),
         ),
         len_kv, tiles, k_ctas_per_head, v_chunks, v_ctas_per_head, q_tiles, limit, shares, split_kv_flags,
-        (tiles, tile_bytes, k_ctas_per_head, False, -(-len_kv // step), step, split_kv_flags, v_chunks, v_chunk_tokens),
+        (tiles, tile_bytes, k_ctas_per_head, sparse, -(-len_kv // step), step, split_kv_flags, v_chunks, v_chunk_tokens),
         (k_ctas_per_head, v_chunks, tiles, v_ctas_per_head, scheme.v_mean, scheme.v_max),
         (
             min(abs(p.sm_scale) * LOG2E * 4 * d / qk_max, FINITE_MAX), math.copysign(1.0, p.sm_scale),
