@@ -39,6 +39,8 @@ Tiles = dict[tuple[int | str, ...], Tile]
 
 def find_tile(tiles: Tiles, arch: int, head_dim: int, *kind: str) -> Tile:
     """The launch shape for `arch` and a compiled `head_dim`, and for a kind of kernel (mask, accumulator) that differs."""
+    if (arch, head_dim, *kind) in tiles:
+        return tiles[arch, head_dim, *kind]
     row = arch if (arch, head_dim) in tiles else 0
     keys: list[tuple[int | str, ...]] = [(row, head_dim, *kind[:n]) for n in range(len(kind), -1, -1)]
     return next(tiles[key] for key in keys if key in tiles)
