@@ -31,7 +31,7 @@ extern "C" void classify(const ClassifyParams* p, unsigned blocks) {{
 
 @pytest.fixture(scope="module")
 def classify(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return compiled(90, tmp_path_factory.mktemp("classify"), ("kernel/classify_mask.cuh",), CLASSIFY_FUNCTION)
+    return compiled(90, tmp_path_factory.mktemp("classify"), ("common/warp.cuh", "kernel/classify_mask.cuh"), CLASSIFY_FUNCTION)
 
 
 def classified(library: ctypes.CDLL, mask: torch.Tensor, len_q: int, len_kv: int, tile: int, is_causal: bool) -> torch.Tensor:
