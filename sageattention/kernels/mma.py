@@ -28,61 +28,43 @@ _TWO, _EIGHT, _TWELVE = _tile(128, 4, 3, 2, True), _tile(128, 8, 3, 1), _tile(19
 MMA_TILES: Tiles = {
     (0, 64): _tile(128, 8, 3, 2),
     (0, 128): _TWO,
-    (0, 128, "list", "fp16"): replace(_EIGHT, stages=2),
     (0, 256): _tile(128, 8, 3, 1, True),
-    (0, 256, "list"): _tile(128, 8, 2, 1, True),
-    (0, 256, "list", "fp16"): _tile(128, 8, 1, 1, True),
     (75, 64): _tile(128, 8, 2, 2),
-    (75, 64, "list"): _tile(64, 4, 2, 1),
     (75, 128): replace(_EIGHT, stages=2),
-    (75, 128, "list"): replace(_EIGHT, stages=1),
     (75, 256): replace(_EIGHT, stages=1),
-    (75, 256, "list"): _tile(32, 2, 1, 1),
     (80, 128): _TWELVE,
     (80, 128, "none", "fp32"): _TWO,
-    (80, 128, "list"): replace(_EIGHT, stages=2),
     (80, 256): _tile(128, 8, 2, 1, True),
-    (80, 256, "list"): _tile(64, 4, 2, 1, True),
     (100, 128): _TWELVE,
-    (100, 128, "list"): _EIGHT,
 }
 MMA_BYTE_TILES: Tiles = {
     (0, 64): _tile(128, 8, 3, 2),
     (0, 128): replace(_TWO, stages=4),
     (0, 256): replace(_EIGHT, stages=4),
     (75, 64): _tile(128, 8, 3, 2),
-    (75, 64, "list"): replace(_EIGHT, stages=2),
     (75, 128): _EIGHT,
-    (75, 128, "list"): replace(_EIGHT, stages=1),
     (75, 256): replace(_EIGHT, stages=1),
-    (75, 256, "list"): _tile(64, 4, 1, 1),
     (80, 128): replace(_TWO, stages=4),
-    (80, 128, "list"): _EIGHT,
     (80, 256): _EIGHT,
     (100, 64): _tile(128, 8, 3, 2),
     (100, 64, "none", "fp8"): _EIGHT,
     (100, 64, "causal", "fp8"): _EIGHT,
     (100, 128): _TWELVE,
-    (100, 128, "list"): _EIGHT,
 }
 for _arch in (86, 89, 120):
     MMA_TILES[_arch, 64] = MMA_BYTE_TILES[_arch, 64] = _tile(128, 8, 3, 2)
-    MMA_TILES[_arch, 64, "list"] = MMA_BYTE_TILES[_arch, 64, "list"] = _EIGHT
     MMA_TILES[_arch, 128] = MMA_BYTE_TILES[_arch, 128] = _TWELVE
-    MMA_TILES[_arch, 128, "list"] = MMA_BYTE_TILES[_arch, 128, "list"] = replace(_EIGHT, stages=2)
     MMA_TILES[_arch, 256] = MMA_BYTE_TILES[_arch, 256] = replace(_EIGHT, stages=2)
-    MMA_TILES[_arch, 256, "list"] = MMA_BYTE_TILES[_arch, 256, "list"] = replace(_EIGHT, stages=1)
 MMA_TILES[120, 128, "causal"] = _EIGHT
 MMA_TILES[120, 256] = _tile(128, 8, 1, 1, True)
-MMA_BYTE_TILES[120, 256, "list"] = _tile(64, 4, 1, 1, True)
 # Where sums of fp16 or emulated FP8 MMAs take more registers.
-for _mask in MASKS:
+for _mask in ("none", "causal"):
     MMA_TILES[0, 64, _mask, "fp16"] = _TWO
-    MMA_TILES[75, 64, _mask, "fp16"] = MMA_TILES[75, 64, "list"] if _mask == "list" else _tile(128, 4, 2, 2)
+    MMA_TILES[75, 64, _mask, "fp16"] = _tile(128, 4, 2, 2)
     for _sums in ("fp8", "fp16"):
         MMA_BYTE_TILES[0, 128, _mask, _sums] = MMA_BYTE_TILES[100, 128, _mask, _sums] = _EIGHT
         MMA_BYTE_TILES[0, 256, _mask, _sums] = replace(_EIGHT, q_in_smem=True)
-        MMA_BYTE_TILES[120, 128, _mask, _sums] = replace(_EIGHT, stages=2) if _mask == "list" else _EIGHT
+        MMA_BYTE_TILES[120, 128, _mask, _sums] = _EIGHT
 MMA_TILES[0, 128, "none", "fp16"], MMA_TILES[0, 128, "causal", "fp16"] = replace(_TWO, stages=2), _EIGHT
 MMA_TILES[100, 128, "none", "fp16"] = MMA_TILES[100, 128, "causal", "fp16"] = _EIGHT
 MMA_BYTE_TILES[89, 128, "none", "fp8"] = MMA_BYTE_TILES[89, 128, "causal", "fp8"] = _EIGHT
@@ -95,29 +77,29 @@ def _frugal(tile: Tile) -> Tile:
     return replace(tile, loop_state_in_smem=True, recompute_thread_idx=True)
 
 
-for _mask in MASKS:
-    _lean = _frugal(replace(_EIGHT, stages=1 if _mask == "list" else 2))
+for _mask in ("none", "causal"):
+    _lean = _frugal(replace(_EIGHT, stages=2))
     MMA_TILES[75, 256, _mask, "fp16"] = _frugal(find_tile(MMA_TILES, 75, 256, _mask))
     MMA_TILES[86, 256, _mask, "fp16"] = MMA_TILES[89, 256, _mask, "fp16"] = _lean
     MMA_BYTE_TILES[89, 256, _mask, "fp8"] = MMA_BYTE_TILES[89, 256, _mask, "fp16"] = _lean
     MMA_BYTE_TILES[120, 256, _mask, "fp8"] = replace(_lean, delay_v_load=2)
-for _arch, _mask, _sums in ((75, "list", "fp32"), (80, "list", "fp16"), (120, "causal", "fp16"), (120, "list", "fp16")):
-    MMA_TILES[_arch, 256, _mask, _sums] = replace(find_tile(MMA_TILES, _arch, 256, _mask, _sums), recompute_thread_idx=True)
+MMA_TILES[120, 256, "causal", "fp16"] = replace(find_tile(MMA_TILES, 120, 256, "causal", "fp16"), recompute_thread_idx=True)
 MMA_BYTE_TILES |= {
     (0, 256, "none", "fp8"): _frugal(_SHARED),
     (0, 256, "causal", "fp8"): replace(_SHARED, recompute_thread_idx=True),
-    (0, 256, "list", "fp8"): replace(_SHARED, recompute_thread_idx=True),
-    (89, 256, "list", "fp8"): replace(_EIGHT, stages=1, recompute_thread_idx=True),
     (100, 256): MMA_BYTE_TILES[0, 256],
     (100, 256, "none", "fp8"): replace(_SHARED, stages=2, loop_state_in_smem=True, delay_v_load=1),
     (100, 256, "causal", "fp8"): replace(_SHARED, stages=2, loop_state_in_smem=True, delay_v_load=1),
-    (100, 256, "list", "fp8"): _SHARED,
     (100, 256, "none", "fp16"): _SHARED,
     (100, 256, "causal", "fp16"): _SHARED,
-    (100, 256, "list", "fp16"): _SHARED,
     (120, 256, "causal", "fp8"): replace(MMA_BYTE_TILES[120, 256, "causal", "fp8"], q_in_smem=True),
-    (120, 256, "list", "fp8"): _tile(64, 4, 2, delay_v_load=2),
 }
+# Lists of tiles: the tiles of causal kernels, but for those named here.
+LIST_TILES: dict[str, Tiles] = {"16": {}, "8": {}}
+for _tiles, _own in ((MMA_TILES, LIST_TILES["16"]), (MMA_BYTE_TILES, LIST_TILES["8"])):
+    for _arch, _d in [key for key in _tiles if len(key) == 2]:
+        for _sums in ("fp32", "fp16", "fp8", "int32"):
+            _tiles[_arch, _d, "list", _sums] = _own.get((_arch, _d, _sums)) or find_tile(_tiles, _arch, _d, "causal", _sums)
 # Bytes of local memory a thread may use outside its main loop: at head_dim 256 the accumulators leave the compiler a register or two short.
 MMA_LOCAL = {64: 0, 128: 0, 256: 16}
 
