@@ -94,14 +94,17 @@ MMA_BYTE_TILES |= {
     (100, 256, "causal", "fp16"): _SHARED,
     (120, 256, "causal", "fp8"): replace(MMA_BYTE_TILES[120, 256, "causal", "fp8"], q_in_smem=True),
 }
-# Lists of tiles: the tiles of causal kernels, but for those named here.
-LIST_TILES: dict[str, Tiles] = {"16": {}, "8": {}}
-for _tiles, _own in ((MMA_TILES, LIST_TILES["16"]), (MMA_BYTE_TILES, LIST_TILES["8"])):
+# Lists of tiles take the tiles of causal kernels, but for those named here.
+for _tiles in (MMA_TILES, MMA_BYTE_TILES):
     for _arch, _d in [key for key in _tiles if len(key) == 2]:
         for _sums in ("fp32", "fp16", "fp8", "int32"):
-            _tiles[_arch, _d, "list", _sums] = _own.get((_arch, _d, _sums)) or find_tile(_tiles, _arch, _d, "causal", _sums)
-# Bytes of local memory a thread may use outside its main loop: at head_dim 256 the accumulators leave the compiler a register or two short.
+            _tiles[_arch, _d, "list", _sums] = find_tile(_tiles, _arch, _d, "causal", _sums)
+            if _d == 128 and _arch != 75:  # two loops leave too few registers to twelve warps, or to 32 rows of four
+                _tiles[_arch, _d, "list", _sums] = _EIGHT
+# Bytes of local memory a thread may use outside its main loop, by compiled head dimension: at 256 the accumulators leave the compiler a
+# register or two short. With lists also in the loop over the tiles that a mask touches.
 MMA_LOCAL = {64: 0, 128: 0, 256: 16}
+MMA_LIST_LOCAL = {64: 16, 128: 16, 256: 64}
 
 
 def _mma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
@@ -113,7 +116,7 @@ def _mma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, accum
     config = f"AttendConfig<{head_dim}, {initializer('MmaTile', fields)}>"
     return Entry(
         kernels.attend_symbol(head_dim, mask, accumulate), f"attend_mma<{config}>", AttendParams, 32 * t.warps, t.blocks,
-        f"attend_shared_bytes<{config}>()", MMA_LOCAL[head_dim],
+        f"attend_shared_bytes<{config}>()", (MMA_LIST_LOCAL if mask == "list" else MMA_LOCAL)[head_dim],
     )  # fmt: skip
 
 
