@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..numerics.constants import KV_TILE
 from ..numerics.scheme import FP8_FP16, FP8_FP32_MMA, FP16_FP16_FP32, FP16_FP32_MMA, INT8_INT32
 from .binaries import Entry
-from .family import MASKS, WARP_ROWS, KernelFamily, Tile, Tiles, find_tile, initializer
+from .family import WARP_ROWS, KernelFamily, Tile, Tiles, find_tile, initializer
 from .params import AttendParams
 
 FLAGS = ("q_in_smem", "loop_state_in_smem", "recompute_thread_idx", "delay_v_load")
