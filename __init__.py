@@ -14,7 +14,7 @@ else:
         """The pack as ComfyUI sees it."""
 
         async def get_node_list(self) -> list[type]:
-            return v3.NODES
+            return [*v3.NODES]
 
     def comfy_entrypoint() -> SageAttentionExtension:
         """Called by ComfyUI once it has imported the pack."""

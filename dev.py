@@ -3,6 +3,7 @@
 
     python3 dev.py demo     sample a small diffusion model with every attention variant, and picture the difference
     python3 dev.py test     the tests (further arguments go to pytest; `-n 0` for one process)
+    python3 dev.py lint     ruff and mypy
     python3 dev.py build    the CUDA kernels (further arguments go to csrc/tools/build.py)
     python3 dev.py wheels   the launchers' wheels and their index (further arguments go to wheels/build.py)
     python3 dev.py bench    the kernels' speed (further arguments go to `python -m sageattention bench`)
@@ -22,6 +23,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -51,7 +53,7 @@ def say(message: str) -> None:
 
 def run(step: str, command: list[str], **options) -> None:
     """Run a step whose failure ends everything; says what it is and how long it took."""
-    say(f"{step} …")
+    say(f"{step} ...")
     begun = time.monotonic()
     code = subprocess.call(command, **options)
     if code:
@@ -166,6 +168,21 @@ def test(here: bool, arguments: list[str]) -> int:
     return subprocess.call([python, "-m", "pytest", *arguments], cwd=ROOT)
 
 
+def lint(here: bool, arguments: list[str]) -> int:
+    """ruff on everything, mypy on what users run; 0 where both have nothing to say."""
+    python = _python(here)
+    mypy = [python, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache"), *arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        pack = Path(folder) / "pack"  # the pack is a package by its folder's name, and a clone's need not be a module's
+        pack.symlink_to(ROOT, target_is_directory=True)
+        found = [
+            subprocess.call([python, "-m", "ruff", "check", "."], cwd=ROOT),
+            subprocess.call([*mypy, str(pack / "sageattention"), str(pack / "nodes")], cwd=folder),
+            subprocess.call([*mypy, "--explicit-package-bases", "installer", "install.py", "prestartup_script.py"], cwd=ROOT),
+        ]
+    return max(found)
+
+
 def build(here: bool, arguments: list[str]) -> int:
     return subprocess.call([_python(here), str(ROOT / "csrc" / "tools" / "build.py"), *arguments], cwd=ROOT)
 
@@ -185,7 +202,7 @@ def _python(here: bool) -> str:
     return sys.executable if here else environment()
 
 
-COMMANDS = {"demo": demo, "test": test, "build": build, "wheels": wheels, "bench": bench}
+COMMANDS = {"demo": demo, "test": test, "lint": lint, "build": build, "wheels": wheels, "bench": bench}
 
 
 def main() -> int:

@@ -61,7 +61,7 @@ class Index:
         self.where, self.seconds, self.remote = where, seconds, bool(re.match(r"\w\w+:", where))
         self.file = None if self.remote else Path(where) / "index.json" if Path(where).is_dir() else Path(where)
         try:
-            data = download(where, MAX_INDEX, seconds) if self.remote else self.file.read_bytes()
+            data = self.file.read_bytes() if self.file else download(where, MAX_INDEX, seconds)
             self.wheels = [self._checked(entry) for entry in json.loads(data)["wheels"]]
         except OSError as error:
             raise Problem(f"The index {where} can't be read: {error}.") from error

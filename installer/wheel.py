@@ -38,8 +38,8 @@ def read_record(data: bytes) -> dict[str, str]:
     return {row[0]: row[1] if len(row) > 1 else "" for row in csv.reader(lines) if row}
 
 
-def write_wheel(folder: Path, metadata: str, tag: str, files: dict[str, bytes]) -> Path:
-    """Write NAME-VERSION-TAG.whl: all times are fixed, and nothing is compressed, as zlib's versions differ.
+def write_wheel(folder: Path, metadata: str, tag: str, files: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
+    """Write NAME-VERSION-TAG.whl: all times are fixed, and nothing is compressed unless asked for, as zlib's versions differ.
 
     Args:
         metadata: the METADATA file; name and version are taken from it.
@@ -56,12 +56,12 @@ def write_wheel(folder: Path, metadata: str, tag: str, files: dict[str, bytes]) 
     content[f"{info}/RECORD"] = write_record([*rows, (f"{info}/RECORD", "", "")])
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stem}-{tag}.whl"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(path, "w", compression) as archive:
         for name, data in content.items():
             entry = zipfile.ZipInfo(name, FIXED_TIME)
             entry.external_attr = 0o644 << 16
             entry.create_system = 3  # Unix, on Windows too
-            archive.writestr(entry, data)
+            archive.writestr(entry, data, compression)
     return path
 
 

@@ -11,37 +11,34 @@ cores add.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..sageattention import KernelMissing, Unsupported, dispatch, settings
-from ..sageattention.backends.call import Call
+from ..sageattention import KernelMissing, Unsupported, prepare, settings, tracing
 from .record import Record
 
 if TYPE_CHECKING:
-    from ..sageattention.planning.plan import Plan
+    from ..sageattention.dispatch import Call
 
 Attention = Callable[..., torch.Tensor]
 MAX_FORMS = 4096
 
 
 class Form(NamedTuple):
-    """Calls alike in all that decides how they are computed: how q, k and v are viewed, and by what kernel they run.
+    """Calls alike in all that decides how they are computed: how q, k and v are viewed.
 
     Attributes:
         views: the shapes, [B, L, heads, D], of q, k and v that come as [B, L, heads·D]; None where they come as [B, heads, L, D].
         transposed: heads and tokens change places. Views of the inputs cost nothing, where a copy of the output would.
         layout: the output's, "HND" with `skip_output_reshape`, else "NHD".
-        kernel: what the variant's kernels are compiled for: one that ran once will not turn out to be missing the next time.
     """
 
     views: tuple[tuple[int, ...], ...] | None
     transposed: bool
     layout: str
-    variant: str
-    kernel: tuple[Any, ...]
 
 
 class SageOverride:
@@ -54,7 +51,6 @@ class SageOverride:
         variant: a name from `sageattention.variants.VARIANTS`, or "auto".
         previous: the override that this one replaced, or None.
         record: what ran so far.
-        proven: the kernels that ran at least once, see `Form`.
         forms: what is known of calls like earlier ones: their `Form`, or why they are left to the model's own attention on purpose.
     """
 
@@ -62,7 +58,6 @@ class SageOverride:
         self.variant = variant
         self.previous = previous
         self.record = Record()
-        self.proven: set[tuple[Any, ...]] = set()
         self.forms: dict[tuple[Any, ...], Form | str] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SageOverride:
@@ -117,59 +112,54 @@ class SageOverride:
         Raises:
             Unsupported, KernelMissing: our variant can't do this call.
         """
-        key = (
+        key: tuple[Any, ...] = (
             q.shape, k.shape, v.shape, q.dtype, q.device, None if mask is None else (mask.shape, mask.dtype),
             heads, skip_reshape, skip_output_reshape, enable_gqa, low_precision_attention, settings.state,
         )  # fmt: skip
         try:
-            form = self.forms.get(key)
+            known = self.forms.get(key)
         except TypeError:  # symbolic sizes have no hash
-            key = form = None
-        if type(form) is str:
-            self.record.count_kept(form)
+            known, key = None, ()
+        if isinstance(known, str):
+            self.record.count_kept(known)
             return None
         if low_precision_attention is False:
-            return self._keep(key, "the model asks for full precision in some layers")
-        if dispatch.transformed():
+            self._keep(key, "the model asks for full precision in some layers")
+            return None
+        if tracing.transformed():
             raise Unsupported("q", "torch.jit.trace or a torch.func transform is at work, which only torch's own attention can follow")
-        if dispatch.needs_grad(q, k, v):
+        if tracing.needs_grad(q, k, v):
             raise Unsupported("q", "a gradient is asked for, and quantised attention has none; training needs the model's own")
-        if form is not None:
-            return self._call(q, k, v, mask, scale, *form[:3]), form
+        if known is not None:
+            return self._call(q, k, v, mask, scale, known), known
         if heads is None:
             raise Unsupported("heads", "the call does not say how many there are")
-        how = (
-            _check_heads(q, k, v, heads, enable_gqa) if skip_reshape else _split_heads(q, k, v, heads, enable_gqa),
+        form = Form(
+            (_check_heads if skip_reshape else _split_heads)(q, k, v, heads, enable_gqa),
             bool(skip_reshape) != bool(skip_output_reshape),
             "HND" if skip_output_reshape else "NHD",
         )
-        call = self._call(q, k, v, mask, scale, *how)
-        if call.plan.variant.backend == "sdpa":
-            return self._keep(key, _why_sdpa(call.plan))
-        p, variant = call.problem, call.plan.variant.name
-        form = Form(*how, variant, (variant, p.device, p.device_index, p.head_dim, p.dtype, p.mask))
+        call = self._call(q, k, v, mask, scale, form)
+        left = call.left_to_model
+        if left:
+            self._keep(key, left)
+            return None
         self._remember(key, form)
         return call, form
 
-    def _call(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None,
-        views: tuple[tuple[int, ...], ...] | None, transposed: bool, layout: str,
-    ) -> Call:  # fmt: skip
-        if views is not None:
-            q, k, v = q.view(views[0]), k.view(views[1]), v.view(views[2])
-        if transposed:
+    def _call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None, form: Form) -> Call:
+        if form.views is not None:
+            q, k, v = q.view(form.views[0]), k.view(form.views[1]), v.view(form.views[2])
+        if form.transposed:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return dispatch.prepare(
-            q, k, v, tensor_layout=layout, is_causal=False, attn_mask=_four_dimensional(mask), sm_scale=scale, return_lse=False,
-            variant=self.variant,
-        )  # fmt: skip
+        return prepare(q, k, v, form.layout, sm_scale=scale, attn_mask=_four_dimensional(mask), variant=self.variant)
 
-    def _keep(self, key: tuple[Any, ...] | None, reason: str) -> None:
+    def _keep(self, key: tuple[Any, ...], reason: str) -> None:
         self._remember(key, reason)
         self.record.count_kept(reason)
 
-    def _remember(self, key: tuple[Any, ...] | None, form: Form | str) -> None:
-        if key is None:
+    def _remember(self, key: tuple[Any, ...], form: Form | str) -> None:
+        if not key:  # it has no hash
             return
         if len(self.forms) >= MAX_FORMS:
             self.forms.clear()
@@ -186,42 +176,27 @@ def _attempt(override: SageOverride, args: tuple[Any, ...], kwargs: dict[str, An
         if prepared is None:
             return None
         call, form = prepared
-        if contained and form.kernel in override.proven:
-            held, call, prepared = [call], None, None
-            out = _run_releasing(held, args[1], args[2])
-        else:
-            try:
-                out, _ = dispatch.run_planned(call)
-            except KernelMissing as error:
-                dispatch.without(call, error)  # "auto" has further candidates, the last of which is the model's own attention
-                return _attempt(override, args, kwargs, contained)
-            override.proven.add(form.kernel)
+        result = call.attempt(functools.partial(_take, args[1], args[2]) if contained else None)
+        if result is None:  # the kernel of the last candidate was found missing just now
+            override.record.count_kept(call.left_to_model)
+            return None
     except (Unsupported, KernelMissing) as error:
         override.record.count_fallback(str(error), layer_name(kwargs.get("transformer_options")))
         return None
-    override.record.count_run(form.variant)
+    override.record.count_run(call.plan.variant.name)
+    out = result[0]
     return out if form.layout == "HND" else out.flatten(2)
+
+
+def _take(*containers: Any) -> None:
+    """Let K and V go, which the core has left to us alone."""
+    for container in containers:
+        container.take()
 
 
 # In a model under torch.compile our part stays out of the graph: counts are Python's, and a traced count would be a guard that
 # fails, and recompiles, at every call. Attention that is left to the model is compiled with it.
 _attempt_uncompiled = torch.compiler.disable(_attempt)
-
-
-def _run_releasing(held: list[Call], *containers: Any) -> torch.Tensor:
-    """`dispatch.run` in two halves: K and V, in `containers`, are freed once they are quantised, before the output is allocated.
-
-    `held` is emptied, so that nobody keeps the call alive. Where the halves save nothing it is run as a whole.
-    """
-    call = held.pop()
-    if not dispatch.halves_save_memory(call):
-        return dispatch.run_planned(call)[0]
-    q, mask, problem = call.q, call.mask, call.problem
-    kv = dispatch.quantize_planned(call.k, call.v, problem, call.plan)
-    del call
-    for container in containers:
-        container.take()
-    return dispatch.attend(q, kv, is_causal=False, sm_scale=problem.sm_scale, return_lse=False, attn_mask=mask)[0]
 
 
 def layer_name(transformer_options: dict[str, Any] | None) -> str:
@@ -237,7 +212,7 @@ def layer_name(transformer_options: dict[str, Any] | None) -> str:
 
 def _split_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, enable_gqa: bool) -> tuple[tuple[int, ...], ...]:
     """How [B, L, heads·D] is viewed as [B, L, heads, D]; k and v have fewer heads where `enable_gqa` says so."""
-    _check_rank(3, "[B, L, heads·D]", q, k, v)
+    _check_rank(3, "[B, L, heads*D]", q, k, v)
     inner = q.shape[2]
     if heads < 1 or inner < 1 or inner % heads:
         raise Unsupported("heads", f"got {heads}, accepted is a divisor of q's last dimension, {inner}")
@@ -249,12 +224,13 @@ def _split_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, 
     return tuple((*t.shape[:2], t.shape[2] // dim, dim) for t in (q, k, v))
 
 
-def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, enable_gqa: bool) -> None:
-    """[B, heads, L, D], taken as it is."""
+def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, enable_gqa: bool) -> tuple[tuple[int, ...], ...] | None:
+    """[B, heads, L, D] is taken as it is."""
     _check_rank(4, "[B, heads, L, D]", q, k, v)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.shape[1] != heads and (name == "q" or not enable_gqa):
             raise Unsupported(name, f"it has {t.shape[1]} heads, the call says {heads}; only k and v may differ, with enable_gqa")
+    return None
 
 
 def _check_rank(rank: int, shape: str, *tensors: torch.Tensor) -> None:
@@ -268,9 +244,3 @@ def _four_dimensional(mask: torch.Tensor | None) -> torch.Tensor | None:
     if mask is None or mask.dim() == 4:
         return mask
     return mask[:, None] if mask.dim() == 3 else mask
-
-
-def _why_sdpa(plan: Plan) -> str:
-    if not plan.rejected:
-        return plan.reason
-    return "; ".join(f"{name}: {reason}" for name, reason in plan.rejected)

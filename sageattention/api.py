@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from . import neutral
 from .errors import KernelMissing, TorchOnly, Unsupported
@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from .backends.triton.host import QuantizedKV
+    from .backends.call import QuantizedKV
+    from .dispatch import Call
+    from .planning.plan import Plan
+    from .planning.problem import Problem
 
     Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -83,8 +86,11 @@ def scaled_dot_product_attention(
     Dropout, as for training, is torch's to do.
     """
     if dropout_p:
-        return _dispatch().sdpa.TORCH_ATTENTION(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    return _call(query, key, value, "HND", is_causal, scale, False, attn_mask, "auto")
+        from . import torch_internals
+
+        return torch_internals.attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    out = _call(query, key, value, "HND", is_causal, scale, False, attn_mask, "auto")
+    return cast("torch.Tensor", out)
 
 
 def sageattn_qk_int8_pv_fp16_triton(
@@ -221,13 +227,36 @@ def sageattn_varlen(
     return _dispatch().run_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, sm_scale=sm_scale)
 
 
-def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", *, variant: str = "auto") -> QuantizedKV:
+def prepare(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", is_causal: bool = False,
+    sm_scale: float | None = None, return_lse: bool = False,
+    *,
+    attn_mask: torch.Tensor | None = None, variant: str = "auto", pv_accum_dtype: str | None = None,
+) -> Call:  # fmt: skip
+    """`sageattn` in two steps: the call is checked and planned here, its `run()` computes it and gives (out, lse or None).
+
+    `left_to_model` says why "auto" leaves it to PyTorch's attention, so that a program can call its own instead; `run(release)` lets k and
+    v be freed on the way.
+    """
+    return _dispatch().prepare(
+        q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse,
+        variant=variant, accum=pv_accum_dtype or "",
+    )  # fmt: skip
+
+
+def quantize_kv(
+    k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", *, variant: str = "auto", key_mask: torch.Tensor | None = None
+) -> QuantizedKV:  # fmt: skip
     """Quantise K and V once; the result owns no float tensor, so the caller may free k and v before `attend`.
+
+    Args:
+        key_mask: [B | 1, Nk] bool, False for keys that no query will see, such as padding: what they hold then costs no accuracy.
+            `attend` wants an attn_mask that hides them, and may hide more.
 
     Raises:
         Unsupported: also where the variant that runs keeps no quantised form ("sdpa", "reference").
     """
-    return _dispatch().quantize_kv(k, v, tensor_layout, variant)
+    return _dispatch().quantize_kv(k, v, tensor_layout, variant, key_mask)
 
 
 def attend(
@@ -267,8 +296,8 @@ def available_variants(device: torch.device | str | None = None) -> list[Availab
     machine = capability.of_device(device.type, index)
     try:
         forced, malformed = binaries.forced(), None
-    except Unsupported as error:  # a malformed SAGEATTENTION_ARCH: nothing of ours runs, and the list says why
-        forced, malformed = (0, False), error
+    except Unsupported as refused:  # a malformed SAGEATTENTION_ARCH: nothing of ours runs, and the list says why
+        forced, malformed = (0, False), refused
     found = []
     for variant in VARIANTS.values():
         error = refusal(variant, machine, *forced) or (malformed if variant.backend in ("triton", "cuda") else None)
@@ -294,6 +323,14 @@ class Explanation:
     device: str
     basis: str = ""
     accum: str = ""
+
+    @classmethod
+    def of(cls, problem: Problem, plan: Plan) -> Explanation:
+        """Of a call that is planned."""
+        from .planning.here import machine
+
+        rejected = tuple((str(candidate), reason) for candidate, reason in plan.rejected)
+        return cls(plan.variant.name, plan.reason, rejected, machine(problem).name, plan.basis, plan.accum)
 
     def __str__(self) -> str:
         accum = f" ({self.accum})" if self.accum else ""
@@ -330,8 +367,7 @@ def explain(
         if variant != "auto" or tensor_layout != "HND" or return_lse:
             raise
         return Explanation("sdpa", f"no variant reads it: {refusal}", (), str(q.device))
-    plan = call.plan
-    return Explanation(plan.variant.name, plan.reason, plan.rejected, _dispatch().machine(call.problem).name, plan.basis, plan.accum)
+    return Explanation.of(call.problem, call.plan)
 
 
 _loaded: ModuleType | None = None
@@ -341,7 +377,9 @@ def _dispatch() -> ModuleType:
     """`dispatch`, which imports torch, imported when it is first needed: the statement costs each call that comes past it a microsecond."""
     global _loaded
     if _loaded is None:
-        from . import dispatch as _loaded
+        from . import dispatch
+
+        _loaded = dispatch
     return _loaded
 
 

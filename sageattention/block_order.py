@@ -158,7 +158,7 @@ def radial_block_mask(
     if q_block not in (64, 128):
         raise Unsupported("q_block", f"got {q_block!r}, accepted are 64 and 128")
     if not 0 <= decay < float("inf"):
-        raise Unsupported("decay", f"got {decay!r}, accepted is a finite number ≥ 0")
+        raise Unsupported("decay", f"got {decay!r}, accepted is a finite number >= 0")
     video_end = prefix + frames * tokens_per_frame
     total = video_end + suffix
     q_blocks, kv_blocks = -(-total // q_block), -(-total // BLOCK)
@@ -214,4 +214,4 @@ def _any_in_blocks(tokens: torch.Tensor, block: int) -> torch.Tensor:
 def _check_lengths(**lengths: int) -> None:
     for name, given in lengths.items():
         if not isinstance(given, int) or given < 0:
-            raise Unsupported(name, f"got {given!r}, accepted is a number of tokens or frames ≥ 0")
+            raise Unsupported(name, f"got {given!r}, accepted is a number of tokens or frames >= 0")

@@ -1,36 +1,133 @@
-"""Runs a plan: the one place where a problem, its plan and its tensors meet."""
+"""Where a problem, its plan and its tensors meet: a call is prepared here, and computed by the backend of its plan."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from . import settings
 from .backends import emulation, sdpa
-from .backends.call import Call, Result, result_like
-from .device import capability
-from .device.capability import Capability
+from .backends.call import Backend, KernelBackend, PreparedCall, QuantizedKV, Result, result_like
 from .errors import KernelMissing, TorchOnly, Unsupported
-from .kernels import binaries
-from .planning import calibration, varlen
-from .planning.plan import GROUPS_ALIVE, Plan, plan
+from .planning import varlen
+from .planning.here import plan_for, plan_without, warn_once
+from .planning.plan import KernelPlan, Plan
 from .planning.problem import Problem, facts
-from .planning.problem import needs_grad as needs_grad  # for the adapter
 from .tracing import traced as traced  # for `api`
 from .tracing import transformed
-from .variants import TRITON_FP16, VARIANTS
-
-if TYPE_CHECKING:
-    from types import ModuleType
-
-    from .backends.triton.host import QuantizedKV
-
+from .variants import SDPA, TRITON_FP16, Variant
 
 LOG = logging.getLogger("sageattention")
+MAX_PREPARED = 4096
+
+
+class Call(PreparedCall[Plan]):
+    """One attention call that is checked and planned, to be computed once."""
+
+    __slots__ = ()
+
+    @property
+    def left_to_model(self) -> str:
+        """Why the call is left to PyTorch's attention, or to what a model has in its place; "" where a variant of ours computes it."""
+        if self.plan.variant is not SDPA:
+            return ""
+        return "; ".join(f"{candidate}: {reason}" for candidate, reason in self.plan.rejected) or self.plan.reason
+
+    def run(self, release: Callable[[], object] | None = None) -> Result:
+        """Compute the call: (out in q's layout and dtype, lse [B, H, Nq] fp32 or None).
+
+        Where "auto" chose a variant whose kernel turns out to be missing, its next candidate runs.
+
+        Args:
+            release: lets go of the caller's K and V. It is called as soon as they are quantised, where that lowers the peak of memory:
+                the call itself does not hold them any more then, and the output is not allocated yet.
+
+        Raises:
+            KernelMissing: the kernel of a variant that was asked for by name.
+        """
+        result = self.attempt(release) or self._compute()
+        if self.plan.variant.name not in _ran:
+            _say_what_runs(self.plan)
+        return result
+
+    def attempt(self, release: Callable[[], object] | None = None) -> Result | None:
+        """As `run`, but None where the call is left to the model, be it that the last kernel of ours turned out to be missing."""
+        while self.plan.variant is not SDPA:
+            try:
+                return self._compute(release)
+            except KernelMissing as error:
+                self.plan, self.bound = plan_without(self.problem, self.plan, error), {}
+        return None
+
+    def _compute(self, release: Callable[[], object] | None = None) -> Result:
+        """By the plan and no other."""
+        problem, plan, device = self.problem, self.plan, self.problem.device
+        if problem.empty:
+            return _empty(self.q, problem)
+        if release is not None and isinstance(plan, KernelPlan) and self._halves_pay(plan):
+            return self._compute_releasing(plan, release)
+        run = _backend(plan.variant).run
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return run(self)
+        with torch.autocast(device, enabled=False):  # it would narrow fp32 products, and the output
+            return run(self)
+
+    def _halves_pay(self, plan: KernelPlan) -> bool:
+        """Whether a call in two halves, K and V freed in between, peaks lower than as a whole: it keeps all heads quantised, where the
+        whole call keeps a group or two beside the output."""
+        return plan.halves_take(self.problem) < self.q.numel() * self.q.element_size()
+
+    def _compute_releasing(self, plan: KernelPlan, release: Callable[[], object]) -> Result:
+        q, mask, problem = self.q, self.mask, self.problem
+        kernels = plan.variant.name, problem.device_index, problem.head_dim, problem.dtype, problem.mask
+        if plan.COMPILES_AT_LAUNCH and kernels not in _compiled:  # the second half might fail, with K and V gone
+            result = self._compute()
+            _compiled.add(kernels)
+            return result
+        kv = _kernel_backend(plan.variant).quantize(self.k, self.v, problem, plan, mask)
+        del self.k, self.v
+        release()
+        return _kernel_backend(plan.variant).attend(q, kv, problem, mask)
+
+
+_ran: set[str] = set()  # variants
+_compiled: set[tuple[Any, ...]] = set()  # kernels that ran once, by all that they are compiled for
+
+
+def _say_what_runs(chosen: Plan) -> None:
+    """One line at a variant's first call: where a start flag or another program calls, nothing else tells what runs."""
+    _ran.add(chosen.variant.name)
+    LOG.info("sageattention: attention runs on %s: %s", chosen.variant.name, chosen.reason)
+
+
+def _empty(q: torch.Tensor, problem: Problem) -> Result:
+    out, lse = result_like(q, problem)
+    return out.zero_(), None if lse is None else lse.fill_(-torch.inf)
+
+
+# By `Variant.backend`; the others are imported when they are first called, because an import statement costs each call a microsecond.
+_BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "reference": emulation}
+
+
+def _backend(variant: Variant) -> Backend:
+    return _BACKENDS.get(variant.backend) or _kernel_backend(variant)
+
+
+def _kernel_backend(variant: Variant) -> KernelBackend:
+    known: Any = _BACKENDS.get(variant.backend)
+    if known is None:
+        try:
+            known = importlib.import_module(f".backends.{variant.backend}.host", __package__)
+        except ImportError as error:  # Triton's kernels are written for other releases than the one that is installed
+            raise KernelMissing(variant.name, f"its kernels can't be imported with the Triton installed here: {error}") from error
+        _BACKENDS[variant.backend] = known
+    return known
 
 
 def compute(
@@ -66,12 +163,12 @@ def compute(
             return sdpa.by_torch_alone(q, k, v, attn_mask, is_causal, sm_scale), None
         if not _stands_in_torchs_place():
             raise
-        _warn_once(f"torch's own attention computes what {variant} can't: {refusal}")
+        warn_once(f"torch's own attention computes what {variant} can't: {refusal}")
         return compute(
             q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse,
             variant="sdpa",
         )  # fmt: skip
-    return run(call)
+    return call.run()
 
 
 def _stands_in_torchs_place() -> bool:
@@ -82,10 +179,9 @@ def _stands_in_torchs_place() -> bool:
     return getattr(placed, "__module__", None) == f"{__package__}.api"
 
 
-# (problem, plan, forms) of the calls that were prepared before, by all that they depend on: a model repeats a handful of calls
+# (problem, plan, what is bound) of the calls that were prepared before, by all that they depend on: a model repeats a handful of calls
 # thousands of times, and checking and planning one anew costs 15 µs.
-_prepared: dict[tuple, tuple[Problem, Plan, dict]] = {}
-MAX_PREPARED = 4096
+_prepared: dict[tuple[Any, ...], tuple[Problem, Plan, dict[Any, Any]]] = {}
 
 
 def prepare(
@@ -130,137 +226,6 @@ def _four_dims(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
 
 
-def _refuse_transforms(name: str) -> None:
-    if transformed():
-        raise Unsupported(name, "is under torch.jit.trace or a transform of torch.func, which can't follow a call in halves; call sageattn")
-
-
-def plan_for(problem: Problem, variant: str, accum: str = "") -> Plan:
-    """`plan()` for the machine at hand, honouring `SAGEATTENTION_ARCH` and, for "auto", `SAGEATTENTION_VARIANT`.
-
-    A variable that names no variant, or one that can't do this call, is told once, and "auto" chooses.
-    """
-    for name, given in (("variant", variant), ("pv_accum_dtype", accum)):
-        if not isinstance(given, str):
-            raise Unsupported(name, f"got {given!r}, accepted is a name")
-    named = settings.read("SAGEATTENTION_VARIANT") if variant == "auto" else ""
-    if named and named != "auto":
-        try:
-            return _plan_named(problem, named, accum)
-        except (Unsupported, KernelMissing) as error:
-            _warn_once(f"SAGEATTENTION_VARIANT is {named!r}, which can't be had for this call, so 'auto' chooses: {error}")
-    return _plan_here(problem, variant, accum)
-
-
-def _plan_named(problem: Problem, variant: str, accum: str) -> Plan:
-    """By the variant that the environment names; a call's own accumulator counts where that variant has it."""
-    return _plan_here(problem, variant, accum if variant in VARIANTS and accum in VARIANTS[variant].accum else "")
-
-
-def _plan_here(problem: Problem, variant: str, accum: str) -> Plan:
-    card = machine(problem)
-    known = calibration.of_card(card) if variant == "auto" else None
-    arch, ptx = binaries.forced()
-    return plan(problem, card, variant, accum, arch, known, ptx, _absent.get(problem, ()) if _absent else ())
-
-
-# What "auto" chose for a problem and then could not have, as `plan` takes it: it is passed by from then on.
-_absent: dict[Problem, tuple[tuple[str, str], ...]] = {}
-
-
-def without(call: Call, error: KernelMissing) -> Call:
-    """The call as "auto" plans it once its choice's kernel was found missing.
-
-    Raises:
-        KernelMissing: `error`, where the variant was asked for by name.
-    """
-    if not call.plan.auto:
-        raise error
-    if len(_absent) >= 4096:
-        _absent.clear()
-    candidate = f"{call.plan.variant.name}:{call.plan.accum}".rstrip(":")
-    _absent[call.problem] = (*_absent.get(call.problem, ()), (candidate, error.reason))
-    settings.planned_anew()
-    _warn_once(f"auto passes by {candidate}: {error.reason}")
-    return call._replace(plan=plan_for(call.problem, "auto"), forms={})
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    LOG.warning("sageattention: %s", message)
-
-
-def machine(problem: Problem) -> Capability:
-    """The capability of the device a problem's tensors are on."""
-    return capability.of_device(problem.device, problem.device_index)
-
-
-def run(call: Call) -> Result:
-    """Compute a prepared call: (out in q's layout and dtype, lse [B, H, Nq] fp32 or None).
-
-    Where "auto" chose a variant whose kernel turns out to be missing, its next candidate runs.
-    """
-    try:
-        result = run_planned(call)
-    except KernelMissing as error:
-        return run(without(call, error))
-    if call.plan.variant.name not in _ran:
-        _say_what_runs(call.plan)
-    return result
-
-
-_ran: set[str] = set()
-
-
-def _say_what_runs(chosen: Plan) -> None:
-    """One line at a variant's first call: where a start flag or another program calls, nothing else tells what runs."""
-    _ran.add(chosen.variant.name)
-    LOG.info("sageattention: attention runs on %s: %s", chosen.variant.name, chosen.reason)
-
-
-def run_planned(call: Call) -> Result:
-    """The same by the call's plan and no other.
-
-    Raises:
-        KernelMissing: its kernel can't be had.
-    """
-    if call.problem.empty:
-        return _empty(call.q, call.problem)
-    runner = _RUNNERS[call.plan.variant.backend]
-    device = call.problem.device
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return runner(call)
-    with torch.autocast(device, enabled=False):  # it would narrow fp32 products, and the output
-        return runner(call)
-
-
-def _empty(q: torch.Tensor, problem: Problem) -> Result:
-    out, lse = result_like(q, problem)
-    return out.zero_(), None if lse is None else lse.fill_(-torch.inf)
-
-
-def _triton_host() -> ModuleType:
-    try:
-        from .backends.triton import host
-    except ImportError as error:  # of another release than this code is written for
-        raise KernelMissing(TRITON_FP16.name, f"its kernels can't be imported with the Triton installed here: {error}") from error
-    return host
-
-
-def _run_triton(call: Call) -> Result:
-    return _triton_host().run(call)
-
-
-def _run_cuda(call: Call) -> Result:
-    from .backends.cuda import host
-
-    _RUNNERS["cuda"] = host.run  # an import statement in a function costs each call a microsecond
-    return host.run(call)
-
-
-_RUNNERS = {"sdpa": sdpa.run, "reference": emulation.run, "triton": _run_triton, "cuda": _run_cuda}
-
-
 def run_varlen(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -280,7 +245,7 @@ def run_varlen(
     varlen.check("cu_seqlens_k", cu_seqlens_k, "k", k.shape[0], "max_seqlen_k", problem.len_kv)
     if problem.empty:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
-    triton = _triton_host()
+    triton: Any = _kernel_backend(TRITON_FP16)
     offsets = triton.Packed(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())  # the kernels know no strides of theirs
     out = triton.run_packed(q, k, v, offsets, problem, chosen)
     if chosen.variant.name not in _ran:
@@ -288,35 +253,31 @@ def run_varlen(
     return out
 
 
-def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str, variant: str) -> QuantizedKV:
+def _refuse_transforms(name: str) -> None:
+    if transformed():
+        raise Unsupported(name, "is under torch.jit.trace or a transform of torch.func, which can't follow a call in halves; call sageattn")
+
+
+def quantize_kv(
+    k: torch.Tensor, v: torch.Tensor, tensor_layout: str, variant: str, key_mask: torch.Tensor | None = None
+) -> QuantizedKV[Any]:  # fmt: skip
     """The first half of a call: K and V quantised, all heads at once."""
     _refuse_transforms("k")
-    problem = Problem.from_kv(k, v, tensor_layout=tensor_layout)
+    problem = Problem.from_kv(k, v, tensor_layout=tensor_layout, key_mask=key_mask)
     try:
         chosen = plan_for(problem, variant)
     except Unsupported as error:
-        raise Unsupported("k" if error.parameter == "q" else error.parameter, error.reason) from None
-    return quantize_planned(k, v, problem, chosen)
-
-
-def quantize_planned(k: torch.Tensor, v: torch.Tensor, problem: Problem, chosen: Plan) -> QuantizedKV:
-    """The same by a plan that is made already.
-
-    Raises:
-        Unsupported: its variant has no halves.
-    """
-    if chosen.variant.backend == "cuda":
-        from .backends.cuda import host
-
-        return host.quantize(k, v, problem, chosen)
-    if chosen.variant.backend != "triton":
+        parameter = {"q": "k", "attn_mask": "key_mask"}.get(error.parameter, error.parameter)
+        raise Unsupported(parameter, error.reason) from None
+    if not isinstance(chosen, KernelPlan):
         raise Unsupported("variant", f"{chosen.variant.name} ({chosen.reason}) keeps no quantised K and V; name one that does")
-    return _triton_host().quantize(k, v, problem, chosen, 0, problem.batch * problem.heads_kv)
+    mask = None if key_mask is None else key_mask[:, None, None]
+    return _kernel_backend(chosen.variant).quantize(k, v, problem, chosen, mask)
 
 
 def attend(
     q: torch.Tensor,
-    kv: QuantizedKV,
+    kv: QuantizedKV[Any],
     *,
     is_causal: bool,
     sm_scale: float | None,
@@ -324,27 +285,11 @@ def attend(
     attn_mask: torch.Tensor | None,
 ) -> Result:
     """The second half: q against a `QuantizedKV`."""
-    if not hasattr(kv, "problem"):
+    if not isinstance(kv, QuantizedKV):
         raise Unsupported("kv", f"got {type(kv).__name__}, accepted is what quantize_kv returned")
     _refuse_transforms("q")
     problem = kv.problem.with_query(q, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse)
     if problem.empty:
         return _empty(q, problem)
     kv = replace(kv, plan=plan_for(problem, kv.plan.variant.name, kv.plan.accum))  # this mask's kernel
-    if kv.plan.variant.backend == "cuda":
-        from .backends.cuda import host
-
-        return host.attend_all(q, kv, problem, _four_dims(attn_mask))
-    return _triton_host().attend_all(q, kv, problem, _four_dims(attn_mask))
-
-
-def halves_save_memory(call: Call) -> bool:
-    """Whether a call in two halves, K and V freed in between, peaks lower than as a whole: it keeps all heads quantised, where the whole
-    call keeps a group or two beside the output."""
-    p, chosen = call.problem, call.plan
-    backend, heads = chosen.variant.backend, p.batch * p.heads_kv
-    if backend not in GROUPS_ALIVE or p.empty:
-        return False
-    head = p.len_kv * chosen.scheme.kv_bytes(chosen.head_dim)
-    alive = min(heads, chosen.heads_per_group * GROUPS_ALIVE[backend])
-    return (heads - alive) * head < call.q.numel() * call.q.element_size()
+    return _kernel_backend(kv.plan.variant).attend(q, kv, problem, _four_dims(attn_mask))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import Unsupported
+from .layout import AXES
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,6 @@ ALIGNMENT = (
     "first key; is_causal=True asks for the latter, attn_mask for any other"
 )
 
-_TOKENS = {"HND": -2, "NHD": -3}  # axis
 _NOTHING_GIVEN = (*(None for _ in ALIASES), *(parameter.accepted[0] for parameter in NEUTRAL))
 
 
@@ -72,8 +72,10 @@ def settle(
         return is_causal, sm_scale
     if is_causal and not causal:
         raise Unsupported("causal", f"got {causal!r}, is_causal is {is_causal!r}; give one of them")
-    if causal and tensor_layout in _TOKENS and q.shape[_TOKENS[tensor_layout]] != k.shape[_TOKENS[tensor_layout]]:
-        raise Unsupported("causal", ALIGNMENT)
+    if causal and tensor_layout in AXES:
+        tokens = AXES[tensor_layout][1] - 4  # from the end: nobody has looked at the rank
+        if q.shape[tokens] != k.shape[tokens]:
+            raise Unsupported("causal", ALIGNMENT)
     return causal, sm_scale
 
 

@@ -16,6 +16,7 @@ import importlib.machinery
 import importlib.util
 import sys
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -116,7 +117,7 @@ _SERVED = ("spas_sage2_attn_meansim_cuda", "spas_sage2_attn_meansim_topk_cuda", 
 
 
 def _call(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output_dtype: torch.dtype, return_sparsity: bool, **arguments: object
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output_dtype: torch.dtype, return_sparsity: bool, **arguments: Any
 ) -> Output:  # fmt: skip
     out, share = sageattn_sparse(q, k, v, tail=False, return_share=True, **arguments)
     if output_dtype not in (None, torch.float16):  # the default, which callers with other models leave as it is
@@ -154,5 +155,5 @@ def _static_mask(mask: torch.Tensor | None, len_q: int, len_kv: int, device: tor
         (q_block, k_block), (rows, columns) = fits[0], full[fits[0]]
         keep = torch.nn.functional.pad(mask != 0, (0, columns - given[1], 0, rows - given[0]), value=True)
         return keep.repeat_interleave(k_block // 64, 3)[..., :blocks], q_block
-    accepted = " or ".join(f"{list(full[g])} of {g[0]} × {g[1]} tokens" for g in _GEOMETRIES)
+    accepted = " or ".join(f"{list(full[g])} of {g[0]} x {g[1]} tokens" for g in _GEOMETRIES)
     raise Unsupported("mask_id", f"its blocks are {list(given)}, accepted are {accepted}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .api import _traced
 
@@ -66,7 +66,7 @@ def sageattn_sparse(
         Unsupported: an argument that makes no sense, or a variant that can't run here.
         KernelMissing: no block-sparse kernel is in this installation for q's device.
     """
-    arguments = {
+    arguments: dict[str, Any] = {
         "selection": selection, "tau": tau, "keep": keep, "similarity": similarity, "q_block": q_block, "tail": tail,
         "neighbours": neighbours, "q_start": q_start, "sinks": sinks, "query_sinks": query_sinks, "order": order, "block_len": block_len,
         "block_mask": block_mask, "key_mask": key_mask, "coarse_gate": coarse_gate,

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 
 from .backends import sparse_reference
-from .backends.call import result_like
 from .backends.sparse_reference import SparseResult
-from .dispatch import machine
 from .kernels import binaries
+from .planning.here import machine
 from .planning.problem import Problem
 from .planning.sparse_plan import sparse_variant
 from .planning.sparse_problem import SparseProblem
@@ -36,6 +35,6 @@ def compute(
     problem, tensors = SparseProblem.from_call(dense, q, **sparse)
     sparse_variant(machine(dense), variant, *binaries.forced())  # the one that there is
     if dense.empty:
-        out, lse = result_like(q, dense)
-        return SparseResult(out.zero_(), lse.fill_(-torch.inf), torch.ones((), device=q.device))
+        lse = torch.full((dense.batch, dense.heads_q, dense.len_q), -torch.inf, device=q.device)
+        return SparseResult(torch.zeros_like(q, memory_format=torch.contiguous_format), lse, torch.ones((), device=q.device))
     return sparse_reference.run(q, k, v, problem, tensors)

@@ -13,13 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
-from . import dispatch, sparse_dispatch
+from . import dispatch, sparse_dispatch, torch_internals
 from .backends.call import Result
-from .planning.problem import needs_grad
+from .layout import AXES
 from .planning.sparse_problem import token_ranges
+from .tracing import needs_grad
 
 _is_exporting = getattr(torch.compiler, "is_exporting", bool)  # torch < 2.7 does not tell
 # Inputs keep the strides the caller gave them (the last must stay 1).
@@ -48,7 +47,9 @@ def _attention_lse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, layout: str, causal: bool,
     sm_scale: float | None, variant: str, accum: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    return _run(q, k, v, mask, layout, causal, sm_scale, True, variant, accum)
+    out, lse = _run(q, k, v, mask, layout, causal, sm_scale, True, variant, accum)
+    assert lse is not None  # asked for
+    return out, lse
 
 
 def _run(
@@ -73,7 +74,7 @@ def _fake_attention_lse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, layout: str, causal: bool,
     sm_scale: float | None, variant: str, accum: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    heads, tokens = (1, 2) if layout == "HND" else (2, 1)
+    heads, tokens = AXES[layout]
     lse = q.new_empty((q.shape[0], q.shape[heads], q.shape[tokens]), dtype=torch.float32)
     return q.new_empty((*q.shape[:-1], v.shape[-1])), lse
 
@@ -125,7 +126,7 @@ def _sparse(
         query_sinks=list(zip(query_sinks[::2], query_sinks[1::2])), order=order, block_len=block_len, block_mask=block_mask,
         key_mask=key_mask, coarse_gate=coarse_gate,
     )  # fmt: skip
-    return tuple(result)
+    return result.out, result.lse, result.share
 
 
 def _fake_sparse(
@@ -149,9 +150,9 @@ def _below_autograd(name: str, impl: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*arguments: Any) -> Any:
         tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-        if not isinstance(tensors[0], (FakeTensor, FunctionalTensor)) and needs_grad(*tensors):
+        if not isinstance(tensors[0], (*torch_internals.FAKE_TENSORS, *torch_internals.FUNCTIONAL_TENSORS)) and needs_grad(*tensors):
             return impl(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch_internals.below_autograd():
             return getattr(getattr(torch.ops, NAMESPACE), name).default(*arguments)
 
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .kernels.family import KernelFamily, Tile, Tiles
 from .kernels.mma import MMA_FP8, MMA_FP16, MMA_INT8
@@ -10,7 +11,26 @@ from .kernels.wgmma import WGMMA_FP8, WGMMA_FP16
 from .numerics.scheme import FP8_FP16, FP8_FP32_WGMMA, FP16_FP32, FP16_FP32_MMA, FP16_FP32_TRITON, INT8_INT32, Scheme
 
 
-@dataclass(frozen=True)
+class Candidate(NamedTuple):
+    """A variant by its name, and the accumulator of its P·V (`pv_accum_dtype`), "" for the variant's default.
+
+    Written "name" or "name:accumulator".
+    """
+
+    variant: str
+    accum: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Candidate:
+        """What `str` gave."""
+        name, _, accum = text.partition(":")
+        return cls(name, accum)
+
+    def __str__(self) -> str:
+        return f"{self.variant}:{self.accum}" if self.accum else self.variant
+
+
+@dataclass(frozen=True, eq=False)  # a row of the table, equal to itself only
 class Variant:
     """One way to compute attention, as offered to the user.
 
@@ -53,7 +73,7 @@ REFERENCE = Variant(
 TRITON_FP16 = Variant(
     "sageattn_qk_int8_pv_fp16_triton",
     "triton",
-    "INT8 QKᵀ, FP16 PV with FP32 accumulation, in Triton: any card that Triton supports",
+    "INT8 QK^T, FP16 PV with FP32 accumulation, in Triton: any card that Triton supports",
     FP16_FP32_TRITON,
     min_arch=75,
     tiles={
@@ -72,7 +92,7 @@ TRITON_FP16 = Variant(
 CUDA_FP16 = Variant(
     "sageattn_qk_int8_pv_fp16_cuda",
     "cuda",
-    "INT8 QKᵀ, FP16 PV: overflow-safe, the most accurate CUDA variant",
+    "INT8 QK^T, FP16 PV: overflow-safe, the most accurate CUDA variant",
     FP16_FP32_MMA,
     min_arch=75,
     accum=MMA_FP16.schemes,
@@ -81,7 +101,7 @@ CUDA_FP16 = Variant(
 CUDA_FP8 = Variant(
     "sageattn_qk_int8_pv_fp8_cuda",
     "cuda",
-    "INT8 QKᵀ, FP8 PV for Ada and Blackwell",
+    "INT8 QK^T, FP8 PV for Ada and Blackwell",
     FP8_FP16,
     min_arch=89,
     accum=MMA_FP8.schemes,
@@ -90,7 +110,7 @@ CUDA_FP8 = Variant(
 CUDA_FP8_SM90 = Variant(
     "sageattn_qk_int8_pv_fp8_cuda_sm90",
     "cuda",
-    "INT8 QKᵀ, FP8 PV for Hopper",
+    "INT8 QK^T, FP8 PV for Hopper",
     FP8_FP32_WGMMA,
     min_arch=90,
     archs=(90,),

@@ -16,7 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +77,14 @@ def _wan() -> Any:
 
 
 def _hunyuan_video() -> Any:
-    from comfy.ldm.hunyuan_video.model import HunyuanVideo
+    from comfy.ldm.hunyuan_video.model import HunyuanVideo, HunyuanVideoParams
 
+    later = {"use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False}  # which cores of 2026 want, too
+    known = {field.name for field in fields(HunyuanVideoParams)}
     return HunyuanVideo(
         in_channels=16, out_channels=16, vec_in_dim=None, context_in_dim=64, hidden_size=256, mlp_ratio=4.0, num_heads=2, depth=1,
         depth_single_blocks=1, axes_dim=[16, 56, 56], theta=256, patch_size=[1, 2, 2], qkv_bias=True, guidance_embed=False,
-        byt5=False, meanflow=False, **_common(),
+        byt5=False, meanflow=False, **{name: value for name, value in later.items() if name in known}, **_common(),
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     missing = {
         "gpu": "" if _has_gpu() else "need an NVIDIA GPU",
         "comfyui": "" if os.environ.get("COMFYUI_PATH") else "need COMFYUI_PATH",
+        "comfy_clients": "" if os.environ.get("COMFY_CLIENTS") else "need COMFY_CLIENTS",
         "clients": "" if (CLIENTS / "diffusers").is_dir() else "need the programs of requirements-clients.txt (dev.py test gets them)",
     }
     kept, left_out, counts = [], [], config.stash[LEFT_OUT]
@@ -66,8 +67,9 @@ MEMOS = {
     "device.capability": ["of_device"],
     "planning.calibration": ["of_card"],
     "planning.plan": ["plan"],
-    "dispatch": ["_prepared", "_absent", "_warn_once", "_ran"],
-    "backends.cuda.workspace": ["_launch_plans"],
+    "planning.here": ["_absent", "warn_once"],
+    "dispatch": ["_prepared", "_ran"],
+    "backends.cuda.workspace": ["launch_plan_of"],
 }
 
 

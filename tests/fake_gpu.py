@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sageattention.cli.bench import MIB
-from sageattention.cli.candidates import Candidate
+from sageattention.cli.candidates import Attention
 
 
 class Gpu:
@@ -78,9 +78,9 @@ def install(monkeypatch: pytest.MonkeyPatch, free: int = 8 << 30) -> Gpu:
     return clock
 
 
-def attention(gpu: Gpu, name: str, ms: float, factor: float = 1.0) -> Candidate:
+def attention(gpu: Gpu, name: str, ms: float, factor: float = 1.0) -> Attention:
     def call(q, k, v, **keywords):
         gpu.spend(ms)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, **keywords) * factor
 
-    return Candidate(name, call, None)
+    return Attention(name, call, None)

@@ -87,7 +87,7 @@ def run(case: Case, variant: str, accum: str = "", device: str = "cpu") -> dict[
         **given, tensor_layout=case.layout, is_causal="causal" in case.mask, attn_mask=mask, sm_scale=case.sm_scale, return_lse=True,
         variant=variant, accum=accum,
     )  # fmt: skip
-    out, lse = dispatch.run(call)
+    out, lse = call.run()
     options = {"is_causal": "causal" in case.mask, "attn_mask": mask, "sm_scale": case.sm_scale}
     emulated, emulated_lse = reference.emulate(**t, scheme=call.plan.scheme, **options)
     exact, exact_lse = reference.oracle(**t, **options)

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,7 @@ sys.path[:0] = [str(TOOLS), str(HERE.parent)]
 import build  # noqa: E402
 import nvrtc  # noqa: E402
 
+from sageattention.kernels.architectures import TARGETS  # noqa: E402
 from sageattention.kernels.binaries import Entry, Image  # noqa: E402
 
 
@@ -41,12 +44,11 @@ class DemoParams(ctypes.Structure):
     )
 
 
-ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_75", "compute_80", "compute_89")
 ENTRIES = (
     Entry("demo_double", "scale<2>", DemoParams, threads=256, smem="1024"),
     Entry("demo_triple", "scale<3>", DemoParams, threads=128, min_blocks=2, smem="96 * 1024"),
 )
-TABLE = tuple(Image("demo", arch, "demo.cuh", ENTRIES) for arch in ARCHS)
+TABLE = tuple(Image("demo", arch, "demo.cuh", ENTRIES) for arch in TARGETS)
 
 
 def by_path(path: str) -> Image:
@@ -107,12 +109,20 @@ class Stub:
 
 
 def build_stub(folder: Path) -> Stub:
-    """Compile the stub driver; skips the test, visibly, where there is no C compiler."""
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None or sys.platform == "win32":
+    """Compile the stub driver, or take the one that STUB_DRIVER names; skips the test, visibly, where there is no C compiler."""
+    path = folder / ("nvcuda.dll" if sys.platform == "win32" else "libstubcuda.so")
+    ready = os.environ.get("STUB_DRIVER")
+    if ready:
+        return Stub(Path(shutil.copy(ready, path)))
+    gcc = shutil.which("gcc") or shutil.which("cc")
+    if sys.platform == "win32":
+        zig = [sys.executable, "-m", "ziglang", "cc", "-target", "x86_64-windows-gnu"]
+        compiler = zig if importlib.util.find_spec("ziglang") else None
+    else:
+        compiler = [gcc, "-fPIC"] if gcc else None
+    if compiler is None:
         pytest.skip("no C compiler: the stub driver can't be built")
-    path = folder / "libstubcuda.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(path), str(HERE / "stub_driver.c")], check=True)
+    subprocess.run([*compiler, "-shared", "-O1", "-o", str(path), str(HERE / "stub_driver.c")], check=True)
     return Stub(path)
 
 

@@ -2,7 +2,11 @@
  * library that is opened in libcuda's place. Settings and the record are plain exported variables. */
 #include <string.h>
 
+#ifdef _WIN32
+#define EXPORT __declspec(dllexport)
+#else
 #define EXPORT __attribute__((visibility("default")))
+#endif
 enum { LAUNCHES = 64, PARAMS = 256, DEVICES = 2 };
 
 typedef struct {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 import logging
 import pickle
 import sys
 import threading
 import weakref
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -23,6 +25,15 @@ adapter, record = PACK.nodes.adapter, PACK.nodes.record
 BATCH, HEADS, LEN_Q, LEN_K, DIM = 2, 4, 24, 17, 40
 BOUND = 0.02  # of reference's relative L2 error on normal inputs; 0.006 is typical
 CORES = [OldCore, NewCore]
+TRITON = "sageattn_qk_int8_pv_fp16_triton"
+
+
+def part(name: str) -> ModuleType:
+    """A module of the pack's own copy of the package."""
+    return importlib.import_module(f"{PACK.sageattention.__name__}.{name}")
+
+
+CARD = part("device.capability").Capability("cuda", 89, 1, "native", "RTX 4090")
 
 
 def tensors(heads_kv: int = HEADS, hnd: bool = False, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -276,7 +287,7 @@ def test_a_missing_kernel_falls_back_also_where_it_is_only_noticed_at_the_launch
     def run(call):
         raise PACK.sageattention.KernelMissing(call.plan.variant.name, "its cubin can't be loaded")
 
-    monkeypatch.setattr(adapter.dispatch, "run_planned", run)
+    monkeypatch.setattr(part("backends.emulation"), "run", run)
     override, core = adapter.SageOverride("reference"), OldCore()
     assert torch.equal(call(override, core, q, k, v, HEADS), sdpa(q, k, v, HEADS))
     assert reasons(override) == ["reference: its cubin can't be loaded"] and not override.record.ran
@@ -285,22 +296,21 @@ def test_a_missing_kernel_falls_back_also_where_it_is_only_noticed_at_the_launch
 @pytest.mark.parametrize("core", CORES)
 def test_auto_tries_its_next_candidate_where_a_kernel_is_missing(core, monkeypatch, caplog):
     """On a made-up card whose Triton has no C compiler."""
-    triton, calls, rules = "sageattn_qk_int8_pv_fp16_triton", [], sys.modules[PACK.sageattention.__name__ + ".planning.rules"]
-    card = PACK.sageattention.device.capability.Capability("cuda", 89, 1, "native", "RTX 4090")
-    monkeypatch.setattr(adapter.dispatch.capability, "of_device", lambda device, index: card)
-    monkeypatch.setattr(rules, "RULES", (rules.Rule((89,), (triton,), "static", "a test", min_q=1, min_kv=1, waves=0),))
+    calls, rules, candidate = [], part("planning.rules"), part("variants").Candidate(TRITON)
+    monkeypatch.setattr(part("device.capability"), "of_device", lambda device, index: CARD)
+    monkeypatch.setattr(rules, "RULES", (rules.Rule((89,), (candidate,), "static", "a test", min_q=1, min_kv=1, waves=0),))
 
     def missing(call):
         calls.append(call)
-        raise PACK.sageattention.KernelMissing(triton, "no C compiler")
+        raise PACK.sageattention.KernelMissing(TRITON, "no C compiler")
 
-    monkeypatch.setitem(adapter.dispatch._RUNNERS, "triton", missing)
+    monkeypatch.setitem(part("dispatch")._BACKENDS, "triton", SimpleNamespace(run=missing))
     q, k, v = tensors()
     override, core = adapter.SageOverride("auto"), core()
     for _ in range(3):
         assert torch.equal(call(override, core, q, k, v, HEADS), sdpa(q, k, v, HEADS))
-    assert len(calls) == 1 and caplog.text.count(f"auto passes by {triton}: no C compiler") == 1
-    assert override.record.as_dict() == {"ran": {}, "kept": {f"{triton}: no C compiler": 3}, "fallbacks": {}}
+    assert len(calls) == 1 and caplog.text.count(f"auto passes by {TRITON}: no C compiler") == 1
+    assert override.record.as_dict() == {"ran": {}, "kept": {f"{TRITON}: no C compiler": 3}, "fallbacks": {}}
 
 
 @pytest.mark.parametrize("core", CORES)
@@ -320,7 +330,7 @@ def test_a_device_s_failure_is_not_swallowed(error, monkeypatch):
     def run(call):
         raise kind("the device failed")
 
-    monkeypatch.setattr(adapter.dispatch, "run_planned", run)
+    monkeypatch.setattr(part("backends.emulation"), "run", run)
     core = OldCore()
     with pytest.raises(kind, match="the device failed"):
         call(adapter.SageOverride("reference"), core, q, k, v, HEADS)
@@ -402,26 +412,29 @@ def test_containers_that_are_not_ours_go_on_untaken(previous, variant, monkeypat
 
 
 def test_containers_free_k_and_v_before_the_output_is_made(monkeypatch):
-    override, core, alive = adapter.SageOverride("reference"), NewCore(), []
+    """On a made-up card, with a backend that keeps what it is given."""
+    override, core, alive = adapter.SageOverride(TRITON), NewCore(), []
 
-    def quantize_planned(k, v, problem, plan):
-        return k.clone(), v.clone()
-
-    def attend(q, kv, *, is_causal, sm_scale, return_lse, attn_mask):
+    def attend(q, kv, problem, mask):
         alive.append([ref() is not None for ref in references])
-        return sdpa(*(t.flatten(2) for t in (q, *kv)), HEADS, scale=sm_scale).unflatten(2, (HEADS, DIM)), None
+        return sdpa(*(t.flatten(2) for t in (q, *kv)), HEADS, scale=problem.sm_scale).unflatten(2, (HEADS, DIM)), None
 
-    monkeypatch.setattr(adapter.dispatch, "halves_save_memory", lambda call: True)
-    monkeypatch.setattr(adapter.dispatch, "quantize_planned", quantize_planned)
-    monkeypatch.setattr(adapter.dispatch, "attend", attend)
+    backend = SimpleNamespace(
+        run=lambda call: attend(call.q, (call.k, call.v), call.problem, call.mask),
+        quantize=lambda k, v, problem, plan, mask: (k.clone(), v.clone()),
+        attend=attend,
+    )
+    monkeypatch.setattr(part("device.capability"), "of_device", lambda device, index: CARD)
+    monkeypatch.setitem(part("dispatch")._BACKENDS, "triton", backend)
+    monkeypatch.setattr(part("dispatch"), "_compiled", set())
     for _ in range(2):
         given = contained(*tensors())
         references = [weakref.ref(c.tensor) for c in given]
         out = call(override, core, *given, HEADS)
     # The first call proves that the kernel is there: until then K and V are needed, should the model have to do it.
-    assert alive == [[True, False, False]]
+    assert alive == [[True, True, True], [True, False, False]]
     torch.testing.assert_close(out, sdpa(*tensors(), HEADS))
-    assert override.record.ran == {"reference": 2}
+    assert override.record.ran == {TRITON: 2}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,7 @@ from sageattention.cli import workloads  # noqa: E402
 from sageattention.device import capability  # noqa: E402
 from sageattention.device.capability import Capability  # noqa: E402
 from sageattention.numerics.reference import oracle  # noqa: E402
-from sageattention.variants import VARIANTS  # noqa: E402
+from sageattention.variants import VARIANTS, Candidate  # noqa: E402
 
 CUDA_FUNCTIONS = {name: getattr(sageattention, name) for name, variant in VARIANTS.items() if variant.backend == "cuda"}
 QUANTISED = "reference"
@@ -246,7 +247,7 @@ def test_torch_func_finds_a_gradient_or_a_refusal():
 def nothing_runs(monkeypatch):
     from sageattention import dispatch
 
-    monkeypatch.setattr(dispatch, "run", lambda call: pytest.fail(f"{call.plan.variant.name} ran"))
+    monkeypatch.setattr(dispatch.Call, "run", lambda call: pytest.fail(f"{call.plan.variant.name} ran"))
 
 
 FUNCTIONS = {name: getattr(sageattention, name) for name in POSITIONAL if name != "sageattn_varlen"}
@@ -314,13 +315,13 @@ def test_auto_runs_its_next_candidate_where_a_kernel_is_missing(monkeypatch, cap
 
     triton, calls = "sageattn_qk_int8_pv_fp16_triton", []
     monkeypatch.setattr(capability, "of_device", lambda device, index: Capability("cuda", 89, 1, "native", "RTX 4090"))
-    monkeypatch.setattr(rules, "RULES", (rules.Rule((89,), (triton,), "static", "a test", min_q=1, min_kv=1, waves=0),))
+    monkeypatch.setattr(rules, "RULES", (rules.Rule((89,), (Candidate(triton),), "static", "a test", min_q=1, min_kv=1, waves=0),))
 
     def missing(call):
         calls.append(call)
         raise KernelMissing(triton, "no C compiler")
 
-    monkeypatch.setitem(dispatch._RUNNERS, "triton", missing)
+    monkeypatch.setitem(dispatch._BACKENDS, "triton", SimpleNamespace(run=missing))
     q, k, v = qkv()
     assert sageattention.explain(q, k, v).variant == triton
     for _ in range(3):
@@ -402,6 +403,12 @@ def test_a_fake_tensor_gives_a_fake_result_and_is_nothing_to_quantise(variant):
         ({"k": torch.zeros(1, 2, 40, 300), "v": torch.zeros(1, 2, 40, 300)}, r"^k: its head_dim is 300"),
         ({"variant": "sageattn_qk_int8_pv_fp16_cuda"}, r"^k: sageattn_qk_int8_pv_fp16_cuda needs .* not on cpu"),
         ({"tensor_layout": "BHND"}, r"^tensor_layout: got 'BHND'"),
+        ({"key_mask": [True] * 40}, r"^key_mask: got list"),
+        ({"key_mask": torch.ones(1, 40)}, r"^key_mask: got torch.float32 of shape \(1, 40\), accepted is bool"),
+        ({"key_mask": torch.ones(40, dtype=torch.bool)}, r"^key_mask: got torch.bool of shape \(40,\)"),
+        ({"key_mask": torch.ones(2, 40, dtype=torch.bool)}, r"^key_mask: got torch.bool of shape \(2, 40\), .* = \[1, 40\]"),
+        ({"key_mask": torch.ones(1, 41, dtype=torch.bool)}, r"^key_mask: got torch.bool of shape \(1, 41\)"),
+        ({"key_mask": torch.ones(1, 40, dtype=torch.bool, device="meta")}, r"^key_mask: is on meta, k is on cpu"),
     ],
 )
 def test_quantising_k_and_v_names_what_is_at_fault(changes, fault):

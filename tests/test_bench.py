@@ -12,7 +12,7 @@ from fake_gpu import Gpu, attention, install  # noqa: E402
 
 from sageattention import Unsupported  # noqa: E402
 from sageattention.cli import bench, workloads  # noqa: E402
-from sageattention.cli.candidates import Candidate  # noqa: E402
+from sageattention.cli.candidates import Attention  # noqa: E402
 
 SHAPE = workloads.Shape("small", 1, 2, 64, 96, 64)
 
@@ -22,7 +22,7 @@ def gpu(monkeypatch) -> Gpu:
     return install(monkeypatch)
 
 
-def run(candidates: list[Candidate]) -> dict[str, bench.Row]:
+def run(candidates: list[Attention]) -> dict[str, bench.Row]:
     rows = bench.time_shape(SHAPE, candidates, torch.device("cpu"), kind="normal", repeats=3, budget_ms=20)
     return {row.candidate: row for row in rows}
 
@@ -45,7 +45,7 @@ def test_without_cudnn_the_fastest_backend_is_the_baseline(gpu, capsys):
     rows = run([attention(gpu, "sdpa_flash", 3.0), attention(gpu, "sdpa_efficient", 2.0), attention(gpu, "ours", 1.0)])
     assert rows["ours"].event_ratio == pytest.approx(2.0) and rows["ours"].baseline == "sdpa_efficient"
     bench._print_shape(SHAPE, list(rows.values()))
-    assert "× sdpa_efficient" in capsys.readouterr().out
+    assert "x sdpa_efficient" in capsys.readouterr().out
 
 
 def test_a_shape_that_does_not_fit_the_card_is_skipped(gpu, monkeypatch):
@@ -71,7 +71,7 @@ def test_a_refusal_is_a_reason_and_stops_nothing(gpu):
     def no_backend(q, k, v):
         raise RuntimeError("No available kernel.\nAborting execution.")
 
-    rows = run([Candidate("sdpa_flash", no_backend, None), Candidate("ours", refuse, None), attention(gpu, "fine", 1.0)])
+    rows = run([Attention("sdpa_flash", no_backend, None), Attention("ours", refuse, None), attention(gpu, "fine", 1.0)])
     assert rows["sdpa_flash"].skipped == "No available kernel."
     assert rows["ours"].skipped.startswith("q: its head_dim is 512")
     assert rows["fine"].event_ms and rows["fine"].event_ratio is None
@@ -82,7 +82,7 @@ def test_our_own_failure_is_not_taken_for_a_refusal(gpu):
         raise RuntimeError("launch failed")
 
     with pytest.raises(RuntimeError, match="launch failed"):
-        run([Candidate("ours", crash, None)])
+        run([Attention("ours", crash, None)])
 
 
 def test_what_cannot_be_captured_still_has_its_event_time(gpu):
@@ -92,7 +92,7 @@ def test_what_cannot_be_captured_still_has_its_event_time(gpu):
         gpu.spend(1.0)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
-    row = run([Candidate("eager", call, None)])["eager"]
+    row = run([Attention("eager", call, None)])["eager"]
     assert row.event_ms == pytest.approx(1.0) and row.graph_ms is None
     assert "capturing" in row.graph_refused
 
@@ -105,14 +105,14 @@ class Clock:
     def __call__(self) -> float:
         return self.now * 1e-6
 
-    def candidate(self, name: str, us) -> Candidate:
+    def candidate(self, name: str, us) -> Attention:
         """Its n-th call takes `us(n)`."""
         calls = itertools.count()
 
         def call(q, k, v):
             self.now += us(next(calls))
 
-        return Candidate(name, call, None)
+        return Attention(name, call, None)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -147,7 +147,7 @@ def test_host_times_end_and_leave_the_collector_as_it_was():
         calls.append(gc.isenabled())
         clock.now += 50e3
 
-    found = bench.host_times([Candidate("refuses", refuse, None), Candidate("slow", slow, None)], torch.device("cpu"), clock)
+    found = bench.host_times([Attention("refuses", refuse, None), Attention("slow", slow, None)], torch.device("cpu"), clock)
     assert found == {"refuses": None, "slow": pytest.approx(50e3)}
     assert len(calls) <= 10 * (1 + 1 + 2 + 1) and not any(calls) and gc.isenabled()
 

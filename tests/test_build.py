@@ -264,7 +264,7 @@ def test_committed_images_are_built_again_to_the_same_bytes(committed):
 
 def test_a_table_that_names_a_file_or_a_kernel_twice_is_refused(monkeypatch):
     variants = types.SimpleNamespace(IMAGES=(*TABLE, TABLE[0]))
-    monkeypatch.setattr(build.importlib, "import_module", lambda name: variants)
+    monkeypatch.setattr(build, "import_module", lambda name: variants)
     with pytest.raises(build.BuildError, match=r"one image twice: sm_75/demo\.cubin\.xz"):
         build.load_table()
     variants.IMAGES = (dataclasses.replace(TABLE[0], entries=(ENTRIES[0], ENTRIES[0])),)
@@ -305,7 +305,7 @@ extern "C" __global__ void looped(const int* a, int* o, int n) {
     assert code.count(sass_report.CONVERSIONS, loop) == 2 and code.count(sass_report.LOCAL) == 0
     known = {"registers": 168, "spills": 0, "smem_static": 0, "smem_dynamic": 48 * 1024, "threads": 384}
     assert sass_report.resident_warps(80, known) == 12 and sass_report.resident_warps(80, known | {"threads": 96}) == 9
-    assert " 12/64 │" in sass_report.line(code, "sm_80", known) and sass_report.line(code, "sm_80", known).endswith(" 0.50 0.00 │     0")
+    assert " 12/64 |" in sass_report.line(code, "sm_80", known) and sass_report.line(code, "sm_80", known).endswith(" 0.50 0.00 |     0")
     assert not sass_report.spills(code, "sm_80")
     behind = sass_report.Code("x", ["MOV", "IMMA", "BRA", "EXIT", "IMMA", "SYNCS", "BRA"], [(0, 2), (1, 6)])  # a wait that jumps back
     assert behind.main_loop() == (0, 2)

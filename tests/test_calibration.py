@@ -22,6 +22,7 @@ from sageattention.planning import calibration, rules  # noqa: E402
 from sageattention.planning.calibration import Calibration, Ignored, Point  # noqa: E402
 from sageattention.planning.plan import plan  # noqa: E402
 from sageattention.planning.problem import Problem  # noqa: E402
+from sageattention.variants import Candidate  # noqa: E402
 
 CARD = Capability("cuda", 89, 100, "native", "NVIDIA GeForce RTX 4090")
 TRITON = "sageattn_qk_int8_pv_fp16_triton"
@@ -211,14 +212,14 @@ def test_auto_takes_nothing_that_was_slower_than_sdpa():
     known = kept(point({TRITON: 1.99, FP8: 2.5}, off={"sageattn_qk_int8_pv_int8_cuda:int32+fp32": "not SDPA's result"}))
     chosen = plan(problem(), CARD, calibration=known)
     assert chosen.variant.name == "sdpa" and chosen.basis == "calibrated"
-    why = dict(chosen.rejected)
+    why = {str(candidate): reason for candidate, reason in chosen.rejected}
     assert why[TRITON] == "1.99 ms, SDPA 2 ms" and "2.5 ms" in why[FP8] and "not SDPA" in why["sageattn_qk_int8_pv_int8_cuda:int32+fp32"]
 
 
 def test_auto_passes_by_what_has_gone_since():
     known = kept(point({TRITON: 1.0}))
     chosen = plan(problem(), CARD._replace(triton="none"), calibration=known)
-    assert chosen.variant.name == "sdpa" and "Triton is not installed" in dict(chosen.rejected)[TRITON]
+    assert chosen.variant.name == "sdpa" and "Triton is not installed" in dict(chosen.rejected)[Candidate(TRITON)]
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_the_longest_call_that_is_not_longer_counts(changes, length):
 def test_where_sdpa_won_counts_for_calls_of_about_that_length(timed, length, counts):
     found = kept(point({FP8: 9.0}, length=timed)).point(problem(len_q=length, len_kv=length))
     assert (found is not None) == counts
-    assert kept(point({FP8: 1.0}, length=timed)).point(problem(len_q=length, len_kv=length)).faster() == [FP8]
+    assert kept(point({FP8: 1.0}, length=timed)).point(problem(len_q=length, len_kv=length)).faster() == [Candidate.parse(FP8)]
 
 
 def test_beyond_what_was_timed_the_table_decides():
@@ -299,8 +300,8 @@ def test_times_are_the_calls_own(gpu, monkeypatch):
     assert [p.mask for p in points] == ["none", "causal", "dense"]
     for found in points:
         assert found.sdpa_ms == pytest.approx(2.0)
-        assert found.ms == pytest.approx({TRITON: 1.0, FP8: 4.0}) and found.faster() == [TRITON]
-    assert len(told) == 3 and "[1/3]" in told[0] and "2.00 × SDPA" in told[0]
+        assert found.ms == pytest.approx({TRITON: 1.0, FP8: 4.0}) and found.faster() == [Candidate(TRITON)]
+    assert len(told) == 3 and "[1/3]" in told[0] and "2.00 x SDPA" in told[0]
 
 
 def test_a_wrong_result_is_left_out(gpu, monkeypatch):
@@ -319,8 +320,8 @@ def test_a_refusal_is_a_reason(error, gpu, monkeypatch):
         raise error
 
     forms(monkeypatch, ("none", 64))
-    points, _ = run(gpu, monkeypatch, calibrate.Candidate(FP8, refuse, None), attention(gpu, TRITON, 1.0))
-    assert points[0].off == {FP8: str(error)} and points[0].faster() == [TRITON]
+    points, _ = run(gpu, monkeypatch, calibrate.Attention(FP8, refuse, None), attention(gpu, TRITON, 1.0))
+    assert points[0].off == {FP8: str(error)} and points[0].faster() == [Candidate(TRITON)]
 
 
 def test_a_failure_of_ours_ends_it(gpu, monkeypatch):
@@ -329,7 +330,7 @@ def test_a_failure_of_ours_ends_it(gpu, monkeypatch):
 
     forms(monkeypatch, ("none", 64))
     with pytest.raises(RuntimeError, match="launch failed"):
-        run(gpu, monkeypatch, calibrate.Candidate(FP8, crash, None))
+        run(gpu, monkeypatch, calibrate.Attention(FP8, crash, None))
 
 
 def test_the_time_is_limited(gpu, monkeypatch):
@@ -361,7 +362,7 @@ def test_half_the_heads_where_memory_is_short(monkeypatch):
 
 
 def test_each_way_of_rounding_is_timed_once(monkeypatch):
-    ready = [calibrate.Candidate("reference", None, None)]
+    ready = [calibrate.Attention("reference", None, None)]
     for accum in ("fp32", "fp16+fp32", "fp16"):
         ready.append(cli.importlib.import_module("sageattention.cli.candidates").variant(f"sageattn_qk_int8_pv_fp16_cuda:{accum}"))
     monkeypatch.setattr(calibrate, "ready", lambda device, accumulators: (ready, []))

@@ -126,26 +126,26 @@ def test_check_passes_and_is_parseable(capsys):
     ids=["2 % too large", "NaN"],
 )
 def test_check_fails_when_a_variant_is_off(spoil, word, monkeypatch, capsys):
-    from sageattention import dispatch
+    from sageattention.backends import emulation
 
-    honest = dispatch._RUNNERS["reference"]
+    honest = emulation.run
 
     def spoiled(call):
         out, lse = honest(call)
         return spoil(out), lse
 
-    monkeypatch.setitem(dispatch._RUNNERS, "reference", spoiled)
+    monkeypatch.setattr(emulation, "run", spoiled)
     assert cli.main(QUICK_CHECK) == 1
     assert word in capsys.readouterr().out
 
 
 def test_check_fails_when_a_variant_raises(monkeypatch, capsys):
-    from sageattention import dispatch
+    from sageattention.backends import emulation
 
     def broken(call):
         raise RuntimeError("launch failed")
 
-    monkeypatch.setitem(dispatch._RUNNERS, "reference", broken)
+    monkeypatch.setattr(emulation, "run", broken)
     assert cli.main(QUICK_CHECK) == 1
     assert "RuntimeError: launch failed" in capsys.readouterr().out
 
@@ -156,13 +156,14 @@ def test_check_of_a_variant_asked_for_by_name_fails_where_it_cannot_run(capsys):
 
 
 def test_check_tells_a_kernel_that_turns_out_to_be_missing(monkeypatch, capsys):
-    from sageattention import KernelMissing, dispatch
+    from sageattention import KernelMissing
+    from sageattention.backends import emulation
     from sageattention.cli import check
 
     def missing(call):
         raise KernelMissing("reference", "reference.cubin can't be loaded")
 
-    monkeypatch.setitem(dispatch._RUNNERS, "reference", missing)
+    monkeypatch.setattr(emulation, "run", missing)
     real = check.cases
     monkeypatch.setattr(check, "cases", lambda device, quick: iter([next(real(device, quick=quick))]))
     assert cli.main(["check", "--device", "cpu", "--quick"]) == 3

@@ -105,6 +105,17 @@ def test_here_installs_nothing_and_passes_arguments_on(dev, monkeypatch):
     assert dev.commands == [[sys.executable, "-m", "pytest", "-n", "0", "-k", "inputs"]]
 
 
+def test_lint_fails_where_one_of_its_checks_does(dev, monkeypatch):
+    """And runs them all, mypy on the pack under a name that is a module's."""
+    monkeypatch.setattr(sys, "argv", ["dev.py", "lint", "--here"])
+    for code, failing in ((0, "nothing"), (1, "ruff"), (1, "installer")):
+        dev.commands.clear()
+        dev.codes.clear()
+        dev.codes[failing] = 1
+        assert dev.main() == code and [command[2] for command in dev.commands] == ["ruff", "mypy", "mypy"]
+    assert dev.commands[1][-1].endswith(str(Path("pack", "nodes")))
+
+
 def test_tests_share_the_cores_where_xdist_is_there(dev, monkeypatch):
     monkeypatch.setattr(dev.os, "cpu_count", lambda: 2)
     dev.test(True, ["-x"])

@@ -17,16 +17,17 @@ import torch
 from stub import build
 
 from sageattention import dispatch
-from sageattention.backends.call import Call
+from sageattention.backends.call import PreparedCall
 from sageattention.backends.cuda import driver, host, workspace
 from sageattention.device.capability import Capability
 from sageattention.kernels import binaries, store
+from sageattention.kernels.architectures import ARCHITECTURES
 from sageattention.kernels.family import KernelFamily, find_tile
 from sageattention.kernels.mma import MMA_FP16
 from sageattention.kernels.table import CLASSIFY, IMAGES, KERNELS
-from sageattention.numerics.constants import K_SCALE_SHIFT
+from sageattention.numerics.constants import K_SCALE_SHIFT, k_mean_stride
 from sageattention.numerics.reference import emulate, oracle, quantize_k, quantize_v
-from sageattention.planning.plan import WORKSPACE_LIMIT, plan
+from sageattention.planning.plan import CudaPlan, plan
 from sageattention.planning.problem import Problem
 from sageattention.variants import CUDA_FP16, VARIANTS
 
@@ -34,7 +35,6 @@ ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux")
 
-TARGETS = {75: "sm_75", 80: "sm_80", 89: "sm_89", 90: "sm_90a"}
 SHARED = "extern __shared__ __align__(128) u8 stages[];"
 
 
@@ -60,7 +60,7 @@ class Lanes:
 
     def __init__(self, arch: int, head_dim: int, folder: Path):
         self.capability, self.head_dim = Capability("cuda", arch, 2, "none", "host"), head_dim
-        chosen = [e for i in IMAGES if i.arch == TARGETS[arch] and not i.name.startswith("attend_wgmma") for e in i.entries]
+        chosen = [e for i in IMAGES if i.arch == ARCHITECTURES[arch].target and not i.name.startswith("attend_wgmma") for e in i.entries]
         self.entries = {entry.symbol: entry for entry in chosen if f"_d{head_dim}" in entry.symbol or entry is CLASSIFY}
         functions = "".join(
             f'extern "C" void {e.symbol}(const {e.params.__name__}* p, unsigned blocks) '
@@ -100,7 +100,7 @@ def run(card: Lanes, tensors: dict[str, torch.Tensor], mask: torch.Tensor | None
     if card.capability.arch < VARIANTS[variant].min_arch:
         pytest.skip(f"{variant} is not for sm_{card.capability.arch}")
     chosen = plan(problem, card.capability, variant, accum, arch=card.capability.arch)
-    out, lse = host.run(Call(*tensors.values(), dispatch._four_dims(mask), problem, chosen, {}))
+    out, lse = host.run(PreparedCall(*tensors.values(), dispatch._four_dims(mask), problem, chosen, {}))
     return out, lse, chosen.scheme
 
 
@@ -167,24 +167,24 @@ def test_equal_weights_give_the_mean_of_v(card: Lanes, variant: str) -> None:
 def test_where_there_is_nothing_to_quantise(card: Lanes, shape: tuple[int, int, int]) -> None:
     k = torch.zeros(*shape, card.head_dim)
     problem = on_card({"q": k, "k": k, "v": k})
-    kv = host.quantize(k, k, problem, plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch))
+    kv = host.quantize(k, k, problem, plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch), None)
     assert kv.buffer.numel() == 0
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_groups_of_heads_and_halves_give_the_same_bits(card: Lanes, monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
-    t, _ = matrix.tensors(matrix.Case(card.head_dim, heads_q=4, heads_kv=2, len_q=20, len_kv=100))
+    len_q = 70 if causal else 20  # causal: as many as keys, for a whole call leaves out keys that no query reaches
+    t, _ = matrix.tensors(matrix.Case(card.head_dim, heads_q=4, heads_kv=2, len_q=len_q, len_kv=70))
     whole = run(card, t, None, CUDA_FP16.name, "fp32", is_causal=causal)
-    monkeypatch.setitem(WORKSPACE_LIMIT, "cuda", 2 * 2 * MMA_FP16.tile_bytes(card.head_dim))  # of the four pairs, one a group
-    workspace._launch_plans.clear()
+    monkeypatch.setattr(CudaPlan, "WORKSPACE_LIMIT", 2 * 2 * MMA_FP16.tile_bytes(card.head_dim))  # of the four pairs, one a group
     plan.cache_clear()
     parts = run(card, t, None, CUDA_FP16.name, "fp32", is_causal=causal)
-    (launch_plan,) = workspace._launch_plans.values()
-    assert launch_plan.groups == ((0, 1), (1, 1), (2, 1), (3, 1))
     assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[1])
     problem = on_card(t, is_causal=causal)
-    kv = host.quantize(t["k"], t["v"], problem, plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch))
-    halves = host.attend_all(t["q"], kv, problem, None)
+    chosen = plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch)
+    assert workspace.launch_plan_of(problem, chosen).groups == ((0, 1), (1, 1), (2, 1), (3, 1))
+    kv = host.quantize(t["k"], t["v"], problem, chosen, None)
+    halves = host.attend(t["q"], kv, problem, None)
     assert torch.equal(halves[0], whole[0]) and torch.equal(halves[1], whole[1])
 
 
@@ -238,7 +238,7 @@ def values_of(kernels: KernelFamily, tile: torch.Tensor, head_dim: int) -> torch
 @pytest.mark.parametrize("dtype, tokens, missing", [("bfloat16", 97, 0), ("float16", 200, 8), ("float32", 33, 3)])
 def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: KernelFamily, dtype: str, tokens: int, missing: int) -> None:
     d, arch = card.head_dim, card.capability.arch
-    if d not in kernels.head_dims or not kernels.built_for(TARGETS[arch]):
+    if d not in kernels.head_dims or not kernels.built_for(ARCHITECTURES[arch].target):
         pytest.skip(f"{kernels.name} is not for sm_{arch} or head_dim {d}")
     t, _ = matrix.tensors(matrix.Case(d - missing, dtype, heads_q=2, heads_kv=2, len_q=1, len_kv=tokens))
     t["v"][:, 0] += 3  # a mean worth taking out
@@ -246,8 +246,8 @@ def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: Ker
     problem = on_card(t)
     chosen = plan(problem, card.capability, variant.name, next(iter(kernels.schemes)), arch=0 if kernels.arch else arch)
     assert chosen.kernels is kernels
-    kv = host.quantize(t["k"], t["v"], problem, chosen)
-    (launch_plan,) = workspace._launch_plans.values()
+    kv = host.quantize(t["k"], t["v"], problem, chosen, None)
+    launch_plan = workspace.launch_plan_of(problem, chosen, True)
     w, size = launch_plan.workspace, kernels.tile_bytes(d)
 
     def buffer(at: int, kind: torch.dtype, *shape: int) -> torch.Tensor:
@@ -275,7 +275,7 @@ def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: Ker
             assert ((summed - values.sum(0)).abs() <= off).all()
             v_mean = v_mean + v_scale * (v8 / tokens).sum(0)
         assert torch.allclose(mean, v_mean, atol=1e-6)
-        k_mean = t["k"].flatten(0, 1)[pair, :: launch_plan.quantize_k_tail[4]].float().mean(0)
+        k_mean = t["k"].flatten(0, 1)[pair, :: k_mean_stride(tokens)].float().mean(0)
         assert torch.allclose(buffer(w.k_mean, torch.float32, 4, d)[pair, : d - missing], k_mean, rtol=1e-4, atol=1e-5)
 
 

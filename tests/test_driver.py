@@ -32,10 +32,18 @@ def library(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
-    """The compiled launcher's wheel."""
+    """The compiled launcher's wheel, or the one that STUB_LAUNCHER names."""
     import launcher_wheel
 
+    if os.environ.get("STUB_LAUNCHER"):
+        return Path(os.environ["STUB_LAUNCHER"])
     pytest.importorskip("pybind11", reason="no pybind11: the compiled launcher is not tested")
+    if sys.platform == "win32":
+        pytest.importorskip("ziglang", reason="no ziglang: the compiled launcher is not tested")
+        sys.path.append(str(ROOT / "wheels"))
+        import build as wheels_build
+
+        return wheels_build.build_launcher(sys.executable, "win_amd64", tmp_path_factory.mktemp("wheel"))
     pytest.importorskip("setuptools", reason="no setuptools: the compiled launcher is not tested")
     import shutil
 
@@ -263,7 +271,7 @@ def test_a_failed_launch_names_call_error_and_launch(either, overlap):
     launches = ((k, 1, 1, 1, packed(1), False), (k, 7, 8, 9, packed(2), overlap), (k, 1, 1, 1, packed(3), False))
     with pytest.raises(CudaError) as caught:
         driver.launch(0, 0x51, launches)
-    for part in ("cuLaunchKernelEx" if overlap else "cuLaunchKernel:", "CUDA_ERROR_ILLEGAL_ADDRESS (700)", "demo_double", "grid 7×8×9",
+    for part in ("cuLaunchKernelEx" if overlap else "cuLaunchKernel:", "CUDA_ERROR_ILLEGAL_ADDRESS (700)", "demo_double", "grid 7x8x9",
                  "block 256", "1024 bytes of dynamic", "launch 2 of 3", "stream 0x51", "device 0 (Stub A, sm_90)"):  # fmt: skip
         assert part in str(caught.value)
     assert either.get("launched") == 2  # what follows the failure is not issued
@@ -367,7 +375,19 @@ def test_an_image_or_kernel_that_the_manifest_does_not_list(cuda):
 def test_no_driver(cuda, monkeypatch):
     monkeypatch.setattr(libcuda, "LIBRARY", "libnone.so.1")
     message = refused()
-    assert "libnone.so.1 can't be opened" in message and "install a driver ≥ 525" in message
+    assert "libnone.so.1 can't be opened" in message and "install a driver >= 525" in message
+
+
+def test_ctypes_own_advice_is_left_out(cuda, monkeypatch):
+    """On Windows it tells whoever calls ctypes.CDLL what to try."""
+
+    def refuse(name):
+        said = f"Could not find module '{name}' (or one of its dependencies)."
+        raise FileNotFoundError(f"{said} Try using the full path with constructor syntax.")
+
+    monkeypatch.setattr(libcuda.ctypes, "CDLL", refuse)
+    forget()
+    assert "(or one of its dependencies)); install a driver" in refused()
 
 
 @pytest.mark.parametrize(("code", "said"), [(100, "sees no GPU"), (34, "stub")])
@@ -384,17 +404,17 @@ def test_a_driver_that_fails_to_start(cuda):
 @pytest.mark.parametrize(
     ("path", "arch", "version", "needs"),
     [
-        ("sm_90a/demo.cubin.xz", 90, 11080, "≥ 525 (CUDA 12.0)"),
-        ("sm_100/demo.cubin.xz", 100, 12040, "≥ 570 (CUDA 12.8)"),
-        ("sm_120/demo.cubin.xz", 120, 12070, "≥ 570 (CUDA 12.8)"),
-        ("compute_80/demo.ptx.xz", 90, 12060, "≥ 570 (CUDA 12.8)"),
+        ("sm_90a/demo.cubin.xz", 90, 11080, ">= 525 (CUDA 12.0)"),
+        ("sm_100/demo.cubin.xz", 100, 12040, ">= 570 (CUDA 12.8)"),
+        ("sm_120/demo.cubin.xz", 120, 12070, ">= 570 (CUDA 12.8)"),
+        ("compute_80/demo.ptx.xz", 90, 12060, ">= 570 (CUDA 12.8)"),
     ],
 )
 def test_a_driver_too_old_for_the_image(cuda, path, arch, version, needs):
     cuda.set(version=version)
     cuda.capability(0, arch)
     message = refused(path)
-    assert needs in message and f"571.23, CUDA {version // 1000}.{version % 1000 // 10}" in message and path in message
+    assert needs in message and f"571.23, CUDA {version // 1000}.{version % 1000 // 10}" in message and str(Path(path)) in message
     assert cuda.get("loaded") == 0
 
 
@@ -407,7 +427,7 @@ def test_the_oldest_driver_that_will_do(cuda):
 def test_an_image_the_driver_refuses(cuda, code):
     cuda.set(load=code)
     message = refused()
-    assert f"({code})" in message and "stub: no" in message and "sm_90a/demo.cubin.xz" in message and "571.23" in message
+    assert f"({code})" in message and "stub: no" in message and str(Path("sm_90a/demo.cubin.xz")) in message and "571.23" in message
     cuda.set(load=0)
     assert kernel("compute_89/demo.ptx.xz")
 

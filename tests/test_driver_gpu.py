@@ -83,7 +83,7 @@ def test_a_corrupt_image_that_passes_the_hash_is_refused_by_the_driver(gpu, tmp_
 def test_a_failing_launch_is_told_and_leaves_the_card_usable(gpu):
     x, y, kernel = torch.randn(N, device="cuda"), torch.empty(N, device="cuda"), load(gpu)
     (good,) = launches(kernel, x, y)
-    with pytest.raises(CudaError, match=r"cuLaunchKernel: CUDA_ERROR_INVALID_VALUE \(1\).*demo_double \(grid 0×1×1, block 256"):
+    with pytest.raises(CudaError, match=r"cuLaunchKernel: CUDA_ERROR_INVALID_VALUE \(1\).*demo_double \(grid 0x1x1, block 256"):
         driver.launch(gpu, stream_of(gpu), ((kernel, 0, *good[2:]),))
     driver.launch(gpu, stream_of(gpu), (good,))
     assert torch.equal(y, x)

@@ -10,9 +10,9 @@ from sageattention import KernelMissing, Unsupported, attend, dispatch, quantize
 from sageattention.backends.cuda import workspace
 from sageattention.cli import workloads
 from sageattention.kernels import binaries
-from sageattention.kernels.table import TEST_TARGETS
-from sageattention.planning import plan as plan_module
-from sageattention.planning.plan import Plan
+from sageattention.kernels.architectures import TEST_TARGETS
+from sageattention.planning.here import plan_for
+from sageattention.planning.plan import CudaPlan, Plan
 from sageattention.planning.problem import Problem
 from sageattention.variants import VARIANTS
 
@@ -30,7 +30,7 @@ def planned(variant: str, accum: str = "", head_dim: int = 128) -> Plan:
     """The plan of a call; skips where it is not for this card, or is by images that are only built for tests and were not."""
     shape = {"batch": 2, "heads_q": 2, "heads_kv": 2, "len_q": 64, "len_kv": 64, "head_dim": head_dim, "dtype": "bfloat16"}
     try:
-        return dispatch.plan_for(Problem(**shape, device="cuda", device_index=0), variant, accum)
+        return plan_for(Problem(**shape, device="cuda", device_index=0), variant, accum)
     except Unsupported as error:
         pytest.skip(str(error))
     except KernelMissing as error:
@@ -42,7 +42,7 @@ def planned(variant: str, accum: str = "", head_dim: int = 128) -> Plan:
 @pytest.fixture
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """One (batch, kv head) pair a group, two groups alive."""
-    monkeypatch.setitem(plan_module.WORKSPACE_LIMIT, "cuda", 1)
+    monkeypatch.setattr(CudaPlan, "WORKSPACE_LIMIT", 1)
 
 
 @each_accumulator
@@ -73,7 +73,7 @@ def test_accuracy_on_every_kind_of_input(variant: str, accum: str) -> None:
         call = dispatch.prepare(
             q, k, v, tensor_layout="HND", is_causal=False, attn_mask=None, sm_scale=None, return_lse=False, variant=variant, accum=accum
         )
-        out, exact = dispatch.run(call)[0], torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+        out, exact = call.run()[0], torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
         assert workloads.relative_l2(out, exact) <= kind.bounds[pv], kind.name
         if kind.gain is not None:
             assert abs(workloads.gain(out, exact) - 1) <= kind.gain, kind.name
@@ -97,7 +97,7 @@ def test_groups_of_heads_change_nothing(variant: str, request: pytest.FixtureReq
     t, _ = matrix.tensors(matrix.Case(128, heads_q=10, heads_kv=5, len_q=500, len_kv=3000), "cuda")
     whole = sageattn(**t, return_lse=True, variant=variant)
     request.getfixturevalue("small_groups")
-    chosen = dispatch.plan_for(Problem.from_tensors(**t, return_lse=True), variant)
+    chosen = plan_for(Problem.from_tensors(**t, return_lse=True), variant)
     first = sageattn(**t, return_lse=True, variant=variant)
     for _ in range(20):
         parts = sageattn(**t, return_lse=True, variant=variant)
@@ -106,8 +106,8 @@ def test_groups_of_heads_change_nothing(variant: str, request: pytest.FixtureReq
         assert workloads.relative_l2(first[0], whole[0]) <= 2e-3 and torch.allclose(first[1], whole[1], atol=1e-3)
     else:
         assert torch.equal(first[0], whole[0]) and torch.equal(first[1], whole[1])
-    launch_plan = next(r for r in workspace._launch_plans.values() if r.plan is chosen)
-    assert len(launch_plan.groups) == 10
+    problem = Problem.from_tensors(**t, return_lse=True)
+    assert len(workspace.launch_plan_of(problem, chosen).groups) == 10
 
 
 @each_variant

@@ -97,7 +97,9 @@ def test_a_rename_that_is_refused_on_the_second_entry(site, tmp_path, monkeypatc
     assert tree(site) == before
 
 
-@pytest.mark.parametrize("content", [b"", bytes(80), b'{"old": ["sageatt', b'{"old": ["sageattention"], "new": []}'])
+@pytest.mark.parametrize(
+    "content", [b"", bytes(80), b'{"old": ["sageatt', b'{"old": ["sageattention"], "new": []}'], ids=["empty", "zeroed", "cut", "whole"]
+)
 @pytest.mark.parametrize("moved", range(5))
 def test_what_release_3_0_0_left_half_done(site, tmp_path, content, moved):
     """It kept a journal, and a crash may have damaged that: four renames, of which some were done."""

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -135,24 +136,54 @@ def test_the_folder_of_this_checkout_is_consistent():
     assert wheels and all("launcher" in path.name and path.stat().st_size < 1 << 20 for path in wheels)
 
 
-def test_a_launcher_wheel(tmp_path):
-    missing = [name for name in ("setuptools", "pybind11", "ziglang") if importlib.util.find_spec(name) is None]
+@pytest.mark.parametrize("target", build.launcher_cross.TARGETS)
+def test_a_launcher_wheel(tmp_path, target):
+    missing = [name for name in ("pybind11", "ziglang") if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"not installed here: {', '.join(missing)} (dev.py wheels installs them)")
-    wheel = build.build_launcher(sys.executable, tmp_path)
+    wheel = build.build_launcher(sys.executable, target, tmp_path)
     assert wheel.stat().st_size < 1 << 20
     python = f"cp{sys.version_info[0]}{sys.version_info[1]}"
-    assert re.fullmatch(rf"sageattention_launcher-[\d.]+-{python}-{python}-manylinux_2_(17|28)_x86_64\.whl", wheel.name)
-    assert build.build_launcher(sys.executable, tmp_path / "again").read_bytes() == wheel.read_bytes()
+    platform = target.replace("manylinux", r"manylinux_2_(17|28)")
+    assert re.fullmatch(rf"sageattention_launcher-[\d.]+-{python}-{python}-{platform}\.whl", wheel.name)
+    assert build.build_launcher(sys.executable, target, tmp_path / "again").read_bytes() == wheel.read_bytes()
+    (tmp_path / "site").mkdir()
     with zipfile.ZipFile(wheel) as archive:
-        module = archive.read(next(name for name in archive.namelist() if name.endswith(".so")))
+        archive.extractall(tmp_path / "site")
+    (file,) = (path for path in (tmp_path / "site").iterdir() if path.is_file())
+    module = file.read_bytes()
+    assert str(ROOT).encode() not in module and b"/tmp/" not in module
+    if target == "win_amd64":
+        libraries = set(re.findall(rb"[\w.-]+\.dll", module))
+        assert f"python3{sys.version_info[1]}.dll".encode() in libraries
+        assert all(re.match(rb"python3\d+|KERNEL32|api-ms-win-crt-", name) for name in libraries), libraries
+        return
     libraries = set(re.findall(rb"[\w.+-]+\.so(?:\.\d+)+", module))
     assert not {name for name in libraries if name.startswith((b"libcuda", b"libtorch", b"libpython", b"libstdc++"))} - {b"libcuda.so.1"}
+    if target == f"manylinux_{os.uname().machine}":
+        code = "import sys; sys.path.insert(0, sys.argv[1])\nimport sageattention_launcher as l; print(l.__version__, l.open('no-such'))"
+        assert run([sys.executable, "-c", code, file.parent]).strip() == f"{build.project()['version']} no-such can't be opened"
+
+
+def test_the_names_that_an_object_file_expects_of_python():
+    """Of a COFF file with a short and a long undefined name, one that is defined, and one with an auxiliary record."""
+
+    def symbol(name: bytes, section: int, auxiliary: int = 0) -> bytes:
+        return struct.pack("<8sIhHBB", name, 0, section, 0, 2, auxiliary) + bytes(18 * auxiliary)
+
+    long = struct.pack("<II", 0, 4)
+    table = symbol(b"Py_Main", 1) + symbol(b".text", 0, 1) + symbol(b"_Py_Id", 0) + symbol(long, 0) + symbol(b"malloc", 0)
+    header = struct.pack("<HHIIIHH", 0x8664, 0, 0, 20, len(table) // 18, 0, 0)
+    names = b"__imp_PyExc_TypeError\0"
+    assert build.launcher_cross.python_symbols(header + table + struct.pack("<I", 4 + len(names)) + names) == ["PyExc_TypeError", "_Py_Id"]
 
 
 def test_build_errors_are_told(tmp_path, monkeypatch, capsys):
+    nobody = tmp_path / "python"
+    with pytest.raises(build.BuildError, match="does not answer"):
+        build.headers(str(nobody))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(build.BuildError, match="setuptools, pybind11, ziglang"):
-        build.build_launcher(sys.executable, tmp_path)
+    with pytest.raises(build.BuildError, match="pybind11, ziglang"):
+        build.build_launcher(sys.executable, "win_amd64", tmp_path)
     assert build.main(["--python", sys.executable, "--out", str(tmp_path)]) == 1
-    assert "need setuptools" in capsys.readouterr().err and not list(tmp_path.glob("*.whl"))
+    assert "need pybind11" in capsys.readouterr().err and not list(tmp_path.glob("*.whl"))

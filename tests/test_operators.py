@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 import sageattention  # noqa: E402
 from sageattention import Unsupported, api, dispatch, torch_library  # noqa: E402
+from sageattention.backends import sdpa  # noqa: E402
 
 PACKAGE = Path(sageattention.__file__).parent
 
@@ -145,10 +146,8 @@ def test_the_operators_keep_torchs_rules(operator):
 
 def test_a_non_contiguous_result_is_handed_over_as_the_fake_says(monkeypatch):
     q, k, v = tensors()
-    want = dispatch.run(
-        dispatch.prepare(q, k, v, tensor_layout="HND", is_causal=False, attn_mask=None, sm_scale=None, return_lse=False, variant="sdpa")
-    )
-    monkeypatch.setattr(dispatch, "run", lambda call: (want[0].transpose(1, 2).contiguous().transpose(1, 2), None))
+    want = sageattention.prepare(q, k, v, variant="sdpa").run()
+    monkeypatch.setattr(sdpa, "run", lambda call: (want[0].transpose(1, 2).contiguous().transpose(1, 2), None))
     got = torch_library.attention(q, k, v, None, "HND", False, None, "sdpa", "")
     assert got.is_contiguous() and torch.equal(got, want[0])
 

@@ -82,7 +82,7 @@ def test_offsets_with_strides_reach_the_kernels_without(monkeypatch):
         run_packed = staticmethod(lambda q, k, v, offsets, problem, plan: offsets)
 
     monkeypatch.setattr(dispatch, "plan_for", lambda problem, variant: Plan(TRITON_FP16, "a test"))
-    monkeypatch.setattr(dispatch, "_triton_host", lambda: KernelFamily)
+    monkeypatch.setattr(dispatch, "_kernel_backend", lambda variant: KernelFamily)
     q = torch.zeros(12, 2, 64)
     strided = torch.tensor([0, 99, 5, 99, 12])[::2]
     for offsets in sageattn_varlen(q, q, q, strided, strided, 7, 7):
@@ -93,7 +93,7 @@ def test_offsets_with_strides_reach_the_kernels_without(monkeypatch):
 def test_a_call_checks_both(name, monkeypatch):
     """Before anything runs, also where the longest length says that there is nothing to do."""
     monkeypatch.setattr(dispatch, "plan_for", lambda problem, variant: Plan(TRITON_FP16, "a test"))
-    monkeypatch.setattr(dispatch, "_triton_host", lambda: pytest.fail("it ran"))
+    monkeypatch.setattr(dispatch, "_kernel_backend", lambda variant: pytest.fail("it ran"))
     q = torch.zeros(12, 2, 64)
     given = {"cu_seqlens_q": torch.tensor([0, 5, 12]), "cu_seqlens_k": torch.tensor([0, 4, 12]), "max_seqlen_q": 7, "max_seqlen_k": 8}
     given[name] = torch.tensor([0, 5, 11]) if name.startswith("cu") else 0

@@ -13,15 +13,16 @@ from sageattention import KernelMissing, Unsupported
 from sageattention.device import capability
 from sageattention.device.capability import Capability
 from sageattention.kernels import store
+from sageattention.kernels.architectures import ARCHITECTURES, TARGETS
 from sageattention.kernels.family import MASKS, find_tile
-from sageattention.kernels.table import KERNELS, TARGETS
+from sageattention.kernels.table import KERNELS
 from sageattention.numerics.constants import HEAD_DIMS, pad_head_dim
 from sageattention.planning import rules
-from sageattention.planning.plan import GROUPS_ALIVE, WORKSPACE_LIMIT, plan, refusal
+from sageattention.planning.plan import KernelPlan, plan, refusal
 from sageattention.planning.problem import Problem
-from sageattention.variants import TRITON_FP16, VARIANTS
+from sageattention.variants import TRITON_FP16, VARIANTS, Candidate
 
-ARCHS = (75, 80, 86, 89, 90, 100, 103, 120, 121)
+ARCHS = (*ARCHITECTURES, 103, 121)
 TRITON = "sageattn_qk_int8_pv_fp16_triton"
 CUDA = [name for name, variant in VARIANTS.items() if variant.backend == "cuda"]
 CPU, MPS, ROCM = Capability("cpu", name="cpu"), Capability("mps", name="mps"), Capability("rocm", name="MI300")
@@ -45,10 +46,10 @@ def test_auto_always_finds_something(arch, triton):
     chosen = plan(problem(), gpu(arch, triton))
     assert refusal(chosen.variant, gpu(arch, triton)) is None
     assert chosen.reason
-    order = (*rules.choose(problem(), gpu(arch, triton), arch).order, "sdpa")
+    order = (*rules.choose(problem(), gpu(arch, triton), arch).order, Candidate("sdpa"))
     tried = [name for name, _ in chosen.rejected]
     assert tried == list(order[: len(tried)])  # best first, none skipped silently
-    assert order[len(tried)] == f"{chosen.variant.name}:{chosen.accum}".rstrip(":")
+    assert order[len(tried)] == Candidate(chosen.variant.name, chosen.accum)
     assert all(reason for _, reason in chosen.rejected)
 
 
@@ -56,7 +57,7 @@ def test_auto_without_triton_says_so(monkeypatch):
     monkeypatch.setattr(store, "missing", lambda image: "no such image")
     chosen = plan(problem(), gpu(89, "none"))
     assert chosen.variant.name == "sdpa" and "nothing is left" in chosen.reason
-    assert "Triton is not installed" in dict(chosen.rejected)[TRITON]
+    assert "Triton is not installed" in dict(chosen.rejected)[Candidate(TRITON)]
 
 
 @pytest.mark.parametrize("machine", [CPU, MPS, ROCM], ids=lambda m: m.device)
@@ -213,10 +214,11 @@ def test_padded_head_dim(head_dim):
 def test_groups_cover_every_head_within_the_workspace(len_kv, heads, name, monkeypatch):
     monkeypatch.setattr(store, "missing", lambda image: "")
     chosen = plan(problem(heads_q=heads, heads_kv=heads, len_kv=len_kv), gpu(89), name)
-    per_head, backend = len_kv * (128 + 256), chosen.variant.backend
+    per_head = len_kv * (128 + 256)
     assert 1 <= chosen.heads_per_group <= heads
     groups = -(-heads // chosen.heads_per_group)
-    assert chosen.heads_per_group == 1 or min(GROUPS_ALIVE[backend], groups) * chosen.heads_per_group * per_head <= WORKSPACE_LIMIT[backend]
+    alive = min(chosen.GROUPS_ALIVE, groups) * chosen.heads_per_group
+    assert chosen.heads_per_group == 1 or alive * per_head <= chosen.WORKSPACE_LIMIT
     assert groups * chosen.heads_per_group - heads < groups  # even groups, none of them empty
 
 
@@ -295,7 +297,7 @@ def test_a_triton_that_cannot_be_imported_is_missing_and_auto_passes_it_by(monke
     with pytest.raises(KernelMissing, match="can't be imported"):
         plan(problem(), broken, TRITON)
     chosen = plan(problem(), broken)
-    assert chosen.variant.name == "sdpa" and "can't be imported" in dict(chosen.rejected)[TRITON]
+    assert chosen.variant.name == "sdpa" and "can't be imported" in dict(chosen.rejected)[Candidate(TRITON)]
 
 
 def run_with_triton(folder: Path, text: str, code: str) -> str:
@@ -329,14 +331,10 @@ def test_triton_mode(tmp_path):
     ],
 )
 def test_halves_are_taken_where_they_save_memory(variant, changes, saves, monkeypatch):
-    torch = pytest.importorskip("torch")
-    from sageattention import dispatch
-    from sageattention.backends.call import Call
-
     monkeypatch.setattr(store, "missing", lambda image: "")
     p = problem(**changes)
-    q = torch.empty(p.batch, p.heads_q, p.len_q, p.head_dim, dtype=torch.bfloat16, device="meta")
-    assert dispatch.halves_save_memory(Call(q, q, q, None, p, plan(p, gpu(89), variant), {})) == saves
+    chosen, output = plan(p, gpu(89), variant), p.batch * p.heads_q * p.len_q * p.head_dim * 2
+    assert (isinstance(chosen, KernelPlan) and chosen.halves_take(p) < output) == saves
 
 
 def test_an_amd_card_behind_zluda_runs_torchs_attention(monkeypatch):

@@ -32,7 +32,7 @@ def test_equal_calls_are_checked_and_planned_once(monkeypatch):
     monkeypatch.setattr(problem, "_check_kv", None)  # calling it would raise
     monkeypatch.setattr(dispatch, "plan_for", None)
     second = prepare(**others, sm_scale=0.5)
-    assert second.problem is first.problem and second.plan is first.plan and second.forms is first.forms
+    assert second.problem is first.problem and second.plan is first.plan and second.bound is first.bound
     assert second.q is others["q"] and second.k is others["k"] and second.v is others["v"]
     with pytest.raises(TypeError):
         prepare(**tensors(), sm_scale=0.25)
@@ -74,8 +74,8 @@ STRIDES = {
 def test_what_launches_are_made_of_is_no_other_call_s():
     """Launches are kept in `forms`: no two calls with other strides may share one."""
     found = [prepare(**tensors()), prepare(**tensors(), attn_mask=torch.ones(9, 7))] + [prepare(**c(tensors())) for c in STRIDES.values()]
-    assert len({id(call.forms) for call in found}) == len(found)
-    assert len({call.problem for call in found}) == 2
+    assert len({id(call.bound) for call in found}) == len(found)
+    assert len({call.problem for call in found}) == 3  # without a mask, with one for each query, with one for all
 
 
 def test_a_variant_and_its_accumulator_make_another_call():

@@ -11,12 +11,11 @@ from pathlib import Path
 import matrix
 import pytest
 
+from sageattention.kernels.architectures import ARCHITECTURES
 from sageattention.variants import TRITON_FP16
 
 HERE = Path(__file__).parent
 NAME = TRITON_FP16.name
-# Shared memory one block may have, bytes (CUDA C++ Programming Guide, compute capabilities table).
-SHARED_LIMIT = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376}
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
@@ -33,7 +32,7 @@ def child(code: str, interpret: bool, timeout: int = 600) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("part", ["cases", "packed", "halves", "groups", "finite", "any_size", "tiles"])
+@pytest.mark.parametrize("part", ["cases", "packed", "halves", "masked_keys", "groups", "finite", "any_size", "tiles"])
 def test_interpreted(part: str) -> None:
     assert "passed" in child(f"import triton_interpreted as t; t.{part}(); print('passed')", interpret=True)
 
@@ -44,7 +43,7 @@ def test_compiles_without_a_gpu(arch: int) -> None:
     assert {row["kernel"] for row in rows} == {"statistics", "quantize_kv", "attend"}
     assert {row["head_dim"] for row in rows if row["kernel"] == "attend"} == ({64, 128, 256} if arch >= 80 else {64})
     for row in rows:
-        assert row["shared"] <= SHARED_LIMIT[arch], row
+        assert row["shared"] <= ARCHITECTURES[arch].shared_of_block, row
         if row["kernel"] == "attend":  # Triton has no INT8 dot for Turing; everywhere else it must be there
             assert row["int8_mma"] == (arch != 75), row
 
@@ -56,7 +55,7 @@ def test_matrix_on_gpu(case: matrix.Case) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("part", ["packed", "halves", "groups", "finite"])
+@pytest.mark.parametrize("part", ["packed", "halves", "masked_keys", "groups", "finite"])
 def test_parts_on_gpu(part: str) -> None:
     import triton_interpreted
 

@@ -12,7 +12,6 @@ import torch
 
 import sageattention
 from sageattention import CudaError, KernelMissing, dispatch
-from sageattention.backends.call import Call
 from sageattention.device.capability import Capability
 from sageattention.planning.plan import plan
 from sageattention.planning.problem import Problem
@@ -21,7 +20,7 @@ from sageattention.variants import TRITON_FP16
 host = pytest.importorskip("sageattention.backends.triton.host", reason="Triton has no wheel for this platform")
 
 
-def failing_call(monkeypatch: pytest.MonkeyPatch, error: Exception) -> tuple[Call, list[int]]:
+def failing_call(monkeypatch: pytest.MonkeyPatch, error: Exception) -> tuple[dispatch.Call, list[int]]:
     """A call whose first kernel launch raises `error`, and a list that grows with every launch."""
     launches: list[int] = []
 
@@ -38,7 +37,7 @@ def failing_call(monkeypatch: pytest.MonkeyPatch, error: Exception) -> tuple[Cal
     t, _ = matrix.tensors(matrix.Case(64))
     problem = Problem.from_tensors(**t)
     chosen = plan(problem, Capability("cuda", 90, triton="native"), TRITON_FP16.name)
-    return Call(t["q"], t["k"], t["v"], None, problem, chosen, {}), launches
+    return dispatch.Call(t["q"], t["k"], t["v"], None, problem, chosen, {}), launches
 
 
 @pytest.mark.parametrize(
@@ -55,7 +54,7 @@ def test_what_cannot_be_built_is_missing_and_not_tried_again(monkeypatch: pytest
     call, launches = failing_call(monkeypatch, error)
     for _ in range(3):
         with pytest.raises(KernelMissing, match="can't build it here") as raised:
-            dispatch.run(call)
+            call.run()
     assert type(error).__name__ in raised.value.reason
     assert len(launches) == 1
 
@@ -64,7 +63,7 @@ def test_another_form_is_still_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     call, launches = failing_call(monkeypatch, FileNotFoundError("ptxas"))
     for causal in (False, True, True):
         with pytest.raises(KernelMissing):
-            dispatch.run(call._replace(problem=call.problem._replace(causal=causal)))
+            replace(call, problem=call.problem._replace(causal=causal)).run()
     assert len(launches) == 2
 
 
@@ -72,7 +71,7 @@ def test_a_failing_launch_is_a_cuda_error_every_time(monkeypatch: pytest.MonkeyP
     call, launches = failing_call(monkeypatch, RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"))
     for _ in range(2):
         with pytest.raises(CudaError, match="illegal memory access"):
-            dispatch.run(call)
+            call.run()
     assert len(launches) == 2
 
 
@@ -81,7 +80,7 @@ def test_a_kernel_that_the_driver_does_not_load_is_missing(monkeypatch: pytest.M
     call, launches = failing_call(monkeypatch, RuntimeError(f"Triton Error [CUDA]: {said}"))
     for _ in range(2):
         with pytest.raises(KernelMissing, match=said):
-            dispatch.run(call)
+            call.run()
     assert len(launches) == 1
 
 
@@ -110,16 +109,15 @@ def test_no_number_of_heads_is_too_large_for_a_grid(monkeypatch: pytest.MonkeyPa
         q, k = (torch.empty(80_000, n, 64, 64, dtype=torch.float16, device="meta") for n in (4, 1))
         problem, (batch, heads) = Problem.from_tensors(q, k, k), (80_000, 4)
         chosen = replace(plan(problem, card, TRITON_FP16.name), heads_per_group=80_000)
-        host.run(Call(q, k, k, None, problem, chosen, {}))
+        host.run(dispatch.Call(q, k, k, None, problem, chosen, {}))
     assert all(len(grid) == 1 and 65_535 < grid[0] < 2**31 for grid in grids.values()) and len(grids) == 3
     assert grids["_attend_kernel"] == (batch * heads,)
 
 
 def test_a_triton_of_another_release_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     call, _ = failing_call(monkeypatch, RuntimeError())
+    monkeypatch.delitem(dispatch._BACKENDS, "triton", raising=False)
     monkeypatch.delattr(sageattention.backends.triton, "host")
     monkeypatch.setitem(sys.modules, "sageattention.backends.triton.host", None)  # importing it raises ImportError
     with pytest.raises(KernelMissing, match="can't be imported"):
-        dispatch.run(call)
-    with pytest.raises(KernelMissing, match="can't be imported"):
-        dispatch._triton_host()
+        call.run()

@@ -1,25 +1,25 @@
 """Build the launchers' wheels and the index: one command. (The package's own wheel is written by install.py, from the package.)
 
-    python wheels/build.py [--out DIR] [--python PATH ...] [--no-build] [--add DIR] [--mirror URL]
+    python wheels/build.py [--out DIR] [--python PATH ...] [--target NAME ...] [--no-build] [--add DIR] [--mirror URL]
     python wheels/build.py --check          are the wheels here of this version, and is the index theirs?
 
-A wheel needs setuptools, pybind11 and ziglang in the running Python and, for each version of Python, an installation with headers;
-zig's compiler links libc++ in and asks for an old glibc only, so that the module links to glibc and nothing else. All times are
-fixed: the same sources and tools give the same bytes.
+All are compiled on one Linux machine, for Linux and Windows, by zig (csrc/tools/launcher_cross.py). That needs pybind11 and ziglang in
+the running Python and, for each version of Python, an installation with headers. The same sources and tools give the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
 import hashlib
 import importlib.util
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 try:
@@ -28,9 +28,15 @@ except ImportError:  # Python 3.10
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "csrc" / "tools")]
+
+import launcher_cross  # noqa: E402
+import launcher_wheel  # noqa: E402
+
+from installer.wheel import write_wheel  # noqa: E402
+
 FOLDER = Path(__file__).resolve().parent
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-GLIBC = "2.28"  # of every system with a Python 3.10 that is still maintained
 LIMIT = 6 << 20  # bytes for all wheels of a release: they live in the repository
 
 
@@ -43,32 +49,47 @@ def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def build_launcher(python: str, out: Path) -> Path:
-    """sageattention_launcher-X.Y.Z for one installation of CPython with headers, on Linux through zig's compiler.
+def build_launcher(python: str, target: str, out: Path) -> Path:
+    """sageattention_launcher-X.Y.Z for the version of a CPython with headers and one of `launcher_cross.TARGETS`.
 
     Raises:
         BuildError: a tool or the headers are missing, or the compiler failed.
     """
-    missing = [name for name in ("setuptools", "pybind11", "ziglang") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("pybind11", "ziglang") if importlib.util.find_spec(name) is None]
     if missing:
         raise BuildError(f"launcher wheels need {', '.join(missing)} in {sys.executable}: pip install {' '.join(missing)}")
-    tools = Path(importlib.util.find_spec("pybind11").origin).parent.parent  # pure Python, as is setuptools beside it
-    environment = {**os.environ, "PYTHONPATH": str(tools)}
-    if sys.platform.startswith("linux"):
-        zig = [sys.executable, "-m", "ziglang"]
-        target = ["-target", f"{os.uname().machine}-linux-gnu.{GLIBC}"]
-        c, cxx = shlex.join([*zig, "cc", *target]), shlex.join([*zig, "c++", *target])
-        environment |= {"CC": c, "CXX": cxx, "LDSHARED": f"{c} -shared", "LDCXXSHARED": f"{cxx} -shared"}
-    with tempfile.TemporaryDirectory() as fresh:
-        command = [python, str(ROOT / "csrc" / "tools" / "launcher_wheel.py"), "--out", fresh]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        wheels = list(Path(fresh).glob("*.whl"))
-        if done.returncode or len(wheels) != 1:
-            raise BuildError(f"{python}: no launcher\n{done.stdout}\n{done.stderr}".strip())
-        out.mkdir(parents=True, exist_ok=True)
-        target = out / wheels[0].name
-        target.write_bytes(wheels[0].read_bytes())
-    return target
+    import pybind11
+
+    minor, include = headers(python)
+    try:
+        version = launcher_wheel.version()
+        module = launcher_cross.compile_launcher(include, (3, minor), target, version, Path(pybind11.get_include()))
+    except (launcher_cross.CrossError, launcher_wheel.LauncherError, OSError) as error:
+        raise BuildError(f"{python}: no launcher for {target}\n{error}") from error
+    platform = target.replace("manylinux", launcher_wheel.manylinux(module)) if target.startswith("manylinux") else target
+    metadata = (
+        f"Metadata-Version: 2.4\nName: sageattention-launcher\nVersion: {version}\nSummary: {launcher_wheel.summary()}\n"
+        "License-Expression: Apache-2.0\nRequires-Python: >=3.10\n"
+    )
+    files = {launcher_cross.file_name((3, minor), target): module}
+    return write_wheel(out, metadata, f"cp3{minor}-cp3{minor}-{platform}", files, zipfile.ZIP_DEFLATED)
+
+
+def headers(python: str) -> tuple[int, Path]:
+    """The minor version of a CPython 3 and the folder of its headers.
+
+    Raises:
+        BuildError: it is none, or has no headers.
+    """
+    probe = "import sysconfig, sys; print(sys.version_info[1], sysconfig.get_path('include'), sep='\\n')"
+    try:
+        done = subprocess.run([python, "-X", "utf8", "-c", probe], capture_output=True, encoding="utf-8", timeout=60)
+        minor, include = done.stdout.splitlines()
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{python} does not answer: {error}") from error
+    if not (Path(include) / "Python.h").is_file():
+        raise BuildError(f"{python} has no headers in {include}")
+    return int(minor), Path(include)
 
 
 def find_pythons() -> list[str]:
@@ -77,13 +98,9 @@ def find_pythons() -> list[str]:
     for version in PYTHONS:
         pyenv = sorted(glob.glob(os.path.expanduser(f"~/.pyenv/versions/{version}.*/bin/python")))
         for python in (*pyenv, f"python{version}"):
-            probe = "import os, sysconfig as s; print(s.get_python_version(), os.path.exists(s.get_path('include') + '/Python.h'))"
-            try:
-                done = subprocess.run([python, "-c", probe], capture_output=True, text=True, timeout=60)
-            except FileNotFoundError:
-                continue
-            if done.stdout.split() == [version, "True"]:
-                found[version] = python
+            with contextlib.suppress(BuildError):
+                if f"3.{headers(python)[0]}" == version:
+                    found[version] = python
     return list(found.values())
 
 
@@ -140,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Build the launchers' wheels and index.json.")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder; wheels that are in it are replaced (wheels/)")
     parser.add_argument("--python", action="append", help="a CPython to build a launcher for (default: every one found)")
+    parser.add_argument("--target", action="append", choices=launcher_cross.TARGETS, help="a system to build for (default: all)")
     parser.add_argument("--no-build", action="store_true", help="build none: collect those of --add")
     parser.add_argument("--add", type=Path, help="a folder with launcher wheels built elsewhere, taken over as they are")
     parser.add_argument("--mirror", action="append", default=[], help="https folder that will hold the wheels too")
@@ -153,7 +171,8 @@ def main(argv: list[str] | None = None) -> int:
         fresh = Path(folder)
         try:
             for python in [] if args.no_build else args.python or find_pythons():
-                print(build_launcher(python, fresh).name, flush=True)
+                for target in args.target or launcher_cross.TARGETS:
+                    print(build_launcher(python, target, fresh).name, flush=True)
             for wheel in sorted(args.add.glob("*.whl")) if args.add else ():
                 (fresh / wheel.name).write_bytes(wheel.read_bytes())
             write_index(fresh, args.mirror)

@@ -1,28 +1,30 @@
 // Which keys take part in the statistics of K and V, read from the rows that a pre-pass left (LiveKeys in params.cuh).
 #pragma once
+#include "../common/warp.cuh"
 #include "../kernel/params.cuh"
+#include "../ptx/special.cuh"
 
 namespace sage {
 
 struct LiveRows {
-  const u32* bits;  // null: every key is live
-  int rows, words;
+  const LiveKeys& live;  // a kernel parameter: it takes no register
+  const u32* bits;       // of the head; null: every key is live
 
   __device__ __forceinline__ LiveRows(const LiveKeys& live, int batch, int head)
-      : bits(live.bits ? live.bits + batch * live.stride_b + head * live.stride_h : nullptr), rows(live.rows), words(live.words) {}
+      : live(live), bits(live.bits ? live.bits + batch * live.stride_b + head * live.stride_h : nullptr) {}
 
   // The keys 32·w … 32·w + 31.
   __device__ __forceinline__ u32 word(int w) const {
     u32 any = 0;
 #pragma unroll 4
-    for (int r = 0; r < rows; ++r) any |= bits[(i64)r * words + w];
+    for (int r = 0; r < live.rows; ++r) any |= bits[(i64)r * live.words + w];
     return any;
   }
 
   // The same, its rows dealt out among the lanes of a warp, which all take part.
   __device__ __forceinline__ u32 word_by_warp(int w) const {
     u32 any = 0;
-    for (int r = special_tid_x() % 32; r < rows; r += 32) any |= bits[(i64)r * words + w];
+    for (int r = special_tid_x() % 32; r < live.rows; r += 32) any |= bits[(i64)r * live.words + w];
 #pragma unroll
     for (int other = 1; other < 32; other *= 2) any |= __shfl_xor_sync(kAllLanes, any, other);
     return any;
@@ -37,7 +39,7 @@ struct LiveWindow {
 
   // Takes up the words from that of `key` on. All threads of the block take part; nobody reads the words before.
   __device__ __forceinline__ void load(const LiveRows& live, int key, int threads) {
-    for (int i = special_tid_x(); i < kWords; i += threads) word[i] = key / 32 + i < live.words ? live.word(key / 32 + i) : 0u;
+    for (int i = special_tid_x(); i < kWords; i += threads) word[i] = key / 32 + i < live.live.words ? live.word(key / 32 + i) : 0u;
     __syncthreads();  // the words are there
   }
   __device__ __forceinline__ bool get(int key, int first) const {

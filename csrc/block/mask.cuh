@@ -1,5 +1,6 @@
 // Which keys of a step a row sees, as bits, and the additive bias of a dense mask.
 #pragma once
+#include "../ptx/shared.cuh"
 #include "../ptx/special.cuh"
 #include "../layout/fragment.cuh"
 #include "../common/tensor.cuh"

@@ -6,6 +6,7 @@
 // that all warps are done with it. Before Hopper every thread copies its share and the block keeps step with __syncthreads().
 #pragma once
 #include "../ptx/async_copy.cuh"
+#include "../ptx/shared.cuh"
 #include "../ptx/special.cuh"
 
 namespace sage {

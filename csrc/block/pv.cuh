@@ -1,21 +1,22 @@
-// P·V of one tile for a warp's rows: the type that P and V have, the MMA that takes them, how its sums reach the fp32 registers of O.
+// P·V of one KV tile for a warp's rows with mma.sync, by the types of P and V and of the MMA's accumulator.
 //
-// Only fp16 with fp32 sums adds to O directly. All others sum one tile in an accumulator of their own and add that to O, times the
-// weight that the tile's P has in its row: exact integers, fp16 sums that must not overflow, FP8 sums that lose bits as they grow.
+// fp16 with fp32 accumulators adds to O directly. The others sum one tile in an accumulator of its own (exact integers; fp16, which must
+// not overflow; FP8, which loses bits as it grows) and add it to O in fp32, times the tile's scale in its row.
 //
-// Integer to float: a conversion from sm_86 on. Before, that has an eighth of the rate, and the int32 sums start at the bits of
-// 1.5·2^23 instead, as in softmax.cuh: they read as the float kPreset + sum (|sum| ≤ 64·255·127 < 2^21), from which kPreset goes off.
+// int32 sums become floats by a conversion from sm_86 on. Before, conversions have an eighth of the rate: there the sums start at the bits
+// of kPreset, as in softmax.cuh, and read as the float kPreset + sum (|sum| ≤ 64·255·127 < 2^21).
 #pragma once
-#include "../ptx/async_copy.cuh"
-#include "../ptx/mma.cuh"
-#include "softmax.cuh"
 #include "../common/pv_type.cuh"
+#include "../ptx/mma.cuh"
+#include "../ptx/shared.cuh"
+#include "softmax.cuh"
 
 namespace sage {
 
-enum class PvAccum { fp32, fp16, fp8, int32 };  // of P·V; fp8: what an FP8 MMA calls fp32
+enum class PvAccum { fp32, fp16, fp8, int32 };  // fp8: the fp32 accumulator of an FP8 MMA, of about 14 bits
 
-// The sums of one n-tile over one tile of keys.
+// The accumulator of one n-tile (16 rows × 8 columns) over one KV tile. add(p, b0, b1, first): one MMA; get(half): columns 2t and 2t + 1 of
+// row g + 8·half.
 template <PvType kPvType, PvAccum kPvAccum>
 struct TileSum;
 
@@ -55,7 +56,7 @@ struct TileSum<PvType::int8, PvAccum::int32> {
   __device__ __forceinline__ static float value(u32 sum) { return kFastIntToFloat ? (float)(i32)sum : __uint_as_float(sum) - kPreset; }
 };
 
-// P of one row, for a register of an A fragment: two scores of fp16, four of a byte.
+// A register of a P fragment: two fp16 values of a row, or four of one byte.
 template <PvType kPvType>
 __device__ __forceinline__ u32 pack_p(const float (&x)[4 / kVElementBytes<kPvType>]) {
   if constexpr (kPvType == PvType::fp16)
@@ -66,10 +67,11 @@ __device__ __forceinline__ u32 pack_p(const float (&x)[4 / kVElementBytes<kPvTyp
     return pack_u8(x[0], x[1], x[2], x[3]);
 }
 
-// O += P·V over the tile's 64 keys; weight: of P in its row.
+// O += tile_scale · P·V of the tile at shared address `tile` (lane offset included). o: [row tile][n-tile][accumulator register],
+// p: [row tile][fragment of 16 or 32 keys][register], tile_scale: [row tile][half].
 template <class C>
 __device__ __forceinline__ void accumulate_pv(float (&o)[C::kRowTiles][C::kHeadDim / 8][4], const u32 (&p)[C::kRowTiles][C::kPFragments][4],
-                                           const float (&tile_scale)[C::kRowTiles][2], u32 tile) {
+                                              const float (&tile_scale)[C::kRowTiles][2], u32 tile) {
   if constexpr (C::kPvType == PvType::fp16 && C::kPvAccum == PvAccum::fp32) {
 #pragma unroll
     for (int c = 0; c < C::kPFragments; ++c)

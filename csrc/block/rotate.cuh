@@ -1,40 +1,29 @@
-// The signed Hadamard rotation of rows of Q and K, and their INT8 codes.
+// The signed Hadamard rotation of rows of Q and K, and their rounding to INT8.
 //
-// Rotating Q and K by the same orthogonal matrix leaves q·k alone and spreads outlier channels over all of them, so that one
-// scale per row (or group of rows) wastes little of the INT8 range.
+// Rotating Q and K by the same orthogonal matrix keeps q·k and spreads outlier channels over all channels, so one scale per row (or
+// group of rows) wastes little of INT8's range.
 //
-// With b0 … b7 the bits of a channel's number, the channel is negated where b0·b3 + b1·b4 + b2·b5 + b6·b7 is odd (hadamard.py). So a
-// sign is a constant or a product of one bit of the register and one of the lane, and is done by the butterfly of the first.
+// R negates a channel with bits b0 … b7 where b0·b3 + b1·b4 + b2·b5 + b6·b7 is odd (hadamard.py). Each product is a constant or one bit
+// of the register's number times one of the lane's, so the butterfly over the first bit applies the sign.
 //
-// Lane t of the four that share a row holds channels 32c + 8t + e (c < D/32, e < 8) as x[8c + e]. After `rotate` the same registers
-// hold rotated channels. `Rotation` does the same to eight rows at once, half of it as MMAs.
+// Lane t of the four that share a row holds channels 32c + 8t + e (c < D/32, e < 8) as x[8c + e]. `rotate` replaces them by the rotated
+// channels, in fp32. `Rotation` rotates eight rows of 16-bit inputs at once, half of the butterflies as MMAs.
 #pragma once
-#include "../ptx/mma.cuh"
 #include "../common/tensor.cuh"
+#include "../common/warp.cuh"
+#include "../ptx/mma.cuh"
 
 namespace sage {
 
-
-// The maximum over the four lanes that share a row.
-__device__ __forceinline__ float row_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
-}
-
-__device__ __forceinline__ float row_sum(float x) {
-  x += __shfl_xor_sync(kAllLanes, x, 1);
-  return x + __shfl_xor_sync(kAllLanes, x, 2);
-}
-
-// Which of a lane's registers after `rotate` is number `code` of its codes in K's tile, sixteen of them in 16 bytes. The order of the
-// contracted channels is free as long as Q and K have the same one: this is what `Rotation` leaves of a key in one lane.
+// The register, after `rotate`, of number `code` among a lane's quantised channels in a tile of K. The order of the contracted channels
+// is free as long as Q and K share it: this one is the order in which `Rotation` leaves a key's channels in a lane.
 template <int kHeadDim>
 __host__ __device__ constexpr int quantized_register(int code) {
   const int bit3 = code >> 3 & 1, bit4 = code >> 4 & 1, bit5 = code >> 5;
   return (code & 1) + (code >> 1 & 3) * 4 + (kHeadDim == 64 ? 2 * bit3 : 16 * bit3 + 2 * bit4 + 32 * bit5);
 }
 
-// x becomes R·x, up to the power of two that the caller has multiplied in: R = Hadamard · diag(signs).
+// x = R·x, with R = Hadamard · diag(signs) unnormalised: the caller has multiplied x by the power of two that keeps sums finite.
 template <int kHeadDim>
 __device__ __forceinline__ void rotate(float (&x)[kHeadDim / 4], int t) {
   constexpr int kCount = kHeadDim / 4;
@@ -56,20 +45,19 @@ __device__ __forceinline__ void rotate(float (&x)[kHeadDim / 4], int t) {
   }
 }
 
-// R of eight rows by a warp, power of two included, from 16-bit inputs as they lie in memory: lane 4g + t has channels 32c + 8t + e
-// of row g as raw[c], which are operands of MMAs as they are. An MMA contracts over bits 0, 1, 3 and 4 of the channel, butterflies
-// over registers do the rest. Lane 4g + t then has D/8 channels of rows 2t and 2t + 1: a channel's bits 3, 4, 1 are g, and bits
-// 0, 2, 5, 6, 7 its number in y.
+// A warp's R·x · 0.5/D of eight rows. In: lane 4g + t has channels 32c + 8t + e of row g as raw[c], 16-bit as in memory; these are B
+// operands of MMAs. The MMAs contract bits 0, 1, 3 and 4 of the channel, butterflies over registers the other bits.
+// Out: lane 4g + t has D/8 channels of rows 2t and 2t + 1 as y[row][i]; bits 3, 4, 1 of the channel are g, bits 0, 2, 5, 6, 7 are i.
 template <int kHeadDim, int kDtype>
 struct Rotation {
-  static_assert(kMma16 && kDtype != kFloat32, "an MMA of the input's type");
+  static_assert(kMma16 && kDtype != kFloat32, "there is an MMA of the input's type");
   static constexpr int kMmas = kHeadDim / 16;
-  u32 matrix[4];
+  u32 matrix[4];  // A fragment of the 16 × 16 factor
 
-  // Of the contracted index k, bits 0 to 3 are bits 0, 3, 4, 1 of the channel; of A's row they are bits 3, 4, 1, 0.
+  // Bits 0 to 3 of the contracted index k are bits 0, 3, 4, 1 of the channel; those of A's row are bits 3, 4, 1, 0.
   __device__ explicit Rotation(int lane) {
     constexpr u32 kOne = kDtype == kBfloat16 ? 0x3F80 : 0x3C00, kStep = kDtype == kBfloat16 ? 0x80 : 0x400;  // 1.0; one binade
-    constexpr u32 kEntry = kOne - (kHeadDim == 64 ? 7 : kHeadDim == 128 ? 8 : 9) * kStep;                   // 0.5 / D
+    constexpr u32 kEntry = kOne - (kHeadDim == 64 ? 7 : kHeadDim == 128 ? 8 : 9) * kStep;                    // 0.5 / D
     const u32 g = lane / 4, t = lane % 4;
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
@@ -78,9 +66,9 @@ struct Rotation {
       matrix[i] = (kEntry | kEntry << 16) ^ (even & 1) << 15 ^ odd << 31;
     }
   }
-  __device__ explicit Rotation(uint4 kept) : matrix{kept.x, kept.y, kept.z, kept.w} {}  // another one's matrix
+  __device__ explicit Rotation(uint4 kept) : matrix{kept.x, kept.y, kept.z, kept.w} {}  // from another Rotation's matrix
 
-  // MMA m adds its channels' part to what start(m, ·) gives.
+  // start(m, c) sets the accumulator c[4] of MMA m.
   template <class Start>
   __device__ __forceinline__ void operator()(const Raw8<kDtype> (&raw)[kHeadDim / 32], Start start, float (&y)[2][kHeadDim / 8]) const {
 #pragma unroll
@@ -109,7 +97,7 @@ struct Rotation {
         }
   }
 
-  // Element `row` of what MMA m makes of a vector in fp32 that has the power of two already.
+  // Element `row` of MMA m's product for an fp32 vector x[D] that is multiplied by 0.5/D already.
   static __device__ __forceinline__ float product(const float* x, int m, int row) {
     float v[16];
 #pragma unroll
@@ -127,7 +115,7 @@ struct Rotation {
   }
 };
 
-// The largest |x| of the lane's channels.
+// The largest |x[i]| of the lane's channels.
 template <int kCount>
 __device__ __forceinline__ float abs_max(const float (&x)[kCount]) {
   float top = 0.0f;
@@ -136,6 +124,7 @@ __device__ __forceinline__ float abs_max(const float (&x)[kCount]) {
   return top;
 }
 
+// 127 / amax; 0 below kAmaxMin, where all counts as zero.
 __device__ __forceinline__ float int8_inverse(float amax) { return amax < kAmaxMin ? 0.0f : rcp_approx(amax * (1.0f / kInt8Max)); }
 
 // rint(x · inverse) of four values as bytes, x0 lowest: adding kPreset leaves the integer, two's complement, in the low mantissa bits.

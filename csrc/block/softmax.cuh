@@ -1,12 +1,12 @@
-// Online softmax in base 2 over the score accumulators of a warp.
+// Online softmax in base 2 over a warp's score accumulators, for mma.sync.
 //
-// A lane holds, for each of its row tiles (16 rows), rows g and g + 8, and of each n-tile of eight keys the columns 2t, 2t + 1.
-// All 16 keys that a lane holds of a tile share one K scale, so S · scale is one product per row and the maximum is taken over
-// integers.
+// A lane holds rows g and g + 8 of each of its row tiles (16 rows) and columns 2t and 2t + 1 of each n-tile (8 keys): [row tile][half]
+// indexes its rows. The 16 keys that it holds of a KV tile share one K scale, so it finds the maximum over the integer scores and
+// multiplies once.
 //
-// Integer to float for nothing: the accumulator starts at 0x4B400000, the bits of 1.5·2^23, so that its bits read as the float
-// 12582912 + S, exactly, for |S| < 2^22. The constant is taken off in the FMA that applies the scale. That rounds a score by up
-// to 0.75·scale, below the rounding noise of INT8 codes by two orders of magnitude.
+// The conversion from integer to float costs no instruction: the accumulator starts at the bits of kPreset = 1.5·2^23, so its bits read
+// as the float kPreset + S, exactly, for |S| < 2^22. The FMA that applies the scale subtracts kPreset·scale. That rounds a score by up to
+// 0.75·scale, two orders of magnitude below the rounding noise of INT8.
 #pragma once
 #include "../layout/fragment.cuh"
 #include "mask.cuh"
@@ -18,10 +18,11 @@ constexpr u32 kPresetBits = __builtin_bit_cast(u32, kPreset);
 
 constexpr int kScoreNTiles = kKvTile / 8;  // n-tiles of the scores
 
+// P against the running row maximum.
 template <int kRowTiles>
 struct Softmax {
-  float m_i[kRowTiles][2];  // P = 2^(score − reference); log2(p_max) below the maximum the row was last scaled to
-  float l_i[kRowTiles][2];        // of P, this lane's keys only
+  float m_i[kRowTiles][2];  // P = 2^(score − m_i): log2(p_max) below the row maximum at the row's last rescaling
+  float l_i[kRowTiles][2];  // sum of P over this lane's keys
 
   __device__ __forceinline__ Softmax() {
 #pragma unroll
@@ -39,9 +40,8 @@ struct Softmax {
     for (int i = 0; i < 2 * kRowTiles; ++i) out[i / 2][i % 2] = m_i[i / 2][i % 2];
   }
 
-  // Given each lane's own maxima of the tile, moves the references of rows that outgrew theirs by more than `rescale_threshold`. Returns whether
-  // any row of the warp moved; then factor[] is what O and the sums so far are worth now. As long as none does, the lanes need not
-  // agree on the rows' maxima.
+  // top: the lane's own maxima of a tile. Raises m_i of rows whose maximum exceeds it by more than rescale_threshold, and scales l_i.
+  // Returns whether any row of the warp did; O has to be multiplied by alpha then. Only then do the lanes of a row agree on its maximum.
   __device__ __forceinline__ bool update(const float (&top)[kRowTiles][2], float log2_p_max, float rescale_threshold,
                                          float (&alpha)[kRowTiles][2]) {
     bool grew = false;
@@ -60,19 +60,20 @@ struct Softmax {
   }
 };
 
-// The same where P is taken against the tile's own maximum: then a tile has a weight in its row, at most 2^slack, and nothing but that
-// depends on the row's reference. Lane t of the four that share their rows keeps the books of one, which saves registers.
+// P against the tile's own row maximum m_tile: a tile's P·V counts tile_scale = 2^(m_tile − m_i) ≤ 2^rescale_threshold in its row, and
+// nothing else depends on m_i. Lane t keeps m_i of one of the four rows that its quad shares, which saves registers.
 template <int kRowTiles>
 struct TileSoftmax {
-  float m_i = -kInf;       // of the lane's row
-  float l_i[kRowTiles][2] = {};  // of P, this lane's keys only
+  float m_i = -kInf;             // of the lane's own row
+  float l_i[kRowTiles][2] = {};  // sum of P over this lane's keys
 
+  // The value of the lane's own row.
   __device__ __forceinline__ static float own(const float (&x)[kRowTiles][2], int t) {
     const float last = t & 1 ? x[kRowTiles - 1][1] : x[kRowTiles - 1][0];
     return kRowTiles == 1 || t & 2 ? last : t & 1 ? x[0][1] : x[0][0];
   }
 
-  // own() undone, in all four lanes.
+  // All rows' values from the lanes that own them.
   __device__ __forceinline__ static void share(float x, float (&out)[kRowTiles][2]) {
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) out[i / 2][i % 2] = __shfl_sync(kAllLanes, x, i, 4);
@@ -87,8 +88,9 @@ struct TileSoftmax {
 
   __device__ __forceinline__ void get_m(float (&out)[kRowTiles][2]) const { share(m_i, out); }
 
-  // As Softmax::update; base: log2(p_max) below the tile's row maxima.
-  __device__ __forceinline__ bool update(const float (&m_tile)[kRowTiles][2], float rescale_threshold, int t, float (&alpha)[kRowTiles][2]) {
+  // As Softmax::update, with m_tile: log2(p_max) below the tile's row maxima.
+  __device__ __forceinline__ bool update(const float (&m_tile)[kRowTiles][2], float rescale_threshold, int t,
+                                         float (&alpha)[kRowTiles][2]) {
     const float row = own(m_tile, t);
     if (!__any_sync(kAllLanes, row > m_i + rescale_threshold)) return false;
     const float now = fmaxf(m_i, row), own_alpha = now == m_i ? 1.0f : exp2_approx(m_i - now);
@@ -99,7 +101,7 @@ struct TileSoftmax {
     return true;
   }
 
-  // The tile's weights.
+  // What the tile's P·V counts in each row.
   __device__ __forceinline__ void tile_scales(const float (&m_tile)[kRowTiles][2], int t, float (&tile_scale)[kRowTiles][2]) const {
     const float row = own(m_tile, t);
     share(row == -kInf ? 0.0f : exp2_approx(row - m_i), tile_scale);
@@ -115,7 +117,7 @@ struct SoftmaxOf<false, kRowTiles> {
   using type = Softmax<kRowTiles>;
 };
 
-// max over the lane's keys of one row, as integers: positive floats order like their bits.
+// The largest preset score of one row half over the lane's keys, found as integers: positive floats order like their bits.
 __device__ __forceinline__ float score_max(const u32 (&s)[kScoreNTiles][4], int half) {
   i32 top = max((i32)s[0][2 * half], (i32)s[0][2 * half + 1]);
 #pragma unroll
@@ -123,7 +125,7 @@ __device__ __forceinline__ float score_max(const u32 (&s)[kScoreNTiles][4], int 
   return __int_as_float(top);
 }
 
-// The score of preset accumulator bits, rounded up: no other score of the lane comes out above the one of its largest.
+// The score of a preset accumulator, rounded up, so that none of the lane's scores exceeds that of its largest accumulator.
 __device__ __forceinline__ float score_above(float preset_score, float scale) { return __fmaf_ru(preset_score, scale, -kPreset * scale); }
 
 }  // namespace sage

@@ -1,7 +1,9 @@
 // A block's list of KV tiles, read from the bits of its bands: first the mixed tiles, which hold a masked or biased pair, then the
 // full ones, each in ascending order.
 #pragma once
+#include "../common/warp.cuh"
 #include "../kernel/params.cuh"
+#include "../ptx/special.cuh"
 #include "mask.cuh"
 
 namespace sage {

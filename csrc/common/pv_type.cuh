@@ -1,4 +1,4 @@
-// The types that P and V can have.
+// The types of P and V, and the correction of V's mean for their rounding.
 #pragma once
 #include "../ptx/types.cuh"
 
@@ -9,8 +9,8 @@ enum class PvType { fp16, fp8, int8 };  // fp8: e4m3; int8: V signed, P unsigned
 template <PvType kPvType>
 constexpr int kVElementBytes = kPvType == PvType::fp16 ? 2 : 1;
 
-// Of a sum of codes for each 1 that they stand for. FP8's are not integers; a sum of 2 million, all rounded by half a step one way, fits
-// 32 bits.
+// Units of a sum of quantised V per 1 of the values summed. e4m3 values are not integers: in 64ths a sum of 2 million, each off by half
+// a step in one direction, fits 32 bits.
 template <PvType kPvType>
 constexpr int kQuantSumUnits = kPvType == PvType::fp8 ? 64 : 1;
 

@@ -1,14 +1,13 @@
-// Eight consecutive channels of a token as fp32: the unit in which every kernel reads its tensors.
+// Reads and writes eight consecutive channels of a token, the unit in which every kernel accesses tensors; dispatch on dtype.
 #pragma once
 #include <sage/constants.cuh>
 
 #include "../ptx/convert.cuh"
+#include "math.cuh"
 
 namespace sage {
 
 constexpr int kChunk = 8;  // channels
-constexpr unsigned kAllLanes = 0xFFFFFFFFu;
-constexpr float kInf = __builtin_bit_cast(float, 0x7F800000);
 
 template <int kDtype>
 struct Raw8 {
@@ -18,8 +17,8 @@ struct Raw8 {
 template <int kDtype>
 constexpr int kElementBytes = kDtype == kFloat32 ? 4 : 2;
 
-// Channels [channel, channel + 8) of the row at `row`; in `raw`, those ≥ head_dim must be and stay zero. kVectors: the row is 16-byte
-// aligned and head_dim a multiple of 8. Callers branch on that once around all the loads they want under way together.
+// Loads channels [channel, channel + 8) of the row at `row` into `raw`, where channels ≥ head_dim must be zero and stay so. kVectors: the
+// row is 16-byte aligned and head_dim a multiple of 8. Callers branch on that once, outside all loads that should be in flight together.
 template <int kDtype, bool kVectors>
 __device__ __forceinline__ void load8(const void* row, int channel, int head_dim, Raw8<kDtype>& raw) {
   constexpr int kBytes = kElementBytes<kDtype>;
@@ -44,7 +43,7 @@ __device__ __forceinline__ void load8(const void* row, int channel, int head_dim
   }
 }
 
-// The same; channels ≥ head_dim are zero.
+// The same into registers of its own; channels ≥ head_dim are zero.
 template <int kDtype, bool kVectors>
 __device__ __forceinline__ Raw8<kDtype> load8(const void* row, int channel, int head_dim) {
   Raw8<kDtype> raw{};
@@ -52,6 +51,7 @@ __device__ __forceinline__ Raw8<kDtype> load8(const void* row, int channel, int 
   return raw;
 }
 
+// x[0 … 7]: the eight channels in fp32.
 template <int kDtype>
 __device__ __forceinline__ void unpack8(const Raw8<kDtype>& raw, float* x) {
 #pragma unroll
@@ -65,12 +65,42 @@ __device__ __forceinline__ void unpack8(const Raw8<kDtype>& raw, float* x) {
   }
 }
 
+// Stores channels [channel, channel + 8) of a row, those ≥ head_dim left out. Finite values stay finite: they are clamped to the dtype's
+// range. kVectors: as for load8.
+template <int kDtype, bool kVectors>
+__device__ __forceinline__ void store8(void* row, int channel, int head_dim, float (&x)[kChunk]) {
+  u32 word[kDtype == kFloat32 ? 8 : 4];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    if constexpr (kDtype == kFloat32)
+      word[i] = __float_as_uint(fminf(fmaxf(x[i], -3.40282347e38f), 3.40282347e38f));
+    else if (i % 2 == 0)
+      word[i / 2] = kDtype == kFloat16 ? pack_f16_finite(x[i], x[i + 1]) : pack_bf16_finite(x[i], x[i + 1]);
+  }
+  u8* at = static_cast<u8*>(row) + channel * kElementBytes<kDtype>;
+  if constexpr (kVectors) {
+    if (channel >= head_dim) return;
+#pragma unroll
+    for (int i = 0; i < kChunk * kElementBytes<kDtype> / 16; ++i)
+      reinterpret_cast<uint4*>(at)[i] = make_uint4(word[4 * i], word[4 * i + 1], word[4 * i + 2], word[4 * i + 3]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      if (channel + i >= head_dim) continue;
+      if constexpr (kDtype == kFloat32)
+        reinterpret_cast<u32*>(at)[i] = word[i];
+      else
+        reinterpret_cast<u16*>(at)[i] = (u16)(word[i / 2] >> (16 * (i % 2)));
+    }
+  }
+}
+
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
 };
 
-// Calls `body` with a Constant<Dtype>: one branch outside, straight code inside.
+// Calls body(Constant<dtype>): one branch outside, straight-line code inside.
 template <class Body>
 __device__ __forceinline__ void with_dtype(i32 dtype, Body body) {
   if (dtype == kBfloat16)
@@ -81,7 +111,7 @@ __device__ __forceinline__ void with_dtype(i32 dtype, Body body) {
     body(Constant<kFloat32>{});
 }
 
-// body(dtype, vectors) with both as Constants.
+// Calls body(Constant<dtype>, Constant<vectors>).
 template <class Body>
 __device__ __forceinline__ void with_access(i32 dtype, i32 vectors, Body body) {
   with_dtype(dtype, [&](auto type) {

@@ -4,7 +4,6 @@
 // come from a list, or are all up to the last, which comes first. 32 rows, where the registers allow it, halve the shared-memory traffic: each fragment of K or V
 // that is loaded feeds two row tiles. Q stays in registers for the whole walk.
 #pragma once
-#include "../block/output.cuh"
 #include "../layout/fragment.cuh"
 #include "../block/mask.cuh"
 #include "../block/pipeline.cuh"
@@ -13,6 +12,7 @@
 #include "../block/softmax.cuh"
 #include "../block/tile_list.cuh"
 #include "../common/pv_type.cuh"
+#include "../ptx/grid.cuh"
 #include "../ptx/special.cuh"
 #include "params.cuh"
 
@@ -280,15 +280,19 @@ struct Mainloop {
   // The scores themselves of a row tile, −inf where masked out, in place; top: the lane's largest of each half.
   __device__ __forceinline__ void mask_scores(u32 (&s)[kScoreNTiles][4], int r, const float (&scale)[2], int key0, float (&top)[2]) const {
     const RowCoord<C> at(p);
-    KeyBits<kKvTile> keys;
+    KeyBits<kKvTile> keys;  // of a list; else all keys up to a limit, which takes fewer registers
+    int limit[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = at.row(r, half);
-      keys.below(half, (causal ? min(row + 1, p.len_kv) : p.len_kv) - key0);
-      if (C::kMask == Mask::list && p.kept)
-        keys.keep(half, p.kept + at.batch * p.kept_stride_b + at.head * p.kept_stride_h + min(row, p.len_q - 1) * p.kept_stride_q + key0 / 32);
+      limit[half] = (causal ? min(row + 1, p.len_kv) : p.len_kv) - key0 - 2 * at.t;
+      if constexpr (C::kMask == Mask::list) {
+        keys.below(half, limit[half] + 2 * at.t);
+        if (p.kept)
+          keys.keep(half, p.kept + at.batch * p.kept_stride_b + at.head * p.kept_stride_h + min(row, p.len_q - 1) * p.kept_stride_q + key0 / 32);
+      }
     }
-    keys.align(at.t);
+    if constexpr (C::kMask == Mask::list) keys.align(at.t);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -313,7 +317,7 @@ struct Mainloop {
 #pragma unroll
       for (int i = 0; i < 2 * kScoreNTiles; ++i) {
         u32& bits = s[i / 2][2 * half + i % 2];
-        bits = keys.sees(half, i / 2, i % 2) ? bits : __float_as_uint(-kInf);
+        bits = (C::kMask == Mask::list ? keys.sees(half, i / 2, i % 2) : 8 * (i / 2) + i % 2 < limit[half]) ? bits : __float_as_uint(-kInf);
         top[half] = fmaxf(top[half], __uint_as_float(bits));
       }
     }

@@ -2,13 +2,14 @@
 // scores up to their maxima, and the output. mainloop_sm90_fp16.cuh says how a block works; a kernel brings the softmax and P·V.
 #pragma once
 #include "../layout/core_matrix.cuh"
-#include "../block/output.cuh"
 #include "../block/mask.cuh"
 #include "../block/query.cuh"
 #include "../block/softmax.cuh"
 #include "../block/tile_list.cuh"
 #include "../common/pv_type.cuh"
 #include "../ptx/async_copy.cuh"
+#include "../ptx/grid.cuh"
+#include "../ptx/shared.cuh"
 #include "../ptx/special.cuh"
 #include "../ptx/wgmma.cuh"
 #include "params.cuh"

@@ -5,7 +5,9 @@
 // A lane takes four neighbouring keys of a row at a time, a warp 128, row by row.
 #pragma once
 #include "../block/mask.cuh"
+#include "../common/warp.cuh"
 #include "../ptx/async_copy.cuh"
+#include "../ptx/grid.cuh"
 #include "../ptx/special.cuh"
 #include "params.cuh"
 

@@ -12,7 +12,7 @@
 #include "../layout/fragment.cuh"
 #include "../block/live_keys.cuh"
 #include "../block/rotate.cuh"
-#include "../ptx/async_copy.cuh"
+#include "../ptx/grid.cuh"
 #include "params.cuh"
 
 namespace sage {
@@ -293,7 +293,7 @@ __device__ __forceinline__ int find_samples(const QuantizeKParams& p, const Live
   if (threadIdx.x == 0) shared.live_samples = count;
   __syncthreads();  // the samples are there
   if (!shared.live_samples && threadIdx.x == 0)
-    for (int w = 0; w < live.words && !shared.live_samples; ++w)
+    for (int w = 0; w < live.live.words && !shared.live_samples; ++w)
       if (const u32 bits = live.word(w)) shared.sample[0] = w * 32 + __ffs(bits) - 1, shared.live_samples = 1;
   __syncthreads();  // and the one there is instead
   return shared.live_samples;
@@ -377,7 +377,7 @@ __device__ __forceinline__ int count_live(const LiveRows& live, int first, int c
   return substitute;
 }
 
-// Layout: with V of either size. kSome: p.live says which keys are live.
+// Layout: with V of either size. kSome: p.live says which keys are live, or p.order where they lie.
 template <class Layout, bool kSome>
 __device__ void quantize_k(const QuantizeKParams& p) {
   __shared__ QuantizeKShared<Layout> shared;

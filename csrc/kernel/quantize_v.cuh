@@ -1,8 +1,8 @@
-// Second launch: V → its mean taken out where the scheme says so, scaled, narrowed, transposed, in the attention kernel's tiles. Its blocks
-// start while the first one's quantise K, and wait for their head's statistics alone.
+// Second launch: quantises V into the attention kernel's tiles – subtracts its channel means where the scheme says so, scales, rounds,
+// transposes. Its CTAs start while those of the first launch quantise K, and wait only for their head's statistics of V.
 //
-// A warp works on its own: it stages a unit of 16 keys (of 32 where values are bytes) in shared memory, where ldmatrix transposes it.
-// Bytes travel as pairs: what ldmatrix takes for one 16-bit element are the same column of n-tiles 2p and 2p + 1.
+// Each warp works on its own: it stages a unit of 16 keys (32 where elements are bytes) in shared memory, from where ldmatrix transposes it.
+// Bytes are transposed in pairs: ldmatrix's 16-bit element is the same column of n-tiles 2p and 2p + 1.
 #pragma once
 #include "../layout/core_matrix.cuh"
 #include "../layout/fragment.cuh"
@@ -10,7 +10,8 @@
 #include "../common/tensor.cuh"
 #include "../block/rotate.cuh"
 #include "../common/pv_type.cuh"
-#include "../ptx/async_copy.cuh"
+#include "../ptx/grid.cuh"
+#include "../ptx/shared.cuh"
 #include "../ptx/special.cuh"
 #include "params.cuh"
 
@@ -21,22 +22,23 @@ constexpr int kQuantizeVThreads = 128, kQuantizeVWarps = kQuantizeVThreads / 32;
 template <class Layout>
 struct QuantizeVShared {
   static constexpr int kHeadDim = Layout::kHeadDim, kUnitKeys = 32 / Layout::kVElementBytes;
-  static constexpr int kPitch = kHeadDim * Layout::kVElementBytes + 16;  // bytes of a row; the 16 keep ldmatrix free of bank conflicts
-  static constexpr int kRows = kQuantizeVThreads * 4 / kHeadDim;         // of partial statistics, read at a time
+  static constexpr int kPitch = kHeadDim * Layout::kVElementBytes + 16;  // bytes of a staged row; + 16 avoids bank conflicts of ldmatrix
+  static constexpr int kRows = kQuantizeVThreads * 4 / kHeadDim;         // chunks' statistics read at a time
   union {
     alignas(16) u8 rows[kQuantizeVWarps][kUnitKeys * kPitch];
     alignas(16) float partial[kRows][3][kHeadDim];
   };
   alignas(16) float mean[kHeadDim];
   alignas(16) float scale[kHeadDim];
-  // Sums to be added up, of bytes only: lanes that meet in a channel have one each. The 2 keep them off the same bank.
+  // Channel sums of quantised V, of one-byte types only: lanes that share a channel have a sum each; + 2 puts them on different banks.
   static constexpr int kSums = Layout::kVElementBytes == 1 ? 4 : 1;
   i32 quant_sum[kSums][kHeadDim + 2];
   bool mean_subtracted[kHeadDim];
 };
 
-// Reduces the partial results of the first launch, once they are there. The head's first block keeps them for the attention kernel.
-template <class Layout>
+// Waits for the head's statistics of V from the first launch and reduces them to mean and scale of each channel. The head's first CTA
+// (`keep`) stores them for the attention kernel.
+template <class Layout, bool kSome>
 __device__ __forceinline__ void reduce_v_stats(const QuantizeVParams& p, int bh, bool keep, QuantizeVShared<Layout>& shared) {
   constexpr int kHeadDim = Layout::kHeadDim, kRows = QuantizeVShared<Layout>::kRows;
   const int channel = threadIdx.x % (kHeadDim / 4) * 4, row = threadIdx.x / (kHeadDim / 4);
@@ -45,9 +47,9 @@ __device__ __forceinline__ void reduce_v_stats(const QuantizeVParams& p, int bh,
   for (int s = threadIdx.x; s < p.v_chunks; s += kQuantizeVThreads)
     while (!load_acquire(p.v_stats_ready + bh * p.v_chunks + s)) {
     }
-  __syncthreads();  // every part is there
+  __syncthreads();  // all chunks' statistics are visible
   int live = p.len;
-  if (p.live.bits) {
+  if (kSome && p.live.bits) {
     live = 0;
     for (int s = 0; s < p.v_chunks; ++s) live += p.v_stats_live[bh * p.v_chunks + s];
   }
@@ -73,7 +75,7 @@ __device__ __forceinline__ void reduce_v_stats(const QuantizeVParams& p, int bh,
       high = fmaxf(high, shared.partial[r][0][c]), low = fminf(low, shared.partial[r][1][c]), mean += shared.partial[r][2][c];
     mean *= share;
     if (live == 0) high = low = mean = 0.0f;
-    mean = mean > high ? high : mean < low ? low : mean;  // however it was rounded; NaN stays
+    mean = mean > high ? high : mean < low ? low : mean;  // rounding may have moved it out; NaN stays NaN
     shared.mean_subtracted[c] = p.subtract_v_mean && 0.5f * high - 0.5f * low <= kFiniteMax;  // else V − mean could overflow
     if (mean == mean && !shared.mean_subtracted[c]) mean = 0.0f;
     float amax = fmaxf(high - mean, mean - low);
@@ -87,8 +89,8 @@ __device__ __forceinline__ void reduce_v_stats(const QuantizeVParams& p, int bh,
   __syncthreads();  // mean and scale are complete
 }
 
-// What is left to do once K is quantised. As each head's first block waits for the whole of the first launch here, so does who waits for
-// this one.
+// Reduces K's largest scale, in each head's first CTA. That CTA waits for the whole K launch, so waiting for this launch implies waiting
+// for that one.
 __device__ __forceinline__ void reduce_k_scale(const QuantizeVParams& p) {
   const int bh = special_ctaid_x() / p.ctas_per_head;
   if (special_ctaid_x() % p.ctas_per_head != 0 || special_tid_x() >= 32) return;
@@ -100,7 +102,7 @@ __device__ __forceinline__ void reduce_k_scale(const QuantizeVParams& p) {
   if (special_tid_x() == 0) p.k_scale_max[bh] = __float_as_int(top);
 }
 
-// Eight channels of a token, narrowed, into its row in the order of V's n-tiles (fragment.cuh).
+// Rounds eight channels of a token and stores them in its staged row, in the order of V's n-tiles (fragment.cuh).
 template <PvType kPvType>
 __device__ __forceinline__ void stage8(u8* row, int chunk, const float (&y)[kChunk]) {
   if constexpr (kPvType == PvType::fp16) {
@@ -118,12 +120,12 @@ __device__ __forceinline__ void stage8(u8* row, int chunk, const float (&y)[kChu
   }
 }
 
-// What the eight values that stage8 wrote at `row` and at `other` were rounded to, over 256, added to `sum`: e4m3's bits in the place
-// of fp16's. The sum of two is rounded to eleven bits, always of the same two keys.
+// sum[8] += (the eight e4m3 values that stage8 wrote at `row` + those at `other`) / 256, read as fp16 after moving e4m3's bits to fp16's
+// places. Each pair's sum is rounded to eleven bits; the pairs are always the same two keys, so results are reproducible.
 __device__ __forceinline__ void sum_rounded_e4m3(const u8* row, const u8* other, int chunk, bool counts, bool other_counts,
                                             float (&sum)[kChunk]) {
   const int from = chunk / 4 * 32 + chunk % 4 * 4;
-  const auto halves = [](u32 bytes) { return (bytes & 0x80008000u) | (bytes & 0x7F007F00u) >> 1; };  // of bytes 1 and 3
+  const auto halves = [](u32 bytes) { return (bytes & 0x80008000u) | (bytes & 0x7F007F00u) >> 1; };  // bytes 1 and 3 as fp16 pairs
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const u32 a = counts ? *reinterpret_cast<const u32*>(row + from + 16 * i) : 0;
@@ -134,8 +136,8 @@ __device__ __forceinline__ void sum_rounded_e4m3(const u8* row, const u8* other,
   }
 }
 
-// Lane 4g + t of the result, of the unit's first and second half: {column g of n-tile 2p, both halves; of n-tile 2p + 1, both halves}.
-// Of eight keys a word holds 2t and 2t + 1 as fp16, of sixteen 2t, 2t + 1, 2t + 8, 2t + 9 as bytes.
+// The unit's n-tiles 2p and 2p + 1, transposed. Lane 4g + t gets {column g of n-tile 2p: first and second half of the keys; the same of
+// n-tile 2p + 1}. A word holds keys 2t and 2t + 1 of eight as fp16, or 2t, 2t + 1, 2t + 8 and 2t + 9 of sixteen as bytes.
 template <PvType kPvType>
 __device__ __forceinline__ uint4 transpose(const u8* rows, int pitch, int p) {
   const int lane = threadIdx.x % 32;
@@ -146,7 +148,7 @@ __device__ __forceinline__ uint4 transpose(const u8* rows, int pitch, int p) {
                     __byte_perm(v.z, v.w, 0x7531));
 }
 
-// Where the lane has keys of the unit's `keys` first in a word of `transpose`: of each half a byte of 1 for each key, 0 beyond.
+// For the lane's words of `transpose`, by half of the keys: a byte of 1 for each of the unit's first `keys` keys, 0 beyond.
 __device__ __forceinline__ uint2 valid_key_bytes(int keys) {
   const int left = keys - (int)threadIdx.x % 4 * 2;
   const auto word = [&](int first) {
@@ -156,7 +158,7 @@ __device__ __forceinline__ uint2 valid_key_bytes(int keys) {
   return make_uint2(word(0), word(16));
 }
 
-// Adds the INT8 codes of `transpose` to their channels' sums (fragment.cuh), lane t of the four that share a column to sum t.
+// Adds INT8 values from `transpose` to the sums of their channels; of the four lanes that share a column, lane t adds to sums[t].
 template <int kPitch>
 __device__ __forceinline__ void sum_quantized_s8(i32 (&sums)[4][kPitch], int p, uint4 v, uint2 ones) {
   const int t = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
@@ -165,7 +167,7 @@ __device__ __forceinline__ void sum_quantized_s8(i32 (&sums)[4][kPitch], int p, 
   atomicAdd(to + 2, __dp4a((i32)v.w, (i32)ones.y, __dp4a((i32)v.z, (i32)ones.x, 0)));
 }
 
-// Unit `unit` of a tile at `tile`, n-tiles 2p and 2p + 1.
+// Stores n-tiles 2p and 2p + 1 of unit `unit` of the tile at `tile`.
 template <int kHeadDim, int kBytes>
 __device__ __forceinline__ void store_v(Fragment<kHeadDim, kBytes>, u8* tile, int unit, int p, uint4 v) {
   *reinterpret_cast<uint4*>(tile + Fragment<kHeadDim, kBytes>::v_block(unit, p) + 16 * (threadIdx.x % 32)) = v;
@@ -183,14 +185,14 @@ __device__ __forceinline__ void store_v(CoreMatrix<kHeadDim, kBytes, kTile, kOne
   }
 }
 
-template <class Layout, PvType kPvType, int kDtype, bool kVectors>
+template <class Layout, PvType kPvType, int kDtype, bool kVectors, bool kSome>
 __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, int cta, QuantizeVShared<Layout>& shared) {
   using Shared = QuantizeVShared<Layout>;
-  constexpr int kHeadDim = Layout::kHeadDim, kLanes = kHeadDim / kChunk, kRows = 32 / kLanes;  // rows that the warp loads at a time
+  constexpr int kHeadDim = Layout::kHeadDim, kLanes = kHeadDim / kChunk, kRows = 32 / kLanes;  // rows a warp loads at a time
   constexpr int kUnits = Layout::kTile / Shared::kUnitKeys;                                   // of a tile
   constexpr int kPasses = Shared::kUnitKeys / kRows;
   constexpr int kMost = kDtype == kFloat32 || !kVectors ? 4 : 8, kBatch = kPasses < kMost ? kPasses : kMost;  // under way together
-  static_assert(kPasses % kBatch == 0, "no pass is left over");
+  static_assert(kPasses % kBatch == 0, "whole batches of passes");
   const int batch = (p.bh_first + bh) / p.heads, head = (p.bh_first + bh) % p.heads;
   const LiveRows live(p.live, batch, head);
   const i64 row_bytes = p.v.stride_n * kElementBytes<kDtype>;
@@ -201,23 +203,23 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
   float mean[kChunk], scale[kChunk];
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) mean[i] = shared.mean[chunk * kChunk + i], scale[i] = shared.scale[chunk * kChunk + i];
-  // Of 16-bit values, the spread is too large against the mean for one FMA to lose anything.
+  // One FMA loses nothing of 16-bit inputs: their spread is too large compared to the mean.
   constexpr bool kOneStep = kDtype != kFloat32;
   if (kOneStep)
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) mean[i] *= -scale[i];
-  __syncthreads();  // the statistics have been read: `rows` lies where their parts were
+  __syncthreads();  // `partial` has been read: `rows` shares its memory
   for (int unit = first + warp; unit < last; unit += kQuantizeVWarps) {
     // Bit i: key i of the unit is live. A unit of 16 keys has half of a word.
     const int first_key = unit * Shared::kUnitKeys;
-    const u32 counts = live.bits ? first_key < p.len ? live.word_by_warp(first_key / 32) >> first_key % 32 : 0u : ~0u;
+    const u32 counts = kSome && p.live.bits ? first_key < p.len ? live.word_by_warp(first_key / 32) >> first_key % 32 : 0u : ~0u;
 #pragma unroll 1
     for (int pass = 0; pass < kPasses; pass += kBatch) {
       Raw8<kDtype> raw[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {  // keys beyond the end repeat the last: they weigh nothing
+      for (int i = 0; i < kBatch; ++i) {  // keys beyond the end repeat the last; attention masks them
         const int key = min(unit * Shared::kUnitKeys + (pass + i) * kRows + row, p.len - 1);
-        raw[i] = load8<kDtype, kVectors>(v + (p.order ? p.order[key] : key) * row_bytes, kChunk * chunk, p.head_dim);
+        raw[i] = load8<kDtype, kVectors>(v + (kSome && p.order ? p.order[key] : key) * row_bytes, kChunk * chunk, p.head_dim);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -225,7 +227,7 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
         unpack8<kDtype>(raw[i], x);
 #pragma unroll
         for (int e = 0; e < kChunk; ++e) x[e] = kOneStep ? fmaf(x[e], scale[e], mean[e]) : (x[e] - mean[e]) * scale[e];
-        if (live.bits && !(counts >> (pass + i) * kRows + row & 1))  // whatever a key that nobody sees holds, it is 0
+        if (kSome && p.live.bits && !(counts >> (pass + i) * kRows + row & 1))  // whatever a key that nobody sees holds, it is 0
 #pragma unroll
           for (int e = 0; e < kChunk; ++e) x[e] = 0.0f;
         stage8<kPvType>(rows + ((pass + i) * kRows + row) * Shared::kPitch, chunk, x);
@@ -236,7 +238,7 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
 #pragma unroll 2
       for (int pass = 0; pass < kPasses; pass += 2) {
         const u8* at = rows + (pass * kRows + row) * Shared::kPitch;
-        const int beyond = p.len - unit * Shared::kUnitKeys - pass * kRows - row;  // keys beyond the end do not count
+        const int beyond = p.len - unit * Shared::kUnitKeys - pass * kRows - row;  // keys left from here on
         sum_rounded_e4m3(at, at + kRows * Shared::kPitch, chunk, beyond > 0, beyond > kRows, rounded);
       }
 #pragma unroll
@@ -252,33 +254,34 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
       store_v(Layout{}, tile, unit % kUnits, n, values);
       if constexpr (kPvType == PvType::int8) sum_quantized_s8(shared.quant_sum, n, values, ones);
     }
-    __syncwarp();  // and has been read
+    __syncwarp();  // the staged unit has been read
   }
 }
 
-// The block's part of the codes' sums: integers, so the same in whatever order. What it is about is read anew, registers being short
-// before.
+// Adds the CTA's channel sums of quantised V to the head's: integers, so any order gives the same bits. Reads the special registers again
+// because the loops before leave no registers for the head's number.
 template <class Layout>
 __device__ __forceinline__ void store_quant_sums(const QuantizeVParams& p, const QuantizeVShared<Layout>& shared) {
-  __syncthreads();  // every thread's part is there
+  __syncthreads();  // every warp has added its units
   const int bh = special_ctaid_x() / p.ctas_per_head;
   for (int c = special_tid_x(); c < Layout::kHeadDim; c += kQuantizeVThreads)
     if (shared.mean_subtracted[c])
       atomicAdd(p.v_quant_sum + bh * Layout::kHeadDim + c, shared.quant_sum[0][c] + shared.quant_sum[1][c] + shared.quant_sum[2][c] + shared.quant_sum[3][c]);
 }
 
-template <class Layout, PvType kPvType>
+// kSome: p.live says which keys are live, or p.order where they lie.
+template <class Layout, PvType kPvType, bool kSome>
 __device__ void quantize_v(const QuantizeVParams& p) {
-  static_assert(kVElementBytes<kPvType> == Layout::kVElementBytes, "the tile has room for other values");
+  static_assert(kVElementBytes<kPvType> == Layout::kVElementBytes, "the layout's elements are of another size");
   __shared__ QuantizeVShared<Layout> shared;
   const int bh = blockIdx.x / p.ctas_per_head, cta = blockIdx.x % p.ctas_per_head;
   grid_launch_dependents();
-  reduce_v_stats<Layout>(p, bh, cta == 0, shared);
-  if constexpr (!kProgrammaticLaunch) reduce_k_scale(p);  // here, where it costs the loops no registers
+  reduce_v_stats<Layout, kSome>(p, bh, cta == 0, shared);
+  if constexpr (!kProgrammaticLaunch) reduce_k_scale(p);  // before the loops, where it costs no registers
   with_access(p.dtype, p.vectorized, [&](auto type, auto vectors) {
-    quantize_cta<Layout, kPvType, decltype(type)::value, decltype(vectors)::value>(p, bh, cta, shared);
+    quantize_cta<Layout, kPvType, decltype(type)::value, decltype(vectors)::value, kSome>(p, bh, cta, shared);
   });
-  if constexpr (kPvType != PvType::fp16) store_quant_sums(p, shared);  // the attention kernel makes up for the rounding of bytes
+  if constexpr (kPvType != PvType::fp16) store_quant_sums(p, shared);  // attention corrects V's mean by them
   if constexpr (kProgrammaticLaunch) reduce_k_scale(p);
 }
 

@@ -1,4 +1,4 @@
-// Conversions between fp32 and 16-bit floats, and the hardware's base-2 exponential and logarithm and its reciprocal.
+// Conversions between fp32 and narrower types; the hardware's approximations of 2^x, log2 and 1/x.
 #pragma once
 #include "types.cuh"
 
@@ -22,7 +22,7 @@ __device__ __forceinline__ float2 unpack_f16(u32 pair) {
   return f;
 }
 
-// lo in bits 0–15; round to nearest even; beyond the range: infinity.
+// {hi, lo} as two fp16, lo in bits 0–15, rounded to nearest even; infinity beyond the range.
 __device__ __forceinline__ u32 pack_f16(float lo, float hi) {
   u32 r;
 #if __CUDA_ARCH__ >= 800
@@ -33,14 +33,14 @@ __device__ __forceinline__ u32 pack_f16(float lo, float hi) {
   return r;
 }
 
-// Whether int32 to fp32 has half the rate of other instructions, or an eighth.
+// Whether int32 → fp32 conversions have half the rate of an FMA; before sm_86 they have an eighth.
 #if __CUDA_ARCH__ >= 860
 constexpr bool kFastIntToFloat = true;
 #else
 constexpr bool kFastIntToFloat = false;
 #endif
 
-// Four values of 0 to 255 as bytes, to nearest even, x0 lowest.
+// Four values of 0 to 255 as bytes, rounded to nearest even, x0 lowest.
 __device__ __forceinline__ u32 pack_u8(float x0, float x1, float x2, float x3) {
 #if __CUDA_ARCH__ >= 860  // one instruction for two values (F2IP), which also cuts off at 0 and 255
   u32 r;
@@ -57,7 +57,7 @@ __device__ __forceinline__ u32 pack_u8(float x0, float x1, float x2, float x3) {
 #endif
 }
 
-// Four values as e4m3, to nearest even, x0 lowest; beyond ±448: ±448. From sm_89 on.
+// Four values as e4m3, rounded to nearest even and clamped to ±448, x0 lowest. From sm_89 on.
 __device__ __forceinline__ u32 pack_e4m3(float x0, float x1, float x2, float x3) {
   u32 r;
   asm("{.reg .b16 low,high; cvt.rn.satfinite.e4m3x2.f32 low,%2,%1; cvt.rn.satfinite.e4m3x2.f32 high,%4,%3; mov.b32 %0,{low,high};}"
@@ -66,7 +66,8 @@ __device__ __forceinline__ u32 pack_e4m3(float x0, float x1, float x2, float x3)
   return r;
 }
 
-// Four e4m3 numbers, the lowest two given as codes of 0 to 126 (to nearest even; below 0: 0), the others as values.
+// Four e4m3 numbers: the lowest two from their bit patterns, 0 to 126 as floats (rounded to nearest even, clamped at 0), the others from
+// their values.
 __device__ __forceinline__ u32 pack_e4m3_bits(float bits0, float bits1, float x2, float x3) {
   u32 r;
   asm("{.reg .s32 a,b; .reg .b16 high,none; .reg .b32 c; cvt.rn.satfinite.e4m3x2.f32 high,%4,%3; mov.b16 none,0; mov.b32 c,{high,none};"
@@ -76,7 +77,7 @@ __device__ __forceinline__ u32 pack_e4m3_bits(float bits0, float bits1, float x2
   return r;
 }
 
-// For finite inputs; lo in bits 0–15.
+// {hi, lo} as two bf16 of finite inputs, lo in bits 0–15.
 __device__ __forceinline__ u32 pack_bf16(float lo, float hi) {
 #if __CUDA_ARCH__ >= 800
   u32 r;
@@ -88,7 +89,7 @@ __device__ __forceinline__ u32 pack_bf16(float lo, float hi) {
 #endif
 }
 
-// The same, and beyond the range: the largest finite value.
+// pack_f16, but clamped to the largest finite value.
 __device__ __forceinline__ u32 pack_f16_finite(float lo, float hi) {
 #if __CUDA_ARCH__ >= 800
   u32 r;

@@ -1,4 +1,4 @@
-// Special registers, read anew at every call: the compiler keeps no copy of them (or of what follows from them) alive.
+// Special registers, read again at each call: the compiler keeps neither their values nor what is computed from them in registers.
 #pragma once
 #include "types.cuh"
 

@@ -1,21 +1,21 @@
-// Hopper's asynchronous tensor-core products and what goes with them (PTX ISA, "Asynchronous warpgroup level matrix instructions").
-// A warpgroup is four consecutive warps; all its threads execute these together.
+// Hopper's asynchronous tensor-core products (PTX ISA, "Asynchronous warpgroup level matrix instructions"). A warpgroup is four
+// consecutive warps, whose threads all execute these together.
 //
-// Accumulators: warp w has rows 16w … 16w+15 of 64; lane 4·g + t has of rows g and g+8, of each eight columns i, columns 2t and
-// 2t+1, as d[4i], d[4i+1] (row g) and d[4i+2], d[4i+3] (row g+8).
+// Accumulator d[64, N]: warp w holds rows 16w … 16w+15; of columns 8i … 8i+7, lane 4·g + t holds columns 2t and 2t+1 of row g as d[4i],
+// d[4i+1] and of row g+8 as d[4i+2], d[4i+3].
 #pragma once
 #include "types.cuh"
 
 namespace sage {
 
-// An operand in shared memory without swizzle: core matrices of 8 rows × 16 bytes, each 128 contiguous bytes. kNextK: bytes from
-// one to its neighbour along k; the next eight rows follow 128 bytes on. Add (bytes >> 4) to move it.
+// Descriptor of an operand in shared memory without swizzle: core matrices of 8 rows × 16 bytes, 128 contiguous bytes each. kNextK:
+// bytes to the next core matrix along k; the next eight rows follow 128 bytes on. Adding (bytes >> 4) moves the descriptor.
 template <int kNextK>
 __device__ __forceinline__ u64 wgmma_descriptor(u32 shared) {
   return (u64)(shared >> 4 & 0x3FFF) | (u64)(kNextK >> 4) << 16 | (u64)(128 >> 4) << 32;
 }
 
-// Registers that a product is about to read or write are complete: before the first wgmma, and after changing accumulators.
+// Orders register accesses before the next wgmma: needed before the first one and after any write to accumulators or A fragments.
 __device__ __forceinline__ void wgmma_fence() {
 #if __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -28,7 +28,7 @@ __device__ __forceinline__ void wgmma_commit() {
 #endif
 }
 
-// Waits until at most kPending of the committed groups are under way.
+// Waits until at most kPending committed groups are pending.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
 #if __CUDA_ARCH_FEAT_SM90_ALL
@@ -36,7 +36,7 @@ __device__ __forceinline__ void wgmma_wait() {
 #endif
 }
 
-// The compiler may not move reads or writes of these registers past this point: it does not know that a product is under way.
+// Keeps the compiler from moving accesses of these registers past this point: it does not know that a pending wgmma uses them.
 template <int kCount>
 __device__ __forceinline__ void warpgroup_fence_operand(i32 (&d)[kCount]) {
 #pragma unroll
@@ -49,14 +49,14 @@ __device__ __forceinline__ void warpgroup_fence_operand(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Ordinary stores to shared memory become visible to the tensor cores and the copy engine.
+// Makes ordinary stores to shared memory visible to wgmma and to bulk copies.
 __device__ __forceinline__ void fence_async_proxy() {
 #if __CUDA_ARCH_FEAT_SM90_ALL
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
-// A warpgroup gives registers back to the multiprocessor, or takes them: kCount a thread from here on.
+// The warpgroup releases registers to the multiprocessor, or acquires them: kCount a thread from here on.
 template <int kCount>
 __device__ __forceinline__ void setmaxnreg_dec() {
 #if __CUDA_ARCH_FEAT_SM90_ALL
@@ -71,19 +71,13 @@ __device__ __forceinline__ void setmaxnreg_inc() {
 #endif
 }
 
-// Barrier `id` (1 to 15; 0 is __syncthreads) among kThreads threads.
+// Barrier `id` (1 to 15; 0 is __syncthreads) of kThreads threads.
 template <int kThreads>
 __device__ __forceinline__ void named_barrier(int id) {
   asm volatile("bar.sync %0,%1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
-// The same without waiting.
-template <int kThreads>
-__device__ __forceinline__ void named_barrier_arrive(int id) {
-  asm volatile("bar.arrive %0,%1;" ::"r"(id), "n"(kThreads) : "memory");
-}
-
-// One instruction names up to 136 registers one by one. W_n: the text "%0,…" of n accumulators; W_OUT_n: their operands.
+// An instruction names up to 68 accumulator registers one by one. W_n: the text "%0,…" of n of them; W_OUT_n: their operands.
 #define W_8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define W_16 W_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define W_24 W_16 ",%16,%17,%18,%19,%20,%21,%22,%23"
@@ -100,25 +94,25 @@ __device__ __forceinline__ void named_barrier_arrive(int id) {
 #define W_OUT_64(c) W_OUT_48(c), W_OUT_16(c, 48)
 #define W_OUT_68(c) W_OUT_64(c), W_OUT_4(c, 64)
 
-// d[64, kN] (+)= A · B with A and B in shared memory; `regs` = kN / 2, and x, y, z the three numbers that follow.
-#define WGMMA_SHARED(shape, types, bind, regs, x, y, z)                                                                   \
-  asm volatile("{.reg .pred p; setp.ne.b32 p,%" #z ",0; wgmma.mma_async.sync.aligned." shape "." types                    \
-               " {" W_##regs "},%" #x ",%" #y ",p;}"                                                                      \
-               : W_OUT_##regs(bind)                                                                                       \
+// d[64, N] (+)= A · B, both in shared memory. regs = N / 2; x, y, z are the three operand numbers after the accumulators.
+#define WGMMA_SHARED(shape, types, bind, regs, x, y, z)                                                                               \
+  asm volatile("{.reg .pred p; setp.ne.b32 p,%" #z ",0; wgmma.mma_async.sync.aligned." shape "." types " {" W_##regs "},%" #x ",%" #y \
+                                                                                                                     ",p;}"           \
+               : W_OUT_##regs(bind)                                                                                                   \
                : "l"(a), "l"(b), "r"((int)add))
 
-// The same with A from registers: fragments as of mma.m16n8k16 (m16n8k32 for bytes), a warp's 16 rows each.
-#define WGMMA_REGISTERS(shape, types, bind, regs, x0, x1, x2, x3, y, z, flags)                                            \
-  asm volatile("{.reg .pred p; setp.ne.b32 p,%" #z ",0; wgmma.mma_async.sync.aligned." shape "." types                    \
-               " {" W_##regs "},{%" #x0 ",%" #x1 ",%" #x2 ",%" #x3 "},%" #y ",p" flags ";}"                               \
-               : W_OUT_##regs(bind)                                                                                       \
+// The same with A in registers: each warp's 16 rows as the A fragment of mma.m16n8k16 (m16n8k32 for bytes).
+#define WGMMA_REGISTERS(shape, types, bind, regs, x0, x1, x2, x3, y, z, flags)                                       \
+  asm volatile("{.reg .pred p; setp.ne.b32 p,%" #z ",0; wgmma.mma_async.sync.aligned." shape "." types " {" W_##regs \
+               "},{%" #x0 ",%" #x1 ",%" #x2 ",%" #x3 "},%" #y ",p" flags ";}"                                        \
+               : W_OUT_##regs(bind)                                                                                  \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add))
 
-// d[64, 2·kRegisters] = A[64, 32] · B[2·kRegisters, 32]ᵀ (+ d if add, a constant), int8 → int32.
+// d[64, 2·kRegisters] = A[64, 32] · B[2·kRegisters, 32]ᵀ (+ d if add), int8 → int32.
 template <int kRegisters>
 __device__ __forceinline__ void wgmma_s8(i32 (&d)[kRegisters], u64 a, u64 b, bool add) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
-  static_assert(kRegisters == 32 || kRegisters == 48 || kRegisters == 64, "no such shape is spelt out");
+  static_assert(kRegisters == 32 || kRegisters == 48 || kRegisters == 64, "only these shapes are defined here");
   if constexpr (kRegisters == 32)
     WGMMA_SHARED("m64n64k32", "s32.s8.s8", "+r", 32, 32, 33, 34);
   else if constexpr (kRegisters == 48)
@@ -128,11 +122,11 @@ __device__ __forceinline__ void wgmma_s8(i32 (&d)[kRegisters], u64 a, u64 b, boo
 #endif
 }
 
-// The same with A from registers.
+// The same with A in registers.
 template <int kRegisters>
 __device__ __forceinline__ void wgmma_s8(i32 (&d)[kRegisters], const u32* a, u64 b, bool add) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
-  static_assert(kRegisters == 32 || kRegisters == 48, "no such shape is spelt out");
+  static_assert(kRegisters == 32 || kRegisters == 48, "only these shapes are defined here");
   if constexpr (kRegisters == 32)
     WGMMA_REGISTERS("m64n64k32", "s32.s8.s8", "+r", 32, 32, 33, 34, 35, 36, 37, "");
   else
@@ -144,7 +138,7 @@ __device__ __forceinline__ void wgmma_s8(i32 (&d)[kRegisters], const u32* a, u64
 template <int kRegisters>
 __device__ __forceinline__ void wgmma_f16(float (&d)[kRegisters], const u32* a, u64 b, bool add) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
-  static_assert(kRegisters == 36 || kRegisters == 68, "no such shape is spelt out");
+  static_assert(kRegisters == 36 || kRegisters == 68, "only these shapes are defined here");
   if constexpr (kRegisters == 36)
     WGMMA_REGISTERS("m64n72k16", "f32.f16.f16", "+f", 36, 36, 37, 38, 39, 40, 41, ",1,1,0");
   else
@@ -156,7 +150,7 @@ __device__ __forceinline__ void wgmma_f16(float (&d)[kRegisters], const u32* a, 
 template <int kRegisters>
 __device__ __forceinline__ void wgmma_e4m3(float (&d)[kRegisters], const u32* a, u64 b, bool add) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
-  static_assert(kRegisters == 36 || kRegisters == 68, "no such shape is spelt out");
+  static_assert(kRegisters == 36 || kRegisters == 68, "only these shapes are defined here");
   if constexpr (kRegisters == 36)
     WGMMA_REGISTERS("m64n72k32", "f32.e4m3.e4m3", "+f", 36, 36, 37, 38, 39, 40, 41, ",1,1");
   else

@@ -18,7 +18,6 @@ import argparse
 import ctypes
 import functools
 import hashlib
-import importlib
 import json
 import lzma
 import multiprocessing
@@ -26,7 +25,6 @@ import os
 import re
 import sys
 import time
-import types
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -38,9 +36,8 @@ sys.path.insert(0, str(TOOLS))  # for worker processes, which import this file b
 import nvrtc  # noqa: E402
 import sass_report  # noqa: E402
 from machine_code import same_code  # noqa: E402
+from package import KERNELS, import_module  # noqa: E402
 
-PACKAGE = CSRC.parent / "sageattention"
-KERNELS = PACKAGE / "kernels"
 MANIFEST = "manifest.json"
 OPTIONS = ["--std=c++20", "--device-as-default-execution-space"]  # the latter for lambdas and constexpr functions
 # The window covers the largest image; a larger preset's 64 MiB would be allocated again at every load.
@@ -54,20 +51,10 @@ class BuildError(Exception):
     """An image can't be built, or is not what the sources give."""
 
 
-def _import(module: str) -> types.ModuleType:
-    """A module of the package, without importing the package itself, which would want torch."""
-    name = "_sageattention_tables"
-    if name not in sys.modules:
-        package = types.ModuleType(name)
-        package.__path__ = [str(PACKAGE)]
-        sys.modules[name] = package
-    return importlib.import_module(f"{name}.{module}")
-
-
 @functools.cache
 def constants() -> str:
     """The header `CONSTANTS`: what Python and C++ share of sageattention/numerics/constants.py."""
-    shared = _import("numerics.constants")
+    shared = import_module("numerics.constants")
     lines = ["// Written by csrc/tools/build.py from sageattention/numerics/constants.py.", "#pragma once", "namespace sage {"]
     lines += [
         f"constexpr float {name} = {x!r}f;" if isinstance(x, float) else f"constexpr int {name} = {x};" for name, x in shared.CPP.items()
@@ -79,7 +66,7 @@ def constants() -> str:
 
 def load_table() -> tuple:
     """`IMAGES` of sageattention/kernels/table.py."""
-    images = _import("kernels.table").IMAGES
+    images = import_module("kernels.table").IMAGES
     paths = [i.path for i in images]
     symbols = [(i.path, e.symbol) for i in images for e in i.entries]
     for what, keys in (("image", paths), ("kernel", symbols)):
@@ -216,7 +203,7 @@ def compile_all(images: Iterable, jobs: int, csrc: Path = CSRC, say: Callable[[s
                 say(f"{head} FAILED")
                 continue
             registers = max((u.registers for u in usage.values()), default=0)
-            say(f"{head} {seconds:6.1f} s  {len(image.entries):2} kernels  {f'≤ {registers} registers' if registers else 'PTX'}")
+            say(f"{head} {seconds:6.1f} s  {len(image.entries):2} kernels  {f'<= {registers} registers' if registers else 'PTX'}")
             yield image, binary, usage
     if failed:
         raise BuildError("\n".join(failed))

@@ -29,7 +29,7 @@ build-backend = "setuptools.build_meta"
 [project]
 name = "sageattention-launcher"
 version = "{version}"
-description = "Compiled kernel launcher of sageattention {version}: saves some microseconds per call. Optional."
+description = "{summary}"
 license = "Apache-2.0"
 requires-python = ">=3.10"
 """
@@ -76,6 +76,10 @@ def version() -> str:
     return found[1]
 
 
+def summary() -> str:
+    return f"Compiled kernel launcher of sageattention {version()}: saves some microseconds per call. Optional."
+
+
 def manylinux(module: bytes) -> str:
     """The platform tag of a Linux module by the newest glibc symbol version it names (PEP 600), without the machine."""
     versions = [(int(a), int(b)) for a, b in re.findall(rb"GLIBC_(\d+)\.(\d+)", module)]
@@ -97,7 +101,7 @@ def write_project(folder: Path) -> None:
     """A folder that any builder of wheels takes: the source, pyproject.toml and setup.py."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(CSRC / "launcher.cpp", folder)
-    (folder / "pyproject.toml").write_text(PYPROJECT.format(version=version()), encoding="utf-8")
+    (folder / "pyproject.toml").write_text(PYPROJECT.format(version=version(), summary=summary()), encoding="utf-8")
     (folder / "setup.py").write_text(SETUP.format(version=version()), encoding="utf-8")
 
 

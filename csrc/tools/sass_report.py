@@ -25,7 +25,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-KERNELS = Path(__file__).resolve().parents[2] / "sageattention" / "kernels"
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from package import KERNELS, import_module
+
+ARCHITECTURES = import_module("kernels.architectures").ARCHITECTURES
 BUNDLES = ("triton", "triton-windows", "nvidia-cuda-nvdisasm", "nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu12")
 
 MMA = {"HMMA", "IMMA", "QMMA", "OMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA"}
@@ -37,13 +40,18 @@ LOOP_LOCAL: dict[tuple[str, str], int] = {
     # Emulated FP8; tried: Q in registers or shared, one to four stages, all ways to keep less in registers, barriers between the parts.
     ("sm_100", "attend_mma_fp8_d256_none_fp8"): 1,
     ("sm_100", "attend_mma_fp8_d256_causal_fp8"): 1,
+    # Lists at head_dim 256; tried: 15 to 19 shapes each (one to four stages, four to twelve warps, Q and loop state in shared memory).
+    ("sm_75", "attend_mma_fp16_d256_list_fp32"): 5,
+    ("sm_75", "attend_mma_fp16_d256_list_fp16"): 5,
+    ("sm_89", "attend_mma_fp8_d256_list_fp8"): 1,
+    ("sm_100", "attend_mma_fp8_d256_list_fp16"): 1,
+    ("sm_100", "attend_mma_fp8_d256_list_fp8"): 2,
+    ("sm_120", "attend_mma_fp16_d256_list_fp16"): 3,
+    ("sm_120", "attend_mma_int8_d256_list_int32"): 1,
+    ("sm_120", "attend_mma_fp8_d256_list_fp8"): 3,
 }
 
 REGISTERS = 65536  # of a multiprocessor, dealt out in units of 256 a warp
-# Shared memory of a multiprocessor in KiB (a block takes 1 KiB more than it asks for from 8.0 on), and resident warps (CUDA C++
-# Programming Guide, "Technical Specifications per Compute Capability").
-SHARED = {75: 64, 80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
-WARPS = {75: 32, 80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_]*)([.A-Z0-9_a-z]*)\s*(.*)$")
 _LABEL = re.compile(r"^(\.L_[\w.]+):")
@@ -127,8 +135,8 @@ def parse(listing: str) -> Iterator[Code]:
 
 
 HEADER = (
-    f"{'kernel':38} {'arch':7} {'regs':>4} {'local':>5} {'smem KiB':>8} {'warps':>6} │ {'loop':>5} {'MMA':>4} {'per MMA: all':>12} "
-    f"{'LDS':>4} {'cvt':>4} {'MUFU':>4} │ {'L/STL':>5}"
+    f"{'kernel':38} {'arch':7} {'regs':>4} {'local':>5} {'smem KiB':>8} {'warps':>6} | {'loop':>5} {'MMA':>4} {'per MMA: all':>12} "
+    f"{'LDS':>4} {'cvt':>4} {'MUFU':>4} | {'L/STL':>5}"
 )
 
 
@@ -137,7 +145,7 @@ def resident_warps(arch: int, known: dict) -> int:
     warps = known["threads"] // 32
     shared = (known["smem_static"] or 0) + known["smem_dynamic"] + (1024 if arch >= 80 else 0)
     by_registers = REGISTERS // (warps * -(-known["registers"] // 8) * 256)
-    return warps * min(by_registers, WARPS[arch] // warps, SHARED[arch] * 1024 // max(shared, 1))
+    return warps * min(by_registers, ARCHITECTURES[arch].warps // warps, ARCHITECTURES[arch].shared * 1024 // max(shared, 1))
 
 
 def spills(code: Code, arch: str) -> int:
@@ -150,14 +158,14 @@ def line(code: Code, arch: str, known: dict) -> str:
     """The report of one kernel. `known` is its part of the manifest."""
     smem = ((known["smem_static"] or 0) + known["smem_dynamic"]) / 1024
     number = int(re.sub(r"\D", "", arch))
-    warps = f"{resident_warps(number, known)}/{WARPS[number]}"
-    text = f"{code.symbol:38} {arch:7} {known['registers']:4} {known['spills']:5} {smem:8.1f} {warps:>6} │ "
+    warps = f"{resident_warps(number, known)}/{ARCHITECTURES[number].warps}"
+    text = f"{code.symbol:38} {arch:7} {known['registers']:4} {known['spills']:5} {smem:8.1f} {warps:>6} | "
     loop = code.main_loop()
     if loop is None:
-        return text + f"{'–':>5}"
+        return text + f"{'-':>5}"
     size, mma = loop[1] - loop[0] + 1, code.count(MMA, loop)
     lds, cvt, mufu = (code.count(opcodes, loop) / mma for opcodes in ({"LDS", "LDSM"}, CONVERSIONS, {"MUFU"}))
-    return text + f"{size:5} {mma:4} {size / mma:12.2f} {lds:4.2f} {cvt:4.2f} {mufu:4.2f} │ {code.count(LOCAL, loop):5}"
+    return text + f"{size:5} {mma:4} {size / mma:12.2f} {lds:4.2f} {cvt:4.2f} {mufu:4.2f} | {code.count(LOCAL, loop):5}"
 
 
 def mix(code: Code) -> str:

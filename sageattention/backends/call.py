@@ -1,18 +1,23 @@
-"""A checked call as a backend takes it, and the tensors it gives back."""
+"""A call as a backend takes it, the tensors it gives back, and what a backend is."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from ..planning.plan import Plan
+from .. import layout
+from ..planning.plan import KernelPlan, Plan
 from ..planning.problem import Problem
 
-Result = tuple[torch.Tensor, torch.Tensor | None]
+Result = tuple[torch.Tensor, torch.Tensor | None]  # out, in q's layout and dtype; lse [B, H, Nq] fp32
+P = TypeVar("P", bound=Plan)
+K = TypeVar("K", bound=KernelPlan)
 
 
-class Call(NamedTuple):
+@dataclass(eq=False, slots=True)
+class PreparedCall(Generic[P]):
     """One checked attention call: its tensors, what it is, and what will run it."""
 
     q: torch.Tensor
@@ -20,8 +25,44 @@ class Call(NamedTuple):
     v: torch.Tensor
     mask: torch.Tensor | None  # broadcastable to [B, H, Nq, Nk], always 4-D
     problem: Problem
-    plan: Plan
-    forms: dict  # what a backend has worked out for calls that differ from this one in nothing but addresses
+    plan: P
+    bound: dict[Any, Any]  # what the backend has worked out for calls that differ from this one in nothing but addresses
+
+    def hnd(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k and v as [B, H, N, D] views."""
+        where = self.problem.layout
+        return layout.to_hnd(self.q, where), layout.to_hnd(self.k, where), layout.to_hnd(self.v, where)
+
+
+@dataclass(frozen=True)
+class QuantizedKV(Generic[K]):
+    """K and V, quantised by `plan`; each backend adds its buffers. Owns no float tensor of the caller's.
+
+    `problem` is the call that K and V were checked as.
+    """
+
+    problem: Problem
+    plan: K
+
+
+class Backend(Protocol):
+    """A way to run plans of one type."""
+
+    def run(self, call: PreparedCall[Any]) -> Result:
+        """Compute a call. KernelMissing: a kernel of its plan can't be had."""
+        ...
+
+
+class KernelBackend(Backend, Protocol):
+    """One whose calls can be had in halves."""
+
+    def quantize(self, k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: Any, mask: torch.Tensor | None) -> QuantizedKV[Any]:
+        """Quantise all heads of K and V; `mask` is the problem's, 4-D: keys that it hides from every query take no part."""
+        ...
+
+    def attend(self, q: torch.Tensor, kv: Any, problem: Problem, mask: torch.Tensor | None) -> Result:
+        """Attend every head of q to what `quantize` gave; `mask` is 4-D."""
+        ...
 
 
 def result_like(q: torch.Tensor, problem: Problem) -> Result:
@@ -33,15 +74,3 @@ def result_like(q: torch.Tensor, problem: Problem) -> Result:
     if not problem.return_lse:
         return out, None
     return out, torch.empty(problem.batch, problem.heads_q, problem.len_q, dtype=torch.float32, device=q.device)
-
-
-def to_hnd(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k and v as [B, H, N, D] views."""
-    if call.problem.layout == "HND":
-        return call.q, call.k, call.v
-    return call.q.transpose(1, 2), call.k.transpose(1, 2), call.v.transpose(1, 2)
-
-
-def from_hnd(out: torch.Tensor, call: Call) -> torch.Tensor:
-    """An output [B, H, N, D] in the call's layout, contiguous."""
-    return out if call.problem.layout == "HND" else out.transpose(1, 2).contiguous()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from ..layout import from_hnd
 from ..numerics import reference
-from .call import Call, Result, from_hnd, to_hnd
+from ..planning.plan import EmulationPlan
+from .call import PreparedCall, Result
 
 
-def run(call: Call) -> Result:
+def run(call: PreparedCall[EmulationPlan]) -> Result:
     """Compute a call by the emulation of its plan's scheme."""
-    q, k, v = to_hnd(call)
+    q, k, v = call.hnd()
     p = call.problem
     out, lse = reference.emulate(q, k, v, call.plan.scheme, is_causal=p.causal, attn_mask=call.mask, sm_scale=p.sm_scale)
-    return from_hnd(out, call), lse if p.return_lse else None
+    return from_hnd(out, p.layout), lse if p.return_lse else None

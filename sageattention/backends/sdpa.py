@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from .. import torch_internals, tracing
+from ..layout import from_hnd
 from ..numerics.constants import MASK_LIMIT
+from ..planning.plan import Plan
 from ..planning.problem import Problem
-from .call import Call, Result, from_hnd, to_hnd
+from .call import PreparedCall, Result
+from .cuda import masked_rows
 
-# torch's function by its own name: torch.nn.functional's may have been replaced, by one of this package's among others.
-TORCH_ATTENTION = torch._C._nn.scaled_dot_product_attention
 LSE_CHUNK = 256 << 20  # bytes of fp32 scores at a time
 
 
-def run(call: Call) -> Result:
+def run(call: PreparedCall[Plan]) -> Result:
     """Compute a call by `scaled_dot_product_attention`."""
-    q, k, v = to_hnd(call)
+    q, k, v = call.hnd()
     p, mask = call.problem, call.mask
     causal = p.causal
     if mask is not None:
@@ -23,11 +25,22 @@ def run(call: Call) -> Result:
             mask = _narrow_mask(mask, q.dtype)
         if causal:
             mask, causal = _with_causal(mask, p), False
-    out = TORCH_ATTENTION(q, k, v, mask, is_causal=causal, scale=float(p.sm_scale), enable_gqa=bool(p.heads_q != p.heads_kv))
-    if mask is not None:  # not every backend gives 0 for a fully masked row
-        kept = mask if mask.dtype == torch.bool else mask != -torch.inf
-        out = torch.where(kept.any(-1, keepdim=True), out, 0)
-    return from_hnd(out, call), _lse(call, q, k) if p.return_lse else None
+    out = torch_internals.attention(q, k, v, mask, is_causal=causal, scale=float(p.sm_scale), enable_gqa=bool(p.heads_q != p.heads_kv))
+    if mask is not None and not _zeroed_by_kernel(out, call):
+        out = torch.where(_seen(mask).any(-1, keepdim=True), out, 0)
+    return from_hnd(out, p.layout), _lse(call, q, k) if p.return_lse else None
+
+
+def _zeroed_by_kernel(out: torch.Tensor, call: PreparedCall[Plan]) -> bool:
+    """Give fully masked rows the 0 that not every backend of torch's gives them, by a kernel; False where torch's operators have to."""
+    p = call.problem
+    if p.device != "cuda" or p.needs_grad or tracing.transformed():
+        return False
+    return masked_rows.zero(out, call.mask, p, call.bound)
+
+
+def _seen(mask: torch.Tensor) -> torch.Tensor:
+    return mask if mask.dtype == torch.bool else mask != -torch.inf
 
 
 def by_torch_alone(
@@ -35,10 +48,10 @@ def by_torch_alone(
 ) -> torch.Tensor:
     """A call that `Problem` can't describe, as it is; what torch's function says to it holds."""
     grouped = q.dim() == k.dim() == 4 and q.size(1) != k.size(1)
-    return TORCH_ATTENTION(q, k, v, mask, is_causal=bool(is_causal), scale=sm_scale, enable_gqa=grouped)
+    return torch_internals.attention(q, k, v, mask, is_causal=bool(is_causal), scale=sm_scale, enable_gqa=grouped)
 
 
-def _lse(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+def _lse(call: PreparedCall[Plan], q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """The log-sum-exp that SDPA keeps to itself, from fp32 scores of as many queries at a time as fit into `LSE_CHUNK` bytes."""
     p = call.problem
     k = k.float().repeat_interleave(p.heads_q // p.heads_kv, 1)
@@ -58,6 +71,8 @@ def _lse(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 def _narrow_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """An additive mask in q's dtype, as SDPA wants it. Finite stays finite, also times log2(e) in fp32, which some backends take."""
+    if mask.dtype == dtype == torch.float16:  # whose largest number is far from that
+        return mask
     limit = min(torch.finfo(dtype).max, torch.finfo(mask.dtype).max, MASK_LIMIT)
     return torch.where(mask == -torch.inf, mask, mask.clamp(-limit, limit)).to(dtype)
 

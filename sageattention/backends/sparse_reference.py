@@ -23,7 +23,8 @@ class SparseResult(NamedTuple):
 def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparse: SparseProblem, tensors: SparseTensors) -> SparseResult:
     """Compute a checked call."""
     p = sparse.problem
-    q, k, v, gate = (t if t is None or p.layout == "HND" else t.transpose(1, 2) for t in (q, k, v, tensors.coarse_gate))
+    if p.layout == "NHD":
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     geometry = Geometry(
         sparse.q_block, p.causal, sparse.q_start, sparse.sinks, sparse.query_sinks, sparse.neighbours, tensors.order, tensors.key_mask,
         tensors.block_len,
@@ -32,7 +33,8 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparse: SparseProblem
         q, k, v, selections(sparse, tensors), geometry, tail=sparse.tail, block_mask=tensors.block_mask, sm_scale=p.sm_scale
     )  # fmt: skip
     out, lse = attend(q, k, v, chosen, geometry, sm_scale=p.sm_scale)
-    if gate is not None:
+    if tensors.coarse_gate is not None:
+        gate = tensors.coarse_gate if p.layout == "HND" else tensors.coarse_gate.transpose(1, 2)
         out += gate * coarse(q, k, v, geometry, sm_scale=p.sm_scale)
     limit = torch.finfo(q.dtype).max
     out = out.clamp(-limit, limit).to(q.dtype)

@@ -23,8 +23,9 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from ..errors import KernelMissing, Unsupported
+from ..variants import Candidate
 from . import workloads
-from .candidates import SDPA_BACKENDS, Candidate, chosen_device, ready, sdpa_backend, variant
+from .candidates import SDPA_BACKENDS, Attention, chosen_device, ready, sdpa_backend, variant
 from .text import table
 from .workloads import SHAPES, Shape
 
@@ -74,7 +75,7 @@ def parse_shape(text: str) -> Shape:
     raise Unsupported("--shapes", f"got {text!r}, accepted are BxHxNqxNkxD and {', '.join(SHAPES)}")
 
 
-def time_shape(shape: Shape, candidates: list[Candidate], device: torch.device, *, kind: str, repeats: int, budget_ms: float) -> list[Row]:
+def time_shape(shape: Shape, candidates: list[Attention], device: torch.device, *, kind: str, repeats: int, budget_ms: float) -> list[Row]:
     """Time every candidate on one shape.
 
     Args:
@@ -114,7 +115,7 @@ def time_shape(shape: Shape, candidates: list[Candidate], device: torch.device, 
             from .. import api
 
             explanation = api.explain(q, k, v)
-            row.runs = f"{explanation.variant}:{explanation.accum}".rstrip(":")
+            row.runs = str(Candidate(explanation.variant, explanation.accum))
         row.extra_mib = _extra_memory(candidate, q, k, v)
         timers.append(_Timer(row, candidate, (q, k, v), budget_ms))
     for _ in range(repeats):
@@ -140,7 +141,7 @@ def gpu_ms(work: Callable[[], object]) -> float:
 class _Timer:
     """One candidate's turns on one shape, eager and as a CUDA graph."""
 
-    def __init__(self, row: Row, candidate: Candidate, qkv: tuple[torch.Tensor, ...], budget_ms: float):
+    def __init__(self, row: Row, candidate: Attention, qkv: tuple[torch.Tensor, ...], budget_ms: float):
         self.row, self.candidate, self.qkv = row, candidate, qkv
         self.calls = 1
         once = min(self._events() for _ in range(3))  # also compiles what has to be compiled
@@ -193,7 +194,7 @@ def _summarise(rows: list[Row], shape: Shape) -> None:
     base = min(backends, key=lambda row: (row.candidate != BASELINE, row.event_ms), default=None)
     for row in rows:
         row.baseline = base.candidate if base else ""
-        if base and row.event_ms:
+        if base and base.event_ms and row.event_ms:
             row.event_ratio = base.event_ms / row.event_ms
         if base and base.graph_ms and row.graph_ms:
             row.graph_ratio = base.graph_ms / row.graph_ms
@@ -222,7 +223,7 @@ def _exact_sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
     return sample, oracle(sample(q), k[:1].index_select(1, heads), v[:1].index_select(1, heads))[0]
 
 
-def _extra_memory(candidate: Candidate, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
+def _extra_memory(candidate: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
     """Peak of allocated memory during a call beyond its output, in MiB."""
     import torch
 
@@ -236,7 +237,7 @@ def _extra_memory(candidate: Candidate, q: torch.Tensor, k: torch.Tensor, v: tor
 
 
 def host_times(
-    candidates: list[Candidate], device: torch.device, clock: Callable[[], float] = time.perf_counter
+    candidates: list[Attention], device: torch.device, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float | None]:
     """Median host time of a call on a tiny shape, in µs, by candidate; None where it can't do it.
 
@@ -247,7 +248,7 @@ def host_times(
 
     q, k, v = workloads.make("normal", TINY, dtype=_dtype(device), device=device)
 
-    def turn(candidate: Candidate) -> float:
+    def turn(candidate: Attention) -> float:
         with candidate.context():
             torch.cuda.synchronize(device)
             start = clock()
@@ -301,13 +302,14 @@ def main(args: argparse.Namespace) -> int:
     candidates = [*map(sdpa_backend, SDPA_BACKENDS), *ours]
     kind = "logits6" if args.peaked else "normal"
     dtype = str(_dtype(device)).removeprefix("torch.")
-    report = {"machine": _machine(device), "kind": kind, "dtype": dtype, "not_run": dict(refused), "rows": []}
+    report = {"machine": _machine(device), "kind": kind, "dtype": dtype, "not_run": dict(refused)}
     report["host_us"] = host_times(candidates, device)  # first, before the card is hot
+    report["rows"] = measured = []
     if not args.json:
         _print_head(report)
     for shape in shapes:
         rows = time_shape(shape, candidates, device, kind=kind, repeats=5 if args.quick else 11, budget_ms=10 if args.quick else 30)
-        report["rows"] += [asdict(row) for row in rows]
+        measured += [asdict(row) for row in rows]
         torch.cuda.empty_cache()
         print(f"{shape} done", file=sys.stderr) if args.json else _print_shape(shape, rows)
     if args.json:
@@ -315,7 +317,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _on_cpu(named: list[Candidate], ignored: list[str] | None, *, as_json: bool) -> int:
+def _on_cpu(named: list[Attention], ignored: list[str] | None, *, as_json: bool) -> int:
     """No GPU: say so, and show that the variants of this machine run."""
     import torch
 
@@ -343,7 +345,7 @@ def _on_cpu(named: list[Candidate], ignored: list[str] | None, *, as_json: bool)
     print(message)
     print(table(("variant", "ms"), [(name, f"{ms:.1f}") for name, ms in times.items()], numeric=(1,)))
     for name, reason in skipped.items():
-        print(f"skipped: {name} – {reason}")
+        print(f"skipped: {name} - {reason}")
     return 0
 
 
@@ -367,15 +369,15 @@ def _print_head(report: dict) -> None:
     print("; ".join(f"{key} {value}" for key, value in report["machine"].items()))
     print(f"inputs: {report['kind']}, {report['dtype']}; times in ms, medians; ratios above 1 are faster than torch's own attention")
     for name, reason in report["not_run"].items():
-        print(f"not run: {name} – {reason}")
-    host = [(name, "–" if us is None else f"{us:.0f}") for name, us in report["host_us"].items()]
-    print("\n" + table(("host time of a call", "µs"), host, numeric=(1,)))
+        print(f"not run: {name} - {reason}")
+    host = [(name, "-" if us is None else f"{us:.0f}") for name, us in report["host_us"].items()]
+    print("\n" + table(("host time of a call", "us"), host, numeric=(1,)))
 
 
 def _print_shape(shape: Shape, rows: list[Row]) -> None:
     print(f"\n{shape}")
     base = rows[0].baseline.replace(BASELINE, "cuDNN") or "SDPA"
-    head = ("candidate", "event", "graph", "TFLOPS", f"× {base}", "× graph", "extra MiB", "error", "")
+    head = ("candidate", "event", "graph", "TFLOPS", f"x {base}", "x graph", "extra MiB", "error", "")
     cells = []
     for row in rows:
         figures = (
@@ -388,4 +390,4 @@ def _print_shape(shape: Shape, rows: list[Row]) -> None:
 
 
 def _f(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -21,9 +21,8 @@ from ..device import capability
 from ..errors import KernelMissing, Unsupported
 from ..planning import calibration
 from ..planning.calibration import Point
-from ..variants import VARIANTS
 from .bench import gpu_ms
-from .candidates import Candidate, chosen_device, ready
+from .candidates import Attention, chosen_device, ready
 from .text import table
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class Form:
     len_kv: int
 
     def __str__(self) -> str:
-        return f"head_dim {self.head_dim}, {self.len_q} × {self.len_kv}, mask {self.mask}"
+        return f"head_dim {self.head_dim}, {self.len_q} x {self.len_kv}, mask {self.mask}"
 
 
 FORMS = tuple(
@@ -66,15 +65,15 @@ class OutOfTime(Exception):
     """`LIMIT` is over."""
 
 
-def candidates(device: torch.device) -> list[Candidate]:
+def candidates(device: torch.device) -> list[Attention]:
     """What is timed: torch's SDPA as a model calls it, and each way of rounding that is ready here."""
     import torch
 
-    found = {"sdpa": Candidate("sdpa", torch.nn.functional.scaled_dot_product_attention, None)}
+    found = {"sdpa": Attention("sdpa", torch.nn.functional.scaled_dot_product_attention)}
     for candidate in ready(device, accumulators=True)[0]:
-        backend = VARIANTS[candidate.name.partition(":")[0]].backend
+        backend = candidate.variant.backend if candidate.variant else ""
         slow = backend == "triton" and capability.of_device("cuda", device.index or 0).arch < 80  # minutes to compile, no INT8 there
-        known = any(c.scheme == candidate.scheme and c.name.partition(":")[0] == candidate.name.partition(":")[0] for c in found.values())
+        known = any((c.variant, c.scheme) == (candidate.variant, candidate.scheme) for c in found.values())
         if backend in ("triton", "cuda") and not slow and not known:
             found[candidate.name] = candidate
     return list(found.values())
@@ -97,12 +96,12 @@ def measure(device: torch.device, *, now: Callable[[], float] = time.monotonic, 
             continue
         hopeless |= {(name, form.head_dim, form.mask) for name, ms in point.ms.items() if ms > HOPELESS * point.sdpa_ms}
         best = min(point.ms, key=point.ms.__getitem__, default=None)
-        gain = f"{best} {point.sdpa_ms / point.ms[best]:.2f} × SDPA" if best else "no variant ran"
+        gain = f"{best} {point.sdpa_ms / point.ms[best]:.2f} x SDPA" if best else "no variant ran"
         tell(f"{head}: {gain}")
         yield point
 
 
-def time_form(form: Form, timed: list[Candidate], device: torch.device, over: Callable[[], bool]) -> Point | str:
+def time_form(form: Form, timed: list[Attention], device: torch.device, over: Callable[[], bool]) -> Point | str:
     """One point, or why there is none.
 
     Raises:
@@ -123,7 +122,7 @@ def time_form(form: Form, timed: list[Candidate], device: torch.device, over: Ca
     if form.mask == "list":
         keywords["attn_mask"] = torch.rand(1, 1, form.len_q, form.len_kv, generator=generator, device=device) > 0.1
 
-    def repeated(candidate: Candidate, count: int) -> Callable[[], None]:
+    def repeated(candidate: Attention, count: int) -> Callable[[], None]:
         def work() -> None:
             for _ in range(count):
                 candidate.call(q, k, v, **keywords)
@@ -213,7 +212,7 @@ def _calibrate(device: torch.device, as_json: bool) -> int:
         return 0
     print("\n" + results(points))
     for name, reason in sorted({item for point in points for item in point.off.items()}):
-        print(f"left out: {name} – {reason}")
+        print(f"left out: {name} - {reason}")
     print(f"\nkept in {file}\n`auto` goes by it from the next start on; `{calibration.COMMAND} --reset` undoes it")
     return 0
 
@@ -222,14 +221,14 @@ def results(points: list[Point]) -> str:
     """The points as a table of at most 120 columns, the candidates by letters that the lines above it explain."""
     letters = dict(zip(sorted({name for point in points for name in point.ms}), string.ascii_uppercase))
     lines = [
-        "calls are head_dim, heads, queries × keys, mask; the letters are so many times as fast as SDPA:",
+        "calls are head_dim, heads, queries x keys, mask; the letters are so many times as fast as SDPA:",
         *(f"{letter}  {name}" for name, letter in letters.items()),
     ]
     rows = []
     for point in points:
-        gains = (f"{point.sdpa_ms / point.ms[name]:#.3g}" if name in point.ms else "–" for name in letters)
-        best = next(iter(point.faster()), None)
-        call = f"{point.head_dim}  {point.heads}  {point.len_q:,} × {point.len_kv:,}  {point.mask}"
+        gains = (f"{point.sdpa_ms / point.ms[name]:#.3g}" if name in point.ms else "-" for name in letters)
+        best = next(map(str, point.faster()), None)
+        call = f"{point.head_dim}  {point.heads}  {point.len_q:,} x {point.len_kv:,}  {point.mask}"
         rows.append((call, f"{point.sdpa_ms:.3f}", *gains, letters[best] if best else "SDPA"))
     head = ("call", "SDPA, ms", *letters.values(), "auto")
     return "\n".join([*lines, "", table(head, rows, numeric=range(1, 2 + len(letters)))])

@@ -6,12 +6,12 @@ import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import api
 from ..errors import Unsupported
 from ..numerics.scheme import Scheme
-from ..variants import VARIANTS
+from ..variants import VARIANTS, Candidate, Variant
 
 if TYPE_CHECKING:
     import torch
@@ -20,30 +20,33 @@ SDPA_BACKENDS = {"sdpa_cudnn": "CUDNN_ATTENTION", "sdpa_flash": "FLASH_ATTENTION
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Attention:
     """One attention: `call(q, k, v, **keywords of sageattn)` on [B, H, N, D] tensors, inside `context()`."""
 
     name: str
-    call: Callable[..., torch.Tensor]
-    scheme: Scheme | None  # None: unquantised
-    context: Callable[[], AbstractContextManager] = nullcontext
+    call: Callable[..., Any]  # the output, with return_lse (output, lse)
+    scheme: Scheme | None = None  # None: unquantised, or not known before the call
+    variant: Variant | None = None  # None: "auto", and what is not ours
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
-def variant(name: str) -> Candidate:
+def variant(name: str) -> Attention:
     """The candidate of "auto", a variant's name, or "name:accumulator" such as "sageattn_qk_int8_pv_fp16_cuda:fp16+fp32".
 
     Raises:
         Unsupported: no such variant or accumulator.
     """
-    name, _, accum = name.partition(":")
-    if name != "auto" and name not in VARIANTS:
-        raise Unsupported("variant", f"got {name!r}, accepted are 'auto', {', '.join(map(repr, VARIANTS))}")
-    if not accum:
-        return Candidate(name, functools.partial(api.sageattn, variant=name), None if name == "auto" else VARIANTS[name].scheme)
-    accepted = VARIANTS[name].accum if name != "auto" else {}
-    if accum not in accepted:
-        raise Unsupported("pv_accum_dtype", f"got {accum!r}, {name} accepts {', '.join(map(repr, accepted)) or 'none'}")
-    return Candidate(f"{name}:{accum}", functools.partial(getattr(api, name), pv_accum_dtype=accum), accepted[accum])
+    candidate = Candidate.parse(name)
+    found = VARIANTS.get(candidate.variant)
+    if found is None and candidate.variant != "auto":
+        raise Unsupported("variant", f"got {candidate.variant!r}, accepted are 'auto', {', '.join(map(repr, VARIANTS))}")
+    accepted = found.accum if found else {}
+    if candidate.accum and candidate.accum not in accepted:
+        named = ", ".join(map(repr, accepted)) or "none"
+        raise Unsupported("pv_accum_dtype", f"got {candidate.accum!r}, {candidate.variant} accepts {named}")
+    call = functools.partial(api.sageattn, variant=candidate.variant, pv_accum_dtype=candidate.accum or None)
+    scheme = accepted[candidate.accum] if candidate.accum else found.scheme if found else None
+    return Attention(str(candidate), call, scheme, found)
 
 
 def chosen_device(text: str | None) -> torch.device:
@@ -65,7 +68,7 @@ def chosen_device(text: str | None) -> torch.device:
     return device
 
 
-def ready(device: torch.device, *, accumulators: bool = False) -> tuple[list[Candidate], list[tuple[str, str]]]:
+def ready(device: torch.device, *, accumulators: bool = False) -> tuple[list[Attention], list[tuple[str, str]]]:
     """The variants that run on `device`, and (name, reason) of those that don't.
 
     Args:
@@ -76,15 +79,15 @@ def ready(device: torch.device, *, accumulators: bool = False) -> tuple[list[Can
         if availability.status != "ready":
             refused.append((availability.name, f"{availability.status}: {availability.reason}"))
             continue
-        accums = VARIANTS[availability.name].accum if accumulators else ()
-        found += [variant(f"{availability.name}:{accum}") for accum in accums] or [variant(availability.name)]
+        accums = (accumulators and VARIANTS[availability.name].accum) or ("",)
+        found += [variant(str(Candidate(availability.name, accum))) for accum in accums]
     return found, refused
 
 
-def sdpa_backend(name: str) -> Candidate:
+def sdpa_backend(name: str) -> Attention:
     """One backend of torch's SDPA, chosen by its context; called where it can't do a shape, it raises torch's RuntimeError."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     backend = getattr(SDPBackend, SDPA_BACKENDS[name])
-    return Candidate(name, torch.nn.functional.scaled_dot_product_attention, None, lambda: sdpa_kernel(backend))
+    return Attention(name, torch.nn.functional.scaled_dot_product_attention, context=lambda: sdpa_kernel(backend))

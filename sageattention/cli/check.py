@@ -12,7 +12,7 @@ from ..device import capability
 from ..errors import KernelMissing, Unsupported
 from ..variants import VARIANTS
 from . import workloads
-from .candidates import Candidate, chosen_device, ready, variant
+from .candidates import Attention, chosen_device, ready, variant
 from .text import table
 from .workloads import KINDS, Kind, Shape
 
@@ -113,7 +113,7 @@ def _case(name: str, kind: Kind, qkv: tuple[torch.Tensor, ...], keywords: dict[s
     return Case(name, q, k, v, kind, keywords, exact, lse)
 
 
-def judge(candidate: Candidate, case: Case) -> Result:
+def judge(candidate: Attention, case: Case) -> Result:
     """Run one case with one candidate and hold the result against the oracle."""
     import torch
 
@@ -128,8 +128,8 @@ def judge(candidate: Candidate, case: Case) -> Result:
         return Result(candidate.name, case.name, "unsupported", bound=bound, detail=str(refused))
     except KernelMissing as missing:
         return Result(candidate.name, case.name, "missing", bound=bound, detail=str(missing))
-    except Exception as error:  # whatever a kernel or its compiler throws is this check's finding, and makes it fail
-        return Result(candidate.name, case.name, "failed", bound=bound, detail=f"{type(error).__name__}: {error}")
+    except Exception as thrown:  # whatever a kernel or its compiler throws is this check's finding, and makes it fail
+        return Result(candidate.name, case.name, "failed", bound=bound, detail=f"{type(thrown).__name__}: {thrown}")
     if not bool(out.isfinite().all()):
         return Result(candidate.name, case.name, "off", None, bound, f"{int((~out.isfinite()).sum())} values are not finite")
     error = workloads.relative_l2(out, case.exact)
@@ -139,9 +139,8 @@ def judge(candidate: Candidate, case: Case) -> Result:
     return Result(candidate.name, case.name, "off" if detail else "ok", error, bound, "; ".join(detail))
 
 
-def _interpreted(candidate: Candidate) -> bool:
-    variant = VARIANTS.get(candidate.name)
-    return variant is not None and variant.backend == "triton" and capability.triton_mode() == "interpret"
+def _interpreted(candidate: Attention) -> bool:
+    return candidate.variant is not None and candidate.variant.backend == "triton" and capability.triton_mode() == "interpret"
 
 
 def _deviations(out: torch.Tensor, lse: torch.Tensor | None, case: Case) -> list[str]:
@@ -157,7 +156,7 @@ def _deviations(out: torch.Tensor, lse: torch.Tensor | None, case: Case) -> list
     if lse is None:
         return found
     if bool((lse[empty] != float("-inf")).any()):
-        found.append("a fully masked row's LSE is not −inf")
+        found.append("a fully masked row's LSE is not -inf")
     ordinary = case.exact_lse.abs() < 1e30  # above it, a finite mask value is cut off so that it stays finite
     # Rounding moves a logit by about 0.4 % of its magnitude; the LSE follows its row's largest ones.
     off = (lse.double() - case.exact_lse)[ordinary].abs() / case.exact_lse[ordinary].abs().clamp_min(1)
@@ -168,10 +167,7 @@ def _deviations(out: torch.Tensor, lse: torch.Tensor | None, case: Case) -> list
 
 def run(device: torch.device, names: list[str] | None = None, *, quick: bool = False) -> tuple[list[Result], list[tuple[str, str]]]:
     """Judge the ready variants (or those named) on every case: the results, and (name, reason) of the variants left out."""
-    if names:
-        chosen, refused = [variant(name) for name in names], []
-    else:
-        chosen, refused = ready(device, accumulators=True)
+    chosen, refused = ([variant(name) for name in names], []) if names else ready(device, accumulators=True)
     results = [judge(candidate, case) for case in cases(device, quick=quick) for candidate in chosen]
     results.sort(key=lambda r: [c.name for c in chosen].index(r.variant))
     return results, refused
@@ -195,7 +191,7 @@ def main(args: argparse.Namespace) -> int:
     rows = [(r.variant, r.case, r.status, _number(r.error), _number(r.bound), r.detail) for r in results]
     print(table(("variant", "case", "status", "error", "bound", ""), rows, numeric=(3, 4)))
     for name, reason in refused:
-        print(f"not run: {name} – {reason}")
+        print(f"not run: {name} - {reason}")
     print(f"{sum(r.status == 'ok' for r in results)} of {len(results)} are right" + (f", {len(bad)} are not." if bad else "."))
     if not kernels:
         print(f"\nNO KERNEL OF THIS PACKAGE WAS CHECKED: none runs on {device}. {capability.torch_without_cuda()}".rstrip())

@@ -23,12 +23,13 @@ from ..device import capability, libcuda
 from ..device.capability import Capability
 from ..errors import CudaError, KernelMissing, Unsupported
 from ..kernels import binaries, store
+from ..kernels.architectures import ARCHITECTURES
 from ..kernels.table import IMAGES
 from ..planning import calibration
 from ..planning.calibration import Calibration
 from ..planning.plan import plan, refusal
 from ..planning.problem import Problem
-from ..variants import CUDA_FP16, VARIANTS
+from ..variants import CUDA_FP16, VARIANTS, Candidate
 from .text import table
 from .workloads import SHAPES, Shape
 
@@ -37,15 +38,6 @@ VARIABLES = (
     "SAGEATTENTION_VARIANT", "SAGEATTENTION_ARCH", "SAGEATTENTION_LAUNCHER", "SAGEATTENTION_CACHE", "TRITON_INTERPRET",
     "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
-CARDS = {
-    75: "RTX 20xx",
-    80: "A100",
-    86: "RTX 30xx",
-    89: "RTX 40xx",
-    90: "H100, H200",
-    100: "B200",
-    120: "RTX 50xx",
-}
 MULTIPROCESSOR_COUNT, COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 16, 75, 76  # CUdevice_attribute
 
 
@@ -217,8 +209,8 @@ def _device(machine: Capability, has_torch: bool, problems: list[str]) -> dict[s
     """The variants' table of one device and what `auto` would run there."""
     try:
         forced = binaries.forced()
-    except Unsupported as error:
-        problems.append(str(error))
+    except Unsupported as malformed:
+        problems.append(str(malformed))
         forced = 0, False
     rows = []
     for variant in VARIANTS.values():
@@ -247,9 +239,11 @@ def auto_choice(
 def _cards() -> dict[str, dict[str, str]]:
     """For a machine without a GPU: what this installation would run on one, for an image and a video model's attention."""
     found = {}
-    for arch, cards in CARDS.items():
-        machine = Capability("cuda", arch, 0, capability.triton_mode(), cards)
-        found[f"sm_{arch}"] = {"cards": cards} | {name: auto_choice(SHAPES[name], machine)["variant"] for name in ("flux_1024", "wan_480p")}
+    for arch, row in ARCHITECTURES.items():
+        machine = Capability("cuda", arch, 0, capability.triton_mode(), row.cards)
+        found[f"sm_{arch}"] = {"cards": row.cards} | {
+            name: auto_choice(SHAPES[name], machine)["variant"] for name in ("flux_1024", "wan_480p")
+        }
     return found
 
 
@@ -299,7 +293,7 @@ def report(found: dict[str, Any]) -> str:
 
 def _auto_text(auto: dict[str, dict[str, str]]) -> str:
     def chosen(a: dict[str, str]) -> str:
-        return f"{a['variant']}:{a['accum']}".rstrip(":")
+        return str(Candidate(a["variant"], a["accum"]))
 
     answers = {(chosen(a), a["reason"]) for a in auto.values()}
     if len(answers) == 1:

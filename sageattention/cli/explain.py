@@ -6,9 +6,9 @@ import argparse
 import json
 from dataclasses import asdict
 
-from .. import dispatch
 from ..api import Explanation
 from ..errors import KernelMissing, Unsupported
+from ..planning.here import plan_for
 from ..planning.problem import Problem
 from .bench import parse_shape
 from .candidates import chosen_device
@@ -38,16 +38,14 @@ def main(args: argparse.Namespace) -> int:
     for shape in [parse_shape(text) for text in args.shapes or SHAPES]:
         asked = problem(shape, args, device.type, index)
         try:
-            plan = dispatch.plan_for(asked, args.variant, args.pv_accum_dtype)
+            found[str(shape)] = Explanation.of(asked, plan_for(asked, args.variant, args.pv_accum_dtype))
         except (Unsupported, KernelMissing) as error:
             refused[str(shape)] = str(error)
-            continue
-        found[str(shape)] = Explanation(plan.variant.name, plan.reason, plan.rejected, dispatch.machine(asked).name, plan.basis, plan.accum)
     if args.json:
         print(json.dumps({"calls": {shape: asdict(one) for shape, one in found.items()}, "refused": refused}, indent=2))
     else:
-        for shape, one in found.items():
-            print(f"{shape}: {one}")
-        for shape, reason in refused.items():
-            print(f"{shape}: refused, {reason}")
+        for name, one in found.items():
+            print(f"{name}: {one}")
+        for name, reason in refused.items():
+            print(f"{name}: refused, {reason}")
     return 1 if refused else 0

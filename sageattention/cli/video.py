@@ -123,10 +123,9 @@ def _rotary(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
 
     pairs = x.shape[1] // 2
     split = [pairs - 2 * (pairs * 3 // 8), pairs * 3 // 8, pairs * 3 // 8]
-    angle = [
-        place[:, axis, None] * 10000.0 ** (-torch.arange(n, device=x.device) / max(n, 1)) for axis, n in enumerate(split)
-    ]  # fmt: skip
-    angle = torch.cat(angle, 1)
+    angle = torch.cat(
+        [place[:, axis, None] * 10000.0 ** (-torch.arange(n, device=x.device) / max(n, 1)) for axis, n in enumerate(split)], 1
+    )  # fmt: skip
     even, odd = x[:, 0 : 2 * pairs : 2], x[:, 1 : 2 * pairs : 2]
     turned = x.clone()
     turned[:, 0 : 2 * pairs : 2] = even * angle.cos() - odd * angle.sin()

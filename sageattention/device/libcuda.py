@@ -12,16 +12,11 @@ import os
 from collections.abc import Iterator
 
 from ..errors import CudaError
+from ..kernels.architectures import OLDEST_DRIVER
 
 LIBRARY = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 NVML = "nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1"
 
-# CUDA version that a driver must support for an image, as cuDriverGetVersion tells it, and the driver branch that brought it
-# (CUDA Compatibility guide, "Minor Version Compatibility"). Everything is built by one CUDA 12.8 compiler, so cubins load on
-# any CUDA 12 driver that knows the card, while PTX needs a driver whose compiler is at least as new.
-CUBIN = (12000, "525")
-BLACKWELL = (12080, "570")
-PTX = (12080, "570")
 GRAPHS_WITH_OVERLAP = 12030  # older drivers can't capture a programmatic dependent launch into a graph
 
 # cuda.h
@@ -79,12 +74,17 @@ def library() -> ctypes.CDLL:
     try:
         cuda = ctypes.CDLL(LIBRARY)
     except OSError as error:
-        raise NoDriver(f"the NVIDIA driver's library {LIBRARY} can't be opened ({error}); install a driver ≥ {CUBIN[1]}") from error
+        cause = str(error).partition(". Try using")[0]  # on Windows ctypes goes on with advice for its callers
+        raise NoDriver(
+            f"the NVIDIA driver's library {LIBRARY} can't be opened ({cause}); install a driver >= {OLDEST_DRIVER[1]}"
+        ) from error
     for name, arguments in _SIGNATURES.items():
         try:
             function = getattr(cuda, name)
         except AttributeError:
-            raise NoDriver(f"{LIBRARY} has no {name}: the driver ({_version_text(cuda)}) is too old, install one ≥ {CUBIN[1]}") from None
+            raise NoDriver(
+                f"{LIBRARY} has no {name}: the driver ({_version_text(cuda)}) is too old, install one >= {OLDEST_DRIVER[1]}"
+            ) from None
         function.argtypes, function.restype = arguments, _I
     code = cuda.cuInit(0)
     if code == STUB_LIBRARY:

@@ -37,7 +37,7 @@ class Entry:
     checks: tuple[str, ...] = ()  # C++, constants that the build asserts: what Python knows of the kernel's data
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a row of the table, equal to itself only
 class Image:
     """One compiled file: kernels of one source for one architecture.
 

@@ -39,8 +39,10 @@ Tiles = dict[tuple[int | str, ...], Tile]
 
 def find_tile(tiles: Tiles, arch: int, head_dim: int, *kind: str) -> Tile:
     """The launch shape for `arch` and a compiled `head_dim`, and for a kind of kernel (mask, accumulator) that differs."""
+    if (arch, head_dim, *kind) in tiles:
+        return tiles[arch, head_dim, *kind]
     row = arch if (arch, head_dim) in tiles else 0
-    keys = [(row, head_dim, *kind[:n]) for n in range(len(kind), -1, -1)]
+    keys: list[tuple[int | str, ...]] = [(row, head_dim, *kind[:n]) for n in range(len(kind), -1, -1)]
     return next(tiles[key] for key in keys if key in tiles)
 
 
@@ -49,7 +51,7 @@ def initializer(name: str, fields: Mapping[str, object]) -> str:
     return f"{name}{{{', '.join(f'.{field} = {value}' for field, value in fields.items())}}}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a row of the table, equal to itself only
 class KernelFamily:
     """The CUDA kernels for one format of quantised K and V: a quantiser, and attention for each head dimension, mask and accumulator.
 
@@ -103,8 +105,8 @@ class KernelFamily:
         """`live`: of the kernel that is told which keys are."""
         return f"keys_{self.quantizers}_{find_tile(self.tiles, 0, head_dim).block_n}_d{head_dim}" + ("_live" if live else "")
 
-    def quantize_v_symbol(self, head_dim: int) -> str:
-        return f"values_{self.name}_d{head_dim}"
+    def quantize_v_symbol(self, head_dim: int, live: bool = False) -> str:
+        return f"values_{self.name}_d{head_dim}" + ("_live" if live else "")
 
     def attend_image(self, head_dim: int) -> str:
         return f"attend_{self.name}_d{head_dim}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from ..numerics.constants import KV_TILE
 from ..numerics.scheme import FP8_FP16, FP8_FP32_MMA, FP16_FP16_FP32, FP16_FP32_MMA, INT8_INT32
 from .binaries import Entry
 from .family import WARP_ROWS, KernelFamily, Tile, Tiles, find_tile, initializer
+from .mma_lists import LIST_BYTE_TILES, LIST_TILES
 from .params import AttendParams
 
 FLAGS = ("q_in_smem", "loop_state_in_smem", "recompute_thread_idx", "delay_v_load")
@@ -18,9 +20,9 @@ FLAGS = ("q_in_smem", "loop_state_in_smem", "recompute_thread_idx", "delay_v_loa
 # 32 rows of a warp where the registers allow it, without a spill in the main loop: head_dim 128 on A100 and Hopper, where shared memory
 # would bind otherwise; two blocks of four such warps hide each other's softmax. Cards with a quarter of the tensor throughput (8.6, 8.9,
 # 12.x, Turing) are bound by it with 16 rows as well, and want as many warps as the registers hold: twelve. At head_dim 64, 16 rows leave
-# room for 16 warps. 8.6, 8.9 and 12.x have 99 KiB of shared memory for a block, Turing 64 and no asynchronous copies; with a dense mask
-# each warp stages 4.5 KiB of bias beside the pipeline.
-def _tile(block_m: int, warps: int, stages: int, *more: int, **flags: int) -> Tile:
+# room for 16 warps. 8.6, 8.9 and 12.x have 99 KiB of shared memory for a block, Turing 64 and no asynchronous copies. Kernels that walk
+# lists have shapes of their own (mma_lists.py).
+def _tile(block_m: int, warps: int, stages: int, *more: Any, **flags: Any) -> Tile:
     return Tile(block_m, KV_TILE, warps, stages, *more, **flags)
 
 
@@ -94,17 +96,11 @@ MMA_BYTE_TILES |= {
     (100, 256, "causal", "fp16"): _SHARED,
     (120, 256, "causal", "fp8"): replace(MMA_BYTE_TILES[120, 256, "causal", "fp8"], q_in_smem=True),
 }
-# Lists of tiles take the tiles of causal kernels, but for those named here.
-for _tiles in (MMA_TILES, MMA_BYTE_TILES):
-    for _arch, _d in [key for key in _tiles if len(key) == 2]:
-        for _sums in ("fp32", "fp16", "fp8", "int32"):
-            _tiles[_arch, _d, "list", _sums] = find_tile(_tiles, _arch, _d, "causal", _sums)
-            if _d == 128 and _arch != 75:  # two loops leave too few registers to twelve warps, or to 32 rows of four
-                _tiles[_arch, _d, "list", _sums] = _EIGHT
-# Bytes of local memory a thread may use outside its main loop, by compiled head dimension: at 256 the accumulators leave the compiler a
-# register or two short. With lists also in the loop over the tiles that a mask touches.
-MMA_LOCAL = {64: 0, 128: 0, 256: 16}
-MMA_LIST_LOCAL = {64: 16, 128: 16, 256: 64}
+MMA_TILES |= LIST_TILES
+MMA_BYTE_TILES |= LIST_BYTE_TILES
+# Bytes of local memory a thread may use outside its main loop: at head_dim 256 the accumulators leave the compiler a register or two
+# short, and a mixed tile of a list wants more than there are.
+MMA_LOCAL, LIST_LOCAL = {64: 0, 128: 0, 256: 16}, 96
 
 
 def _mma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
@@ -116,7 +112,7 @@ def _mma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, accum
     config = f"AttendConfig<{head_dim}, {initializer('MmaTile', fields)}>"
     return Entry(
         kernels.attend_symbol(head_dim, mask, accumulate), f"attend_mma<{config}>", AttendParams, 32 * t.warps, t.blocks,
-        f"attend_shared_bytes<{config}>()", (MMA_LIST_LOCAL if mask == "list" else MMA_LOCAL)[head_dim],
+        f"attend_shared_bytes<{config}>()", LIST_LOCAL if mask == "list" else MMA_LOCAL[head_dim],
     )  # fmt: skip
 
 

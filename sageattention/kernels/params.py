@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_uint32, c_uint64
+from typing import Any
 
 POINTER = c_uint64
 
@@ -99,16 +100,28 @@ class AttendParams(ctypes.Structure):
     ]  # fmt: skip
 
 
+class ZeroMaskedRowsParams(ctypes.Structure):
+    """Of zero_masked_rows, beside torch's own attention."""
+
+    _fields_ = [
+        ("mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64), ("mask_stride_q", c_int64), ("mask_stride_k", c_int64),
+        ("out", POINTER), ("out_stride_b", c_int64), ("out_stride_h", c_int64), ("out_stride_n", c_int64),
+        ("heads", c_int32), ("len_q", c_int32), ("len_kv", c_int32), ("rows", c_int32),
+        ("mask_kind", c_int32), ("causal", c_int32), ("row_words", c_int32), ("element_words", c_int32),
+    ]  # fmt: skip
+
+
 def packer(struct_type: type[ctypes.Structure]) -> tuple[Callable[..., bytes], Callable[..., tuple[bytes, ...]]]:
     """(pack, constants): a struct packed in two steps, because only its pointers change from one call to the next.
 
     `constants` takes the values of all other fields, in order, and gives the bytes between the pointers, run by run. `pack` takes
     pointers and runs in the order in which they lie in the struct.
     """
-    codes = {c_uint64: "Q", c_int64: "q", c_int32: "i", c_uint32: "I", c_float: "f"}
+    codes: dict[Any, str] = {c_uint64: "Q", c_int64: "q", c_int32: "i", c_uint32: "I", c_float: "f"}
 
     def letters(t: type[ctypes.Structure]) -> str:
-        return "".join(letters(kind) if issubclass(kind, ctypes.Structure) else codes[kind] for _, kind in t._fields_)
+        kinds = (field[1] for field in t._fields_)
+        return "".join(letters(kind) if issubclass(kind, ctypes.Structure) else codes[kind] for kind in kinds)
 
     fields = letters(struct_type)
     runs = [struct.Struct("<" + run) for run in re.findall("[^Q]+", fields)]

@@ -93,5 +93,5 @@ def read(image: Image) -> bytes:
         raise Unusable(f"{path} is truncated or corrupt ({error}); {remedy()}") from error
     digest = hashlib.sha256(data).hexdigest()
     if digest != known["sha256"]:
-        raise Unusable(f"{path} is not the file of the manifest (sha256 {digest[:16]}…, expected {known['sha256'][:16]}…); {remedy()}")
+        raise Unusable(f"{path} is not the file of the manifest (sha256 {digest[:16]}..., expected {known['sha256'][:16]}...); {remedy()}")
     return data + b"\0" if image.is_ptx else data

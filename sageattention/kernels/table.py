@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .architectures import TARGETS, TEST_TARGETS
 from .binaries import Entry, Image
 from .family import MASKS, KernelFamily
 from .mma import MMA_FP8, MMA_FP16, MMA_INT8
-from .params import ClassifyParams, QuantizeKParams, QuantizeVParams
+from .params import ClassifyParams, QuantizeKParams, QuantizeVParams, ZeroMaskedRowsParams
 from .wgmma import WGMMA_FP8, WGMMA_FP16
 
-TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120", "compute_75", "compute_80", "compute_89")
-# The PTX of architectures whose machine code is there is for running their kernels on a later card, which itself takes the last one.
-TEST_TARGETS = ("compute_75", "compute_80")
 KERNELS: tuple[KernelFamily, ...] = (WGMMA_FP16, MMA_FP16, MMA_FP8, WGMMA_FP8, MMA_INT8)
 
 QUANTIZE_V_THREADS = 128
@@ -21,28 +19,31 @@ QUANTIZE_V_RESIDENT = 768  # threads whose registers fit a multiprocessor
 # compiler lacks two registers.
 QUANTIZE_K_RESIDENT = {(0, 64): 768, (0, 128): 768, (0, 256): 512, (75, 128): 512, (75, 256): 256}
 
+LIVE_RESIDENT = {64: 512, 128: 512, 256: 256}  # of kernels that look at which keys are live: that takes registers
+
 
 def _quantize_k_entry(kernels: KernelFamily, arch: int, head_dim: int, live: bool) -> Entry:
     layout = kernels.layout.format(d=head_dim)
     threads = 4 * kernels.scale_block_keys(head_dim)
     resident = QUANTIZE_K_RESIDENT.get((arch, head_dim)) or QUANTIZE_K_RESIDENT[0, head_dim]
-    if live:  # looking at which keys are live takes registers
-        resident = min(resident, 512)
+    if live:
+        resident = min(resident, LIVE_RESIDENT[head_dim])
     checks = (f"{layout}::kScaleKeys == {kernels.scale_block_keys(head_dim)}",)
     symbol = kernels.quantize_k_symbol(head_dim, live)
     return Entry(symbol, f"quantize_k<{layout}, {str(live).lower()}>", QuantizeKParams, threads, max(1, resident // threads), checks=checks)
 
 
-def _quantize_v_entry(kernels: KernelFamily, head_dim: int) -> Entry:
+def _quantize_v_entry(kernels: KernelFamily, head_dim: int, live: bool) -> Entry:
     layout = kernels.layout.format(d=head_dim)
+    resident = LIVE_RESIDENT[head_dim] if live else QUANTIZE_V_RESIDENT
     return Entry(
-        kernels.quantize_v_symbol(head_dim), f"quantize_v<{layout}, PvType::{kernels.pv}>", QuantizeVParams,
-        QUANTIZE_V_THREADS, QUANTIZE_V_RESIDENT // QUANTIZE_V_THREADS,
-        checks=(f"{layout}::kTileBytes == {kernels.tile_bytes(head_dim)}",),
+        kernels.quantize_v_symbol(head_dim, live), f"quantize_v<{layout}, PvType::{kernels.pv}, {str(live).lower()}>", QuantizeVParams,
+        QUANTIZE_V_THREADS, resident // QUANTIZE_V_THREADS, checks=(f"{layout}::kTileBytes == {kernels.tile_bytes(head_dim)}",),
     )  # fmt: skip
 
 
 CLASSIFY = Entry("classify_mask", "classify_band", ClassifyParams, 256, 2)
+ZERO_MASKED_ROWS = Entry("zero_masked_rows", "zero_rows", ZeroMaskedRowsParams, 128, checks=("kZeroRowsThreads == 128",))
 
 
 def _images(target: str) -> Iterator[Image]:
@@ -51,8 +52,9 @@ def _images(target: str) -> Iterator[Image]:
     for name in dict.fromkeys(k.quantizer for k in built):
         made = [(k, d) for k in built if k.quantizer == name for d in k.head_dims]
         keys = {k.quantize_k_symbol(d, live): _quantize_k_entry(k, arch, d, live) for k, d in reversed(made) for live in (True, False)}
-        entries = (CLASSIFY, *reversed(keys.values()), *(_quantize_v_entry(k, d) for k, d in made))
+        entries = (CLASSIFY, *reversed(keys.values()), *(_quantize_v_entry(k, d, live) for k, d in made for live in (False, True)))
         yield Image(name, target, "kernel/quantize.cuh", entries, released=target not in TEST_TARGETS)
+    yield Image("masked_rows", target, "kernel/zero_masked_rows.cuh", (ZERO_MASKED_ROWS,), released=target not in TEST_TARGETS)
     for k in built:
         for d in k.head_dims:
             entries = tuple(k.entry(k, arch, d, mask, accumulate) for mask in MASKS for accumulate in k.accumulators)

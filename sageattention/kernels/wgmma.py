@@ -29,7 +29,7 @@ def _wgmma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, acc
     return Entry(
         kernels.attend_symbol(head_dim, mask, accumulate), f"attend_wgmma{form}<{config}>", AttendParams, 32 * t.warps, 1,
         f"attend_shared_bytes<{config}>()", WGMMA_LOCAL,
-        (f"SplitKvPartial<{config}>::kCtaBytes == {kernels.split_kv_bytes(head_dim)}",),
+        (f"SplitKvPartial<{config}>::kCtaBytes == {_split_kv_bytes(kernels.tiles)(head_dim)}",),
     )  # fmt: skip
 
 

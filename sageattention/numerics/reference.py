@@ -23,7 +23,6 @@ from .constants import (
     LN2,
     LOG2E,
     MASK_LIMIT,
-    NEGLIGIBLE_BIAS,
     QK_MAX,
     SCORE_LIMIT,
     TAIL_BOOST_LOG2,
@@ -31,6 +30,7 @@ from .constants import (
     k_mean_stride,
     pad_head_dim,
 )
+from .live_keys import live_keys, reachable
 from .scheme import Scheme
 
 LAZY_ROWS = 128  # queries of a block of the kernels with `lazy`
@@ -93,12 +93,17 @@ def emulate(
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     group = heads // k.shape[1] if heads else 1
+    len_kv = reachable(len_q, k.shape[2], is_causal)
+    k, v, live = k[:, :, :len_kv], v[:, :, :len_kv], None
+    if attn_mask is not None:
+        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))[..., :len_kv]
+        live = live_keys(attn_mask, k.shape[1], len_q, len_kv, is_causal)
     for b in range(batch):
         for h in range(heads):
             if h % group == 0:
-                masks = [_mask_of(attn_mask, b, i) for i in range(h, h + group)]
-                live = live_keys(masks, len_q, k.shape[2], is_causal)
-                keys, values = quantize_k(k[b, h // group], scheme, live), quantize_v(v[b, h // group], scheme, live)
+                own = None if live is None else _of(live, b, h // group)
+                own = None if own is None or own.all() else own
+                keys, values = quantize_k(k[b, h // group], scheme, own), quantize_v(v[b, h // group], scheme, own)
             o, lse[b, h] = _attend_head(q[b, h], keys, values, scheme, _mask_of(attn_mask, b, h), is_causal, scale)
             limit = torch.finfo(q.dtype).max
             out[b, h] = o[:, :head_dim].clamp(-limit, limit).to(q.dtype)
@@ -112,29 +117,6 @@ def rotate(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     if scheme.rotate:
         return x @ hadamard.matrix(head_dim).to(x.device)
     return x * (0.5 * head_dim**-0.5)  # the rotation's gain, so that the score scale is one formula
-
-
-def live_keys(masks: list[torch.Tensor | None], len_q: int, len_kv: int, is_causal: bool) -> torch.Tensor | None:
-    """The keys, [Nk] bool, that take part in the statistics of K and V; None for all of them.
-
-    A key takes no part where every query of every head in `masks`, [Nq | 1, Nk | 1] each, has it removed (False, −inf), does not reach it
-    (causal), or has it more than `NEGLIGIBLE_BIAS` under the largest bias of its row.
-    """
-    live = None
-    if is_causal and len_kv > len_q:
-        live = torch.arange(len_kv) < len_q
-    for number, mask in enumerate(masks):
-        if mask is None:
-            continue
-        causal = torch.ones(len_q, len_kv, dtype=torch.bool, device=mask.device).tril() if is_causal else True
-        if mask.dtype == torch.bool:
-            counts = mask & causal
-        else:
-            bias = torch.where(torch.as_tensor(causal, device=mask.device), mask.float(), -math.inf)
-            counts = (bias != -math.inf) & ~(bias < bias.amax(-1, keepdim=True) - NEGLIGIBLE_BIAS)
-        counts = counts.expand(-1, len_kv).any(0)
-        live = counts if number == 0 else live | counts
-    return live if live is None or not live.all() else None
 
 
 def _k_mean_sample(k: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
@@ -253,8 +235,8 @@ def _steps(tokens: int, head_dim: int, scheme: Scheme) -> list[_Step]:
 def _lazy_steps(
     rows: range, tokens: int, head_dim: int, scheme: Scheme, mask: torch.Tensor | None, is_causal: bool
 ) -> list[_Step]:
-    """Those of one block of queries, in the order of the kernel: the tiles with masked keys first, each step with an accumulator of its
-    own; then the full ones, unless it is a single one, `promote` keys to an accumulator. Without a dense mask, the last tile comes first."""
+    """The steps of one block of queries, in the kernel's order: tiles with masked keys first, each step with an accumulator of its own;
+    then full ones, unless there is a single one, `promote` keys to an accumulator. Without a dense mask the last tile comes first."""
     size, tiles = max(scheme.lazy // head_dim, 1), [(i, min(i + scheme.kv_tile, tokens)) for i in range(0, tokens, scheme.kv_tile)]
     if is_causal:
         tiles = [t for t in tiles if t[0] <= rows[-1]]
@@ -286,8 +268,12 @@ def _mask_of(mask: torch.Tensor | None, b: int, h: int) -> torch.Tensor | None:
     """The [Nq or 1, Nk or 1] slice of a broadcastable mask that belongs to batch b, head h."""
     if mask is None:
         return None
-    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
-    return mask[b if mask.shape[0] > 1 else 0, h if mask.shape[1] > 1 else 0]
+    return _of(mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)), b, h)
+
+
+def _of(t: torch.Tensor, b: int, h: int) -> torch.Tensor:
+    """The part of a tensor that broadcasts over batches and heads."""
+    return t[b if t.shape[0] > 1 else 0, h if t.shape[1] > 1 else 0]
 
 
 def _apply_mask(scores: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, factor: float, limit: float) -> torch.Tensor:

@@ -62,8 +62,8 @@ def route(
 
     Args:
         q: [B, Hq, Nq, D]; k, v: [B, Hkv, Nk, D], Hq a multiple of Hkv.
-        selection: one for all heads, or one for each of the Hq.
-        block_mask: bool [B or 1, Hq or 1, ⌈Nq/q_block⌉, ⌈Nk/64⌉], for "static": True is exact.
+        selection: one for all heads, or one for each of the Hq; "static" goes with `block_mask` alone.
+        block_mask: bool [B or 1, Hq or 1, ⌈Nq/q_block⌉, ⌈Nk/64⌉]: True is exact, in place of the scores.
         dtype: of the computation. fp64 takes every finite input; fp32 those whose squares are finite.
     """
     batch, heads, len_q, head_dim = q.shape
@@ -80,7 +80,7 @@ def route(
             visible = view.visible & live
             exact = (view.sinks | view.query_sinks | view.of_lists(view.near)) & view.of_lists(visible)
             rule = selection if isinstance(selection, Selection) else selection[h]
-            if rule.kind == "static":
+            if block_mask is not None:
                 exact |= _head_of(block_mask, b, h) & view.of_lists(visible)
             else:
                 exact |= view.of_lists(visible & ~view.whole)  # the diagonal of a causal call can't be in a tail

@@ -82,14 +82,14 @@ class BlockView:
         if g.key_mask is not None:
             live = g.key_mask[b][self.place]
         if g.block_len is not None:
-            filled = self._filled(b)
+            filled = self._filled(g.block_len, b)
             live = filled if live is None else live & filled
         return live
 
     def live_queries(self, b: int) -> torch.Tensor | None:
         """Rows of batch b that count in the queries' means, bool [Nq] in block order; None for all."""
-        shared = self.geometry.q_start == 0 and self.len_q == self.len_kv
-        return self._filled(b) if shared and self.geometry.block_len is not None else None
+        length, shared = self.geometry.block_len, self.geometry.q_start == 0 and self.len_q == self.len_kv
+        return self._filled(length, b) if shared and length is not None else None
 
     def seen_keys(self, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
         """Which of the keys each of the rows sees, by their positions: bool [rows, keys]; None for all."""
@@ -112,7 +112,6 @@ class BlockView:
             inside[start:stop] = True
         return torch.nn.functional.pad(inside[self.place], (0, -tokens % block)).view(-1, block).any(1)
 
-    def _filled(self, b: int) -> torch.Tensor:
-        length = self.geometry.block_len
+    def _filled(self, length: torch.Tensor, b: int) -> torch.Tensor:
         length = length if length.dim() == 1 else length[b if length.shape[0] > 1 else 0]
         return (torch.arange(BLOCK, device=self.device) < length[:, None]).flatten()[: self.len_kv]

@@ -28,7 +28,7 @@ from ..device.capability import Capability
 from ..errors import CudaError
 from ..kernels.family import MASKS
 from ..numerics.constants import pad_head_dim
-from ..variants import VARIANTS
+from ..variants import VARIANTS, Candidate
 from .problem import Problem
 
 FOLDER = "SAGEATTENTION_CACHE"  # replaces the user's cache directory
@@ -49,9 +49,9 @@ class Ignored(Exception):
 
 @dataclass(frozen=True)
 class Point:
-    """One call that was timed: milliseconds of torch's SDPA and of each variant.
+    """One call that was timed: milliseconds of torch's SDPA and of each candidate, by its text.
 
-    `off` holds the variants that were timed for nothing: reason by name. They are not chosen where this point counts.
+    `off` holds the candidates that were timed for nothing: reason by text. They are not chosen where this point counts.
     """
 
     head_dim: int  # compiled
@@ -63,14 +63,17 @@ class Point:
     ms: dict[str, float]
     off: dict[str, str] = field(default_factory=dict)
 
-    def faster(self) -> list[str]:
-        """The variants that beat SDPA, fastest first."""
-        return sorted((name for name, ms in self.ms.items() if ms * MARGIN < self.sdpa_ms), key=self.ms.__getitem__)
+    def faster(self) -> list[Candidate]:
+        """The candidates that beat SDPA, fastest first."""
+        faster = [name for name, ms in self.ms.items() if ms * MARGIN < self.sdpa_ms]
+        return [Candidate.parse(name) for name in sorted(faster, key=self.ms.__getitem__)]
 
-    def slower(self) -> list[tuple[str, str]]:
-        """(variant, reason) of those that don't."""
-        beaten = {name: f"{ms:.3g} ms, SDPA {self.sdpa_ms:.3g} ms" for name, ms in self.ms.items() if name not in self.faster()}
-        return list((beaten | self.off).items())
+    def slower(self) -> list[tuple[Candidate, str]]:
+        """(candidate, reason) of those that don't."""
+        faster = set(self.faster())
+        beaten = {Candidate.parse(name): f"{ms:.3g} ms, SDPA {self.sdpa_ms:.3g} ms" for name, ms in self.ms.items()}
+        slower = {candidate: reason for candidate, reason in beaten.items() if candidate not in faster}
+        return list((slower | {Candidate.parse(name): reason for name, reason in self.off.items()}).items())
 
     def __str__(self) -> str:
         return f"head_dim {self.head_dim}, {self.heads} heads, {self.len_q:,} queries, {self.len_kv:,} keys, mask {self.mask}"
@@ -95,8 +98,9 @@ class Calibration:
             and p.heads * p.len_q * p.len_kv <= heads * problem.len_q * problem.len_kv
         ]  # fmt: skip
         longest = max(alike, key=lambda p: p.len_q * p.len_kv, default=None)
-        lost_early = longest and not longest.faster() and longest.len_q < LONGEST
-        return None if lost_early and problem.len_q * problem.len_kv >= REACH * longest.len_q * longest.len_kv else longest
+        if longest is None or longest.faster() or longest.len_q >= LONGEST:
+            return longest
+        return None if problem.len_q * problem.len_kv >= REACH * longest.len_q * longest.len_kv else longest
 
 
 def folder(environ: Mapping[str, str] = os.environ, system: str = "", home: str = "~") -> Path:
@@ -226,9 +230,8 @@ def _point(given: dict[str, Any]) -> Point:
         raise ValueError(f"a time of {given} is none")
     if not all(type(number) is int for number in (point.head_dim, point.heads, point.len_q, point.len_kv)):
         raise ValueError(f"a size of {given} is no whole number")
-    for candidate in point.ms:
-        name, _, accum = candidate.partition(":")
-        if accum not in ("", *VARIANTS[name].accum):
+    for candidate in map(Candidate.parse, point.ms):
+        if candidate.accum not in ("", *VARIANTS[candidate.variant].accum):
             raise ValueError(f"{candidate} is no variant")
     if point.mask not in MASKS or not isinstance(point.off, dict):
         raise ValueError(f"{given} is no point")

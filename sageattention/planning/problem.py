@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import sys
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import TorchOnly, Unsupported
+from ..layout import AXES
+from ..tracing import needs_grad
 
 if TYPE_CHECKING:
     import torch
 
 MAX_HEAD_DIM = 256  # of the variants; torch's own attention has no limit
-LAYOUTS = ("HND", "NHD")
 DTYPES = ("float16", "bfloat16", "float32")
 TORCH_DTYPES = (*DTYPES, "float64")
 _NUMBERS = (float, int, type(None))  # of which a scale usually is
@@ -42,6 +42,7 @@ class Problem(NamedTuple):
     varlen: bool = False
     needs_grad: bool = False  # autograd records this call, backward or forward
     head_dim_v: int = 0  # V's, where it differs from that of Q and K
+    mask_shape: tuple[int, int, int] = (1, 1, 1)  # batches, heads, queries of the mask: 1 where it is the same for all
 
     @property
     def empty(self) -> bool:
@@ -85,7 +86,7 @@ class Problem(NamedTuple):
         _check_layout(tensor_layout)
         _check_rank(4, tensor_layout, (("q", q), ("k", k), ("v", v)))
         _check_alike(("q", q), ("k", k), ("v", v), accepted=TORCH_DTYPES)
-        heads, tokens = _axes(tensor_layout)
+        heads, tokens = AXES[tensor_layout]
         (batch, head_dim), heads_q, heads_kv = (q.shape[0], q.shape[3]), q.shape[heads], k.shape[heads]
         len_q, len_kv = q.shape[tokens], k.shape[tokens]
         if k.shape[0] != batch:
@@ -95,19 +96,19 @@ class Problem(NamedTuple):
         _check_heads(heads_q, heads_kv)
         _check_head_dim(None, ("q", q), ("k", k))
         _check_head_dim(None, ("v", v))
-        mask = "none"
+        mask, mask_shape = "none", (1, 1, 1)
         if attn_mask is not None:
-            mask = _check_mask(attn_mask, (batch, heads_q, len_q, len_kv), q)
+            mask, mask_shape = _check_mask(attn_mask, (batch, heads_q, len_q, len_kv), q)
         return cls(
             batch, heads_q, heads_kv, len_q, len_kv, head_dim, _dtype_name(q), *_device(q), tensor_layout,
             as_flag("is_causal", is_causal), mask,
             _scale(sm_scale, head_dim), as_flag("return_lse", return_lse), needs_grad=needs_grad(q, k, v, attn_mask),
-            head_dim_v=0 if v.shape[3] == head_dim else v.shape[3],
+            head_dim_v=0 if v.shape[3] == head_dim else v.shape[3], mask_shape=mask_shape,
         )  # fmt: skip
 
     @classmethod
-    def from_kv(cls, k: torch.Tensor, v: torch.Tensor, *, tensor_layout: str) -> Problem:
-        """K and V alone, for `with_query` to complete.
+    def from_kv(cls, k: torch.Tensor, v: torch.Tensor, *, tensor_layout: str, key_mask: torch.Tensor | None = None) -> Problem:
+        """K and V alone, for `with_query` to complete. Its mask is "bool" where some keys are hidden from every query.
 
         Raises:
             Unsupported: as `from_tensors`, but never of q.
@@ -117,11 +118,14 @@ class Problem(NamedTuple):
         _check_alike(("k", k), ("v", v))
         _check_kv(k, v)
         _check_head_dim(MAX_HEAD_DIM, ("k", k))
-        heads, tokens = _axes(tensor_layout)
+        heads, tokens = AXES[tensor_layout]
         batch, heads_kv, len_kv, head_dim = k.shape[0], k.shape[heads], k.shape[tokens], k.shape[3]
+        mask, mask_shape = "none", (1, 1, 1)
+        if key_mask is not None:
+            mask, mask_shape = _check_key_mask(key_mask, batch, len_kv, k)
         return cls(
-            batch, heads_kv, heads_kv, len_kv, len_kv, head_dim, _dtype_name(k), *_device(k), tensor_layout,
-            sm_scale=_scale(None, head_dim), needs_grad=needs_grad(k, v),
+            batch, heads_kv, heads_kv, len_kv, len_kv, head_dim, _dtype_name(k), *_device(k), tensor_layout, mask=mask,
+            sm_scale=_scale(None, head_dim), needs_grad=needs_grad(k, v), mask_shape=mask_shape,
         )  # fmt: skip
 
     def with_query(
@@ -139,7 +143,7 @@ class Problem(NamedTuple):
             Unsupported: as `from_tensors`.
         """
         _check_rank(4, self.layout, (("q", q),))
-        heads, tokens = _axes(self.layout)
+        heads, tokens = AXES[self.layout]
         given = (q.shape[0], q.shape[3], _dtype_name(q), *_device(q))
         quantised = (self.batch, self.head_dim, self.dtype, self.device, self.device_index)
         if given != quantised:
@@ -147,12 +151,14 @@ class Problem(NamedTuple):
         _check_heads(q.shape[heads], self.heads_kv)
         if needs_grad(q, attn_mask):
             raise Unsupported("q", "a gradient is asked for, and attention to quantised k and v has none")
-        mask = "none"
+        mask, mask_shape = "none", (1, 1, 1)
+        if attn_mask is None and self.mask != "none":
+            raise Unsupported("attn_mask", "is None, and k and v were quantised with a key_mask; pass a mask that hides those keys")
         if attn_mask is not None:
-            mask = _check_mask(attn_mask, (self.batch, q.shape[heads], q.shape[tokens], self.len_kv), q)
+            mask, mask_shape = _check_mask(attn_mask, (self.batch, q.shape[heads], q.shape[tokens], self.len_kv), q)
         return self._replace(
             heads_q=q.shape[heads], len_q=q.shape[tokens], causal=as_flag("is_causal", is_causal), mask=mask,
-            sm_scale=_scale(sm_scale, self.head_dim), return_lse=as_flag("return_lse", return_lse),
+            sm_scale=_scale(sm_scale, self.head_dim), return_lse=as_flag("return_lse", return_lse), mask_shape=mask_shape,
         )  # fmt: skip
 
     @classmethod
@@ -230,28 +236,8 @@ def _dtype_name(t: torch.Tensor) -> str:
     return str(t.dtype)[6:]  # "torch.float16" → "float16"
 
 
-def _axes(layout: str) -> tuple[int, int]:
-    """Where heads and tokens are."""
-    return (1, 2) if layout == "HND" else (2, 1)
-
-
 def _device(t: torch.Tensor) -> tuple[str, int]:
     return t.device.type, -1 if t.device.index is None else t.device.index
-
-
-def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd records a call with these: for a backward pass, or with a tangent beside it (forward mode)."""
-    for t in tensors:
-        if t is not None and t.requires_grad:
-            import torch
-
-            if torch.is_grad_enabled():
-                return True
-            break
-    forward = sys.modules.get("torch.autograd.forward_ad")
-    if forward is None or forward._current_level < 0:  # as its `unpack_dual` asks first, each time
-        return False
-    return any(t is not None and forward.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _check_rank(rank: int, layout: str, tensors: tuple[tuple[str, torch.Tensor], ...]) -> None:
@@ -271,14 +257,15 @@ def check_plain(name: str, t: torch.Tensor) -> None:
         raise TorchOnly(name, "is a nested tensor, accepted is a dense one: pad it (and mask), or call sageattn_varlen")
     if str(t.layout) != "torch.strided":
         raise Unsupported(name, f"its layout is {t.layout}, accepted is a dense tensor; call .to_dense()")
-    base = next(c for c in type(t).__mro__ if c.__module__ == "torch" and c.__name__ == "Tensor")
-    if type(t).__torch_dispatch__ is not base.__torch_dispatch__:
+    own: Any = type(t)
+    base: Any = next(c for c in own.__mro__ if c.__module__ == "torch" and c.__name__ == "Tensor")
+    if own.__torch_dispatch__ is not base.__torch_dispatch__:
         kind = Unsupported if type(t).__name__ == "FakeTensor" else TorchOnly
         raise kind(name, f"is a {type(t).__name__}, which may hold no data of its own; accepted is a plain torch.Tensor")
 
 
 def _check_layout(layout: str) -> None:
-    if layout not in LAYOUTS:
+    if not isinstance(layout, str) or layout not in AXES:
         raise Unsupported("tensor_layout", f"got {layout!r}, accepted are 'HND' [B, H, N, D] and 'NHD' [B, N, H, D]")
 
 
@@ -312,7 +299,8 @@ def _check_head_dim(limit: int | None, first: tuple[str, torch.Tensor], *others:
         raise Unsupported(leader, f"its head_dim is {head_dim}, accepted are 1 to {MAX_HEAD_DIM}")
 
 
-def _check_mask(mask: torch.Tensor, scores: tuple[int, int, int, int], q: torch.Tensor) -> str:
+def _check_mask(mask: torch.Tensor, scores: tuple[int, int, int, int], q: torch.Tensor) -> tuple[str, tuple[int, int, int]]:
+    """(`Problem.mask`, `Problem.mask_shape`)"""
     if not hasattr(mask, "dim"):
         raise Unsupported("attn_mask", f"got {type(mask).__name__}, accepted is a torch.Tensor, bool (True keeps) or float (added)")
     check_plain("attn_mask", mask)
@@ -322,11 +310,26 @@ def _check_mask(mask: torch.Tensor, scores: tuple[int, int, int, int], q: torch.
         raise Unsupported("attn_mask", f"its shape is {shape}, accepted is one that broadcasts to [B, H, Nq, Nk] = {list(scores)}")
     if mask.device != q.device:
         raise Unsupported("attn_mask", f"is on {mask.device}, q is on {q.device}; they must be on one device")
+    each = tuple(1 if stride == 0 else size for size, stride in zip(shape, mask.stride()))[:-1]
+    mask_shape = (1,) * (3 - len(each)) + each
     if _is_bool(mask):
-        return "bool"
+        return "bool", mask_shape
     if _dtype_name(mask) not in DTYPES and mask.dtype != q.dtype:
         raise Unsupported("attn_mask", f"its dtype is {mask.dtype}, accepted are bool (True keeps) and {', '.join(DTYPES)} (added)")
-    return "additive"
+    return "additive", mask_shape
+
+
+def _check_key_mask(mask: torch.Tensor, batch: int, len_kv: int, k: torch.Tensor) -> tuple[str, tuple[int, int, int]]:
+    """As `_check_mask`."""
+    if not hasattr(mask, "dim"):
+        raise Unsupported("key_mask", f"got {type(mask).__name__}, accepted is a torch.Tensor of bool (True keeps)")
+    check_plain("key_mask", mask)
+    if not _is_bool(mask) or mask.dim() != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != len_kv:
+        accepted = f"bool (True keeps) of shape [B | 1, Nk] = {[batch, len_kv]}"
+        raise Unsupported("key_mask", f"got {mask.dtype} of shape {tuple(mask.shape)}, accepted is {accepted}")
+    if mask.device != k.device:
+        raise Unsupported("key_mask", f"is on {mask.device}, k is on {k.device}; they must be on one device")
+    return "bool", (mask.shape[0] if mask.stride(0) else 1, 1, 1)
 
 
 def _is_bool(mask: torch.Tensor) -> bool:
@@ -364,5 +367,5 @@ def _length(name: str, given: int) -> int:
     except (TypeError, ValueError, OverflowError, RuntimeError):  # no number, infinite, of several elements
         length = -1
     if length < 0:
-        raise Unsupported(name, f"got {given!r}, accepted are lengths ≥ 0")
+        raise Unsupported(name, f"got {given!r}, accepted are lengths >= 0")
     return length

@@ -1,7 +1,7 @@
 """What `auto` runs: one table of rules. The first rule that holds for a call names the variants to try, best first; SDPA ends each.
 
-A rule rests on a measurement (docs/kernels.md) or on the static model: the tensor cores' rates below, which say how much less time
-both products take than in 16-bit attention. The fastest variant goes first, whatever its rounding costs within the bounds of
+A rule rests on a measurement (docs/kernels.md) or on the static model: the tensor cores' rates (docs/kernels.md), which say how much
+less time both products take than in 16-bit attention. The fastest variant goes first, whatever its rounding costs within the bounds of
 `workloads.KINDS`; who prefers another one names it. A variant without a kernel here is passed by, with the reason.
 What `bench --calibrate` measured on the very card goes before the table.
 """
@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..device.capability import Capability
 from ..numerics.constants import HEAD_DIMS, pad_head_dim
-from ..numerics.scheme import Scheme
-from ..variants import CUDA_FP8, CUDA_FP8_SM90, CUDA_FP16, CUDA_INT8, TRITON_FP16, VARIANTS
+from ..variants import CUDA_FP8, CUDA_FP8_SM90, CUDA_FP16, CUDA_INT8, TRITON_FP16, Candidate
 from .problem import Problem
 
 if TYPE_CHECKING:
@@ -25,18 +24,6 @@ if TYPE_CHECKING:
 MIN_TOKENS = 1024
 # Queries a block of an attention kernel takes; a rule's `waves` are such blocks per multiprocessor.
 BLOCK = 128
-
-# Dense multiply-accumulates per clock and multiprocessor, by operands and accumulator, of the GeForce card of each architecture
-# (white papers: Turing, A100, GA102, Ada, H100, RTX Blackwell). Professional cards of 7.5, 8.6, 8.9 and 12.0 accumulate in fp32 at the
-# full rate, so that 16-bit attention is twice as fast there. 9.0 by wgmma.
-MMA_RATES: dict[int, dict[tuple[str, str], int]] = {
-    75: {("int8", "int32"): 1024, ("fp16", "fp16"): 512, ("fp16", "fp32"): 256},
-    80: {("int8", "int32"): 2048, ("fp16", "fp16"): 1024, ("fp16", "fp32"): 1024},
-    86: {("int8", "int32"): 1024, ("fp16", "fp16"): 512, ("fp16", "fp32"): 256},
-    89: {("int8", "int32"): 1024, ("fp16", "fp16"): 512, ("fp16", "fp32"): 256, ("fp8", "fp16"): 1024, ("fp8", "fp32"): 512},
-    90: {("int8", "int32"): 4096, ("fp16", "fp16"): 2048, ("fp16", "fp32"): 2048, ("fp8", "fp16"): 4096, ("fp8", "fp32"): 4096},
-}
-MMA_RATES[120] = MMA_RATES[89]
 
 # Cards of compute capability 7.5 without tensor cores (TU116, TU117): an MMA runs there, at a fiftieth of the rate. CUDA has no
 # attribute for it, so the name has to tell.
@@ -53,7 +40,7 @@ class Rule:
 
     Attributes:
         archs: the families (compute capabilities) it is for.
-        order: variants, best first, each "name" or "name:pv_accum_dtype"; SDPA comes after them, so an empty order is SDPA.
+        order: candidates, best first; SDPA comes after them, so an empty order is SDPA.
         basis: a key of `BASIS`.
         why: in a few words, for `explain`.
         head_dims: the compiled head dimensions it is for.
@@ -65,7 +52,7 @@ class Rule:
     """
 
     archs: tuple[int, ...]
-    order: tuple[str, ...]
+    order: tuple[Candidate, ...]
     basis: str
     why: str
     head_dims: tuple[int, ...] = HEAD_DIMS
@@ -99,30 +86,30 @@ class Rule:
 class Choice:
     """What a call should try, best first and without SDPA, which comes last; `reason` is the row that decided."""
 
-    order: tuple[str, ...]
+    order: tuple[Candidate, ...]
     reason: str
     basis: str  # of the row: "measured", "static", "calibrated", or "" where none applied
-    rejected: tuple[tuple[str, str], ...] = ()  # looked at and known to be no gain
+    rejected: tuple[tuple[Candidate, str], ...] = ()  # looked at and known to be no gain
 
 
-_ACCURATE, _FAST16 = CUDA_FP16.name, f"{CUDA_FP16.name}:fp16+fp32"
-_FAST8 = f"{CUDA_FP8.name}:fp32+fp16"
+_ACCURATE, _FAST16, _FAST8 = Candidate(CUDA_FP16.name), Candidate(CUDA_FP16.name, "fp16+fp32"), Candidate(CUDA_FP8.name, "fp32+fp16")
+_HOPPER8, _INT8, _TRITON = Candidate(CUDA_FP8_SM90.name), Candidate(CUDA_INT8.name), Candidate(TRITON_FP16.name)
 
 RULES: tuple[Rule, ...] = (
     Rule((75,), (), "static", "this card has no tensor cores", cards=NO_TENSOR_CORES),
     # No Triton: it has no INT8 product for 7.5.
-    Rule((75,), (CUDA_INT8.name, _FAST16), "static", "INT8 products at four times the rate of fp16 with fp32 sums"),
-    Rule((80,), (CUDA_INT8.name, _ACCURATE, TRITON_FP16.name), "static", "INT8 products at twice the rate of fp16"),
-    Rule((86,), (CUDA_INT8.name, _FAST16, TRITON_FP16.name), "static", "INT8 products at four times the rate of fp16 with fp32 sums"),
+    Rule((75,), (_INT8, _FAST16), "static", "INT8 products at four times the rate of fp16 with fp32 sums"),
+    Rule((80,), (_INT8, _ACCURATE, _TRITON), "static", "INT8 products at twice the rate of fp16"),
+    Rule((86,), (_INT8, _FAST16, _TRITON), "static", "INT8 products at four times the rate of fp16 with fp32 sums"),
     # FP8 with fp16 sums has the same rate and more instructions around it (docs/kernels.md), and rounds more.
     Rule(
-        (89, 120), (CUDA_INT8.name, _FAST8, _FAST16, TRITON_FP16.name), "static",
+        (89, 120), (_INT8, _FAST8, _FAST16, _TRITON), "static",
         "INT8 and FP8 products at four times the rate of fp16 with fp32 sums",
     ),
     # Whole calls, cuDNN = 1, FP8: at 4,096 to 4,608 tokens 1.32 to 1.47 at head_dim 128, 1.21 at 64 and 1.32 at 40.
     # Masks were not measured.
     Rule(
-        (90,), (CUDA_FP8_SM90.name, CUDA_FP16.name), "measured", "INT8 and FP8 products by wgmma, faster than cuDNN quantising included",
+        (90,), (_HOPPER8, _ACCURATE), "measured", "INT8 and FP8 products by wgmma, faster than cuDNN quantising included",
         (64, 128), ("none",), min_q=4096, min_kv=4096,
     ),
     # mma.sync, all that we have for it, reaches a part of what cuDNN's tcgen05 kernels do.
@@ -141,7 +128,7 @@ def choose(problem: Problem, card: Capability, arch: int, calibration: Calibrati
     if problem.needs_grad:
         return Choice((), "a gradient is asked for, and quantised attention has none", "")
     point = calibration.point(problem) if calibration and arch == card.arch else None
-    if point:
+    if calibration and point:
         return Choice(tuple(point.faster()), f"calibration of {calibration.made_at}, at {point}", "calibrated", tuple(point.slower()))
     miss = ""
     for rule in rules(arch, card.name):
@@ -169,18 +156,3 @@ def waves(problem: Problem, card: Capability) -> float:
     """Blocks of queries for each multiprocessor; infinite where their number is not known."""
     blocks = problem.batch * problem.heads_q * -(-problem.len_q // BLOCK)
     return blocks / card.multiprocessors if card.multiprocessors else float("inf")
-
-
-def scheme(candidate: str) -> Scheme:
-    """How "name" or "name:pv_accum_dtype" rounds."""
-    name, _, accum = candidate.partition(":")
-    variant = VARIANTS[name]
-    return variant.accum[accum] if accum else variant.scheme
-
-
-def mma_gain(arch: int, candidate: str) -> float:
-    """By the static model, how many times less the tensor cores work than in fp16 attention with fp32 accumulators."""
-    rates, how = MMA_RATES[family(arch)], scheme(candidate)
-    accumulator = {"fp8": "fp32"}.get(how.accumulate, how.accumulate)
-    both = 1 / rates["int8", "int32"] + 1 / rates[how.pv, accumulator]
-    return 2 / rates["fp16", "fp32"] / both

@@ -99,7 +99,7 @@ class SparseProblem(NamedTuple):
         )  # fmt: skip
         if q_start is None and p.len_q == p.len_kv:
             q_start = 0
-        problem = cls(
+        sparse = cls(
             p,
             selection,
             _threshold("tau", tau, selection, TAU, p, q, -math.inf if selection == "sol" else 0.0, math.inf),
@@ -113,8 +113,8 @@ class SparseProblem(NamedTuple):
             _within("query_sinks", token_ranges("query_sinks", query_sinks), p.len_q),
             tuple(name for name, t in zip(SparseTensors._fields, tensors) if t is not None),
         )
-        problem._check_tensors(q, tensors)
-        return problem, tensors
+        sparse._check_tensors(q, tensors)
+        return sparse, tensors
 
     def _check_tensors(self, q: torch.Tensor, tensors: SparseTensors) -> None:
         p = self.problem
@@ -130,13 +130,13 @@ class SparseProblem(NamedTuple):
                 raise Unsupported("order", f"holds a row twice or none of 0 to {p.len_kv - 1}; accepted is a permutation")
         if tensors.block_len is not None:
             shapes = [(blocks,), (1, blocks), (p.batch, blocks)]
-            _check("block_len", tensors.block_len, q, torch.int32, shapes, "[⌈Nk/64⌉] or [B, ⌈Nk/64⌉]")
+            _check("block_len", tensors.block_len, q, torch.int32, shapes, "[ceil(Nk/64)] or [B, ceil(Nk/64)]")
             _check_values("block_len", tensors.block_len, 0, BLOCK)
         if (tensors.block_mask is not None) != (self.selection == "static"):
             raise Unsupported("block_mask", f"selection {self.selection!r}: only 'static' takes a block mask, and needs one")
         if tensors.block_mask is not None:
             shapes = [(b, h, lists, blocks) for b in (1, p.batch) for h in (1, p.heads_q)]
-            shape = f"[B or 1, Hq or 1, ⌈Nq/{self.q_block}⌉, ⌈Nk/64⌉]"
+            shape = f"[B or 1, Hq or 1, ceil(Nq/{self.q_block}), ceil(Nk/64)]"
             _check("block_mask", tensors.block_mask, q, torch.bool, shapes, shape)
         if tensors.key_mask is not None:
             _check("key_mask", tensors.key_mask, q, torch.bool, [(p.batch, p.len_kv)], "[B, Nk], True where the key exists")
@@ -201,12 +201,12 @@ def _number(name: str, given: float, low: float, high: float) -> float:
 def _span(low: float, high: float) -> str:
     if math.isinf(low):
         return "finite numbers"
-    return f"finite numbers ≥ {low:g}" if math.isinf(high) else f"numbers from {low:g} to {high:g}"
+    return f"finite numbers >= {low:g}" if math.isinf(high) else f"numbers from {low:g} to {high:g}"
 
 
 def _count(name: str, given: int) -> int:
     if isinstance(given, bool) or not hasattr(given, "__index__") or given < 0:
-        raise Unsupported(name, f"got {given!r}, accepted is an integer ≥ 0")
+        raise Unsupported(name, f"got {given!r}, accepted is an integer >= 0")
     return int(given)
 
 

@@ -1,4 +1,4 @@
-"""The offsets of packed sequences: their values are read once, for a kernel that trusts wrong ones reads outside of its tensors."""
+"""cu_seqlens of packed sequences, validated once per tensor (a device sync): wrong offsets would make a kernel read out of bounds."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from ...device import libcuda
 from ...errors import CudaError, KernelMissing
 from ...kernels import store
+from ...kernels.architectures import ARCHITECTURES, PTX_DRIVER
 from ...kernels.binaries import Entry, Image
 from ...kernels.store import Unusable
 from . import launcher
@@ -111,7 +112,7 @@ def _launch_error(card: Device, stream: int, launches: tuple[Launch, ...], failu
     number, call, code = failure
     kernel, x, y, z, params, overlap = launches[number]
     return CudaError(
-        f"{call}: {libcuda.describe(code)}; launching {kernel.symbol} (grid {x}×{y}×{z}, block {kernel.threads}, "
+        f"{call}: {libcuda.describe(code)}; launching {kernel.symbol} (grid {x}x{y}x{z}, block {kernel.threads}, "
         f"{kernel.smem} bytes of dynamic shared memory, {len(params)} bytes of parameters{', overlapping' if overlap else ''}), "
         f"launch {number + 1} of {len(launches)} on stream {stream:#x} of {_named(card)}. "
         "The error may stem from earlier work on the device."
@@ -172,10 +173,10 @@ def _module(card: Device, image: Image) -> int:
 
 
 def _check_driver(image: Image) -> None:
-    version, branch = libcuda.PTX if image.is_ptx else libcuda.BLACKWELL if image.capability >= 100 else libcuda.CUBIN
+    version, branch = PTX_DRIVER if image.is_ptx else ARCHITECTURES[image.capability].driver
     if libcuda.cuda_version() < version:
         raise Unusable(
-            f"{store.KERNELS / image.path} needs an NVIDIA driver ≥ {branch} (CUDA {version // 1000}.{version % 1000 // 10}), "
+            f"{store.KERNELS / image.path} needs an NVIDIA driver >= {branch} (CUDA {version // 1000}.{version % 1000 // 10}), "
             f"this machine's is {libcuda.driver_version()}; update the driver"
         )
 

@@ -13,14 +13,17 @@ from typing import NamedTuple
 
 import torch
 
+from ... import torch_internals
 from ...kernels.params import AttendParams, ClassifyParams, QuantizeKParams, QuantizeVParams, packer
+from ...layout import strides
 from ...numerics.constants import BAND_ROWS, DTYPES, MASK_KINDS
-from ...planning.plan import Plan
+from ...planning.plan import CudaPlan
 from ...planning.problem import Problem
-from ..call import Result, result_like
+from ...planning.tile_lists import tile_list_shape
+from ..call import PreparedCall, QuantizedKV, Result, result_like
 from . import driver
 from .launcher import Launch
-from .workspace import LaunchPlan, launch_plan_of
+from .workspace import LaunchPlan, Workspace, launch_plan_of
 
 _MASK_KINDS = {getattr(torch, name): number for name, number in MASK_KINDS.items()}
 _pack_classify, _classify_constants = packer(ClassifyParams)
@@ -30,30 +33,27 @@ _pack_classify, _classify_constants = packer(ClassifyParams)
 
 
 @dataclass(frozen=True)
-class QuantizedKV:
-    """K and V of all heads, in the layout of the plan's kernels. Owns no float tensor of the caller's.
+class CudaQuantizedKV(QuantizedKV[CudaPlan]):
+    """K and V of all heads, in the layout of the plan's kernels."""
 
-    `problem` is the call that K and V were checked as.
-    """
-
-    problem: Problem
-    plan: Plan
+    workspace: Workspace | None  # where in the buffer everything lies; None where there is nothing to attend to
     buffer: torch.Tensor
 
 
-def run(call) -> Result:
+def run(call: PreparedCall[CudaPlan]) -> Result:
     """Quantise and attend."""
-    q, k, v, mask, p, plan, forms = call
+    q, k, v, mask, p, bound = call.q, call.k, call.v, call.mask, call.problem, call.bound
     out, lse = result_like(q, p)
     q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
     mask_at = 0 if mask is None else mask.data_ptr()
     unaligned = (q_at | out_at) % 16, (k_at | v_at) % 16, mask_at % 16
-    form = forms.get(unaligned)
+    form = bound.get(unaligned)
     if form is None:
-        launch_plan = launch_plan_of(p, plan)
+        launch_plan = launch_plan_of(p, call.plan)
         lists = None if mask is None else _lists(launch_plan, mask, unaligned[2])
-        form = forms[unaligned] = BoundCall(
-            launch_plan, lists, _bind_quantize(launch_plan, k, v, lists, unaligned[1]), _bind_attend(launch_plan, q, out, mask, lists, unaligned[0]),
+        form = bound[unaligned] = BoundCall(
+            launch_plan, lists, _bind_quantize(launch_plan, k, v, lists, unaligned[1]),
+            _bind_attend(launch_plan, q, out, mask, lists, unaligned[0]),
             launch_plan.workspace.size * min(2, len(launch_plan.groups)),
         )  # fmt: skip
     lists, size = form.lists, form.launch_plan.workspace.size
@@ -61,9 +61,9 @@ def run(call) -> Result:
     base, lse_at = ring.data_ptr(), 0 if lse is None else lse.data_ptr()
     launch_plan, lists_at = form.launch_plan, base + form.size
     live_at = lists_at + lists.live if lists else 0
-    chains = [
+    chains: list[tuple[Launch, ...]] = [
         (*_quantize_launches(launch_plan, quantize_bound, base + number % 2 * size, k_at, v_at, live_at),
-         _attend_launch(launch_plan, attend_bound, base + number % 2 * size, q_at, mask_at, lists_at, out_at, lse_at))
+         _attend_launch(launch_plan, attend_bound, launch_plan.workspace, base + number % 2 * size, q_at, mask_at, lists_at, out_at, lse_at))
         for number, (quantize_bound, attend_bound) in enumerate(zip(form.quantize_bound, form.attend_bound))
     ]  # fmt: skip
     if lists:
@@ -72,38 +72,46 @@ def run(call) -> Result:
     return out, lse
 
 
-def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: Plan) -> QuantizedKV:
-    """Quantise K and V, all heads in one group."""
+def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: CudaPlan, mask: torch.Tensor | None) -> CudaQuantizedKV:
+    """Quantise K and V, all heads in one group. Keys that the mask hides from every query take no part."""
     if problem.empty:
-        return QuantizedKV(problem, plan, torch.empty(0, dtype=torch.uint8, device=k.device))
+        return CudaQuantizedKV(problem, plan, None, torch.empty(0, dtype=torch.uint8, device=k.device))
     launch_plan = launch_plan_of(problem, plan, True)
     buffer = torch.empty(launch_plan.workspace.size, dtype=torch.uint8, device=k.device)
     k_at, v_at = k.data_ptr(), v.data_ptr()
-    (quantize_bound,) = _bind_quantize(launch_plan, k, v, None, (k_at | v_at) % 16)
-    _issue(launch_plan.device, [_quantize_launches(launch_plan, quantize_bound, buffer.data_ptr(), k_at, v_at, 0)])
-    return QuantizedKV(problem, plan, buffer)
+    lists, launches, live_at = None, (), 0
+    if mask is not None:
+        lists, space, launches = _classify(launch_plan, mask)
+        live_at = space.data_ptr() + lists.live
+    (quantize_bound,) = _bind_quantize(launch_plan, k, v, lists, (k_at | v_at) % 16)
+    _issue(launch_plan.device, [(*launches, *_quantize_launches(launch_plan, quantize_bound, buffer.data_ptr(), k_at, v_at, live_at))])
+    return CudaQuantizedKV(problem, plan, launch_plan.workspace, buffer)
 
 
-def attend_all(q: torch.Tensor, kv: QuantizedKV, problem: Problem, mask: torch.Tensor | None) -> Result:
+def attend(q: torch.Tensor, kv: CudaQuantizedKV, problem: Problem, mask: torch.Tensor | None) -> Result:
     """Attend every head of `q` to K and V that were quantised before."""
     out, lse = result_like(q, problem)
     launch_plan = launch_plan_of(problem, kv.plan, True)
     q_at, out_at, lse_at = q.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr()
-    lists, mask_at, lists_at = None, 0, 0
-    launches = []
+    lists, launches, mask_at, lists_at = None, (), 0, 0
     if mask is not None:
-        mask_at = mask.data_ptr()
-        lists = _lists(launch_plan, mask, mask_at % 16)
-        space = torch.empty(lists.size, dtype=torch.uint8, device=q.device)
-        lists_at = space.data_ptr()
-        launches.append(_classify_launch(launch_plan, lists, mask_at, lists_at))
+        lists, space, launches = _classify(launch_plan, mask)
+        mask_at, lists_at = mask.data_ptr(), space.data_ptr()
     (attend_bound,) = _bind_attend(launch_plan, q, out, mask, lists, (q_at | out_at) % 16)
-    launch = _attend_launch(launch_plan, attend_bound, kv.buffer.data_ptr(), q_at, mask_at, lists_at, out_at, lse_at)
+    launch = _attend_launch(launch_plan, attend_bound, kv.workspace, kv.buffer.data_ptr(), q_at, mask_at, lists_at, out_at, lse_at)
     _issue(launch_plan.device, [(*launches, (*launch[:5], False))])  # anything may be ahead of it on the stream
     return out, lse
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------------------
+
+
+def _classify(r: LaunchPlan, mask: torch.Tensor) -> tuple[_Lists, torch.Tensor, tuple[Launch, ...]]:
+    """A mask's lists, memory of their own, and the launches that fill it."""
+    at = mask.data_ptr()
+    lists = _lists(r, mask, at % 16)
+    space = torch.empty(lists.size, dtype=torch.uint8, device=mask.device)
+    return lists, space, (_classify_launch(r, lists, at, space.data_ptr()),)
 
 
 def _classify_launch(r: LaunchPlan, lists: _Lists, mask: int, at: int) -> Launch:
@@ -127,8 +135,10 @@ def _quantize_launches(r: LaunchPlan, group: BoundQuantize, base: int, k: int, v
     return (r.keys, group.key_blocks, 1, 1, keys, bool(live)), (r.values, group.value_blocks, 1, 1, values, True)
 
 
-def _attend_launch(r: LaunchPlan, group: BoundAttend, base: int, q: int, mask: int, lists: int, out: int, lse: int) -> Launch:
-    w, (q_strides, mask_strides, kept_strides, list_strides, out_strides, tail) = r.workspace, group.constants
+def _attend_launch(
+    r: LaunchPlan, group: BoundAttend, w: Workspace, base: int, q: int, mask: int, lists: int, out: int, lse: int
+) -> Launch:  # fmt: skip
+    q_strides, mask_strides, kept_strides, list_strides, out_strides, tail = group.constants
     kept = lists + group.kept if group.kept else 0
     done = base + w.split_kv_ready
     params = _pack_attend(
@@ -139,10 +149,10 @@ def _attend_launch(r: LaunchPlan, group: BoundAttend, base: int, q: int, mask: i
     return r.attend, group.blocks, 1, 1, params, True
 
 
-def _issue(device: int, chains: list) -> None:
+def _issue(device: int, chains: list[tuple[Launch, ...]]) -> None:
     """Run the groups' launches. Several groups alternate between the caller's stream and a second one, so that a group is quantised,
     and its first blocks start, while the last blocks of the one before still run."""
-    stream = torch._C._cuda_getCurrentRawStream(device)
+    stream = torch_internals.current_stream(device)
     if len(chains) == 1:
         driver.launch(device, stream, chains[0])
         return
@@ -213,44 +223,46 @@ def _mask_strides(mask: torch.Tensor) -> tuple[int, int, int, int]:
     return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
 
 
-def _runs_of(mask: torch.Tensor, count: int, unaligned: int) -> int:
-    """1 where `count` neighbouring elements of a row can be loaded at once."""
-    strides = _mask_strides(mask)
-    return int(strides[3] == 1 and not any(s % count for s in strides[:3]) and unaligned % (count * mask.element_size()) == 0)
+def _runs_of(mask: torch.Tensor, count: int, unaligned: int) -> bool:
+    """Whether `count` neighbouring elements of a row can be loaded at once."""
+    *rows, stride_k = _mask_strides(mask)
+    return stride_k == 1 and not any(s % count for s in rows) and unaligned % (count * mask.element_size()) == 0
+
+
+def _broadcast_strides(shape: tuple[int, int, int], size: int) -> tuple[int, int, int]:
+    """(batch, head, row) strides of contiguous rows of `size` words, 0 where there is one for all."""
+    batches, heads, rows = shape
+    return heads * rows * size if batches > 1 else 0, rows * size if heads > 1 else 0, size if rows > 1 else 0
 
 
 def _lists(r: LaunchPlan, mask: torch.Tensor, unaligned: int) -> _Lists:
-    p, strides = r.problem, _mask_strides(mask)
-    batches, heads = (size if stride else 1 for size, stride in zip(mask.shape, strides[:2]))
-    alike = not strides[2] and not p.causal  # one set of lists for all queries
-    bands = 1 if alike else -(-p.len_q // BAND_ROWS)
-    words, live_words = -(-r.tiles // 32), -(-r.len_kv // 32)
-    band = 2 * words
-    lists = batches * heads * bands * band * 4
-    tail = (heads, bands, p.len_q, r.len_kv, _MASK_KINDS[mask.dtype], p.causal, _runs_of(mask, 4, unaligned), r.plan.tile.block_n, words, live_words)
+    p, tile = r.problem, r.plan.tile
+    shape = tile_list_shape(p, r.len_kv, tile.block_n)
+    batches, heads, mask_rows, bands, words, live_words, is_bool = shape
     rows = bands * (p.heads_q // p.heads_kv if heads > 1 else 1)
-    is_bool, mask_rows = mask.dtype == torch.bool, p.len_q if strides[2] else 1
-    kept = lists + batches * heads * bands * live_words * 4
+    kept = shape.list_bytes + shape.live_bytes if is_bool else 0
+    quads = _runs_of(mask, 4, unaligned)
     return _Lists(
-        batches * heads * bands, _classify_constants(*strides, *tail),
-        (heads * bands * band if batches > 1 else 0, bands * band if heads > 1 else 0, 0 if alike else band, words,
-         1 if alike else r.plan.tile.block_m // BAND_ROWS),
-        (heads * bands * live_words if batches > 1 else 0, rows * live_words if heads > 1 else 0, rows, live_words),
-        lists, kept if is_bool else 0, (
-            heads * mask_rows * live_words if batches > 1 else 0, mask_rows * live_words if heads > 1 else 0, live_words if strides[2] else 0
-        ), kept + batches * heads * mask_rows * live_words * 4 * is_bool,
+        batches * heads * bands,
+        _classify_constants(
+            *_mask_strides(mask), heads, bands, p.len_q, r.len_kv, _MASK_KINDS[mask.dtype], p.causal, quads, tile.block_n, words, live_words
+        ),
+        (*_broadcast_strides((batches, heads, bands), 2 * words), words, 1 if bands == 1 else tile.block_m // BAND_ROWS),
+        (*_broadcast_strides((batches, heads, bands), live_words)[:1], rows * live_words if heads > 1 else 0, rows, live_words),
+        shape.list_bytes, kept, _broadcast_strides((batches, heads, mask_rows), live_words), shape.size,
     )  # fmt: skip
 
 
 def _bind_quantize(r: LaunchPlan, k: torch.Tensor, v: torch.Tensor, lists: _Lists | None, unaligned: int) -> tuple[BoundQuantize, ...]:
-    p, strides = r.problem, (_strides(k, r.problem), _strides(v, r.problem))
-    vectors = _vectors(p, unaligned, *strides)
+    p = r.problem
+    k_strides, v_strides = strides(k, p.layout), strides(v, p.layout)
+    vectors = _vectors(p, unaligned, k_strides, v_strides)
     live = lists.live_keys if lists else (0, 0, 0, 0)
     groups = []
     for first, bh_count in r.groups:
         shape = first, bh_count, p.heads_kv, r.len_kv, p.head_dim, DTYPES[p.dtype], vectors
-        keys = _quantize_k_constants(*strides[0], *strides[1], *live, *shape, *r.quantize_k_tail)
-        values = _quantize_v_constants(*strides[1], *live, *shape, *r.quantize_v_tail)
+        keys = _quantize_k_constants(*k_strides, *v_strides, *live, *shape, *r.quantize_k_tail)
+        values = _quantize_v_constants(*v_strides, *live, *shape, *r.quantize_v_tail)
         groups.append(BoundQuantize(bh_count * (r.k_ctas_per_head + r.v_chunks), keys, bh_count * r.v_ctas_per_head, values[-1]))
     return tuple(groups)
 
@@ -259,8 +271,9 @@ def _bind_attend(
     r: LaunchPlan, q: torch.Tensor, out: torch.Tensor, mask: torch.Tensor | None, lists: _Lists | None, unaligned: int
 ) -> tuple[BoundAttend, ...]:
     p = r.problem
-    q_strides, out_strides, mask_strides = _strides(q, p), _strides(out, p), (0, 0, 0, 0)
-    kind, pairs_at_once, heads_per_kv = 0, 0, p.heads_q // p.heads_kv
+    q_strides, out_strides = strides(q, p.layout), strides(out, p.layout)
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
+    kind, pairs_at_once, heads_per_kv = 0, False, p.heads_q // p.heads_kv
     if mask is not None:
         mask_strides, kind = _mask_strides(mask), _MASK_KINDS[mask.dtype]
         pairs_at_once = r.len_kv % 2 == 0 and _runs_of(mask, 2, mask.data_ptr() % 16)
@@ -283,13 +296,7 @@ def _bind_attend(
     return tuple(group(*g) for g in r.groups)
 
 
-def _strides(t: torch.Tensor, p: Problem) -> tuple[int, int, int]:
-    """(batch, head, token)"""
-    b, x, y, _ = t.stride()
-    return (b, y, x) if p.layout == "NHD" else (b, x, y)
-
-
-def _vectors(p: Problem, unaligned: int, *strides: tuple[int, int, int]) -> int:
+def _vectors(p: Problem, unaligned: int, *rows: tuple[int, int, int]) -> int:
     """1 where rows can be moved in pieces of 16 bytes."""
     per_piece = 16 // (4 if p.dtype == "float32" else 2)
-    return int(not unaligned and p.head_dim % 8 == 0 and not any(s % per_piece for three in strides for s in three))
+    return int(not unaligned and p.head_dim % 8 == 0 and not any(stride % per_piece for strides in rows for stride in strides))

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 from ...device import capability
 from ...kernels.table import CLASSIFY
 from ...numerics.constants import FINITE_MAX, LOG2E, QK_MAX, SCORE_LIMIT, k_mean_stride
-from ...planning.plan import WORKSPACE_LIMIT, Plan
+from ...planning.plan import CudaPlan
 from ...planning.problem import Problem
+from ...planning.tile_lists import tile_list_shape
 from . import driver
 from .launcher import Kernel
 
 QUANTIZE_K_SHARE = 0.6  # of the multiprocessors' room for blocks: the quantiser of K leaves the rest to the statistics of V,
 V_CHUNK_TOKENS, MAX_V_CHUNKS = (128, 512), 64  # whose blocks have so many tokens each; every block of `values` reads all their results
 ALIGN = 256
-MAX_LAUNCH_PLANS = 4096
 MAX_GRID = 2**31 - 1
 
 
@@ -45,7 +46,7 @@ class LaunchPlan:
     """Everything about a call's launches but its addresses and strides."""
 
     problem: Problem
-    plan: Plan  # kept alive here, so that its id, by which caches find it, stays its own
+    plan: CudaPlan
     classify: Kernel | None  # where there is a mask
     keys: Kernel
     values: Kernel
@@ -67,26 +68,19 @@ class LaunchPlan:
     attend_tail: tuple
 
 
-_launch_plans: dict[tuple, LaunchPlan] = {}
+@functools.lru_cache(maxsize=4096)
+def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False) -> LaunchPlan:
+    """The launches of a call, all heads in one group or in as many as the plan says.
 
-
-def launch_plan_of(p: Problem, plan: Plan, one_group: bool = False) -> LaunchPlan:
-    """The recipe of a call, all heads in one group or in as many as the plan says."""
-    key = p, id(plan), one_group
-    known = _launch_plans.get(key)
-    if known is None:
-        if len(_launch_plans) >= MAX_LAUNCH_PLANS:
-            _launch_plans.clear()
-        known = _launch_plans[key] = _new_launch_plan(p, plan, one_group)
-    return known
-
-
-def _new_launch_plan(p: Problem, plan: Plan, one_group: bool) -> LaunchPlan:
+    Raises:
+        KernelMissing: a kernel can't be loaded.
+    """
     scheme, names, d = plan.scheme, plan.kernels, plan.head_dim
     card = capability.of_device(p.device, p.device_index)
     quantizer, attention = plan.images
     masked = p.mask != "none"
-    keys, values = quantizer.entry(names.quantize_k_symbol(d, masked)), quantizer.entry(names.quantize_v_symbol(d))
+    live = masked and not one_group  # whose buffers lie in the same places whatever mask comes with the queries
+    keys, values = quantizer.entry(names.quantize_k_symbol(d, live)), quantizer.entry(names.quantize_v_symbol(d, live))
     kernels = (
         driver.kernel(p.device_index, quantizer, CLASSIFY.symbol, plan.variant.name) if masked else None,
         driver.kernel(p.device_index, quantizer, keys.symbol, plan.variant.name),
@@ -109,14 +103,15 @@ def _new_launch_plan(p: Problem, plan: Plan, one_group: bool) -> LaunchPlan:
     v_ctas_per_head = _runs(bh_count, units[1], values.min_blocks * card.multiprocessors)  # a warp has 256 / v_bits keys at a time
     q_tiles = -(-p.len_q // plan.tile.block_m)
     limit, shares, split_kv_flags = MAX_GRID, False, 0
-    if names.persistent and len(groups) == 1:
+    if names.split_kv_bytes is not None and len(groups) == 1:
         limit = card.multiprocessors
         items = q_tiles * bh_count * (p.heads_q // p.heads_kv)
         if not one_group:
             split_kv_flags = 2 * limit + 1
             # Causal items are dealt out longest first, which leaves nothing to share. A block waits for another one's part.
             shares = items > limit > 1 and items % limit > 0 and not (p.causal and not masked)
-            shares = shares and tiles * tile_bytes * bh_count + names.split_kv_bytes(d) * limit <= WORKSPACE_LIMIT["cuda"]
+            lists = tile_list_shape(p, len_kv, plan.tile.block_n).size if masked else 0
+            shares = shares and tiles * tile_bytes * bh_count + names.split_kv_bytes(d) * limit + lists <= CudaPlan.WORKSPACE_LIMIT
     qk_max = QK_MAX[scheme.qk]
     return LaunchPlan(
         p, plan, *kernels, p.device_index, groups,

@@ -60,8 +60,8 @@ def attend(
     mask,  # [B, Hq, Nq, Nk] by strides (0 where broadcast); bool as uint8, or float
     k8, k_scale, k_scale_max, k_mean, v16, v_scale,  # as `triton_quant` wrote them
     cu_seqlens_q, cu_seqlens_k,  # [B + 1], VARLEN only
-    q_stride_b, q_stride_n, q_stride_h,
-    out_stride_b, out_stride_n, out_stride_h,
+    q_stride_b, q_stride_h, q_stride_n,
+    out_stride_b, out_stride_h, out_stride_n,
     mask_stride_b, mask_stride_h, mask_stride_m, mask_stride_n,
     head0, heads_q, heads_kv, len_q, len_kv, slots,
     factor,  # |sm_scale| · 4·D, finite
@@ -84,6 +84,8 @@ def attend(
         len_q = (tl.load(cu_seqlens_q + batch + 1) - first).to(tl.int32)
         first_k = tl.load(cu_seqlens_k + batch).to(tl.int64)
         count = (tl.load(cu_seqlens_k + batch + 1) - first_k).to(tl.int32)
+        if CAUSAL:
+            count = tl.minimum(count, len_q)
         slot = head_kv * slots + first_k + batch * BLOCK_N
         base, out_base = first * q_stride_n, first * out_stride_n
     else:
