@@ -324,13 +324,12 @@ __device__ __forceinline__ void quantize_cta(const QuantizeKParams& p, const u8*
   };
   if (kSome && p.k_mean_given) {
     for (int c = threadIdx.x; c < kHeadDim; c += QuantizeKShared<Layout>::kThreads) shared.k_mean[c] = p.k_mean[bh * kHeadDim + c] * (0.5f / kHeadDim);
-  } else if (kSome && live.bits) {
-    const int samples = find_samples(p, live, shared);
-    reduce_rows<ChannelSum, kDtype, kVectors>(k, row_bytes, samples, p.head_dim, 1.0f / max(samples, 1), shared,
-                                              [&](int i) -> Row { return {row_of(shared.sample[i]), true}; }, keep_k_mean);
   } else {
-    reduce_rows<ChannelSum, kDtype, kVectors>(k, row_bytes, p.k_mean_samples, p.head_dim, 1.0f / p.k_mean_samples, shared,
-                                              [&](int i) -> Row { return {row_of(i * p.k_mean_step), true}; }, keep_k_mean);
+    const bool some = kSome && live.bits;
+    const int samples = some ? find_samples(p, live, shared) : p.k_mean_samples;
+    reduce_rows<ChannelSum, kDtype, kVectors>(
+        k, row_bytes, samples, p.head_dim, 1.0f / (kSome ? max(samples, 1) : samples), shared,
+        [&](int i) -> Row { return {row_of(some ? shared.sample[i] : i * p.k_mean_step), true}; }, keep_k_mean);
   }
   if (kSome && live.bits) {
     window = first * kKeys;
@@ -393,7 +392,7 @@ __device__ void quantize_k(const QuantizeKParams& p) {
     __threadfence();  // no block of the next launch starts before all of this one have come here
     grid_launch_dependents();
   }
-  with_access(p.dtype, p.vectorized, [&](auto type, auto vectors) {
+  const auto body = [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
     const auto head_of = [&](const Tokens& x, int bh) {
       const int batch = (p.bh_first + bh) / p.heads, head = (p.bh_first + bh) % p.heads;
@@ -413,27 +412,30 @@ __device__ void quantize_k(const QuantizeKParams& p) {
       const auto keep = [&](int result, int c, float value) { to[result * Layout::kHeadDim + c] = value; };
       const LiveRows live = live_of(bh);
       const auto row_of = [&](int i) { return kSome && p.order ? p.order[first + i] - first : i; };
-      if (kSome && live.bits) {
-        const int substitute = count_live(live, first, count, p.v_stats_live + block, shared);
-        if (substitute < 0) {
-          for (int c = threadIdx.x; c < Layout::kHeadDim; c += QuantizeKShared<Layout>::kThreads) keep(0, c, -kInf), keep(1, c, kInf), keep(2, c, 0.0f);
-        } else {
-          reduce_rows<ChannelStats, kDtype, decltype(vectors)::value>(
-              rows, row_bytes, count, p.head_dim, 1.0f / p.len, shared,
-              [&](int i) -> Row {
-                const bool counts = shared.live.get(first + i, first);
-                return {row_of(counts ? i : substitute), counts};
-              },
-              keep);
-        }
-      } else {
-        reduce_rows<ChannelStats, kDtype, decltype(vectors)::value>(rows, row_bytes, count, p.head_dim, 1.0f / p.len, shared,
-                                                                    [&](int i) -> Row { return {row_of(i), true}; }, keep);
-      }
+      const bool some = kSome && live.bits;
+      const int substitute = some ? count_live(live, first, count, p.v_stats_live + block, shared) : 0;
+      if (substitute < 0)
+        for (int c = threadIdx.x; c < Layout::kHeadDim; c += QuantizeKShared<Layout>::kThreads) keep(0, c, -kInf), keep(1, c, kInf), keep(2, c, 0.0f);
+      else
+        reduce_rows<ChannelStats, kDtype, decltype(vectors)::value>(
+            rows, row_bytes, count, p.head_dim, 1.0f / p.len, shared,
+            [&](int i) -> Row {
+              const bool counts = !some || shared.live.get(first + i, first);
+              return {row_of(counts ? i : substitute), counts};
+            },
+            keep);
       __threadfence();
       __syncthreads();  // all has been written
       if (threadIdx.x == 0) store_release(p.v_stats_ready + block, 1);
     }
+  };
+  with_dtype(p.dtype, [&](auto type) {
+    if constexpr (kSome && decltype(type)::value == kFloat32)  // rare, so it gets no code for vectors
+      body(type, Constant<0>{});
+    else if (p.vectorized)
+      body(type, Constant<1>{});
+    else
+      body(type, Constant<0>{});
   });
 }
 
