@@ -6,6 +6,7 @@
     python3 dev.py lint     ruff and mypy
     python3 dev.py build    the CUDA kernels (further arguments go to csrc/tools/build.py)
     python3 dev.py wheels   the launchers' wheels and their index (further arguments go to wheels/build.py)
+    python3 dev.py windows  installer, loader and launchers as on Windows, under wine (Linux; `--full` for all of it)
     python3 dev.py bench    the kernels' speed (further arguments go to `python -m sageattention bench`)
 
 Each makes .venv beside this file on its first run, with the packages that requirements-dev.txt pins (`test` also .clients, with
@@ -194,6 +195,13 @@ def wheels(here: bool, arguments: list[str]) -> int:
     return subprocess.call([python, str(ROOT / "wheels" / "build.py"), *arguments], cwd=ROOT)
 
 
+def windows(here: bool, arguments: list[str]) -> int:
+    python = _python(here)
+    if not here:
+        install("the launcher's compiler", WHEEL_TOOLS)
+    return subprocess.call([python, str(ROOT / "tests" / "windows" / "run.py"), *arguments], cwd=ROOT)
+
+
 def bench(here: bool, arguments: list[str]) -> int:
     return subprocess.call([_python(here), "-m", "sageattention", "bench", *arguments], cwd=ROOT)
 
@@ -202,7 +210,7 @@ def _python(here: bool) -> str:
     return sys.executable if here else environment()
 
 
-COMMANDS = {"demo": demo, "test": test, "lint": lint, "build": build, "wheels": wheels, "bench": bench}
+COMMANDS = {"demo": demo, "test": test, "lint": lint, "build": build, "wheels": wheels, "windows": windows, "bench": bench}
 
 
 def main() -> int:

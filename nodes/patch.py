@@ -20,7 +20,7 @@ CATEGORY = "model_patches"
 AUTO, DISABLED = "auto", "disabled"
 PREFIX = "sageattn_qk_int8_pv_"
 # SDPA is what "disabled" gives, and `reference` is for tests: a saved workflow that names it still runs it.
-CHOICES = [AUTO, DISABLED, *(v.name for v in VARIANTS.values() if v.backend in ("triton", "cuda"))]
+CHOICES = [AUTO, DISABLED, *(v.name for v in VARIANTS.values() if v.has_kernels)]
 
 DESCRIPTION = (
     "Runs the attention of this model on quantised kernels. Attention calls that the chosen variant can't do run on the "

@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.command} needs torch, which {sys.executable} does not have; `doctor` tells what else is missing.", file=sys.stderr)
         return 2
     try:
-        return importlib.import_module(f".cli.{args.command}", __package__).main(args)
+        command = "calibrate" if getattr(args, "calibrate", False) else args.command
+        return importlib.import_module(f".cli.{command}", __package__).main(args)
     except Unsupported as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

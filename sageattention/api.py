@@ -300,10 +300,10 @@ def available_variants(device: torch.device | str | None = None) -> list[Availab
         forced, malformed = (0, False), refused
     found = []
     for variant in VARIANTS.values():
-        error = refusal(variant, machine, *forced) or (malformed if variant.backend in ("triton", "cuda") else None)
+        error = refusal(variant, machine, *forced) or (malformed if variant.has_kernels else None)
         status = "ready" if error is None else "missing" if isinstance(error, KernelMissing) else "unsupported"
         reason = error.reason if error else ""
-        if error and device.type == "cpu" and variant.backend in ("triton", "cuda") and capability.torch_without_cuda():
+        if error and device.type == "cpu" and variant.has_kernels and capability.torch_without_cuda():
             reason = f"{reason}; {capability.torch_without_cuda()}"
         found.append(Availability(variant.name, variant.summary, status, reason))
     return found

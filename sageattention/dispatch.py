@@ -124,7 +124,10 @@ def _kernel_backend(variant: Variant) -> KernelBackend:
     if known is None:
         try:
             known = importlib.import_module(f".backends.{variant.backend}.host", __package__)
-        except ImportError as error:  # Triton's kernels are written for other releases than the one that is installed
+        except ImportError as error:
+            if variant is not TRITON_FP16:
+                raise
+            # Its kernels are written for other releases than the one that is installed.
             raise KernelMissing(variant.name, f"its kernels can't be imported with the Triton installed here: {error}") from error
         _BACKENDS[variant.backend] = known
     return known
@@ -272,7 +275,8 @@ def quantize_kv(
     if not isinstance(chosen, KernelPlan):
         raise Unsupported("variant", f"{chosen.variant.name} ({chosen.reason}) keeps no quantised K and V; name one that does")
     mask = None if key_mask is None else key_mask[:, None, None]
-    return _kernel_backend(chosen.variant).quantize(k, v, problem, chosen, mask)
+    kv = _kernel_backend(chosen.variant).quantize(k, v, problem, chosen, mask)
+    return replace(kv, made_on=torch.cuda.current_stream(k.device)) if k.is_cuda else kv
 
 
 def attend(
@@ -292,4 +296,6 @@ def attend(
     if problem.empty:
         return _empty(q, problem)
     kv = replace(kv, plan=plan_for(problem, kv.plan.variant.name, kv.plan.accum))  # this mask's kernel
+    if kv.made_on is not None:
+        kv.join(torch.cuda.current_stream(q.device))
     return _kernel_backend(kv.plan.variant).attend(q, kv, problem, _four_dims(attn_mask))

@@ -51,6 +51,11 @@ class Variant:
     sparse_kernels: tuple[KernelFamily, ...] = ()  # of block-sparse calls: by lists of tiles of 64 keys
 
     @property
+    def has_kernels(self) -> bool:
+        """Whether kernels of this package run it, not PyTorch's operators."""
+        return self.backend in ("triton", "cuda")
+
+    @property
     def schemes(self) -> dict[str, Scheme]:
         """All that it computes anywhere, by accumulator or kernels and accumulator."""
         own = {"default": self.scheme} if self.scheme else {}

@@ -24,6 +24,7 @@ from installer.wheel import write_wheel
 
 ROOT = Path(__file__).resolve().parent.parent
 PLATFORM = "win_amd64" if os.name == "nt" else f"manylinux_2_17_{os.uname().machine}.manylinux2014_{os.uname().machine}"
+TIMES = float(os.environ.get("SLOWER_TIMES", "1"))  # how many times longer than on a quiet machine anything may take: wine starts slowly
 HEALTHY = "def sageattn(q, k, v):\n    return q\n"
 DOCTOR = "import json, sys\nassert sys.argv[1:] == ['doctor', '--json']\nprint(json.dumps({'ok': True}))\n"
 RAISING = "raise ImportError('DLL load failed while importing _fused: the specified procedure could not be found.')\n"

@@ -21,6 +21,7 @@ DEMO_CSRC, DEMO_KERNELS = HERE / "demo/csrc", HERE / "demo/kernels"
 sys.path[:0] = [str(TOOLS), str(HERE.parent)]
 
 import build  # noqa: E402
+import launcher_wheel  # noqa: E402
 import nvrtc  # noqa: E402
 
 from sageattention.kernels.architectures import TARGETS  # noqa: E402
@@ -124,6 +125,24 @@ def build_stub(folder: Path) -> Stub:
         pytest.skip("no C compiler: the stub driver can't be built")
     subprocess.run([*compiler, "-shared", "-O1", "-o", str(path), str(HERE / "stub_driver.c")], check=True)
     return Stub(path)
+
+
+def build_launcher(folder: Path) -> Path:
+    """Build the compiled launcher's wheel, or take the one that STUB_LAUNCHER names; skips the test, visibly, where a tool is missing."""
+    ready = os.environ.get("STUB_LAUNCHER")
+    if ready:
+        return Path(ready)
+    tools = ("pybind11", "ziglang") if sys.platform == "win32" else ("pybind11", "setuptools")
+    missing = [tool for tool in tools if importlib.util.find_spec(tool) is None]
+    if sys.platform != "win32" and not (shutil.which("g++") or shutil.which("c++")):
+        missing.append("a C++ compiler")
+    if missing:
+        pytest.skip(f"the compiled launcher is not tested, there is no {', '.join(missing)}")
+    if sys.platform == "win32":
+        from installing import build as wheels
+
+        return wheels.build_launcher(sys.executable, "win_amd64", folder)
+    return launcher_wheel.build(folder)
 
 
 def install_images(kernels: Path, table: tuple[Image, ...] = TABLE) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from types import SimpleNamespace
@@ -337,6 +338,48 @@ def test_auto_runs_its_next_candidate_where_a_kernel_is_missing(monkeypatch, cap
 def test_what_was_not_quantised_is_not_attended(given):
     with pytest.raises(Unsupported, match=r"^kv: got .*quantize_kv"):
         sageattention.attend(qkv()[0], given)
+
+
+@pytest.mark.parametrize("capturing", [(), ("own",), ("own", "other")], ids=str)
+def test_quantised_k_and_v_wait_for_the_stream_that_makes_them(capturing, monkeypatch):
+    """By a stand-in for torch.cuda's streams; on a GPU test_gpu_behaviour has it."""
+    from dataclasses import dataclass
+
+    from sageattention.backends.call import QuantizedKV
+
+    told, active = [], ["own"]
+
+    @dataclass(frozen=True)
+    class Stream:
+        name: str
+
+        def wait_stream(self, other):
+            told.append((self.name, "waits for", other.name))
+
+    class Buffer(torch.Tensor):
+        def record_stream(self, stream):
+            told.append(("a buffer is kept for", stream.name))
+
+    @contextlib.contextmanager
+    def inside(stream):
+        active.append(stream.name)
+        yield
+        active.pop()
+
+    @dataclass(frozen=True)
+    class Kept(QuantizedKV):
+        buffer: torch.Tensor
+        slots: int
+
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: active[-1] in capturing)
+    kv = Kept(None, None, torch.zeros(3).as_subclass(Buffer), 3, made_on=Stream("other"))
+    kv.join(Stream("other"))
+    assert told == []
+    kv.join(Stream("own"))
+    waits = [("own", "waits for", "other")] if capturing != ("own",) else []  # work of before a capture is done by then
+    assert told == [*waits, ("a buffer is kept for", "own")]
+    Kept(None, None, torch.zeros(3), 3).join(Stream("own"))
 
 
 @pytest.mark.parametrize("mask", ["float16", "bfloat16", "float32"])

@@ -50,11 +50,11 @@ def problem(**changes):
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_rule_names_what_there_is(rule):
-    assert rule.basis in rules.BASIS and rule.why
+    assert rule.basis in rules.BASIS and rule.reason
     assert set(rule.head_dims) <= set(HEAD_DIMS) and set(rule.masks) <= {"none", "causal", "list"}
-    for candidate in rule.order:
+    for candidate in rule.candidates:
         variant = VARIANTS[candidate.variant]
-        assert variant.backend in ("triton", "cuda") and candidate.accum in ("", *variant.accum)
+        assert variant.has_kernels and candidate.accum in ("", *variant.accum)
         for arch in rule.archs:
             assert arch >= variant.min_arch and (not variant.archs or arch in variant.archs)
 
@@ -64,13 +64,13 @@ def test_every_family_has_a_rule_that_holds_for_a_long_call():
         assert choose(problem(len_q=32760, len_kv=32760), gpu(arch), arch).basis
 
 
-@pytest.mark.parametrize("rule", [r for r in RULES if r.basis == "static" and r.order], ids=str)
+@pytest.mark.parametrize("rule", [r for r in RULES if r.basis == "static" and r.candidates], ids=str)
 def test_a_static_order_follows_the_rates_of_the_tensor_cores(rule):
     """Fastest first; Triton, the same products with more around them, last."""
     for arch in rule.archs:
-        cuda = [mma_gain(arch, candidate) for candidate in rule.order if candidate != TRITON]
+        cuda = [mma_gain(arch, candidate) for candidate in rule.candidates if candidate != TRITON]
         assert cuda == sorted(cuda, reverse=True) and cuda[-1] > 1.3
-        assert TRITON not in rule.order[:-1]
+        assert TRITON not in rule.candidates[:-1]
 
 
 def test_the_model_in_figures():
@@ -97,15 +97,15 @@ def test_the_document_has_the_model_s_figures():
 @pytest.mark.parametrize("lengths", [(MIN_TOKENS - 1, 4096), (4096, 77)])
 def test_short_calls_stay_with_sdpa(arch, lengths):
     found = choose(problem(len_q=lengths[0], len_kv=lengths[1]), gpu(arch), arch)
-    assert not found.order
+    assert not found.candidates
     assert arch == 100 or re.search(r"under [\d,]+ (queries|keys)", found.reason)
 
 
 def test_a_call_that_does_not_fill_the_card_stays_with_sdpa():
     small = problem(heads_q=2, heads_kv=2)  # 64 blocks of 128 queries
-    assert not choose(small, gpu(89), 89).order and "fill the card" in choose(small, gpu(89), 89).reason
-    assert choose(small, gpu(89, multiprocessors=30), 89).order
-    assert choose(small, gpu(89, multiprocessors=0), 89).order  # not known: `doctor` without a card
+    assert not choose(small, gpu(89), 89).candidates and "fill the card" in choose(small, gpu(89), 89).reason
+    assert choose(small, gpu(89, multiprocessors=30), 89).candidates
+    assert choose(small, gpu(89, multiprocessors=0), 89).candidates  # not known: `doctor` without a card
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_call_that_does_not_fill_the_card_stays_with_sdpa():
 )
 def test_turing_without_tensor_cores_is_known_by_its_name(name, has):
     found = choose(problem(), gpu(75, name), 75)
-    assert bool(found.order) == has
+    assert bool(found.candidates) == has
     assert has or "no tensor cores" in found.reason
 
 

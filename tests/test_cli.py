@@ -254,7 +254,7 @@ def test_a_calibrations_table_fits_a_terminal():
     from sageattention.planning.calibration import LONGEST, Point
     from sageattention.variants import VARIANTS
 
-    names = [f"{name}:{accum}".rstrip(":") for name, v in VARIANTS.items() if v.backend in ("triton", "cuda") for accum in v.accum or [""]]
+    names = [f"{name}:{accum}".rstrip(":") for name, v in VARIANTS.items() if v.has_kernels for accum in v.accum or [""]]
     ms = {name: 100.0 + number for number, name in enumerate(names)}
     points = [Point(256, "causal", 16, LONGEST, LONGEST, 1234.5, ms), Point(64, "none", 16, 1024, 1024, 0.01, {names[0]: 1.0})]
     lines = calibrate.results(points).splitlines()

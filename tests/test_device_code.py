@@ -6,15 +6,12 @@ the quantisers alone, as wgmma is not emulated.
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import matrix
 import pytest
 import torch
-from stub import build
+from lane_compiler import COMPILER, compiled
 
 from sageattention import dispatch
 from sageattention.backends.call import PreparedCall
@@ -31,29 +28,7 @@ from sageattention.planning.plan import CudaPlan, plan
 from sageattention.planning.problem import Problem
 from sageattention.variants import CUDA_FP16, VARIANTS
 
-ROOT = Path(__file__).resolve().parents[1]
-COMPILER = shutil.which("g++") if sys.platform == "linux" else None
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux")
-
-SHARED = "extern __shared__ __align__(128) u8 stages[];"
-
-
-def compiled(arch: int, folder: Path, sources: tuple[str, ...], functions: str) -> ctypes.CDLL:
-    """Device code for the host: `functions`, in the namespace of the `sources` that they use."""
-    shutil.copytree(ROOT / "tests" / "lanes", folder, dirs_exist_ok=True)
-    for part in ("block", "common", "kernel", "layout"):
-        (folder / part).mkdir()
-        for source in (ROOT / "csrc" / part).glob("*.cuh"):
-            (folder / part / source.name).write_text(source.read_text().replace(SHARED, "u8* stages = dynamic_shared;"))
-    (folder / build.CONSTANTS).parent.mkdir()
-    (folder / build.CONSTANTS).write_text(build.constants())
-    unit, library = folder / "unit.cpp", folder / "lanes.so"
-    includes = "".join(f'#include "{name}"\n' for name in ("block.h", *sources))
-    unit.write_text(f"{includes}namespace sage {{\n{functions}}}\n")
-    options = ("-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-ffp-contract=off", f"-DARCH={arch}", f"-I{folder}", f"-I{ROOT}")
-    subprocess.run([COMPILER, *options, str(unit), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
-
 
 class Lanes:
     """A card that runs on the host: an architecture's quantisers and mma.sync attention of one head dimension."""

@@ -32,24 +32,7 @@ def library(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
-    """The compiled launcher's wheel, or the one that STUB_LAUNCHER names."""
-    import launcher_wheel
-
-    if os.environ.get("STUB_LAUNCHER"):
-        return Path(os.environ["STUB_LAUNCHER"])
-    pytest.importorskip("pybind11", reason="no pybind11: the compiled launcher is not tested")
-    if sys.platform == "win32":
-        pytest.importorskip("ziglang", reason="no ziglang: the compiled launcher is not tested")
-        sys.path.append(str(ROOT / "wheels"))
-        import build as wheels_build
-
-        return wheels_build.build_launcher(sys.executable, "win_amd64", tmp_path_factory.mktemp("wheel"))
-    pytest.importorskip("setuptools", reason="no setuptools: the compiled launcher is not tested")
-    import shutil
-
-    if not (shutil.which("g++") or shutil.which("c++")):
-        pytest.skip("no C++ compiler: the compiled launcher is not tested")
-    return launcher_wheel.build(tmp_path_factory.mktemp("wheel"))
+    return stub.build_launcher(tmp_path_factory.mktemp("wheel"))
 
 
 def forget() -> None:

@@ -9,7 +9,7 @@ import matrix
 import pytest
 import torch
 
-from sageattention import available_variants, sageattn
+from sageattention import attend, available_variants, quantize_kv, sageattn
 from sageattention.cli import workloads
 from sageattention.variants import VARIANTS
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 def ready() -> list[str]:
     """The variants with kernels of their own that run here; without a GPU all of them, for the tests to be listed as skipped."""
-    own = [name for name, variant in VARIANTS.items() if variant.backend in ("triton", "cuda")]
+    own = [name for name, variant in VARIANTS.items() if variant.has_kernels]
     if not torch.cuda.is_available():
         return own
     return [found.name for found in available_variants("cuda") if found.status == "ready" and found.name in own]
@@ -84,6 +84,39 @@ def test_a_thousand_repeats_give_the_same_bits(variant: str) -> None:
     expected = sageattn(*call, variant=variant)
     different = sum(not torch.equal(sageattn(*call, variant=variant), expected) for _ in range(1000))
     assert different == 0
+
+
+def test_quantised_k_and_v_are_used_on_another_stream_than_they_were_made_on(variant: str) -> None:
+    q, k, v = example(len_q=2000, len_kv=6000)
+    expected = attend(q, quantize_kv(k, v, variant=variant))
+    busy = torch.randn(6000, 6000, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(10):
+        made_on, used_on = torch.cuda.Stream(), torch.cuda.Stream()
+        with torch.cuda.stream(made_on):
+            for _ in range(3):
+                busy = (busy @ busy).clamp_(-1, 1)  # the quantising begins late
+            kv = quantize_kv(k, v, variant=variant)
+        with torch.cuda.stream(used_on):
+            out = attend(q, kv)
+        del kv  # its buffers must not be given away while they are read
+        with torch.cuda.stream(made_on):
+            spoiled = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(40)]
+        torch.cuda.synchronize()
+        assert torch.equal(out, expected)
+        del spoiled
+
+
+def test_quantised_k_and_v_made_before_a_capture_are_used_in_it(variant: str) -> None:
+    q, k, v = example()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        kv = quantize_kv(k, v, variant=variant)
+    expected = attend(q, kv)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(q, kv)
+    graph.replay()
+    assert torch.equal(out, expected)
 
 
 def test_poisoned_memory_is_never_read(variant: str) -> None:

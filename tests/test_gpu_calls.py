@@ -24,7 +24,7 @@ BOUND = 0.06  # the FP8 variants' relative L2 on normal inputs is under .04
 def functions() -> dict[str, Callable[..., Any]]:
     """`sageattn` and the function of each variant that is ready; without a GPU all, to be listed."""
     found = {"auto": sageattention.sageattn}
-    names = [name for name, variant in VARIANTS.items() if variant.backend in ("triton", "cuda")]
+    names = [name for name, variant in VARIANTS.items() if variant.has_kernels]
     if torch.cuda.is_available():
         names = [a.name for a in available_variants("cuda") if a.status == "ready" and a.name in names]
     return found | {name: getattr(sageattention, name) for name in names}

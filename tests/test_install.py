@@ -28,7 +28,7 @@ def test_installs_both_then_has_nothing_to_do(python, pack):
     before = {path: path.stat().st_mtime_ns for path in python.site.glob("sageattention*")}
     start = time.monotonic()
     second = python.install(pack)
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 3 * installing.TIMES
     assert (second["outcome"], second["message"]) == ("current", "sageattention 3.0.0 is up to date.")
     assert before == {path: path.stat().st_mtime_ns for path in python.site.glob("sageattention*")}
     assert result(pack)["outcome"] == "current"
@@ -224,7 +224,7 @@ def test_dry_run_and_print_change_nothing(python, pack):
 
 def test_the_printed_commands_install(python, pack):
     for command in python.install(pack, "--print")["message"].splitlines():
-        subprocess.run(shlex.split(command), check=True, capture_output=True)
+        subprocess.run(command if os.name == "nt" else shlex.split(command), check=True, capture_output=True)
     assert python.version() == "3.0.0"
     assert python.install(pack)["message"] == "sageattention 3.0.0 is up to date."
 
@@ -369,7 +369,7 @@ def test_the_real_package(python, tmp_path):
     assert doctor.returncode == 0 and "torch" in doctor.stdout
     start = time.monotonic()
     assert python.install(pack)["outcome"] == "current"
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 3 * installing.TIMES
     image = next((python.site / "sageattention" / "kernels").glob("sm_90a/*.xz"))
     data = bytearray(image.read_bytes())
     data[len(data) // 2] ^= 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -10,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from installing import HEALTHY, RAISING, ROOT, build
+from installing import HEALTHY, RAISING, ROOT, TIMES, build
 
-TORCH = importlib.metadata.version("torch")
+TORCH = "9.9.0"
 
 RUN = """
 import importlib.util, json, logging, sys, types
@@ -187,6 +186,9 @@ def _result(tmp_path: Path, site: Path, **changes: object) -> None:
     path = site / "sageattention"
     installed = {"path": str(path), "healthy": False, "fatal": True, "cause": "the import ends Python with code -11",
                  "stamp": path.stat().st_mtime_ns}  # fmt: skip
+    info = site / f"torch-{TORCH}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {TORCH}\n")
     file = tmp_path / "user" / "__sageattention" / "install.json"
     file.parent.mkdir(parents=True)
     data = {"python": sys.executable, "installed": installed, "torch": TORCH}
@@ -235,4 +237,4 @@ def test_below_a_millisecond(tmp_path, monkeypatch):
     )
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path / "bytecode"))
-    assert float(start(tmp_path, again).stdout) < 1e-3
+    assert float(start(tmp_path, again).stdout) < 1e-3 * TIMES

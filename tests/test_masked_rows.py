@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from test_device_code import COMPILER, compiled
+from lane_compiler import COMPILER, compiled
 
 from sageattention import sageattn
 from sageattention.backends import sdpa

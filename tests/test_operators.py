@@ -183,3 +183,16 @@ def test_copies_of_the_package_live_side_by_side():
     assert seen == ["_a_pack_bundled.attention.default", "_a_pack_bundled_2.attention.default"]
     _, graphs = nodes(lambda q, k, v: sageattention.sageattn(q, k, v, variant="reference"), q, k, v)
     assert graphs[0][0] == "sageattention.attention.default"
+
+
+def test_a_copy_in_a_folder_whose_name_torch_would_refuse():
+    """ComfyUI names a pack's modules by its path; torch's namespaces are ASCII."""
+    q, k, v = tensors()
+    name = "/home/Jörg/ComfyUI/custom_nodes/注意/sage-pack_x_1"
+    copy = load_copy(name)
+    try:
+        got, graphs = nodes(lambda q, k, v: copy.sageattn(q, k, v, variant="reference"), q, k, v)
+        assert torch.equal(got, sageattention.sageattn(q, k, v, variant="reference"))
+        assert graphs[0][0] == "_home_J_rg_ComfyUI_custom_nodes____sage_pack_x_1.attention.default"
+    finally:
+        forget_copy(name)

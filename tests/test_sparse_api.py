@@ -41,7 +41,7 @@ def by_the_algorithm(q, k, v, selection, geometry=DEFAULT, tail=True, block_mask
 
 
 def check(result, expected):
-    for got, wanted in zip(result, expected, strict=True):
+    for got, wanted in zip(tuple(result), tuple(expected), strict=True):
         torch.testing.assert_close(got.double(), wanted.double(), rtol=1e-5, atol=1e-5)
 
 
@@ -91,6 +91,14 @@ def test_arguments_reach_the_algorithm(name, layout):
     out, lse, share = sageattn_sparse(*turned, tensor_layout=layout, return_lse=True, return_share=True, **keywords)
     assert out.is_contiguous() and out.dtype == q.dtype and lse.dtype == share.dtype == torch.float32
     check((out if layout == "HND" else out.transpose(1, 2), lse, share), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CALLS)
+def test_the_reference_runs_on_a_gpu(name):
+    there = {key: x.cuda() if isinstance(x, torch.Tensor) else x for key, x in CALLS[name][0].items()}
+    result = sageattn_sparse(*(t.cuda() for t in qkv()), return_lse=True, return_share=True, variant="reference", **there)
+    check((t.cpu() for t in result), sageattn_sparse(*qkv(), return_lse=True, return_share=True, **CALLS[name][0]))
 
 
 @pytest.mark.parametrize("q_start", (None, 0, 100))

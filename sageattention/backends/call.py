@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -38,11 +38,26 @@ class PreparedCall(Generic[P]):
 class QuantizedKV(Generic[K]):
     """K and V, quantised by `plan`; each backend adds its buffers. Owns no float tensor of the caller's.
 
-    `problem` is the call that K and V were checked as.
+    `problem` is the call that K and V were checked as, `made_on` the CUDA stream that quantises them: the caller may be on another one
+    by the time of `attend`.
     """
 
     problem: Problem
     plan: K
+    made_on: torch.cuda.Stream | None = field(default=None, kw_only=True)
+
+    def join(self, current: torch.cuda.Stream) -> None:
+        """Let a stream wait for the quantising, and keep the buffers until it is through with them."""
+        if self.made_on is None or current == self.made_on:
+            return
+        with torch.cuda.stream(self.made_on):
+            captured = torch.cuda.is_current_stream_capturing()
+        # A capture begins when all work before it is done, and can't wait for that.
+        if captured or not torch.cuda.is_current_stream_capturing():
+            current.wait_stream(self.made_on)
+        for buffer in vars(self).values():
+            if isinstance(buffer, torch.Tensor):
+                buffer.record_stream(current)
 
 
 class Backend(Protocol):

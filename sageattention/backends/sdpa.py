@@ -34,7 +34,7 @@ def run(call: PreparedCall[Plan]) -> Result:
 def _zeroed_by_kernel(out: torch.Tensor, call: PreparedCall[Plan]) -> bool:
     """Give fully masked rows the 0 that not every backend of torch's gives them, by a kernel; False where torch's operators have to."""
     p = call.problem
-    if p.device != "cuda" or p.needs_grad or tracing.transformed():
+    if call.mask is None or p.device != "cuda" or p.needs_grad or tracing.transformed():
         return False
     return masked_rows.zero(out, call.mask, p, call.bound)
 

@@ -29,6 +29,7 @@ from . import workloads
 from .candidates import SDPA_BACKENDS, Attention, chosen_device, ready, sdpa_backend, variant
 from .mask_forms import MASK_FORMS, MaskForm
 from .text import table
+from .timing import gpu_ms
 from .workloads import MODELS, SHAPES, Shape
 
 if TYPE_CHECKING:
@@ -133,19 +134,6 @@ def time_shape(
             timer.turn()
     _summarise(rows, shape)
     return rows
-
-
-def gpu_ms(work: Callable[[], object]) -> float:
-    """The time between two CUDA events around `work`, in ms."""
-    import torch
-
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    work()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
 
 
 class _Timer:
@@ -310,10 +298,6 @@ def main(args: argparse.Namespace) -> int:
     """The command; exit code 0, also where there is no GPU (it says so and times one small shape on the CPU)."""
     import torch
 
-    if args.calibrate:
-        from . import calibrate
-
-        return calibrate.main(args)
     if args.reset:
         raise Unsupported("--reset", "goes with --calibrate: it removes what that made")
     shapes = [parse_shape(text) for text in args.shapes or (MODELS if args.models else QUICK_SHAPES if args.quick else SHAPES)]

@@ -21,9 +21,9 @@ from ..device import capability
 from ..errors import KernelMissing, Unsupported
 from ..planning import calibration
 from ..planning.calibration import Point
-from .bench import gpu_ms
 from .candidates import Attention, chosen_device, ready
 from .text import table
+from .timing import gpu_ms
 
 if TYPE_CHECKING:
     import torch
@@ -71,10 +71,12 @@ def candidates(device: torch.device) -> list[Attention]:
 
     found = {"sdpa": Attention("sdpa", torch.nn.functional.scaled_dot_product_attention)}
     for candidate in ready(device, accumulators=True)[0]:
-        backend = candidate.variant.backend if candidate.variant else ""
-        slow = backend == "triton" and capability.of_device("cuda", device.index or 0).arch < 80  # minutes to compile, no INT8 there
+        if candidate.variant is None or not candidate.variant.has_kernels:
+            continue
+        # Triton takes minutes to compile for such a card, and has no INT8 product there.
+        slow = candidate.variant.backend == "triton" and capability.of_device("cuda", device.index or 0).arch < 80
         known = any((c.variant, c.scheme) == (candidate.variant, candidate.scheme) for c in found.values())
-        if backend in ("triton", "cuda") and not slow and not known:
+        if not slow and not known:
             found[candidate.name] = candidate
     return list(found.values())
 

@@ -200,7 +200,7 @@ def main(args: argparse.Namespace) -> int:
     # A variant asked for by name has to be there; of the others, what is missing is told, and is not wrong.
     bad = [r for r in results if r.status in ("off", "failed") or (args.variants and r.status in ("missing", "unsupported"))]
     judged = {r.variant.partition(":")[0] for r in results if r.status in ("ok", "off", "failed")}
-    kernels = sorted(name for name in judged if VARIANTS[name].backend in ("triton", "cuda"))
+    kernels = sorted(name for name in judged if VARIANTS[name].has_kernels)
     code = 1 if bad else 0 if kernels or args.variants else 3
     if args.json:
         found = {"device": str(device), "ok": not bad, "kernels": kernels, "results": [asdict(r) for r in results]}

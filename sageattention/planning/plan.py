@@ -165,11 +165,11 @@ def plan(
             raise Unsupported("variant", f"got {variant!r}, accepted are 'auto', {', '.join(map(repr, VARIANTS))}")
         return _fit(problem, target, Candidate(variant, accum), "asked for by name")
     choice = rules.choose(problem, capability, target.family, calibration)
-    order, reason = choice.order, choice.reason
+    candidates, reason = choice.candidates, choice.reason
     if accum:
-        order, reason = _narrowed(order, accum), f"{reason}; pv_accum_dtype {accum!r} is asked for"
+        candidates, reason = _narrowed(candidates, accum), f"{reason}; pv_accum_dtype {accum!r} is asked for"
     rejected, missing = list(choice.rejected), dict(absent)
-    for candidate in order:
+    for candidate in candidates:
         if candidate in missing:
             rejected.append((candidate, missing[candidate]))
             continue
@@ -181,14 +181,14 @@ def plan(
         if accum and candidate.accum != accum:
             chosen = replace(chosen, reason=f"{reason}, and no variant that runs here has it")
         return replace(chosen, rejected=tuple(rejected), basis=choice.basis, auto=True)
-    reason = f"nothing is left of the {choice.reason}" if choice.order else choice.reason
+    reason = f"nothing is left of the {choice.reason}" if choice.candidates else choice.reason
     return Plan(SDPA, reason, target.family, auto=True, basis=choice.basis, rejected=tuple(rejected))
 
 
-def _narrowed(order: tuple[Candidate, ...], accum: str) -> tuple[Candidate, ...]:
+def _narrowed(candidates: tuple[Candidate, ...], accum: str) -> tuple[Candidate, ...]:
     """The candidates that can have the accumulator `accum`, with it, before all as they were."""
-    having = dict.fromkeys(Candidate(name, accum) for name, _ in order if accum in VARIANTS[name].accum)
-    return (*having, *(candidate for candidate in order if candidate not in having))
+    having = dict.fromkeys(Candidate(name, accum) for name, _ in candidates if accum in VARIANTS[name].accum)
+    return (*having, *(candidate for candidate in candidates if candidate not in having))
 
 
 def _fit(problem: Problem, target: Target, candidate: Candidate, reason: str) -> Plan:

@@ -40,9 +40,9 @@ class Rule:
 
     Attributes:
         archs: the families (compute capabilities) it is for.
-        order: candidates, best first; SDPA comes after them, so an empty order is SDPA.
+        candidates: best first; SDPA comes after them, so where there is none SDPA runs.
         basis: a key of `BASIS`.
-        why: in a few words, for `explain`.
+        reason: in a few words, for `explain`.
         head_dims: the compiled head dimensions it is for.
         masks: "none", "causal" or "list".
         min_q, min_kv: the shortest lengths, in tokens.
@@ -52,9 +52,9 @@ class Rule:
     """
 
     archs: tuple[int, ...]
-    order: tuple[Candidate, ...]
+    candidates: tuple[Candidate, ...]
     basis: str
-    why: str
+    reason: str
     head_dims: tuple[int, ...] = HEAD_DIMS
     masks: tuple[str, ...] = ("none", "causal", "list")
     min_q: int = MIN_TOKENS
@@ -78,15 +78,15 @@ class Rule:
 
     def __str__(self) -> str:
         archs = ", ".join(f"sm_{arch}" for arch in self.archs)
-        lengths = f", from {self.min_q:,} queries and {self.min_kv:,} keys" if self.order else ""
-        return f"rule for {archs}{lengths}: {self.why} ({BASIS[self.basis]})"
+        lengths = f", from {self.min_q:,} queries and {self.min_kv:,} keys" if self.candidates else ""
+        return f"rule for {archs}{lengths}: {self.reason} ({BASIS[self.basis]})"
 
 
 @dataclass(frozen=True)
 class Choice:
     """What a call should try, best first and without SDPA, which comes last; `reason` is the row that decided."""
 
-    order: tuple[Candidate, ...]
+    candidates: tuple[Candidate, ...]
     reason: str
     basis: str  # of the row: "measured", "static", "calibrated", or "" where none applied
     rejected: tuple[tuple[Candidate, str], ...] = ()  # looked at and known to be no gain
@@ -134,7 +134,7 @@ def choose(problem: Problem, card: Capability, arch: int, calibration: Calibrati
     for rule in rules(arch, card.name):
         why = rule.miss(problem, card)
         if not why:
-            return Choice(rule.order, str(rule), rule.basis)
+            return Choice(rule.candidates, str(rule), rule.basis)
         if not miss or pad_head_dim(problem.head_dim) in rule.head_dims:
             miss = why
     return Choice((), miss, "")

@@ -1,0 +1,156 @@
+"""A Windows CPython under wine, made of what PyPI has: enough to run the installer, the loader and the tests as on Windows.
+
+python3XX.dll and all extension modules are python.org's own, out of the wheel of panda3d; the runtime beside them is Microsoft's, out of
+msvc-runtime's. Lib/ is a Linux CPython's of the same minor version, with two lines changed for wine. python.exe and the launcher of
+virtual environments are small programs over that DLL, compiled by zig. Not to be had this way: a GPU, antivirus programs that hold files,
+a real console, NTFS's own rules.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TEST_TOOLS = ("pytest", "iniconfig", "packaging", "pluggy", "pygments", "colorama", "pytest-timeout", "hypothesis", "sortedcontainers")
+NOT_IN_LIB = shutil.ignore_patterns(
+    "site-packages", "lib-dynload", "test", "config-*", "__pycache__", "_sysconfigdata*", "idlelib", "tkinter"
+)
+
+
+class Unavailable(Exception):
+    """What is missing on this machine, and how to get it."""
+
+
+class Wine:
+    """A prefix: what wine has of a Windows."""
+
+    def __init__(self, prefix: Path):
+        if not (shutil.which("wine") and shutil.which("wineboot")):
+            raise Unavailable("wine is not installed: apt-get install --no-install-recommends wine wine64")
+        self.environment = {**os.environ, "WINEPREFIX": str(prefix), "WINEDEBUG": "-all", "WINEDLLOVERRIDES": "mscoree,mshtml=",
+                            "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUTF8": "0"}  # fmt: skip
+        for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
+            self.environment.pop(name, None)
+        if not (prefix / "system.reg").is_file():
+            prefix.mkdir(parents=True, exist_ok=True)
+            self._check(["wineboot", "-i"])
+            self._check(["wine", "winecfg", "-v", "win10"])
+            # A program that crashes ends, instead of waiting in a debugger's window.
+            debugger = r"HKLM\Software\Microsoft\Windows NT\CurrentVersion\AeDebug"
+            self._check(["wine", "reg", "add", debugger, "/v", "Debugger", "/d", "cmd /c exit", "/f"])
+
+    def _check(self, command: Sequence[str]) -> None:
+        done = subprocess.run(command, env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
+        if done.returncode:
+            raise Unavailable(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.decode(errors='replace')[-400:]}")
+
+    def start(self, command: Sequence[str | Path], cwd: Path, **environment: str) -> subprocess.Popen[bytes]:
+        """A program under wine, its output in one pipe: with a file in the place of a stream, Windows' Python ends at its start."""
+        return subprocess.Popen(
+            ["wine", *map(str, command)], cwd=cwd, env={**self.environment, **environment},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def make_python(out: Path, linux: str) -> Path:
+    """Make it in `out`, of the minor version of the CPython `linux`; returns its python.exe."""
+    exe = out / "python.exe"
+    if exe.is_file():
+        return exe
+    code = "import sys, sysconfig; print(*sys.version_info[:2], sep=''); print(sysconfig.get_path('stdlib'))"
+    tag, lib = subprocess.run([linux, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()
+    shutil.rmtree(out, ignore_errors=True)
+    (out / "DLLs").mkdir(parents=True)
+    downloads = out.parent / f"downloads-{tag}"
+    (panda,) = _download(downloads, tag, "panda3d")
+    (runtime,) = _download(downloads, tag, "msvc-runtime")
+    _unpack(panda, "deploy_libs/", out / "DLLs")
+    (out / "DLLs" / f"python{tag}.dll").rename(out / f"python{tag}.dll")
+    for pattern in ("api-ms-*", "VCRUNTIME*", "*.cp*t-*", "_wmi.pyd"):  # _wmi needs a call that wine 8 lacks
+        for file in (out / "DLLs").glob(pattern):
+            file.unlink()
+    _unpack(runtime, "", out, ".dll")
+    shutil.copytree(lib, out / "Lib", ignore=NOT_IN_LIB)
+    site = out / "Lib" / "site-packages"
+    site.mkdir()
+    _replace(out / "Lib" / "shutil.py", 'hasattr(_winapi, "CopyFile2")', "False")  # wine 8 lacks it
+    # The DLL has a newer importlib frozen in than an early 3.12's Lib is made for.
+    metadata = out / "Lib" / "importlib" / "metadata" / "__init__.py"
+    if "    @classmethod\n    def invalidate_caches(cls):" not in metadata.read_text(encoding="utf-8"):
+        _replace(metadata, "    def invalidate_caches(cls):", "    @classmethod\n    def invalidate_caches(cls):")
+    for wheel in [*_download(downloads, tag, *TEST_TOOLS), *glob.glob(f"{lib}/ensurepip/_bundled/pip-*.whl")]:
+        _unpack_tree(Path(wheel), site)
+    scripts = out / "Lib" / "venv" / "scripts" / "nt"
+    scripts.mkdir(parents=True, exist_ok=True)
+    launcher = scripts / "venvlauncher.exe"
+    compile_c(HERE / "venvlauncher.c", launcher)
+    for name in ("python", "pythonw", "venvwlauncher"):
+        shutil.copy(launcher, scripts / f"{name}.exe")
+    compile_c(HERE / "python.c", exe, f'-DDLL=L"python{tag}.dll"')
+    return exe
+
+
+def make_portable(folder: Path, python: Path) -> Path:
+    """The layout of ComfyUI's portable build: an embedded Python, isolated by its ._pth file. Returns its python.exe."""
+    embedded = folder / "python_embeded"
+    shutil.copytree(python.parent, embedded, ignore=shutil.ignore_patterns("Lib", "DLLs", "__pycache__"))
+    for file in (python.parent / "DLLs").iterdir():
+        shutil.copy(file, embedded)
+    (dll,) = python.parent.glob("python3??.dll")
+    with zipfile.ZipFile(embedded / f"{dll.stem}.zip", "w") as archive:
+        for file in (python.parent / "Lib").rglob("*"):
+            if file.is_file() and "site-packages" not in file.parts:
+                archive.write(file, file.relative_to(python.parent / "Lib"))
+    (embedded / "Lib" / "site-packages").mkdir(parents=True)
+    (embedded / f"{dll.stem}._pth").write_text(f"../ComfyUI\n{dll.stem}.zip\n.\nimport site\n")
+    return embedded / "python.exe"
+
+
+def compile_c(source: Path, target: Path, *options: str) -> None:
+    """By zig, for 64-bit Windows; a DLL where the target is one."""
+    kind = ["-shared"] if target.suffix == ".dll" else ["-municode"]
+    command = [sys.executable, "-m", "ziglang", "cc", "-target", "x86_64-windows-gnu", "-O2", "-s", *kind, str(source), "-o", str(target)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
+    if done.returncode:
+        raise Unavailable(f"{source.name} does not compile: {done.stderr[-800:]}")
+
+
+def _download(folder: Path, tag: str, *names: str) -> list[Path]:
+    """Wheels for that Python on 64-bit Windows; each once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for name in names:
+        pattern = f"{name.replace('-', '_')}-*.whl"
+        if not list(folder.glob(pattern)):
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--platform", "win_amd64",
+                       "--python-version", tag, "--implementation", "cp", "--abi", f"cp{tag}", "--abi", "abi3", "--abi", "none",
+                       "-d", str(folder), name]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise Unavailable(f"{name} for Windows can't be downloaded: {done.stderr[-800:]}")
+        found += folder.glob(pattern)
+    return found
+
+
+def _unpack(wheel: Path, prefix: str, folder: Path, suffix: str = "") -> None:
+    """Its files whose path begins and ends so, all into one folder."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.startswith(prefix) and name.lower().endswith(suffix) and not name.endswith("/"):
+                (folder / name.rsplit("/", 1)[-1]).write_bytes(archive.read(name))
+
+
+def _unpack_tree(wheel: Path, folder: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+
+
+def _replace(file: Path, old: str, new: str) -> None:
+    file.write_text(file.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
