@@ -30,6 +30,7 @@ from sageattention.variants import CUDA_FP16, VARIANTS
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux")
 
+
 class Lanes:
     """A card that runs on the host: an architecture's quantisers and mma.sync attention of one head dimension."""
 

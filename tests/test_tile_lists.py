@@ -123,4 +123,4 @@ def test_more_keys_than_a_plane_has_bits_are_refused_with_a_mask_alone(variant: 
 
 def test_planes_are_as_long_as_the_kernel_has_room_for(request: pytest.FixtureRequest) -> None:
     source = request.config.rootpath / "csrc" / "kernel" / "classify_mask.cuh"
-    assert f"kMostWords = {MAX_WORDS};" in source.read_text()
+    assert f"kMaxWords = {MAX_WORDS};" in source.read_text()

@@ -1,4 +1,4 @@
-// Which keys take part in the statistics of K and V, read from the rows that a pre-pass left (LiveKeys in params.cuh).
+// Reads which keys are live, that is, take part in the statistics of K and V (LiveKeys in params.cuh).
 #pragma once
 #include "../common/warp.cuh"
 #include "../kernel/params.cuh"
@@ -7,13 +7,13 @@
 namespace sage {
 
 struct LiveRows {
-  const LiveKeys& live;  // a kernel parameter: it takes no register
+  const LiveKeys& live;  // a kernel parameter, so it takes no registers
   const u32* bits;       // of the head; null: every key is live
 
   __device__ __forceinline__ LiveRows(const LiveKeys& live, int batch, int head)
       : live(live), bits(live.bits ? live.bits + batch * live.stride_b + head * live.stride_h : nullptr) {}
 
-  // The keys 32·w … 32·w + 31.
+  // Keys 32·w … 32·w + 31, a bit each.
   __device__ __forceinline__ u32 word(int w) const {
     u32 any = 0;
 #pragma unroll 4
@@ -21,7 +21,7 @@ struct LiveRows {
     return any;
   }
 
-  // The same, its rows dealt out among the lanes of a warp, which all take part.
+  // The same as a collective of the warp, whose lanes share the rows.
   __device__ __forceinline__ u32 word_by_warp(int w) const {
     u32 any = 0;
     for (int r = special_tid_x() % 32; r < live.rows; r += 32) any |= bits[(i64)r * live.words + w];
@@ -31,16 +31,16 @@ struct LiveRows {
   }
 };
 
-// The words of a run of keys in shared memory, for a block. Keys are counted from the start of the sequence.
+// Consecutive keys' bits in shared memory. Keys count from the start of the sequence.
 template <int kWords>
 struct LiveWindow {
   static constexpr int kKeys = 32 * kWords;
   u32 word[kWords];
 
-  // Takes up the words from that of `key` on. All threads of the block take part; nobody reads the words before.
+  // Loads the words from that of `key` on. A collective of the CTA; no thread may still read the previous words.
   __device__ __forceinline__ void load(const LiveRows& live, int key, int threads) {
     for (int i = special_tid_x(); i < kWords; i += threads) word[i] = key / 32 + i < live.live.words ? live.word(key / 32 + i) : 0u;
-    __syncthreads();  // the words are there
+    __syncthreads();  // the words are stored
   }
   __device__ __forceinline__ bool get(int key, int first) const {
     const int bit = key - first / 32 * 32;

@@ -1,4 +1,4 @@
-// Which keys of a step a row sees, as bits, and the additive bias of a dense mask.
+// The keys of a step that a row sees, as bits, and the additive bias of a dense mask.
 #pragma once
 #include "../ptx/shared.cuh"
 #include "../ptx/special.cuh"
@@ -7,7 +7,7 @@
 
 namespace sage {
 
-enum class Mask { none, causal, list };  // compile time; `list`: a dense mask, perhaps causal as well, by lists of KV tiles
+enum class Mask { none, causal, list };  // at compile time; list: KV tiles from lists (a dense mask, perhaps causal as well, or block-sparse)
 
 // Natural-log bias → base 2. A finite bias stays finite: only −inf masks out.
 __device__ __forceinline__ float bias_to_base2(float bias) {
@@ -23,7 +23,7 @@ __device__ __forceinline__ float mask_element(const void* at) {
   return kKind == kMaskF16 ? f16_to_f32(bits) : __uint_as_float(bits << 16);
 }
 
-// One row of an additive mask as it lies in memory.
+// One row of an additive mask in memory.
 struct BiasRow {
   const u8* data;
   i64 stride_k;  // in elements
@@ -58,7 +58,7 @@ struct BiasRow {
     }
   }
 
-  // add(j, x, y) for each pair j of keys key + 8j, key + 8j + 1, with their biases in base 2. Keys beyond the end repeat the last.
+  // Calls add(j, x, y) with the base-2 biases of keys key + 8j and key + 8j + 1, j < kPairs. Keys beyond the end repeat the last.
   template <int kPairs, class Add>
   __device__ __forceinline__ void each(int key, Add add) const {
     if (kind == kMaskF32)
@@ -70,13 +70,13 @@ struct BiasRow {
   }
 };
 
-// The keys that a lane's two rows, g and g + 8 of sixteen, see of kKeys from key0 on: bit k % 32 of word k / 32 is key0 + k.
+// Of the kKeys keys from key0 on, those that the lane's two rows (g and g + 8 of sixteen) see: bit k % 32 of row[half][k / 32] is key0 + k.
 template <int kKeys>
 struct KeyBits {
   static_assert(kKeys % 32 == 0, "whole words");
   u32 row[2][kKeys / 32];
 
-  // Those below `limit`, counted from key0.
+  // Sees keys below `limit`, counted from key0.
   __device__ __forceinline__ void below(int half, int limit) {
 #pragma unroll
     for (int w = 0; w < kKeys / 32; ++w) {
@@ -85,13 +85,13 @@ struct KeyBits {
     }
   }
 
-  // … and kept by a bool mask, in bits from the first of these keys on.
+  // Removes keys that a bool mask removes. kept: its bits from key0 on.
   __device__ __forceinline__ void keep(int half, const u32* kept) {
 #pragma unroll
     for (int w = 0; w < kKeys / 32; ++w) row[half][w] &= kept[w];
   }
 
-  // Makes bit 8·j + e of a row, j counting groups of eight keys, the lane's own column 2t + e.
+  // Shifts the rows so that bit 8·j + e is the lane's column 2t + e of n-tile j, for sees().
   __device__ __forceinline__ void align(int t) {
 #pragma unroll
     for (int i = 0; i < 2 * (kKeys / 32); ++i) row[i % 2][i / 2] >>= 2 * t;

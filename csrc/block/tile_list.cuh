@@ -1,5 +1,5 @@
-// A block's list of KV tiles, read from the bits of its bands: first the mixed tiles, which hold a masked or biased pair, then the
-// full ones, each in ascending order.
+// A work tile's list of KV tiles, read from the planes of its bands (TileLists): first the mixed tiles, which hold a masked or biased pair,
+// then the full ones, each in ascending order.
 #pragma once
 #include "../common/warp.cuh"
 #include "../kernel/params.cuh"
@@ -8,18 +8,18 @@
 
 namespace sage {
 
-// Where a row of the sequence lies in memory, of queries and output.
+// The token at position `row` of the sequence, for Q and the output.
 template <Mask kMask>
 __device__ __forceinline__ int token_of(const AttendParams& p, int row) {
   return kMask == Mask::list && p.order ? p.order[row] : row;
 }
 
 struct TileList {
-  const u32* bits;  // of the block's first band
+  const u32* bits;  // of the work tile's first band
   i64 stride_band;
   int words, bands;
 
-  // block_m: queries of a block, whose first is row0.
+  // For the block_m queries from row0 on.
   __device__ __forceinline__ TileList(const TileLists& lists, int batch, int head, int row0, int block_m, int len_q) {
     const int first = row0 / lists.band_rows, last = (min(row0 + block_m, len_q) - 1) / lists.band_rows;
     bits = lists.bits + batch * lists.stride_b + head * lists.stride_h + first * lists.stride_band;
@@ -27,7 +27,7 @@ struct TileList {
     bands = last - first + 1;
   }
 
-  // Word w of the mixed tiles, w < words; word w − words of the full ones behind them.
+  // Word w of the list: w < words selects mixed tiles, word w − words full ones.
   __device__ __forceinline__ u32 word(int w) const {
     const bool full = w >= words;
     const u32* at = bits + (full ? w - words : w);
@@ -37,7 +37,7 @@ struct TileList {
     return full ? seen & ~uneven : seen & uneven;
   }
 
-  // How many tiles are {mixed, full}. All lanes of a warp take part.
+  // Number of {mixed, full} tiles. A collective of the warp.
   __device__ __forceinline__ int2 count() const {
     int mixed = 0, full = 0;
 #pragma unroll 1
@@ -52,15 +52,15 @@ struct TileList {
   }
 };
 
-// A position in a list, kept by a warp: 32 words at a time, one a lane. All lanes take part in everything and get the same.
+// A warp's position in a list. It reads 32 words at a time, one a lane. All calls are collectives of the warp and return the same in each lane.
 struct ListCursor {
-  int chunk = 0;    // the next one to read
-  u32 own = 0;      // the lane's word of the chunk before
-  u32 waiting = 0;  // lanes whose words are still to come
-  u32 left = 0;     // tiles of the current word that are still to come
+  int chunk = 0;    // of 32 words, the next to read
+  u32 own = 0;      // the lane's word of the current chunk
+  u32 waiting = 0;  // lanes whose words are nonempty and not visited yet
+  u32 left = 0;     // tiles of the current word, not visited yet
   int base = 0;     // the number of that word's first tile
 
-  // Goes on to the next word that is not empty: false behind the last. words: of a plane; load(w): word w of the list.
+  // Moves to the next nonempty word; false after the last. words: of a plane; load(w): word w of the list.
   template <class Load>
   __device__ __forceinline__ bool next_word(int words, Load load) {
     while (!waiting) {
@@ -77,7 +77,7 @@ struct ListCursor {
     return true;
   }
 
-  // The number of the next tile, −1 behind the last.
+  // The next tile's number, −1 after the last.
   template <class Load>
   __device__ __forceinline__ int next(int words, Load load) {
     if (!left && !next_word(words, load)) return -1;
@@ -86,6 +86,7 @@ struct ListCursor {
     return base + bit;
   }
 
+  // Leaves out the next `count` tiles.
   template <class Load>
   __device__ __forceinline__ void skip(int count, int words, Load load) {
 #pragma unroll 1

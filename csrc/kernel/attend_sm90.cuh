@@ -1,5 +1,5 @@
-// What the attention kernels on Hopper share: the block's shared memory, the ring of KV tiles and who fetches them, the rows of Q, the
-// scores up to their maxima, and the output. mainloop_sm90_fp16.cuh says how a block works; a kernel brings the softmax and P·V.
+// The attention kernel on Hopper but for its main loop: shared memory, work tiles, producer warps, quantisation of Q, masks, output, split-KV
+// merge. mainloop_sm90_fp16.cuh describes a CTA; the two main loops bring the softmax and P·V.
 #pragma once
 #include "../layout/core_matrix.cuh"
 #include "../block/mask.cuh"
@@ -27,22 +27,22 @@ struct WgmmaConfig {
   using Layout = Layout_;
   static constexpr int kHeadDim = Layout::kHeadDim, kTile = Layout::kTile, kStages = kWgmmaTile.stages, kQStages = kWgmmaTile.q_stages;
   static constexpr Mask kMask = kWgmmaTile.mask;
-  static constexpr int kUnmaskedLeast = 1, kUnmaskedMultiple = 1;  // of a run of unmasked tiles; others go with the masked ones
+  static constexpr int kUnmaskedLeast = 1, kUnmaskedMultiple = 1;  // tiles of unmasked_tiles(): at least, and a multiple of; the rest is done as masked
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kConsumerWarps = 4 * kConsumers, kThreads = 128 * (kConsumers + 1), kBlockM = 64 * kConsumers;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // of 65536: 128 · 24 + 256 · 240
   static constexpr int kScoreRegisters = kTile / 2, kOutRegisters = Layout::kVColumns / 2;
   static constexpr int kProbRegisters = Layout::kVBytes / Layout::kVColumns / 8;  // of P, in the type of V
 
-  // Shared memory: Q in core-matrix order (64 rows after another), the tiles, their barriers, the bias of a dense mask
+  // Shared memory, byte offsets: Q in core-matrix order, 64 rows after another; KV stages; their barriers;
   static constexpr int kQPitch = 64 * 16, kQBytes = 64 * kHeadDim;
   static constexpr int kStage0 = kQStages * kConsumers * kQBytes;
   static constexpr int kBarriers = kStage0 + kStages * Layout::kTileBytes, kBarrierPitch = 32;
-  // …, the rotation's matrix, for two turns a Turn and what the channels of its output are made of, and Q as it lies in memory
+  // the barriers of work tiles; the rotation's matrix; two slots of {work tile, V's scale and mean per channel}; Q as in memory.
   static constexpr int kWorkBarriers = kBarriers + kStages * kBarrierPitch;
   static constexpr int kRotation = kWorkBarriers + 32, kWorkSlot0 = kRotation + 32 * 16;
   static constexpr int kWorkTileBytes = 48, kWorkSlotBytes = kWorkTileBytes + 2 * kHeadDim * 4;
-  static constexpr int kRawQ = kWorkSlot0 + 2 * kWorkSlotBytes, kRawQPitch = 2 * kHeadDim + 64;  // a row's bytes; the 64 keep reads free of bank conflicts
+  static constexpr int kRawQ = kWorkSlot0 + 2 * kWorkSlotBytes, kRawQPitch = 2 * kHeadDim + 64;  // bytes of a row; + 64 avoids bank conflicts
   static constexpr int kSharedBytes = kRawQ + kBlockM * kRawQPitch;
 
   static __device__ __forceinline__ u32 q_offset(int iteration, int warpgroup) {
@@ -52,10 +52,10 @@ struct WgmmaConfig {
   static __device__ __forceinline__ u32 channel_scales(u32 work) { return work + kWorkTileBytes; }
 };
 
-// A stage's barriers: K has landed, V has landed, K has been read by all consumer warps, V has.
+// A stage's barriers: K is loaded, V is loaded, all consumer warps have read K, have read V.
 enum StageBarrier : u32 { kKFull = 0, kVFull = 8, kKEmpty = 16, kVEmpty = 24 };
-// What a turn needs besides has landed; its queries have been taken by all consumer warps; the fetching warps may read it.
-enum WorkBarrier : u32 { kWorkFull = 0, kWorkEmpty = 8, kTurnFound = 16 };
+// A work slot's barriers: its channels and Q are loaded; all consumer warps have read its Q; the producer warps may read its work tile.
+enum WorkBarrier : u32 { kWorkFull = 0, kWorkEmpty = 8, kWorkPublished = 16 };
 
 // A position in the ring of stages.
 template <int kStages>
@@ -70,36 +70,35 @@ struct Ring {
   }
 };
 
-// The lane that speaks for its warp.
+// The lane that acts for its warp: lane 0.
 __device__ __forceinline__ bool elected() { return special_tid_x() % 32 == 0; }
 
-// The same number, worked out from here on: what follows from it is not kept in registers over the main loop.
+// x, opaque to the compiler: it recomputes what depends on x instead of keeping it in registers across the main loop.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
 
-enum TurnFlag : u32 {
-  kTurnValid = 1,      // 0: nothing is left to do
-  kWritesPartial = 2,  // the turn begins within an item: it leaves what it found to the block that has the tiles before
-  kJoinsPartial = 4,   // it ends within one: it takes up what that block found
+enum WorkFlag : u32 {
+  kWorkValid = 1,      // 0: no work is left
+  kWritesPartial = 2,  // the CTA has the later KV tiles of a split work tile: it stores its partial result
+  kJoinsPartial = 4,   // the CTA has the earlier ones: it merges that result and stores the output
 };
 
-// What a block does in one turn: tiles of one item, which is a block of queries of one head, from row0 on. One of the fetching warps works
-// it out and leaves it in shared memory, where all others read what they need when they do, so that none of it occupies registers
-// in between:
-//    0  masked, unmasked: how many tiles hold a masked or biased pair, which come first, and how many do not
+// A work tile: kBlockM queries of one head, and which of their KV tiles this CTA has. Producer warp 2 computes it and publishes it in shared
+// memory, so that the other warps keep none of it in registers:
+//    0  masked, unmasked: KV tiles that hold a masked or biased pair, which come first, and KV tiles that do not
 //    8  flags
-//   12  max_scale: the largest score scale of a query, so that no score leaves the range in which the softmax works
-//   16  pair, batch, head, row0
-//   32  out: how many elements into the output the head begins, 64 bits
-//   40  first: the place of its first tile in the order of the item's tiles
-//   44  partial: the place of the partial result that it writes or joins
+//   12  max_scale: upper bound of a query's score scale, so that no score leaves the softmax's range
+//   16  bh, batch, head, row0
+//   32  out: the head's offset in the output, in elements, 64 bits
+//   40  first: position of the first KV tile in the work tile's list (Mask::list) or its number
+//   44  partial: number of the partial result that it writes or joins
 namespace work {
-constexpr u32 kMaxScale = 12, kPair = 16, kRow0 = 28, kOut = 32, kFirst = 40, kPartial = 44;
+constexpr u32 kMaxScale = 12, kBh = 16, kRow0 = 28, kOut = 32, kFirst = 40, kPartial = 44;
 }
 
-// The turn's tiles, for a warp. The shuffles tell the compiler that all lanes have the same.
+// Numbers of a work tile's KV tiles, and its flags. The shuffles tell the compiler that the values are warp-uniform.
 struct KvRange {
   int masked, unmasked;
   u32 flags;
@@ -110,32 +109,33 @@ struct KvRange {
   }
 };
 
-// Deals out turns. First come p.rounds whole items for each block, gridDim.x apart, or, where the items are not alike, whole items for
-// whoever asks first. If p.partials, what is left over is cut into one share for each block: at least as many parts as an item has, so
-// that no more than two blocks work on one. Where an item is cut follows from its own tiles, and not from who works on it.
+// The tile scheduler. First p.full_waves whole work tiles for each CTA: gridDim.x apart, or, where they differ in length, in the order of
+// requests. With p.split_kv_workspace the remaining ones are then cut into one share for each CTA. A share is at least as long as a work
+// tile, so no more than two CTAs have parts of one. Where a work tile is cut depends on its own KV tiles only, so results are reproducible.
 template <class C>
 struct Scheduler {
   static constexpr bool kDynamic = C::kMask != Mask::none;
-  int iteration = 0;       // of requests so far
-  int at = 0, end = 0;  // of the share under way, in parts of an item, of which each has gridDim.x
+  int iteration = 0;    // requests so far
+  int at = 0, end = 0;  // rest of the current share, in 1/gridDim.x of a work tile
   int share = 0;
 
-  // Leaves the next turn at `to`, but for its max_scale. Returns false where nothing is left to do. All lanes of the warp take part.
+  // Stores the next work tile, without max_scale, at `to_shared`. Returns false if no work is left. A collective of the warp.
   __device__ __forceinline__ bool next(const AttendParams& p, u32 to_shared) {
     const int blocks = gridDim.x;
     int work_idx, from = 0, to = blocks;
-    u32 flags = kTurnValid;
+    u32 flags = kWorkValid;
     if (at == end) {
       work_idx = blockIdx.x + iteration * blocks;
-      if (kDynamic && p.next_item && iteration) {
+      if (kDynamic && p.next_work_idx && iteration) {
         grid_dependency_wait();  // which sets the counter to 0
-        if (elected()) work_idx = blocks + atomicAdd(p.next_item, 1);
+        if (elected()) work_idx = blocks + atomicAdd(p.next_work_idx, 1);
         work_idx = __shfl_sync(kAllLanes, work_idx, 0);
       }
       ++iteration;
       const int work_count = p.q_tiles * p.bh_count * p.heads_per_kv, whole = p.full_waves * blocks;
       if (work_idx >= whole) {
-        // From the last one on: who waits for another block's part waits for one that asked earlier, even where few blocks are resident.
+        // Shares are taken from the last to the first: a CTA that waits for a partial result waits for one whose share was taken earlier,
+        // so that there is no deadlock even if few CTAs are resident.
         share = blocks - 1 - (work_idx - whole);
         if (p.split_kv_workspace && share >= 0)
           at = (work_count - whole) * share, end = at + work_count - whole;
@@ -154,7 +154,7 @@ struct Scheduler {
       from = at - own * blocks, to = min(end - own * blocks, blocks), work_idx = p.full_waves * blocks + own, at += to - from;
       flags |= (from > 0 ? kWritesPartial : 0u) | (to < blocks ? kJoinsPartial : 0u);
     }
-    // Consecutive blocks share a head, so that its K and V stay in L2. Causal: the longest rows first.
+    // Consecutive CTAs share a head, so its K and V stay in L2. Causal: the longest rows first.
     int row0, batch, head;
     {
       const auto [head_in_group, rows] = fast_divmod(work_idx, p.q_tiles, p.rcp_q_tiles);
@@ -168,7 +168,7 @@ struct Scheduler {
         store_shared8(to_shared + 32, (u32)out, (u32)(out >> 32));
       }
     }
-    int tiles, masked;  // of the item
+    int tiles, masked;  // of the work tile
     if constexpr (C::kMask == Mask::list) {
       const int2 count = TileList(p.lists, batch, head, row0, C::kBlockM, p.len_q).count();
       tiles = count.x + count.y, masked = count.x;
@@ -182,7 +182,7 @@ struct Scheduler {
     masked = min(max(masked - begin, 0), count);
     masked += (count - masked) % C::kUnmaskedMultiple;
     if (count - masked < C::kUnmaskedLeast) masked = count;
-    if (elected()) {  // where all tiles are there in order, the last one comes first
+    if (elected()) {  // without a list the last KV tile comes first
       store_shared16(to_shared, {(u32)masked, (u32)(count - masked), flags, 0u});
       store_shared8(to_shared + 40, (u32)(C::kMask == Mask::list ? begin : tiles - 1 - begin), (u32)(to < blocks ? share + 1 : share));
     }
@@ -190,14 +190,14 @@ struct Scheduler {
   }
 };
 
-// And which rows of which head the lane has.
+// The lane's rows: g and g + 8 of its warp's sixteen.
 template <class C>
 struct RowCoord {
-  int t, g, warp, bh, batch, head, row0;  // row0: of the warp's sixteen
+  int t, g, warp, bh, batch, head, row0;  // row0: the warp's first row
 
   __device__ __forceinline__ explicit RowCoord(u32 own) {
     const int thread = special_tid_x() - 128;
-    const uint4 v = load_shared16(own + work::kPair);
+    const uint4 v = load_shared16(own + work::kBh);
     t = thread % 4, g = thread % 32 / 4, warp = thread / 32;
     bh = v.x, batch = v.y, head = v.z, row0 = (int)v.w + 16 * warp;
   }
@@ -208,17 +208,17 @@ struct RowCoord {
   }
 };
 
-// The producer, one warp: K and V of every tile of every turn, in the order of the walk.
+// Producer warp 0: K and V of every KV tile of every work tile.
 template <class C>
 __device__ __forceinline__ void load_kv_tiles(const AttendParams& p, u32 shared) {
   using Layout = typename C::Layout;
   grid_dependency_wait();
-  Ring<C::kStages> ring{0, 1};  // every stage is free at first: a wait for the phase before the first returns at once
+  Ring<C::kStages> ring{0, 1};  // all stages are empty at first: waiting for the phase before the first returns at once
   for (int iteration = 0;; ++iteration) {
-    mbarrier_wait(shared + C::kWorkBarriers + kTurnFound, iteration & 1);
+    mbarrier_wait(shared + C::kWorkBarriers + kWorkPublished, iteration & 1);
     const u32 at = shared + C::work_slot(iteration);
     const KvRange range(at);
-    if (!(range.flags & kTurnValid)) break;
+    if (!(range.flags & kWorkValid)) break;
     const auto fetch = [&](const u8* tile) {
       const u32 stage = shared + C::kStage0 + ring.stage * Layout::kTileBytes;
       const u32 barrier = shared + C::kBarriers + ring.stage * C::kBarrierPitch;
@@ -230,10 +230,10 @@ __device__ __forceinline__ void load_kv_tiles(const AttendParams& p, u32 shared)
     };
     int left = range.masked + range.unmasked;
     const int first = (int)load_shared(at + work::kFirst);
-    const u8* tiles = p.kv + (i64)load_shared(at + work::kPair) * p.kv_tiles * Layout::kTileBytes;
+    const u8* tiles = p.kv + (i64)load_shared(at + work::kBh) * p.kv_tiles * Layout::kTileBytes;
     if constexpr (C::kMask == Mask::list) {
       const auto load = [&](int w) {
-        const uint4 v = load_shared16(at + work::kPair);
+        const uint4 v = load_shared16(at + work::kBh);
         return TileList(p.lists, v.y, v.z, v.w, C::kBlockM, p.len_q).word(w);
       };
       ListCursor cursor;
@@ -245,27 +245,27 @@ __device__ __forceinline__ void load_kv_tiles(const AttendParams& p, u32 shared)
   }
 }
 
-// Whether Q's rows can be fetched ahead: 16-bit, aligned, a multiple of 16 bytes.
+// Whether producer warp 1 copies raw Q ahead: 16-bit, rows 16-byte aligned and a multiple of 16 bytes.
 template <class C>
 __device__ __forceinline__ bool prefetches_raw_q(const AttendParams& p) {
   return p.dtype != kFloat32 && p.q_vectorized;
 }
 
-// Two warps beside the producer fetch what a turn needs, so that no consumer waits for memory between two walks. One: Q as it is.
+// Producer warp 1: raw Q of the next work tile, so that no consumer waits for memory between two main loops.
 template <class C>
 __device__ __forceinline__ void load_raw_q(const AttendParams& p, u32 shared) {
   constexpr int kPieces = C::kHeadDim / kChunk, kRows = 32 / kPieces;  // 16-byte pieces of a row; rows at a time
   const u32 barrier = shared + C::kWorkBarriers, lane = special_tid_x() % 32;
   for (int iteration = 0;; ++iteration) {
-    mbarrier_wait(barrier + kTurnFound, iteration & 1);  // and the queries of the turn before have been taken
+    mbarrier_wait(barrier + kWorkPublished, iteration & 1);  // then the previous work tile's Q has been read, too
     const u32 own = shared + C::work_slot(iteration);
-    const bool valid = KvRange(own).flags & kTurnValid;
+    const bool valid = KvRange(own).flags & kWorkValid;
     if (valid && prefetches_raw_q<C>(p)) {
-      const uint4 at = load_shared16(own + work::kPair);
+      const uint4 at = load_shared16(own + work::kBh);
       const int channel = lane % kPieces * kChunk, row = lane / kPieces, batch = at.y, head = at.z, row0 = at.w;
       const u8* from = static_cast<const u8*>(p.q.data) + (batch * p.q.stride_b + head * p.q.stride_h + channel) * 2;
       const u32 to = shared + C::kRawQ + row * C::kRawQPitch + 2 * channel;
-      // Nothing is fetched for rows beyond the end: whatever is there in their place does not get beyond them.
+      // Rows beyond the end are not copied: garbage in their place affects no other row.
       const int rows = channel < p.head_dim ? min(C::kBlockM, p.len_q - row0) - row : 0;
       if (C::kMask == Mask::list && p.order) {
         for (int i = 0; i < rows; i += kRows) cp_async16(to + i * C::kRawQPitch, from + 2 * (i64)p.order[row0 + row + i] * p.q.stride_n);
@@ -280,20 +280,20 @@ __device__ __forceinline__ void load_raw_q(const AttendParams& p, u32 shared) {
   }
 }
 
-// The other: the turn itself, and of each channel what O is multiplied with and what is added to it.
+// Producer warp 2: the work tile, and V's scale and mean per channel.
 template <class C>
 __device__ __forceinline__ void publish_work_tile(const AttendParams& p, u32 shared) {
   const u32 barrier = shared + C::kWorkBarriers;
   Scheduler<C> scheduler;
   for (int iteration = 0;; ++iteration) {
-    mbarrier_wait(barrier + kWorkEmpty, (iteration & 1) ^ 1);  // the turn before the last is over
+    mbarrier_wait(barrier + kWorkEmpty, (iteration & 1) ^ 1);  // the slot's last work tile is done
     const u32 to = shared + C::work_slot(iteration), channels = C::channel_scales(to);
     const bool valid = scheduler.next(p, to);
-    mbarrier_arrive(elected(), barrier + kTurnFound);
+    mbarrier_arrive(elected(), barrier + kWorkPublished);
     grid_dependency_wait();
     if (valid) {
-      __syncwarp();  // the turn is there
-      const int bh = (int)load_shared(to + work::kPair);
+      __syncwarp();  // the work tile is stored
+      const int bh = (int)load_shared(to + work::kBh);
 #pragma unroll 1
       for (int c = special_tid_x() % 32; c < C::kHeadDim; c += 32) {
         const float scale = p.v_amax[bh * C::kHeadDim + c];
@@ -305,7 +305,7 @@ __device__ __forceinline__ void publish_work_tile(const AttendParams& p, u32 sha
                              corrected_v_mean<PvType::fp8>(mean, scale, quant_sum, p.inv_v_max, p.live_keys[bh]));
         }
       }
-      // A largest K scale of 0 (all keys alike) must not make the bound infinite; the scores are 0 then whatever it is.
+      // kKScaleFloor keeps the bound finite where the largest K scale is 0 (all keys alike); all scores are 0 then.
       if (elected()) store_shared_float(to + work::kMaxScale, p.score_limit / fmaxf(__int_as_float(p.k_scale_max[bh]), kKScaleFloor));
     }
     __syncwarp();
@@ -314,7 +314,7 @@ __device__ __forceinline__ void publish_work_tile(const AttendParams& p, u32 sha
   }
 }
 
-// The lane's two rows of what was fetched, as load_raw would load them.
+// load_raw of the lane's two rows, from the copied raw Q.
 template <class C, int kDtype>
 __device__ __forceinline__ void read_raw_q(u32 shared, const RowCoord<C>& at, int head_dim, Raw8<kDtype> (&raw)[2][C::kHeadDim / 32]) {
 #pragma unroll
@@ -327,7 +327,7 @@ __device__ __forceinline__ void read_raw_q(u32 shared, const RowCoord<C>& at, in
     }
 }
 
-// Rotates and quantises the warp's rows into shared memory; scale: of the lane's two rows.
+// Rotates and quantises the warp's rows into shared memory. scale: score scales of the lane's two rows.
 template <class C>
 __device__ __forceinline__ void quantize_q(const AttendParams& p, u32 shared, int iteration, float (&scale)[2]) {
   constexpr int kHeadDim = C::kHeadDim;
@@ -346,7 +346,7 @@ __device__ __forceinline__ void quantize_q(const AttendParams& p, u32 shared, in
     __syncwarp();
     mbarrier_arrive(elected(), shared + C::kWorkBarriers + kWorkEmpty);
     const u32 row0 = shared + C::q_offset(iteration, at.warp / 4) + 16 * (at.warp % 4) * 16;
-    const auto wait = [&] {  // the Q before in this place is not read any more; of two, the barrier of the last turn has seen to that
+    const auto wait = [&] {  // this Q stage is no longer read; with two stages, the last work tile's barrier has ensured that
       if (C::kQStages == 1) named_barrier<128>(1 + at.warp / 4);
     };
     if constexpr (kDtype == kFloat32) {
@@ -390,7 +390,7 @@ __device__ __forceinline__ void quantize_q(const AttendParams& p, u32 shared, in
   for (int half = 0; half < 2; ++half) scale[half] = fminf(scale[half], max_scale);
 }
 
-// The rows' LSE, with what the shift of K took out of it. Seldom wanted: Q is read again, by code as small as may be.
+// Stores the rows' LSE, adding back what subtracting k_mean took from it. Rarely requested: optimised for code size, reads Q again.
 template <class C>
 __device__ __forceinline__ void store_lse(const AttendParams& p, const RowCoord<C>& at, const float (&l_i)[2], const float (&m_i)[2]) {
   grid_dependency_wait();
@@ -404,18 +404,19 @@ __device__ __forceinline__ void store_lse(const AttendParams& p, const RowCoord<
       const u8* q = static_cast<const u8*>(p.q.data) + offset * kElementBytes<kDtype>;
       shift = k_mean_score<kDtype>(q, p.head_dim, p.k_mean + at.bh * C::kHeadDim, at.t, p.sm_scale);
     });
-    const float sum = half ? l_i[1] : l_i[0], m = half ? m_i[1] : m_i[0];  // not by an index: they are registers
+    const float sum = half ? l_i[1] : l_i[0], m = half ? m_i[1] : m_i[0];  // selected without an index: they are registers
     if (at.t == 0 && at.row(half) < p.len_q) *at.lse(p, row) = sum > 0.0f ? shift + (m + log2_approx(sum)) * kLn2 : -kInf;
   }
 }
 
-// O / sum, times V's channel scales, in the output's dtype; LSE. Of o, the first kHeadDim / 2 registers.
+// Stores O / l, scaled and shifted by V's scale and mean per channel, in the output's dtype, and LSE. o: accumulators of 64 rows ×
+// kHeadDim columns (the first kHeadDim / 2 registers), l_i and m_i: [half].
 template <class C>
 __device__ __forceinline__ void store_output(const AttendParams& p, const float (&o)[C::kOutRegisters], const float (&l_i)[2],
                                              const float (&m_i)[2], u32 own) {
   constexpr int kHeadDim = C::kHeadDim;
   const int t = special_tid_x() % 4;
-  // First of all what the channels are multiplied with and what is added to them: it takes a while to come.
+  // Loads V's scale and mean first, to hide their latency.
   float scale[kHeadDim / 32][kChunk], mean[kHeadDim / 32][kChunk] = {};
   const auto take = [&](u32 from, float (&x)[kChunk]) {
 #pragma unroll
@@ -436,7 +437,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
   float inverse[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half)
-    inverse[half] = l_i[half] > 0.0f ? p.inv_v_max * rcp_approx(l_i[half]) : 0.0f;  // 0: all keys masked out, by a dense mask
+    inverse[half] = l_i[half] > 0.0f ? p.inv_v_max * rcp_approx(l_i[half]) : 0.0f;  // 0: every key is masked out
   with_access(p.dtype, p.out_vectorized, [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
     u8* row[2];
@@ -462,9 +463,8 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
   if (p.lse) store_lse<C>(p, at, l_i, m_i);
 }
 
-// What two blocks that share an item have found about their tiles, joined: O, its sums and what they are relative to. The block that
-// begins with such an item's later tiles writes them down, the one before it, which has its earlier tiles at the end, takes them up.
-// Every thread finds the other's registers that are its own.
+// Split-KV merge of two CTAs: the one with the later KV tiles of a work tile writes unnormalised O, l and m; the one with the earlier tiles
+// merges and stores. Each thread reads the registers of the same thread of the other CTA.
 template <class C>
 struct SplitKvPartial {
   static constexpr int kCount = C::kHeadDim / 2, kFours = kCount / 4 + 1, kThreads = 128 * C::kConsumers;
@@ -490,7 +490,7 @@ struct SplitKvPartial {
     if (special_tid_x() % 128 == 0) store_release(ready, 1);
   }
 
-  // And leaves `ready` as it was before the launch.
+  // Waits for the other CTA's result and merges it. Resets `ready` to 0 for the next launch.
   __device__ __forceinline__ void join(float (&o)[C::kOutRegisters], float (&l_i)[2], float (&m_i)[2]) const {
     while (!load_acquire(ready)) {
     }
@@ -515,25 +515,25 @@ struct SplitKvPartial {
   }
 };
 
-// What lives in registers during the walk of one consumer warpgroup over the KV tiles, but for scores, weights and O.
+// What both main loops of a consumer warpgroup keep in registers beside scores, P and O, and what they share of masks and scales.
 template <class C>
 struct MainloopSm90 {
   using Layout = typename C::Layout;
-  static constexpr int kHeadDim = C::kHeadDim, kStepNTiles = C::kScoreRegisters / 4;  // groups of eight keys in one step of the softmax
+  static constexpr int kHeadDim = C::kHeadDim, kStepNTiles = C::kScoreRegisters / 4;  // n-tiles (8 keys) of a softmax step
   using Scores = i32[C::kScoreRegisters];
   using ProbFragments = u32[C::kProbRegisters];
 
   const AttendParams& p;
-  u32 shared, sQ;  // the warpgroup's
-  float q_scale[2];
+  u32 shared, sQ;  // shared addresses: of all, of the warpgroup's Q
+  float q_scale[2];  // [half]
   uint2 k_scales;  // of the current tile
-  int tile_number;  // of a masked tile
+  int tile_number;  // of the current tile
   Ring<C::kStages> ring;
-  float m_i[2];  // P = 2^(score − reference); log2(p_max) below the maximum that the row was last scaled to
+  float m_i[2];  // [half]: P = 2^(score − m_i); log2(p_max) below the row maximum at the last rescaling
   bool causal;
-  int iteration;  // of the turn
+  int iteration;  // number of the CTA's work tile
 
-  // The largest of the lane's scores in one of kParts parts of the keys and one row half.
+  // The lane's largest integer score of one row half, in part `part` of kParts parts of the keys.
   template <int kParts>
   static __device__ __forceinline__ i32 lane_max(const Scores& s, int part, int half) {
     constexpr int kCount = kStepNTiles / kParts;
@@ -550,7 +550,7 @@ struct MainloopSm90 {
     return max(a, b);
   }
 
-  // K scales of the tile in `stage`, ahead of their use.
+  // Loads the K scales of the tile in `stage` ahead of their use.
   __device__ __forceinline__ void load_k_scales(u32 stage) {
     const uint4 v = load_shared16(tile(stage) + Layout::kScaleOffset + Layout::kScalePitch * (special_tid_x() % 4u));
     k_scales = {v.x, v.y}, tile_number = v.w;
@@ -565,10 +565,10 @@ struct MainloopSm90 {
     return C::kMask == Mask::list && p.tail && !(range.flags & kWritesPartial);
   }
 
-  // What the softmax of the warpgroup's 64 queries starts with: its maximum into m_i, its sum, O. no_score: m_i where there is none.
+  // Loads the initial softmax state of the warpgroup's 64 queries: m_i, l, O. no_score: m_i where the state is empty.
   __device__ __forceinline__ void load_tail(float (&o)[C::kOutRegisters], float (&l)[2], float no_score) {
     const u32 slot = shared + C::work_slot(iteration);
-    const uint4 v = load_shared16(slot + work::kPair);  // bh, batch, head, row0
+    const uint4 v = load_shared16(slot + work::kBh);  // bh, batch, head, row0
     const int t = special_tid_x() % 4, group = (int)v.w / 64 + special_tid_x() / 128 - 1, groups = (p.len_q + 63) / 64;
     const float* state = p.tail + (((i64)v.y * p.heads_kv * p.heads_per_kv + v.z) * groups + min(group, groups - 1)) * (4 + kHeadDim);
     const float p_max = exp2_approx(p.log2_p_max), sum = state[1];
@@ -593,10 +593,10 @@ struct MainloopSm90 {
     return (int)load_shared(shared + C::work_slot(iteration) + work::kRow0) + (special_tid_x() / 128 - 1) * 64 + 63;
   }
 
-  // Which keys from key0 on the lane's rows see, but for what a bias removes.
+  // The keys from key0 on that the lane's rows see; a bias of −inf removes more.
   __device__ __forceinline__ Keys visible(int key0) const {
     Keys keys;
-    if constexpr (C::kMask == Mask::none) {  // the work tile is left alone: the compiler's uniform registers are short
+    if constexpr (C::kMask == Mask::none) {  // does not read the work tile: uniform registers are short
 #pragma unroll
       for (int half = 0; half < 2; ++half) keys.below(half, p.len_kv - key0);
     } else {
@@ -615,8 +615,8 @@ struct MainloopSm90 {
     return keys;
   }
 
-  // The scores themselves of the keys from key0 on, −inf where masked out, in place; top: the lane's largest of each half. kScaleCount:
-  // how many K scales follow one another along the keys.
+  // Integer scores of the keys from key0 on → base-2 scores in fp32, in place, −inf where masked out. top: the lane's maximum of each half.
+  // kScaleCount: number of K scales along the keys.
   template <int kScaleCount>
   __device__ __forceinline__ void mask_scores(Scores& s, const float (&scale)[kScaleCount][2], const Keys& keys, int key0, float (&top)[2]) const {
 #pragma unroll
@@ -634,8 +634,8 @@ struct MainloopSm90 {
         const BiasRow row{static_cast<const u8*>(p.mask) + offset * mask_element_bytes(p.mask_kind), p.mask_stride_k, p.mask_kind, p.len_kv,
                           p.mask_pairs};
         row.template each<kStepNTiles>(key0 + 2 * at.t, [&](int j, float x, float y) {
-          i32* bh = s + 4 * j + 2 * half;
-          bh[0] = __float_as_int(__int_as_float(bh[0]) + x), bh[1] = __float_as_int(__int_as_float(bh[1]) + y);
+          i32* at_keys = s + 4 * j + 2 * half;
+          at_keys[0] = __float_as_int(__int_as_float(at_keys[0]) + x), at_keys[1] = __float_as_int(__int_as_float(at_keys[1]) + y);
         });
       }
     }
@@ -658,8 +658,8 @@ constexpr int attend_shared_bytes() {
   return C::kSharedBytes;
 }
 
-// A block: one piece of work after another, the tiles of the next already on their way while the last is stored. Walk<C> is a
-// MainloopSm90<C> with O in `o` and `run(range, l)`, which goes over a work tile's KV tiles.
+// The CTA: three producer warps and two consumer warpgroups, one work tile after another; the next one's KV tiles are loaded while the last
+// one's output is stored. Mainloop<C> is a MainloopSm90<C> with O in `o` and run(range, l), which computes a work tile.
 template <class C, template <class> class Mainloop>
 __device__ __forceinline__ void attend_block(const AttendParams& p) {
   static_assert(C::kBarriers % 8 == 0 && C::kStage0 % 128 == 0 && C::Layout::kTileBytes % 128 == 0, "operands lie on 128 bytes");
@@ -671,12 +671,12 @@ __device__ __forceinline__ void attend_block(const AttendParams& p) {
       mbarrier_init(barrier + kKFull, 1), mbarrier_init(barrier + kVFull, 1);
       mbarrier_init(barrier + kKEmpty, C::kConsumerWarps), mbarrier_init(barrier + kVEmpty, C::kConsumerWarps);
     }
-    mbarrier_init(shared + C::kWorkBarriers + kWorkFull, 32 + 1);  // the lanes that copy Q, and the channels' warp
+    mbarrier_init(shared + C::kWorkBarriers + kWorkFull, 32 + 1);  // the lanes of producer warp 1, and producer warp 2
     mbarrier_init(shared + C::kWorkBarriers + kWorkEmpty, C::kConsumerWarps);
-    mbarrier_init(shared + C::kWorkBarriers + kTurnFound, 1);
+    mbarrier_init(shared + C::kWorkBarriers + kWorkPublished, 1);
     fence_async_proxy();
   }
-  if (threadIdx.x / 32 == 1) {  // meanwhile: for every prologue of every consumer
+  if (threadIdx.x / 32 == 1) {  // for all prologues of all consumers
     with_dtype(p.dtype, [&](auto type) {
       if constexpr (decltype(type)::value != kFloat32) {
         const int lane = threadIdx.x % 32;
@@ -684,7 +684,7 @@ __device__ __forceinline__ void attend_block(const AttendParams& p) {
       }
     });
   }
-  __syncthreads();  // the barriers are initialised, the matrix is there
+  __syncthreads();  // barriers and matrix are initialised
   if (threadIdx.x < 128) {
     setmaxnreg_dec<C::kProducerRegisters>();
     if (threadIdx.x < 32)
@@ -695,14 +695,14 @@ __device__ __forceinline__ void attend_block(const AttendParams& p) {
       publish_work_tile<C>(p, shared);
   } else {
     setmaxnreg_inc<C::kConsumerRegisters>();
-    // The shuffle tells the compiler that all lanes have the same: descriptors are made in uniform registers.
+    // The shuffle tells the compiler that sQ is warp-uniform: descriptors are then computed in uniform registers.
     const u32 sQ = __shfl_sync(kAllLanes, shared + C::q_offset(0, special_tid_x() / 128 - 1), 0);
     Mainloop<C> mainloop{p, shared, sQ};
     mainloop.causal = C::kMask == Mask::causal || (C::kMask == Mask::list && p.causal);
     for (mainloop.iteration = 0;; ++mainloop.iteration) {
       mbarrier_wait(shared + C::kWorkBarriers + kWorkFull, mainloop.iteration & 1);
       const KvRange range(shared + C::work_slot(mainloop.iteration));
-      if (!(range.flags & kTurnValid)) break;
+      if (!(range.flags & kWorkValid)) break;
       if constexpr (C::kQStages > 1) mainloop.sQ = sQ + C::q_offset(mainloop.iteration, 0);
       quantize_q<C>(p, shared, mainloop.iteration, mainloop.q_scale);
       mainloop.m_i[0] = mainloop.m_i[1] = -kInf;

@@ -1,8 +1,8 @@
-// Reads a dense mask once, before K and V are quantised: which KV tiles each band of 32 queries sees at all, which of them hold a masked
-// or biased pair, and which keys any query of the band sees. A block has one band; where the mask is the same for all queries and not
-// causal, one band stands for them all.
+// Launch before the others: reads a dense mask once and stores, for each band of 32 queries, which KV tiles it sees, which of those hold a
+// masked or biased pair, and which keys it sees at all. One CTA a band; one band stands for all queries where the mask is the same for all
+// and not causal.
 //
-// A lane takes four neighbouring keys of a row at a time, a warp 128, row by row.
+// A lane reads four consecutive keys of a row at a time, a warp 128, row by row.
 #pragma once
 #include "../block/mask.cuh"
 #include "../common/warp.cuh"
@@ -14,14 +14,14 @@
 namespace sage {
 
 constexpr int kClassifyThreads = 256, kClassifyWarps = kClassifyThreads / 32;
-constexpr int kMostWords = 1024;   // of a band's plane
+constexpr int kMaxWords = 1024;  // of a band's plane
 
 struct ClassifyShared {
-  u32 plane[2][kMostWords];
+  u32 plane[2][kMaxWords];
   float row_max[kBandRows];
 };
 
-// Four elements of a row: a bit each for "not removed" and "without a bias"; of an additive mask the biases, too.
+// Four consecutive elements of a row. kept: bit e set unless the mask removes the key; plain: unless it is biased or removed.
 struct Quad {
   u32 kept, plain;
   float bias[4];
@@ -70,7 +70,7 @@ __device__ __forceinline__ Quad load_quad(const ClassifyParams& p, const u8* row
   return quad;
 }
 
-// Four bits of each of eight neighbouring lanes, as a word in all of them.
+// Joins four bits of each of eight consecutive lanes to a word, in all of them.
 __device__ __forceinline__ u32 word_of_eight(u32 bits) {
   u32 word = bits << 4 * (special_tid_x() % 8);
 #pragma unroll
@@ -78,7 +78,7 @@ __device__ __forceinline__ u32 word_of_eight(u32 bits) {
   return word;
 }
 
-// Bits of the first `count` of four keys.
+// Sets the lowest `count` of four bits.
 __device__ __forceinline__ u32 first_bits(int count) { return count >= 4 ? 15u : count > 0 ? (1u << count) - 1 : 0u; }
 
 __device__ void classify_band(const ClassifyParams& p) {
@@ -87,7 +87,7 @@ __device__ void classify_band(const ClassifyParams& p) {
   const int band = blockIdx.x % p.bands, matrix = blockIdx.x / p.bands;
   const int row0 = p.bands == 1 ? 0 : band * kBandRows;
   const bool one_row = p.stride_q == 0;
-  // The rows of the band; `last_row` bounds what a causal band sees. One band for all queries stands for the last one's view.
+  // Rows of the band; a causal band sees keys up to last_row. A band for all queries sees what the last query sees.
   const int rows = one_row ? 1 : min(kBandRows, p.len_q - row0);
   const int last_row = min(p.bands == 1 && one_row ? p.len_q : row0 + kBandRows, p.len_q) - 1;
   const i64 row_bytes = p.stride_q * mask_element_bytes(p.mask_kind);
@@ -95,10 +95,10 @@ __device__ void classify_band(const ClassifyParams& p) {
                    (matrix / p.heads * p.stride_b + matrix % p.heads * p.stride_h) * mask_element_bytes(p.mask_kind) + row0 * row_bytes;
   grid_launch_dependents();
   const int last_tile = (p.len_kv - 1) / p.tile;
-  for (int w = threadIdx.x; w < 2 * p.words; w += kClassifyThreads)  // a last tile that ends early has keys that nobody sees
+  for (int w = threadIdx.x; w < 2 * p.words; w += kClassifyThreads)  // a ragged last tile is mixed: its keys beyond the end are masked
     shared.plane[w / p.words][w % p.words] = w == p.words + last_tile / 32 && p.len_kv % p.tile ? 1u << last_tile % 32 : 0u;
   if (p.mask_kind != kMaskBool)
-    for (int r = warp; r < rows; r += kClassifyWarps) {  // a causal row's largest bias; of one row for all, that of the band's first
+    for (int r = warp; r < rows; r += kClassifyWarps) {  // the largest bias of each row, up to the diagonal
       const int keys = p.causal ? min(row0 + r + 1, p.len_kv) : p.len_kv;
       float top = -kInf;
 #pragma unroll 4
@@ -112,7 +112,7 @@ __device__ void classify_band(const ClassifyParams& p) {
       for (int other = 1; other < 32; other *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, other));
       if (lane == 0) shared.row_max[r] = top;
     }
-  __syncthreads();  // the planes are empty, the maxima are there
+  __syncthreads();  // planes and maxima are initialised
   u32* live = p.live + (i64)blockIdx.x * p.live_words;
   u32* kept_bits = p.kept + ((i64)matrix * (one_row ? 1 : p.len_q) + (one_row ? 0 : row0)) * p.live_words;
   for (int unit = warp; 128 * unit < p.len_kv; unit += kClassifyWarps) {
@@ -121,7 +121,7 @@ __device__ void classify_band(const ClassifyParams& p) {
 #pragma unroll 8
     for (int r = 0; r < rows; ++r) {
       const Quad quad = load_quad(p, mask + r * row_bytes, key);
-      // One row for all: some query sees a key up to the last, all of them up to the first.
+      // One row for all queries: some query sees keys up to last_row, every one up to row0.
       const u32 some = p.causal ? first_bits((one_row ? last_row : row0 + r) - key + 1) : 15u;
       const u32 every = p.causal ? first_bits(row0 + r - key + 1) : 15u;
       const u32 kept = quad.kept & some;
@@ -139,7 +139,7 @@ __device__ void classify_band(const ClassifyParams& p) {
       }
     }
     const u32 seen_lanes = __ballot_sync(kAllLanes, seen != 0), uneven_lanes = __ballot_sync(kAllLanes, uneven != 0);
-    if (lane < 4) {  // 32 keys each: never of two tiles
+    if (lane < 4) {  // lane i speaks for keys 32·i …, which belong to one tile
       const int tile = (128 * unit + 32 * lane) / p.tile;
       if (seen_lanes >> 8 * lane & 0xFF) atomicOr(&shared.plane[0][tile / 32], 1u << tile % 32);
       if (uneven_lanes >> 8 * lane & 0xFF && 128 * unit + 32 * lane < p.len_kv) atomicOr(&shared.plane[1][tile / 32], 1u << tile % 32);

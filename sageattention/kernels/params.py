@@ -85,8 +85,8 @@ class AttendParams(ctypes.Structure):
     _fields_ = [
         ("q", Tokens),
         ("kv", POINTER), ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_quant_sum", POINTER),
-        ("live_keys", POINTER), ("k_mean", POINTER), ("split_kv_workspace", POINTER), ("split_kv_ready", POINTER), ("next_item", POINTER),
-        ("mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64), ("mask_stride_q", c_int64), ("mask_stride_k", c_int64),
+        ("live_keys", POINTER), ("k_mean", POINTER), ("split_kv_workspace", POINTER), ("split_kv_ready", POINTER),
+        ("next_work_idx", POINTER), ("mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64), ("mask_stride_q", c_int64), ("mask_stride_k", c_int64),
         ("kept", POINTER), ("kept_stride_b", c_int64), ("kept_stride_h", c_int64), ("kept_stride_q", c_int64),
         ("lists", TileLists), ("order", POINTER), ("tail", POINTER),
         ("out", POINTER), ("out_stride_b", c_int64), ("out_stride_h", c_int64), ("out_stride_n", c_int64),

@@ -59,7 +59,7 @@ MASK_KINDS = DTYPES | {"bool": 3}
 CPP: dict[str, int | float] = {
     "kInt8Max": INT8_MAX, "kE4m3Max": E4M3_MAX, "kLog2E4m3Max": math.log2(E4M3_MAX), "kLog2e": LOG2E, "kLn2": LN2, "kPreset": PRESET,
     "kFiniteMax": FINITE_MAX, "kAmaxMin": AMAX_MIN, "kKScaleFloor": K_SCALE_FLOOR, "kKvTile": KV_TILE,
-    "kMostKMeanTokens": K_MEAN_TOKENS, "kNegligibleBias": NEGLIGIBLE_BIAS, "kBandRows": BAND_ROWS,
+    "kMaxKMeanTokens": K_MEAN_TOKENS, "kNegligibleBias": NEGLIGIBLE_BIAS, "kBandRows": BAND_ROWS,
     "kLineExcess": LINE_EXCESS, "kTailThreshold": TAIL_THRESHOLD, "kTailBoostLog2": TAIL_BOOST_LOG2,
 }  # fmt: skip
 CPP_ENUMS: dict[str, dict[str, int]] = {

@@ -232,9 +232,7 @@ def _steps(tokens: int, head_dim: int, scheme: Scheme) -> list[_Step]:
     return steps
 
 
-def _lazy_steps(
-    rows: range, tokens: int, head_dim: int, scheme: Scheme, mask: torch.Tensor | None, is_causal: bool
-) -> list[_Step]:
+def _lazy_steps(rows: range, tokens: int, head_dim: int, scheme: Scheme, mask: torch.Tensor | None, is_causal: bool) -> list[_Step]:
     """The steps of one block of queries, in the kernel's order: tiles with masked keys first, each step with an accumulator of its own;
     then full ones, unless there is a single one, `promote` keys to an accumulator. Without a dense mask the last tile comes first."""
     size, tiles = max(scheme.lazy // head_dim, 1), [(i, min(i + scheme.kv_tile, tokens)) for i in range(0, tokens, scheme.kv_tile)]

@@ -128,4 +128,3 @@ def _tail(chosen: Route, head_dim: int) -> torch.Tensor:
     state = m.new_zeros(*m.shape, TAIL_HEAD + head_dim)
     state[..., 0], state[..., 1], state[..., TAIL_HEAD : TAIL_HEAD + o.shape[-1]] = m, l, o
     return state
-
