@@ -73,11 +73,13 @@ def parse_shape(text: str) -> Shape:
     Raises:
         Unsupported: neither.
     """
-    if text in SHAPES or text in MODELS:
-        return SHAPES.get(text) or MODELS[text]
+    named = SHAPES | MODELS
+    if text in named:
+        return named[text]
     if re.fullmatch(r"\d+(x\d+){4}", text):
-        return Shape(text, *map(int, text.split("x")))
-    raise Unsupported("--shapes", f"got {text!r}, accepted are BxHxNqxNkxD and {', '.join((*SHAPES, *MODELS))}")
+        batch, heads, len_q, len_kv, head_dim = map(int, text.split("x"))
+        return Shape(text, batch, heads, len_q, len_kv, head_dim)
+    raise Unsupported("--shapes", f"got {text!r}, accepted are BxHxNqxNkxD and {', '.join(named)}")
 
 
 def time_shape(

@@ -244,13 +244,13 @@ def make(
     return _fused(q, k, v) if shape.fused else (q, k, v)
 
 
-def _fused(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> QKV:
     """[B, H, N, D] each, as views of one tensor whose rows are tokens."""
     import torch
 
-    widths, head_dim = [t.shape[1] * t.shape[3] for t in tensors], tensors[0].shape[3]
-    rows = torch.cat([t.transpose(1, 2).flatten(2) for t in tensors], -1)
-    return tuple(part.unflatten(2, (-1, head_dim)).transpose(1, 2) for part in rows.split(widths, -1))
+    rows = torch.cat([t.transpose(1, 2) for t in (q, k, v)], 2).transpose(1, 2)
+    q, k, v = rows.split([t.shape[1] for t in (q, k, v)], 1)
+    return q, k, v
 
 
 def relative_l2(out: torch.Tensor, exact: torch.Tensor) -> float:

@@ -39,7 +39,7 @@ Tiles = dict[tuple[int | str, ...], Tile]
 
 def find_tile(tiles: Tiles, arch: int, head_dim: int, *kind: str) -> Tile:
     """The launch shape for `arch` and a compiled `head_dim`, and for a kind of kernel (mask, accumulator) that differs."""
-    own = (arch, head_dim, *kind)
+    own: tuple[int | str, ...] = (arch, head_dim, *kind)
     if own in tiles:
         return tiles[own]
     row = arch if (arch, head_dim) in tiles else 0

@@ -238,7 +238,8 @@ def _lazy_steps(rows: range, tokens: int, head_dim: int, scheme: Scheme, mask: t
     size, tiles = max(scheme.lazy // head_dim, 1), [(i, min(i + scheme.kv_tile, tokens)) for i in range(0, tokens, scheme.kv_tile)]
     if is_causal:
         tiles = [t for t in tiles if t[0] <= rows[-1]]
-    mixed, full = [], []
+    mixed: list[tuple[int, int]] = []
+    full: list[tuple[int, int]] = []
     for start, stop in tiles:
         uneven = stop - start < scheme.kv_tile or (is_causal and stop - 1 > rows[0])
         if mask is not None:

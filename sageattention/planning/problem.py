@@ -310,13 +310,13 @@ def _check_mask(mask: torch.Tensor, scores: tuple[int, int, int, int], q: torch.
         raise Unsupported("attn_mask", f"its shape is {shape}, accepted is one that broadcasts to [B, H, Nq, Nk] = {list(scores)}")
     if mask.device != q.device:
         raise Unsupported("attn_mask", f"is on {mask.device}, q is on {q.device}; they must be on one device")
-    each = tuple(1 if stride == 0 else size for size, stride in zip(shape, mask.stride()))[:-1]
-    mask_shape = (1,) * (3 - len(each)) + each
+    sizes = [1 if stride == 0 else size for size, stride in zip(shape, mask.stride())]
+    batches, heads, rows, _ = [1] * (4 - len(sizes)) + sizes
     if _is_bool(mask):
-        return "bool", mask_shape
+        return "bool", (batches, heads, rows)
     if _dtype_name(mask) not in DTYPES and mask.dtype != q.dtype:
         raise Unsupported("attn_mask", f"its dtype is {mask.dtype}, accepted are bool (True keeps) and {', '.join(DTYPES)} (added)")
-    return "additive", mask_shape
+    return "additive", (batches, heads, rows)
 
 
 def _check_key_mask(mask: torch.Tensor, batch: int, len_kv: int, k: torch.Tensor) -> tuple[str, tuple[int, int, int]]:

@@ -79,7 +79,8 @@ def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: CudaPlan,
     launch_plan = launch_plan_of(problem, plan, True)
     buffer = torch.empty(launch_plan.workspace.size, dtype=torch.uint8, device=k.device)
     k_at, v_at = k.data_ptr(), v.data_ptr()
-    lists, launches, extra = None, (), Extra()
+    lists, extra = None, Extra()
+    launches: tuple[Launch, ...] = ()
     if mask is not None:
         lists, space, launches = _classify(launch_plan, mask)
         extra = lists.at(space.data_ptr())
@@ -93,7 +94,9 @@ def attend(q: torch.Tensor, kv: CudaQuantizedKV, problem: Problem, mask: torch.T
     out, lse = result_like(q, problem)
     launch_plan = launch_plan_of(problem, kv.plan, True)
     q_at, out_at, lse_at = q.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr()
-    lists, launches, mask_at, extra = None, (), 0, Extra()
+    assert kv.workspace is not None  # an empty call does not come here
+    lists, mask_at, extra = None, 0, Extra()
+    launches: tuple[Launch, ...] = ()
     if mask is not None:
         lists, space, launches = _classify(launch_plan, mask)
         mask_at, extra = mask.data_ptr(), lists.at(space.data_ptr())
@@ -117,6 +120,7 @@ def _classify(r: LaunchPlan, mask: torch.Tensor) -> tuple[Lists, torch.Tensor, t
 def _classify_launch(r: LaunchPlan, lists: Lists, mask: int, at: int) -> Launch:
     strides, tail = lists.constants
     own = lists.at(at)
+    assert r.classify is not None  # the problem has a mask
     return r.classify, lists.blocks, 1, 1, _pack_classify(mask, strides, own.lists, own.live, own.kept, tail), False
 
 
@@ -239,7 +243,8 @@ class BoundCall(NamedTuple):
 
 def _mask_strides(mask: torch.Tensor) -> tuple[int, int, int, int]:
     """In elements, 0 where it broadcasts."""
-    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
+    b, h, q, k = (0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
+    return b, h, q, k
 
 
 def _runs_of(mask: torch.Tensor, count: int, unaligned: int) -> bool:
