@@ -59,6 +59,11 @@ def test_live_keys(dtype: torch.dtype, shape: tuple, is_causal: bool, monkeypatc
         assert torch.equal(live_keys(mask, 2, 20, 33, is_causal), expected(mask, 2, 20, 33, is_causal))
 
 
+def test_what_is_the_same_for_all_is_looked_at_once() -> None:
+    mask = torch.rand(2, 1, 1, 33) > 0.5
+    assert torch.equal(live_keys(mask.expand(2, 4, 20, 33), 2, 20, 33), mask[:, :, 0])
+
+
 @pytest.mark.parametrize("lowest", [-1e4, torch.finfo(torch.float32).min])
 def test_a_finite_bias_on_all_keys_of_a_row_hides_none(lowest: float) -> None:
     mask = torch.zeros(1, 1, 2, 10)

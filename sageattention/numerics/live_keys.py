@@ -26,8 +26,9 @@ def live_keys(mask: torch.Tensor, heads_kv: int, len_q: int, len_kv: int, is_cau
         mask: bool (True keeps) or additive, [B | 1, Hq | 1, Nq | 1, Nk | 1].
 
     Returns:
-        bool [B | 1, Hkv | 1, Nk], 1 where the mask has 1.
+        bool [B | 1, Hkv | 1, Nk], 1 where the mask is the same for all.
     """
+    mask = mask[tuple(slice(1) if stride == 0 else slice(None) for stride in mask.stride()[:3])]
     batch, heads, rows, _ = mask.shape
     rows = len_q if is_causal else rows
     mask = mask.expand(batch, heads, rows, len_kv)

@@ -102,7 +102,7 @@ def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False, sparse: 
     v_chunks = -(-len_kv // v_chunk_tokens)
     v_ctas_per_head = _runs(bh_count, units[1], values.min_blocks * card.multiprocessors)  # a warp has 256 / v_bits keys at a time
     q_tiles = -(-p.len_q // plan.tile.block_m)
-    limit, shares, split_kv_flags = MAX_GRID, False, 0
+    limit, shares, split_kv_flags, split_kv_bytes = MAX_GRID, False, 0, 0
     if names.split_kv_bytes is not None and len(groups) == 1:
         limit = card.multiprocessors
         items = q_tiles * bh_count * (p.heads_q // p.heads_kv)
@@ -111,13 +111,14 @@ def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False, sparse: 
             # Causal items are dealt out longest first, which leaves nothing to share. A block waits for another one's part.
             shares = items > limit > 1 and items % limit > 0 and not (p.causal and not live)
             lists = tile_list_shape(p, len_kv, plan.tile.block_n).size if masked else 0
-            shares = shares and tiles * tile_bytes * bh_count + names.split_kv_bytes(d) * limit + lists <= CudaPlan.WORKSPACE_LIMIT
+            split_kv_bytes = names.split_kv_bytes(d) * limit
+            shares = shares and tiles * tile_bytes * bh_count + split_kv_bytes + lists <= CudaPlan.WORKSPACE_LIMIT
     qk_max = QK_MAX[scheme.qk]
     return LaunchPlan(
         p, plan, *kernels, p.device_index, groups,
         _workspace(
             bh_count, (tiles * tile_bytes, v_chunks * 3 * d * 4, v_chunks * 4, v_chunks * 4, k_ctas_per_head * 4, 4, 4, *[d * 4] * 4),
-            (names.split_kv_bytes(d) * limit if shares else 0, split_kv_flags * 4),
+            (split_kv_bytes if shares else 0, split_kv_flags * 4),
         ),
         len_kv, tiles, k_ctas_per_head, v_chunks, v_ctas_per_head, q_tiles, limit, shares, split_kv_flags,
         (tiles, tile_bytes, k_ctas_per_head, sparse, -(-len_kv // step), step, split_kv_flags, v_chunks, v_chunk_tokens),
