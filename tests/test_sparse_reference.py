@@ -15,7 +15,7 @@ from sparse_brute import Call  # noqa: E402
 from sageattention.numerics import block_bits  # noqa: E402
 from sageattention.numerics.block_selection import Selection  # noqa: E402
 from sageattention.numerics.reference import oracle  # noqa: E402
-from sageattention.numerics.sparse import Geometry, attend, coarse, exact_share, route  # noqa: E402
+from sageattention.numerics.sparse import Geometry, attend, coarse, exact_share, route, undecided  # noqa: E402
 
 KINDS = ("sol", "topk", "mass", "cdf", "static")
 
@@ -92,7 +92,7 @@ def random_call(kind: str, seed: int) -> Call:
     return call
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(9))
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_calls_are_as_defined(kind, seed):
     check(random_call(kind, seed))
@@ -266,13 +266,27 @@ def test_the_largest_bf16_stays_finite(kind):
     assert out.isfinite().all() and lse.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ("sol", "topk", "mass"))
-def test_fp32_chooses_as_fp64_but_at_the_threshold(kind):
-    call = Call(*(t.float() for t in qkv(2000, heads=2)), kind=kind, q_block=128)
+@pytest.mark.parametrize("q_block", (64, 128))
+@pytest.mark.parametrize("kind", ("sol", "topk", "mass", "cdf"))
+def test_fp32_chooses_as_fp64_but_for_undecided_blocks(kind, q_block):
+    call = Call(*(t.float() for t in qkv(3000, heads=2)), kind=kind, q_block=q_block)
     narrow, wide = run(call, torch.float32), run(call)
     assert narrow[0].dtype == torch.float32
-    assert (narrow[2] != wide[2]).float().mean() < 1e-3
-    assert float((narrow[0] - wide[0]).norm() / wide[0].norm()) < 1e-2
+    rule, geometry = Selection(kind, call.tau, call.keep), Geometry(q_block)
+    near = undecided(call.q, call.k, call.v, rule, geometry, sm_scale=call.sm_scale)
+    assert not ((narrow[2] != wide[2]) & ~near).any()
+    assert near.float().mean() < 0.05
+
+
+def test_undecided_blocks_lie_near_the_threshold():
+    call = Call(*qkv(640), kind="sol", tau=0.5)
+    near = undecided(call.q, call.k, call.v, Selection("sol", 0.5), Geometry(64), tolerance=0.1, sm_scale=call.sm_scale)[0, 0]
+    q, k = (t[0, 0].unflatten(0, (-1, 64)).mean(1) for t in (call.q, call.k))
+    k = k - k.mean(0)
+    scale = call.sm_scale / math.log(2)
+    sigma, threshold = q @ k.T * scale, 0.5 * (q**2 @ (k**2).mean(0) * scale**2 + 1e-6).sqrt()[:, None]
+    assert torch.equal(near, (sigma - threshold).abs() <= 0.1 * (sigma.abs() + threshold))
+    assert near.any() and not near.all()
 
 
 def test_bits_are_packed_with_the_sign_as_the_last():

@@ -8,7 +8,7 @@ from .architectures import TARGETS, TEST_TARGETS
 from .binaries import Entry, Image
 from .family import MASKS, KernelFamily
 from .mma import MMA_FP8, MMA_FP16, MMA_INT8
-from .params import QuantizeKParams, QuantizeVParams, ZeroMaskedRowsParams
+from .params import NarrowMaskParams, QuantizeKParams, QuantizeVParams, ZeroMaskedRowsParams
 from .wgmma import WGMMA_FP8, WGMMA_FP16
 
 KERNELS: tuple[KernelFamily, ...] = (WGMMA_FP16, MMA_FP16, MMA_FP8, WGMMA_FP8, MMA_INT8)
@@ -38,6 +38,10 @@ def _quantize_v_entry(kernels: KernelFamily, head_dim: int) -> Entry:
     )  # fmt: skip
 
 
+NARROW_KEYS = 2048  # of a row, in a CTA
+NARROW_MASK = Entry(
+    "narrow_mask", "narrow_rows", NarrowMaskParams, 256, 4, checks=(f"kNarrowThreads == 256 && kNarrowKeys == {NARROW_KEYS}",)
+)
 ZERO_MASKED_ROWS = Entry("zero_masked_rows", "zero_rows", ZeroMaskedRowsParams, 128, checks=("kZeroRowsThreads == 128",))
 
 
@@ -49,7 +53,7 @@ def _images(target: str) -> Iterator[Image]:
         keys = {k.quantize_k_symbol(d): _quantize_k_entry(k, arch, d) for k, d in reversed(made)}
         entries = (*reversed(keys.values()), *(_quantize_v_entry(k, d) for k, d in made))
         yield Image(name, target, "kernel/quantize.cuh", entries, released=target not in TEST_TARGETS)
-    yield Image("masked_rows", target, "kernel/zero_masked_rows.cuh", (ZERO_MASKED_ROWS,), released=target not in TEST_TARGETS)
+    yield Image("sdpa_mask", target, "kernel/sdpa_mask.cuh", (NARROW_MASK, ZERO_MASKED_ROWS), released=target not in TEST_TARGETS)
     for k in built:
         for d in k.head_dims:
             entries = tuple(k.entry(k, arch, d, mask, accumulate) for mask in MASKS for accumulate in k.accumulators)

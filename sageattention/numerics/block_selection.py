@@ -10,7 +10,7 @@ All of it is computed as logarithms, which neither overflow nor round small weig
     mass  t = lse + log2(τ / n), n the blocks in question: τ times their mean share, one τ for all heads
     topk  the κ largest weights, ties included, κ = round(keep · n), at least 1, and all n only at keep = 1
                                                                                 (SLA; VSA without neighbours and tail)
-    cdf   the largest weights until their share of the row reaches `keep`      (SpargeAttn, arXiv:2502.18137)
+    cdf   the largest weights until their share of the row reaches `keep`, ties included   (SpargeAttn, arXiv:2502.18137)
     static  a given mask
 
 A KV block whose keys are less alike than `similarity` is exact; so is every block for queries that are as uneven (SpargeAttn).
@@ -73,41 +73,61 @@ def select(
         bool [⌈m / rows⌉, n].
     """
     uneven = kv.k_similarity < selection.similarity
-    asked = visible & ~sinks & ~uneven
+    line = draw_line(sigma, visible & ~sinks & ~uneven, selection, q, kv, scale, rows)
+    everything = _group((q.q_similarity < selection.similarity)[:, None], rows, False).any(1)
+    return (line.chosen | uneven | everything) & _group(visible, rows, False).any(1)
+
+
+class Line(NamedTuple):
+    """What decides about the blocks in question.
+
+    Attributes:
+        weight: [lists, n], log2 of the summed softmax; −inf where a block is not in question.
+        threshold: [lists, 1], log2, too.
+        lse: [lists, 1], the largest log2 Σ_j 2^σ_rj of the rows r: threshold + lse is of the size of a score.
+        chosen: bool [lists, n], weights above the threshold; of "topk" and "cdf" those that equal it, too.
+    """
+
+    weight: torch.Tensor
+    threshold: torch.Tensor
+    lse: torch.Tensor
+    chosen: torch.Tensor
+
+
+def draw_line(
+    sigma: torch.Tensor, asked: torch.Tensor, selection: Selection, q: PooledQ, kv: PooledKV, scale: float, rows: int
+) -> Line:  # fmt: skip
+    """Weights and threshold of every list; `asked` is bool [m, n], the blocks in question for each row of scores."""
     lse = _log2_sum(sigma.masked_fill(~asked, -math.inf))
     weight = _join(torch.where(asked, sigma - lse, -math.inf), rows)
     candidates = _group(asked, rows, False).any(1)
     if selection.kind == "sol":
         spread = (q.q_mean.square() @ kv.k_var * scale**2 + TINY_SPREAD).sqrt()[:, None]
-        chosen = ~(weight <= _join(selection.tau * spread - lse, rows))
+        threshold = _join(selection.tau * spread - lse, rows)
     elif selection.kind == "mass":
         mean_share = 1 / asked.sum(-1, keepdim=True).clamp_min(1)
-        chosen = ~(weight <= _join((selection.tau * mean_share).log2(), rows))
-    elif selection.kind == "topk":
-        chosen = _largest(weight, candidates, selection.keep)
-    elif selection.kind == "cdf":
-        chosen = _until_share(weight, selection.keep)
+        threshold = _join((selection.tau * mean_share).log2(), rows)
+    elif selection.kind in ("topk", "cdf"):
+        ordered = weight.masked_fill(~candidates, -math.inf).sort(-1, descending=True).values
+        count = _share_of_blocks if selection.kind == "topk" else _share_of_weight
+        number = count(ordered, candidates.sum(-1, keepdim=True), selection.keep)
+        last = ordered.gather(-1, (number - 1).clamp_min(0)) if ordered.shape[-1] else number.to(ordered)
+        threshold = torch.where(number > 0, last, math.inf)
     else:
         raise ValueError(f"selection {selection.kind!r} has no scores, accepted are {', '.join(KINDS[:-1])}")
-    everything = _group((q.q_similarity < selection.similarity)[:, None], rows, False).any(1)
-    return (chosen & candidates | uneven | everything) & _group(visible, rows, False).any(1)
+    above = ~(weight <= threshold) if selection.kind in ("sol", "mass") else ~(weight < threshold)
+    return Line(weight, threshold, _group(lse, rows, -math.inf).amax(1), above & candidates)
 
 
-def _largest(weight: torch.Tensor, candidates: torch.Tensor, keep: float) -> torch.Tensor:
-    """The κ largest of each row's candidates, ties included: bool [lists, n]."""
-    number = candidates.sum(-1)
-    kappa = torch.minimum((keep * number).round(), number - (0 if keep >= 1 else 1)).clamp_min(1).long()
-    ordered = weight.masked_fill(~candidates, -math.inf).sort(-1, descending=True).values
-    threshold = ordered.gather(-1, (kappa - 1)[:, None]) if ordered.shape[-1] else ordered
-    return ~(weight < threshold)
+def _share_of_blocks(ordered: torch.Tensor, number: torch.Tensor, keep: float) -> torch.Tensor:
+    """κ [lists, 1] of "topk"; `number` [lists, 1] are the candidates."""
+    return torch.minimum((keep * number).round(), number - (0 if keep >= 1 else 1)).clamp_min(1).long()
 
 
-def _until_share(weight: torch.Tensor, keep: float) -> torch.Tensor:
-    """The largest weights of each row whose predecessors together are less than `keep` of the row's sum."""
-    ordered, index = weight.sort(-1, descending=True)
+def _share_of_weight(ordered: torch.Tensor, number: torch.Tensor, keep: float) -> torch.Tensor:
+    """Blocks [lists, 1] that hold `keep` of a row's weight: those whose predecessors hold less. `ordered` [lists, n] falls."""
     share = (ordered - _log2_sum(ordered)).exp2()
-    before = share.cumsum(-1) - share
-    return torch.zeros_like(weight, dtype=torch.bool).scatter(-1, index, ~(before >= keep))
+    return torch.minimum((~(share.cumsum(-1) - share >= keep)).sum(-1, keepdim=True), number)
 
 
 def _join(log_weights: torch.Tensor, rows: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from . import block_bits
-from .block_selection import Selection, scores, select
+from .block_selection import Selection, draw_line, scores, select
 from .constants import LOG2E
 from .pooling import BLOCK, PooledKV, pool_kv, pool_q
 from .sparse_geometry import BlockView, Geometry
@@ -89,6 +89,45 @@ def route(
             if state is not None:
                 state.m[b, h], state.l[b, h], state.o[b, h] = _tail(sigma, view.whole & live & ~view.of_rows(exact), kv)
     return Route(bits, k_shift, state)
+
+
+def undecided(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    selection: Selection | Sequence[Selection],
+    geometry: Geometry,
+    *,
+    tolerance: float = 1e-5,
+    sm_scale: float | None = None,
+) -> torch.Tensor:
+    """Blocks that another router may choose or not: those whose score is as near to the threshold as rounding in fp32 puts it.
+
+    |weight − threshold| ≤ tolerance · (|score| + |threshold|), in base 2; of "cdf" also those that a `keep` so little off would change.
+    Arguments as for `route`.
+
+    Returns:
+        bool [B, Hq, ⌈Nq/q_block⌉, ⌈Nk/64⌉].
+    """
+    batch, heads, len_q, head_dim = q.shape
+    view = BlockView(len_q, k.shape[2], geometry, q.device)
+    scale = _scale(sm_scale, head_dim) * LOG2E
+    near = torch.zeros(batch, heads, view.lists, view.n, dtype=torch.bool, device=q.device)
+    for b in range(batch):
+        for h, _, kv in _pooled_heads(k, v, heads, b, view, torch.float64):
+            pooled = pool_q(view.arrange(q[b, h], torch.float64), view.live_queries(b))
+            rule = selection if isinstance(selection, Selection) else selection[h]
+            asked = view.visible & (kv.counts > 0) & ~view.sinks & ~(kv.k_similarity < rule.similarity)
+            sigma = scores(pooled, kv, scale)
+            line = draw_line(sigma, asked, rule, pooled, kv, scale, view.rows)
+            size = (line.weight + line.lse).abs() + (line.threshold + line.lse).abs()
+            finite = line.weight.isfinite() & line.threshold.isfinite()
+            near[b, h] = finite & ((line.weight - line.threshold).abs() <= tolerance * size)
+            if rule.kind == "cdf":
+                less, more = (rule._replace(keep=rule.keep * (1 + sign * tolerance)) for sign in (-1, 1))
+                fewer, further = (draw_line(sigma, asked, r, pooled, kv, scale, view.rows).chosen for r in (less, more))
+                near[b, h] |= fewer ^ further
+    return near
 
 
 def attend(
