@@ -33,6 +33,8 @@ class OrBundled:
         self.loader, self.finder = loader, finder
 
     def __getattr__(self, name):
+        if name in ("loader", "finder"):  # a copy that is still empty
+            raise AttributeError(name)
         return getattr(self.loader, name)
 
     def create_module(self, spec):

@@ -158,9 +158,12 @@ class Hook:
         if os.name != "nt" or not self.result["torch"]:
             self.lines += ["--with-triton: torch brings its Triton on this system."] if self.args.with_triton and os.name != "nt" else []
             return
-        table = json.loads((PACK / "wheels" / "triton_windows.json").read_text(encoding="utf-8"))["releases"]
-        torch = numbers(self.result["torch"])[:2]
-        release = next((r for r in table if numbers(r["torch"]) == torch), None)
+        file, torch = PACK / "wheels" / "triton_windows.json", numbers(self.result["torch"])[:2]
+        try:
+            releases = {numbers(release["torch"]): release for release in json.loads(file.read_bytes())["releases"]}
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise Problem(f"{file} can't be read ({error}): install the node pack again.") from error
+        release = releases.get(torch)
         if release is None:
             unknown = f"No triton-windows is known for torch {self.result['torch']}; only the Triton variant needs one."
             if self.args.with_triton:
@@ -175,9 +178,9 @@ class Hook:
             self.lines.append(f"Only the Triton variant needs {pin}, which fits torch {self.result['torch']}: --with-triton installs it.")
             return
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "requirement.txt"
-            file.write_text(" ".join([pin, *(f"--hash=sha256:{digest}" for digest in release["sha256"])]) + "\n", encoding="utf-8")
-            command = [*package_installer(), "--no-deps", "--require-hashes", "-r", str(file)]
+            requirement = Path(folder) / "requirement.txt"
+            requirement.write_text(" ".join([pin, *(f"--hash=sha256:{digest}" for digest in release["sha256"])]) + "\n", encoding="utf-8")
+            command = [*package_installer(), "--no-deps", "--require-hashes", "-r", str(requirement)]
             if self.only_say:
                 self.lines.append(subprocess.list2cmdline([*package_installer(), "--no-deps", pin]))
                 return

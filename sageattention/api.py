@@ -219,7 +219,7 @@ def sageattn_varlen(
     )  # fmt: skip
     if causal and cu_seqlens_q is not cu_seqlens_k:
         raise Unsupported("causal", f"{neutral.ALIGNMENT}. Of packed sequences pass one tensor for both, where their lengths are equal")
-    if _traced(q):
+    if is_traced(q):
         from . import torch_library
 
         call_operator = torch_library.varlen_untraced if torch_library.compiled_with_grad(q, k, v) else torch_library.varlen
@@ -383,7 +383,7 @@ def _dispatch() -> ModuleType:
     return _loaded
 
 
-def _traced(q: torch.Tensor) -> bool:
+def is_traced(q: torch.Tensor) -> bool:
     """Whether the call is only looked at, and has to be one registered operator.
 
     Under torch.compile nothing of this module's is read: the graph would be guarded by it, and compiled anew once it is set.
@@ -442,7 +442,7 @@ def _call(
     variant: str,
     accum: str = "",
 ) -> Output:
-    if _traced(q):
+    if is_traced(q):
         from . import torch_library
 
         if torch_library.compiled_with_grad(q, k, v, attn_mask):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .api import _traced
+from .api import is_traced
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +71,7 @@ def sageattn_sparse(
         "neighbours": neighbours, "q_start": q_start, "sinks": sinks, "query_sinks": query_sinks, "order": order, "block_len": block_len,
         "block_mask": block_mask, "key_mask": key_mask, "coarse_gate": coarse_gate,
     }  # fmt: skip
-    if _traced(q):
+    if is_traced(q):
         from . import torch_library
 
         result = torch_library.sparse_call(q, k, v, tensor_layout, is_causal, sm_scale, variant, **arguments)

@@ -37,6 +37,7 @@ EXPORT int cuDeviceGetAttribute(int* v, int a, int d) {
   if (d < 0 || d >= DEVICES) return 101;
   if (a == 75) *v = stub_major[d];
   else if (a == 76) *v = stub_minor[d];
+  else if (a == 16) *v = 132; /* multiprocessors */
   else if (a == 97) *v = stub_shared;
   else return 1;
   return 0;

@@ -154,6 +154,19 @@ def test_a_fully_masked_row_is_zero_and_a_row_of_finfo_min_is_not(variant, dtype
             assert workloads.relative_l2(o[:, :, 7], expected) < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mask_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_no_finite_bias_hides_a_key(dtype, mask_dtype):
+    """Of the smallest number in a whole row, whatever dtype it is in; −inf does."""
+    q, k, v = qkv(dtype=dtype)
+    mask = torch.zeros(33, 70, dtype=mask_dtype)
+    mask[7] = torch.finfo(mask_dtype).min
+    mask[8, 1:] = -torch.inf
+    out = sageattn(q, k, v, attn_mask=mask)
+    assert out.isfinite().all() and out[:, :, 7].abs().sum() > 0
+    torch.testing.assert_close(out[:, :, 8], v[:, :, 0])
+
+
 @pytest.mark.parametrize("variant", ["auto", QUANTISED])
 def test_strided_inputs(variant):
     packed = torch.randn(2, 40, 3, 2, 80, generator=torch.Generator().manual_seed(0)).bfloat16()

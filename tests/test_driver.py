@@ -18,6 +18,7 @@ from stub import ENTRIES, TABLE, DemoParams, by_path
 
 from sageattention import CudaError, KernelMissing, Unsupported
 from sageattention.backends.cuda import driver, launcher
+from sageattention.cli import doctor
 from sageattention.device import libcuda
 from sageattention.kernels import binaries, store
 
@@ -508,3 +509,12 @@ def test_importing_opens_no_driver():
         import sys, sageattention.backends.cuda.driver as d
         assert "torch" not in sys.modules and not d.libcuda.library.cache_info().currsize"""
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_doctor_asks_the_driver_itself(cuda):
+    cuda.capability(1, 89)
+    problems = []
+    version, cards = doctor._gpus(problems)
+    assert problems == [] and version.startswith("571.23")
+    assert [(card["name"], card["arch"], card["multiprocessors"], card["memory_mib"]) for card in cards] == [
+        ("Stub A", 90, 132, 24576), ("Stub B", 89, 132, 24576)]  # fmt: skip

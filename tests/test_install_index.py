@@ -332,6 +332,16 @@ def test_windows_a_triton_that_is_not_to_be_had_fails_where_it_was_asked_for(win
     assert hook.result["outcome"] == "current" and "No triton-windows is known for torch 99.0.0" in hook.result["message"]
 
 
+@pytest.mark.parametrize("text", [b"", bytes(60), b"{}", b'{"releases": [3]}'])
+def test_windows_a_damaged_table_of_tritons_is_told_of(windows, tmp_path, monkeypatch, text):
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "triton_windows.json").write_bytes(text)
+    monkeypatch.setattr(installer.hook, "PACK", tmp_path)
+    hook = installer.hook.Hook(SimpleNamespace(print=False, dry_run=False, with_triton=False))
+    with pytest.raises(installer.Problem, match="install the node pack again"):
+        hook.triton()
+
+
 def test_windows_leaves_a_triton_that_fits(windows, monkeypatch):
     monkeypatch.setattr(installer.hook, "find", lambda name: SimpleNamespace(version="3.5.0.post21"))
     hook = installer.hook.Hook(SimpleNamespace(print=False, dry_run=False, with_triton=True))

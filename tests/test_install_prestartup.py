@@ -79,6 +79,17 @@ def test_the_finder_is_gone_from_an_installed_package(tmp_path):
     assert done.stdout.split() == ["SourceFileLoader", "SourceFileLoader", "True"] and done.stderr == ""
 
 
+def test_a_copied_spec_works_too(tmp_path):
+    """Tools keep specs; a broken copy is found out only when it is executed."""
+    code = (
+        "import copy\nspec = copy.copy(importlib.util.find_spec('sageattention'))\nspec.loader = copy.copy(spec.loader)\n"
+        "print(spec.loader.get_filename('sageattention') == spec.origin)\n"
+        "module = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(module)\nprint(module.sageattn(1, 2, 3))"
+    )
+    done = start(tmp_path, code, package(tmp_path / "site", HEALTHY))
+    assert done.stdout.split() == ["True", "1"] and done.stderr == ""
+
+
 BROKEN = {
     "library": "raise OSError('libcudart.so.12: cannot open shared object file')\n",
     "dll": RAISING,

@@ -10,33 +10,36 @@ from ..numerics.constants import MASK_LIMIT
 from ..planning.plan import Plan
 from ..planning.problem import Problem
 from .call import PreparedCall, Result
-from .cuda import masked_rows
+from .cuda import sdpa_mask
 
 LSE_CHUNK = 256 << 20  # bytes of fp32 scores at a time
 
 
 def run(call: PreparedCall[Plan]) -> Result:
     """Compute a call by `scaled_dot_product_attention`."""
-    q, k, v = call.hnd()
-    p, mask = call.problem, call.mask
-    causal = p.causal
-    if mask is not None:
-        if p.mask == "additive":
-            mask = _narrow_mask(mask, q.dtype)
-        if causal:
-            mask, causal = _with_causal(mask, p), False
-    out = torch_internals.attention(q, k, v, mask, is_causal=causal, scale=float(p.sm_scale), enable_gqa=bool(p.heads_q != p.heads_kv))
-    if mask is not None and not _zeroed_by_kernel(out, call):
-        out = torch.where(_seen(mask).any(-1, keepdim=True), out, 0)
+    (q, k, v), p = call.hnd(), call.problem
+    out = _attention(q, k, v, None, p.causal, p) if call.mask is None else _masked(call, call.mask, q, k, v)
     return from_hnd(out, p.layout), _lse(call, q, k) if p.return_lse else None
 
 
-def _zeroed_by_kernel(out: torch.Tensor, call: PreparedCall[Plan]) -> bool:
-    """Give fully masked rows the 0 that not every backend of torch's gives them, by a kernel; False where torch's operators have to."""
+def _masked(call: PreparedCall[Plan], given: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     p = call.problem
-    if call.mask is None or p.device != "cuda" or p.needs_grad or tracing.transformed():
-        return False
-    return masked_rows.zero(out, call.mask, p, call.bound)
+    mask = _narrow_mask(call, given, q.dtype) if p.mask == "additive" else given
+    mask = _with_causal(mask, p) if p.causal else mask
+    out = _attention(q, k, v, mask, False, p)
+    # Not every backend of torch's gives fully masked rows the 0 that they should be.
+    if _has_kernels(call) and sdpa_mask.zero(out, given, p, call.bound):
+        return out
+    return torch.where(_seen(mask).any(-1, keepdim=True), out, 0)
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, p: Problem) -> torch.Tensor:
+    return torch_internals.attention(q, k, v, mask, is_causal=causal, scale=float(p.sm_scale), enable_gqa=bool(p.heads_q != p.heads_kv))
+
+
+def _has_kernels(call: PreparedCall[Plan]) -> bool:
+    """Whether a call's tensors may be handed to kernels: autograd and torch's transforms see its operators alone."""
+    return call.problem.device == "cuda" and not call.problem.needs_grad and not tracing.transformed()
 
 
 def _seen(mask: torch.Tensor) -> torch.Tensor:
@@ -69,12 +72,16 @@ def _lse(call: PreparedCall[Plan], q: torch.Tensor, k: torch.Tensor) -> torch.Te
     return torch.cat(parts, 2)
 
 
-def _narrow_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _narrow_mask(call: PreparedCall[Plan], mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """An additive mask in q's dtype, as SDPA wants it. Finite stays finite, also times log2(e) in fp32, which some backends take."""
     if mask.dtype == dtype == torch.float16:  # whose largest number is far from that
         return mask
     limit = min(torch.finfo(dtype).max, torch.finfo(mask.dtype).max, MASK_LIMIT)
-    return torch.where(mask == -torch.inf, mask, mask.clamp(-limit, limit)).to(dtype)
+    narrowed = sdpa_mask.narrow(mask, dtype, limit, call.problem, call.bound) if _has_kernels(call) else None
+    if narrowed is not None:
+        return narrowed
+    wide = mask if mask.dtype == dtype else mask.float()  # a limit of fp16's is none of bf16's
+    return torch.where(mask == -torch.inf, mask, wide.clamp(-limit, limit)).to(dtype)
 
 
 def _with_causal(mask: torch.Tensor, p: Problem) -> torch.Tensor:

@@ -103,8 +103,19 @@ class AttendParams(ctypes.Structure):
     ]  # fmt: skip
 
 
+class NarrowMaskParams(ctypes.Structure):
+    """Of narrow_mask, before torch's own attention."""
+
+    _fields_ = [
+        ("mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64), ("mask_stride_q", c_int64), ("mask_stride_k", c_int64),
+        ("out", POINTER),
+        ("heads", c_int32), ("len_q", c_int32), ("len_kv", c_int32), ("ctas_per_row", c_int32),
+        ("mask_dtype", c_int32), ("out_dtype", c_int32), ("limit", c_float),
+    ]  # fmt: skip
+
+
 class ZeroMaskedRowsParams(ctypes.Structure):
-    """Of zero_masked_rows, beside torch's own attention."""
+    """Of zero_masked_rows, after torch's own attention."""
 
     _fields_ = [
         ("mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64), ("mask_stride_q", c_int64), ("mask_stride_k", c_int64),

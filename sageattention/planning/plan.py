@@ -176,7 +176,7 @@ def plan(
         try:
             chosen = _fit(problem, target, candidate, reason)
         except (Unsupported, KernelMissing) as error:
-            rejected.append((candidate, str(error)))
+            rejected.append((candidate, error.reason if isinstance(error, KernelMissing) else str(error)))  # the candidate is its subject
             continue
         if accum and candidate.accum != accum:
             chosen = replace(chosen, reason=f"{reason}, and no variant that runs here has it")

@@ -1,7 +1,7 @@
 """The installer, the loader and the launchers as on Windows: `python3 dev.py windows [--full]`, on Linux with wine.
 
 Sets up, once, a wine prefix and a Windows CPython (wine_python.py), cross-compiles a stub of the driver's library and the launcher,
-copies the checkout, and runs the tests below in there, with progress and a summary. No GPU, no torch.
+copies the checkout, and runs the tests below in there, with progress and a summary. No GPU; torch only where `--torch` asks for it.
 """
 
 from __future__ import annotations
@@ -25,15 +25,20 @@ SHORT = {
     "driver, both launchers": ["tests/test_driver.py"],
     "portable layout, code pages, a launcher in use": ["tests/test_windows.py"],
     "exchange in site-packages": ["tests/test_install_exchange.py"],
-    "the import hook": ["tests/test_install_prestartup.py"],
+    "the import hook": ["tests/test_install_prestartup.py", "-k", "library or from_imports or shadow or metadata"],
     "planner": ["tests/test_plan.py", "tests/test_auto.py", "tests/test_params.py"],
 }
 FULL = {
     **SHORT,
+    "the import hook": ["tests/test_install_prestartup.py"],
     "install.py, every state": ["tests/test_install.py"],
     "install.py, damaged files": ["tests/test_install_damage.py"],
     "install.py, odd surroundings": ["tests/test_install_environment.py"],
     "install.py, indexes and mirrors": ["tests/test_install_index.py"],
+}
+WITH_TORCH = {
+    "with torch: planner, workloads, varlen": ["tests/test_plan.py", "tests/test_inputs.py", "tests/test_packed.py", "tests/test_auto.py"],
+    "with torch: import, the node's report": ["tests/test_import.py", "tests/test_install_result.py"],
 }
 
 
@@ -71,6 +76,7 @@ def run_tests(wine: wine_python.Wine, python: Path, checkout: Path, arguments: l
 def main() -> int:
     parser = argparse.ArgumentParser(prog="dev.py windows", description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="also every state that install.py can meet: some ten minutes more")
+    parser.add_argument("--torch", action="store_true", help="also what runs with torch for Windows under wine (130 MB)")
     parser.add_argument("--only", metavar="WORD", help="of these, what has WORD in its name")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "windows", help="for wine's prefix and the Python (build/windows)")
     parser.add_argument("--python", default=sys.executable, help="a Linux CPython 3.10 to 3.13 with headers, whose version is tested")
@@ -87,6 +93,11 @@ def main() -> int:
 
         wine_python.compile_c(ROOT / "tests" / "stub_driver.c", args.folder / "nvcuda.dll")
         launcher = wheels.build_launcher(args.python, "win_amd64", args.folder / "wheels")
+        with_torch = python
+        if args.torch:
+            say("a second one with torch")
+            with_torch = wine_python.make_python(args.folder / "python-torch", args.python)
+            wine_python.add_torch(with_torch, f"3{wheels.headers(args.python)[0]}")
         copy_checkout(args.folder / "checkout")
     except (wine_python.Unavailable, OSError, subprocess.SubprocessError, RuntimeError) as error:
         print(f"windows: {error}", file=sys.stderr)
@@ -94,12 +105,12 @@ def main() -> int:
     environment = {"STUB_DRIVER": windows_path(args.folder / "nvcuda.dll"), "STUB_LAUNCHER": windows_path(launcher), "SLOWER_TIMES": "10"}
     say(f"set up after {time.monotonic() - begun:.0f} s")
     results = []
-    for name, tests in (FULL if args.full else SHORT).items():
+    for name, tests in ((FULL if args.full else SHORT) | (WITH_TORCH if args.torch else {})).items():
         if args.only and args.only not in name:
             continue
         start = time.monotonic()
         say(name)
-        code, last = run_tests(wine, python, args.folder / "checkout", tests, environment)
+        code, last = run_tests(wine, with_torch if name in WITH_TORCH else python, args.folder / "checkout", tests, environment)
         results.append((name, code, last, time.monotonic() - start))
     print()
     for name, code, last, seconds in results:

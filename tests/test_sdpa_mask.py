@@ -1,4 +1,4 @@
-"""The kernel that zeroes fully masked rows beside torch's attention: compiled for the host and run lane by lane, and on a GPU."""
+"""The kernels for dense masks beside torch's attention: compiled for the host and run lane by lane, and on a GPU."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lane_compiler import COMPILER, compiled
 
 from sageattention import sageattn
 from sageattention.backends import sdpa
-from sageattention.backends.cuda import driver, masked_rows
+from sageattention.backends.cuda import driver, sdpa_mask
 from sageattention.device import capability
 from sageattention.device.capability import Capability
-from sageattention.kernels.params import ZeroMaskedRowsParams
-from sageattention.kernels.table import ZERO_MASKED_ROWS
+from sageattention.kernels.table import NARROW_KEYS, NARROW_MASK, ZERO_MASKED_ROWS
+from sageattention.numerics.constants import MASK_LIMIT
 from sageattention.planning.problem import Problem
 
 B, H, NQ, NK = 2, 3, 45, 70
@@ -27,10 +27,12 @@ DTYPES = [torch.bool, torch.float16, torch.bfloat16, torch.float32]
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if COMPILER is None:
         pytest.skip("needs g++ on Linux")
-    e = ZERO_MASKED_ROWS
-    body = f"{{ run_grid(blocks, {e.threads}, [&] {{ {e.expression}(*p); }}); }}\n"
-    function = f'extern "C" void {e.symbol}(const {e.params.__name__}* p, unsigned blocks) {body}'
-    return compiled(90, tmp_path_factory.mktemp("rows"), ("kernel/zero_masked_rows.cuh",), function)
+    functions = "".join(
+        f'extern "C" void {e.symbol}(const {e.params.__name__}* p, unsigned blocks) '
+        f"{{ run_grid(blocks, {e.threads}, [&] {{ {e.expression}(*p); }}); }}\n"
+        for e in (NARROW_MASK, ZERO_MASKED_ROWS)
+    )
+    return compiled(90, tmp_path_factory.mktemp("mask"), ("kernel/sdpa_mask.cuh",), functions)
 
 
 @pytest.fixture
@@ -40,12 +42,13 @@ def card(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def launch(device: int, stream: int, launches: tuple) -> None:
         for symbol, x, _, _, params, overlap in launches:
-            assert len(params) == ctypes.sizeof(ZeroMaskedRowsParams) and not overlap
+            entry = next(e for e in (NARROW_MASK, ZERO_MASKED_ROWS) if e.symbol == symbol)
+            assert len(params) == ctypes.sizeof(entry.params) and not overlap
             launched.append(x)
             getattr(library, symbol)(ctypes.create_string_buffer(params, len(params)), ctypes.c_uint(x))
 
-    monkeypatch.setattr(masked_rows, "_kernel", lambda index: ZERO_MASKED_ROWS.symbol)
-    monkeypatch.setattr(masked_rows.torch_internals, "current_stream", lambda index: 0)
+    monkeypatch.setattr(sdpa_mask, "_kernel", lambda index, entry: entry.symbol)
+    monkeypatch.setattr(sdpa_mask.torch_internals, "current_stream", lambda index: 0)
     monkeypatch.setattr(driver, "launch", launch)
     return launched
 
@@ -85,7 +88,7 @@ def test_rows_that_see_nothing_become_zero_and_no_other_byte_changes(dtype, shap
         room = torch.randn(B, H + 1, NQ + 1, 48).to(out_dtype)
         before = room.clone()
         out = (room.transpose(1, 2).contiguous().transpose(1, 2) if nhd else room)[:, :H, :NQ, :37]
-        assert masked_rows.zero(out, mask, problem(causal, 37), {})
+        assert sdpa_mask.zero(out, mask, problem(causal, 37), {})
         rows = hidden(mask, causal)
         expected = before[:, :H, :NQ, :37].masked_fill(rows[..., None], 0)
         assert torch.equal(out, expected)
@@ -101,30 +104,50 @@ def test_strided_masks(card):
     for mask in (wide[:, :, ::2, 1 : 3 * NK : 3], wide[:, :1, :NQ, :NK].expand(B, H, NQ, NK), wide[:, :, :NQ, 0:1]):
         out = torch.randn(B, H, NQ, 64).half()
         expected = out.masked_fill(hidden(mask, False)[..., None], 0)
-        assert masked_rows.zero(out, mask, problem(False, 64), {}) and torch.equal(out, expected)
+        assert sdpa_mask.zero(out, mask, problem(False, 64), {}) and torch.equal(out, expected)
 
 
 def test_a_call_like_an_earlier_one_is_bound_once(card, monkeypatch):
     mask, bound, made = masks(torch.bool, (B, H, NQ, NK)), {}, []
-    real = masked_rows._bind
-    monkeypatch.setattr(masked_rows, "_bind", lambda *given: made.append(1) or real(*given))
+    real = sdpa_mask._bind_zero
+    monkeypatch.setattr(sdpa_mask, "_bind_zero", lambda *given: made.append(1) or real(*given))
     for _ in range(3):
-        masked_rows.zero(torch.randn(B, H, NQ, 64).half(), mask, problem(False, 64), bound)
-    masked_rows.zero(torch.randn(B, NQ, H, 64).half().transpose(1, 2), mask, problem(False, 64), bound)  # torch's layouts vary
+        sdpa_mask.zero(torch.randn(B, H, NQ, 64).half(), mask, problem(False, 64), bound)
+    sdpa_mask.zero(torch.randn(B, NQ, H, 64).half().transpose(1, 2), mask, problem(False, 64), bound)  # torch's layouts vary
     assert (len(made), len(card)) == (2, 4)
+
+
+BIASES = [0.0, -0.0, 1.5, -3.25, 1e-40, 65504.0, -65504.0, 7e4, -7e4, 1e38, -1e38, 3e38, -3e38, -torch.inf, torch.nan, 0.1, -1000.3]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("target", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 3, NARROW_KEYS + 5), (2, 3, 5, 17), (2, 1, 1, 40)], ids=str)
+def test_a_narrowed_mask_is_what_torchs_operators_make_of_it(dtype, target, shape, card):
+    room = torch.tensor(BIASES).repeat(2 * 3 * 5 * (NARROW_KEYS + 5) // len(BIASES) + 1)[: 2 * 3 * 5 * (NARROW_KEYS + 5)]
+    room = room.view(2, 3, 5, -1).to(dtype)
+    limit = min(torch.finfo(dtype).max, torch.finfo(target).max, MASK_LIMIT)
+    mask = room[: shape[0], : shape[1], : shape[2], : shape[3]]
+    for given in (mask, mask.contiguous(), mask[..., ::3], mask[:, :, :1].expand(-1, -1, 4, -1)):
+        expected = torch.where(given == -torch.inf, given, given.float().clamp(-limit, limit)).to(target)
+        found = sdpa_mask.narrow(given, target, limit, problem(False), {})
+        assert found.is_contiguous() and (found == -torch.inf).equal(given == -torch.inf)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("why", ["no kernel", "channels apart", "fp64"])
 def test_where_the_kernel_cannot_do_it_nothing_is_done(why, card, monkeypatch):
     mask, out = masks(torch.bool, (B, H, NQ, NK)), torch.randn(B, H, NQ, 64)
     if why == "no kernel":
-        monkeypatch.setattr(masked_rows, "_kernel", lambda index: None)
+        monkeypatch.setattr(sdpa_mask, "_kernel", lambda index, entry: None)
     elif why == "channels apart":
         out = out.mT.contiguous().mT
     else:
         mask = torch.zeros(NQ, NK, dtype=torch.float64)[None, None]
     before = out.clone()
-    assert not masked_rows.zero(out, mask, problem(False, 64), {}) and torch.equal(out, before) and not card
+    assert not sdpa_mask.zero(out, mask, problem(False, 64), {}) and torch.equal(out, before) and not card
+    if why == "fp64":
+        assert sdpa_mask.narrow(mask, torch.float64, 1e38, problem(False), {}) is None
 
 
 def test_only_a_card_that_is_nvidias_has_the_kernel(monkeypatch):
@@ -133,9 +156,9 @@ def test_only_a_card_that_is_nvidias_has_the_kernel(monkeypatch):
     for card in (Capability("cuda", 75), Capability("cuda", 87), Capability("cuda", 90), Capability("cuda", 121), Capability("cuda", 130),
                  Capability("cuda", 70), Capability("rocm"), Capability("zluda")):  # fmt: skip
         monkeypatch.setattr(capability, "of_device", lambda device, index: card)  # noqa: B023
-        masked_rows._kernel.cache_clear()
-        found[card.arch or card.device] = masked_rows._kernel(0)
-    masked_rows._kernel.cache_clear()
+        sdpa_mask._kernel.cache_clear()
+        found[card.arch or card.device] = sdpa_mask._kernel(0, ZERO_MASKED_ROWS)
+    sdpa_mask._kernel.cache_clear()
     assert {name: path and path.split("/")[0] for name, path in found.items()} == {
         75: "sm_75", 87: "sm_86", 90: "sm_90a", 121: "sm_120", 130: "compute_89", 70: None, "rocm": None, "zluda": None,
     }  # fmt: skip
@@ -164,7 +187,7 @@ def test_masked_rows_are_zero_on_every_backend_of_torchs(dtype, shape, layout):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     mask = masks(dtype, shape, "cuda")
-    assert masked_rows._kernel(0) is not None
+    assert sdpa_mask._kernel(0, ZERO_MASKED_ROWS) is not None
     for backends in ([SDPBackend.CUDNN_ATTENTION], [SDPBackend.EFFICIENT_ATTENTION], [SDPBackend.MATH], None):
         for causal in (False, True):
             q, k, v = (torch.randn(B, H, n, 64, device="cuda", dtype=torch.float16) for n in (NQ, NK, NK))
@@ -181,3 +204,28 @@ def test_masked_rows_are_zero_on_every_backend_of_torchs(dtype, shape, layout):
             out = out if layout == "HND" else out.transpose(1, 2)
             rows = hidden(mask, causal).cuda()
             assert out.isfinite().all() and not out[rows].any() and (out[~rows].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask_dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_a_row_of_the_smallest_bias_is_the_average_on_every_backend_of_torchs(dtype, mask_dtype):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = (torch.randn(B, H, n, 64, device="cuda", dtype=dtype) for n in (NQ, NK, NK))
+    mask = torch.zeros(1, 1, NQ, NK, device="cuda", dtype=mask_dtype)
+    mask[:, :, 7] = torch.finfo(mask_dtype).min
+    drowned = min(-torch.finfo(mask_dtype).min, torch.finfo(dtype).max) > 1e6  # in fp16 the scores are not lost beside it
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH):
+        with sdpa_kernel([backend]):
+            try:
+                out = sageattn(q, k, v, attn_mask=mask, variant="sdpa")
+            except RuntimeError as error:
+                assert "No available kernel" in str(error), error
+                continue
+        assert out.isfinite().all()
+        if drowned:
+            torch.testing.assert_close(out[:, :, 7].float(), v.float().mean(2), atol=2e-2, rtol=2e-2)
+        rest = torch.arange(NQ, device="cuda") != 7
+        exact = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
+        torch.testing.assert_close(out[:, :, rest].float(), exact[:, :, rest], atol=2e-2, rtol=2e-2)
