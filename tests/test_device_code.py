@@ -6,68 +6,36 @@ the quantisers alone, as wgmma is not emulated.
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 
 import matrix
 import pytest
 import torch
-from lane_compiler import COMPILER, compiled
+from emulated_card import CARDS, MMA, Lanes, each_variant, install, lanes_of, needs_compiler, on_card
+from lane_compiler import compiled
 
 from sageattention import dispatch
 from sageattention.backends.call import PreparedCall
-from sageattention.backends.cuda import driver, host, workspace
-from sageattention.device.capability import Capability
-from sageattention.kernels import binaries, store
+from sageattention.backends.cuda import host, workspace
 from sageattention.kernels.architectures import ARCHITECTURES
 from sageattention.kernels.family import KernelFamily, find_tile
 from sageattention.kernels.mma import MMA_FP16
-from sageattention.kernels.table import CLASSIFY, IMAGES, KERNELS
+from sageattention.kernels.table import KERNELS
 from sageattention.numerics.constants import K_SCALE_SHIFT, k_mean_stride
 from sageattention.numerics.reference import emulate, oracle, quantize_k, quantize_v
 from sageattention.planning.plan import CudaPlan, plan
-from sageattention.planning.problem import Problem
 from sageattention.variants import CUDA_FP16, VARIANTS
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux")
+pytestmark = needs_compiler
 
 
-class Lanes:
-    """A card that runs on the host: an architecture's quantisers and mma.sync attention of one head dimension."""
-
-    def __init__(self, arch: int, head_dim: int, folder: Path):
-        self.capability, self.head_dim = Capability("cuda", arch, 2, "none", "host"), head_dim
-        chosen = [e for i in IMAGES if i.arch == ARCHITECTURES[arch].target and not i.name.startswith("attend_wgmma") for e in i.entries]
-        self.entries = {entry.symbol: entry for entry in chosen if f"_d{head_dim}" in entry.symbol or entry is CLASSIFY}
-        functions = "".join(
-            f'extern "C" void {e.symbol}(const {e.params.__name__}* p, unsigned blocks) '
-            f"{{ run_grid(blocks, {e.threads}, [&] {{ {e.expression}(*p); }}); }}\n"
-            for e in self.entries.values()
-        )
-        self.library = compiled(arch, folder, ("kernel/quantize.cuh", "kernel/attend_mma.cuh"), functions)
-
-    def launch(self, device: int, stream: int, launches: tuple) -> None:
-        for symbol, x, _, _, params, _ in launches:
-            assert len(params) == ctypes.sizeof(self.entries[symbol].params)
-            getattr(self.library, symbol)(ctypes.create_string_buffer(params, len(params)), ctypes.c_uint(x))
-
-
-@pytest.fixture(scope="module", params=[(75, 128), (80, 256), (89, 128), (90, 64), (90, 128)], ids=lambda p: f"sm{p[0]}-d{p[1]}")
+@pytest.fixture(scope="module", params=CARDS, ids=lambda p: f"sm{p[0]}-d{p[1]}")
 def lanes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lanes:
-    return Lanes(*request.param, tmp_path_factory.mktemp("lanes"))
+    return lanes_of(*request.param, tmp_path_factory.mktemp("lanes"))
 
 
 @pytest.fixture
 def card(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> Lanes:
-    monkeypatch.delenv(binaries.FORCE, raising=False)
-    monkeypatch.setattr(store, "missing", lambda image: "")
-    monkeypatch.setattr(workspace.capability, "of_device", lambda *_: lanes.capability)
-    monkeypatch.setattr(driver, "kernel", lambda index, image, symbol, variant: symbol)
-    monkeypatch.setattr(host, "issue", lambda device, chains: [lanes.launch(device, 0, chain) for chain in chains])
-    return lanes
-
-
-def on_card(tensors: dict[str, torch.Tensor], **options) -> Problem:
-    return Problem.from_tensors(**tensors, return_lse=True, **options)._replace(device="cuda", device_index=0)
+    return install(monkeypatch, lanes)
 
 
 def run(card: Lanes, tensors: dict[str, torch.Tensor], mask: torch.Tensor | None, variant: str, accum: str, **options) -> tuple:
@@ -78,10 +46,6 @@ def run(card: Lanes, tensors: dict[str, torch.Tensor], mask: torch.Tensor | None
     chosen = plan(problem, card.capability, variant, accum, arch=card.capability.arch)
     out, lse = host.run(PreparedCall(*tensors.values(), dispatch._four_dims(mask), problem, chosen, {}))
     return out, lse, chosen.scheme
-
-
-MMA = {k.name: (v.name, k) for v in VARIANTS.values() for k in v.kernels if not k.arch}
-each_variant = pytest.mark.parametrize("variant", [name for name, _ in MMA.values()], ids=MMA)
 
 
 @pytest.mark.parametrize(

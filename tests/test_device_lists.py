@@ -9,9 +9,8 @@ import matrix
 import pytest
 import tile_bits
 import torch
-from test_device_code import card as card  # fixtures
-from test_device_code import compiled, each_variant, on_card, pytestmark  # noqa: F401
-from test_device_code import lanes as lanes
+from emulated_card import CARDS, Lanes, each_variant, install, lanes_of, needs_compiler, on_card
+from lane_compiler import compiled
 
 from sageattention.backends.cuda import host
 from sageattention.kernels.family import Tile
@@ -22,6 +21,7 @@ from sageattention.planning.plan import plan
 from sageattention.planning.problem import Problem
 from sageattention.variants import VARIANTS
 
+pytestmark = needs_compiler
 CLASSIFY_FUNCTION = f"""
 extern "C" void classify(const ClassifyParams* p, unsigned blocks) {{
   run_grid(blocks, {CLASSIFY.threads}, [&] {{ {CLASSIFY.expression}(*p); }});
@@ -105,10 +105,20 @@ def test_a_row_of_finite_biases_sees_every_key(classify: ctypes.CDLL, lowest: fl
     assert torch.equal(classified(classify, mask, 40, 200, 64, False), found.words())
 
 
+@pytest.fixture(scope="module", params=CARDS, ids=lambda p: f"sm{p[0]}-d{p[1]}")
+def lanes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lanes:
+    return lanes_of(*request.param, tmp_path_factory.mktemp("lanes"))
+
+
+@pytest.fixture
+def card(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> Lanes:
+    return install(monkeypatch, lanes)
+
+
 @each_variant
 @pytest.mark.parametrize("lengths", [(150, 333), (40, 64), (130, 256)], ids=str)
 @pytest.mark.parametrize("kind", tile_bits.KINDS)
-def test_attention_by_any_list(card, kind: str, lengths: tuple[int, int], variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_by_any_list(card: Lanes, kind: str, lengths: tuple[int, int], variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if card.capability.arch < VARIANTS[variant].min_arch:
         pytest.skip(f"{variant} is not for sm_{card.capability.arch}")
     t, _ = matrix.tensors(matrix.Case(card.head_dim, heads_q=2, heads_kv=1, len_q=lengths[0], len_kv=lengths[1]))
