@@ -22,7 +22,7 @@ from sageattention.kernels.mma import MMA_FP16
 from sageattention.kernels.table import KERNELS
 from sageattention.numerics.constants import K_SCALE_SHIFT, k_mean_stride
 from sageattention.numerics.reference import emulate, oracle, quantize_k, quantize_v
-from sageattention.planning.plan import CudaPlan, plan
+from sageattention.planning.plan import CudaPlan, Target, fit_cuda, plan
 from sageattention.variants import CUDA_FP16, VARIANTS
 
 pytestmark = needs_compiler
@@ -182,11 +182,13 @@ def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: Ker
         pytest.skip(f"{kernels.name} is not for sm_{arch} or head_dim {d}")
     t, _ = matrix.tensors(matrix.Case(d - missing, dtype, heads_q=2, heads_kv=2, len_q=1, len_kv=tokens))
     t["v"][:, 0] += 3  # a mean worth taking out
-    variant = next(v for v in VARIANTS.values() if kernels in v.kernels)
-    problem = on_card(t)
-    chosen = plan(problem, card.capability, variant.name, next(iter(kernels.schemes)), arch=0 if kernels.arch else arch)
+    variant = next(v for v in VARIANTS.values() if kernels in (*v.kernels, *v.sparse_kernels))
+    sparse = kernels not in variant.kernels  # whose quantisers always look at which keys are live: all
+    mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool) if sparse else None
+    problem = on_card(t, attn_mask=mask)
+    chosen = fit_cuda(problem, Target(card.capability, 0 if kernels.arch else arch), variant, next(iter(kernels.schemes)), "", sparse)
     assert chosen.kernels is kernels
-    kv = host.quantize(t["k"], t["v"], problem, chosen, None)
+    kv = host.quantize(t["k"], t["v"], problem, chosen, mask)
     launch_plan = workspace.launch_plan_of(problem, chosen, True)
     w, size = launch_plan.workspace, kernels.tile_bytes(d)
 
