@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 
-from ...errors import Unsupported
 from ...numerics import block_bits
 from ...numerics.constants import KV_BLOCK
 from ...numerics.sparse import Route, coarse, exact_share, route
@@ -22,13 +21,6 @@ from .workspace import launch_plan_of
 
 LIST_ROWS = 128  # queries of a list
 TAIL_HEAD = 4  # numbers of a tail before O: m, l, two unused
-
-
-def refusal(sparse: SparseProblem) -> Unsupported | None:
-    """What the kernels can't do of a call."""
-    if sparse.problem.causal and sparse.q_start:
-        return Unsupported("q_start", f"got {sparse.q_start}; causal kernels begin with the first key (variant='reference' takes any)")
-    return None
 
 
 def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparse: SparseProblem, tensors: SparseTensors, plan: CudaPlan) -> SparseResult:
@@ -101,7 +93,7 @@ def _live(view: BlockView, batch: int) -> torch.Tensor | None:
     g = view.geometry
     if g.key_mask is None and g.block_len is None:
         return None
-    rows = [view.live_keys(b) for b in range(batch if g.key_mask is not None or g.block_len.dim() > 1 else 1)]
+    rows = (view.live_keys(b) for b in range(batch))
     return torch.stack([row for row in rows if row is not None])
 
 
