@@ -12,7 +12,7 @@ from sageattention.cli import workloads
 from sageattention.kernels import binaries
 from sageattention.kernels.architectures import TEST_TARGETS
 from sageattention.planning.here import plan_for
-from sageattention.planning.plan import CudaPlan, Plan
+from sageattention.planning.plan import CudaPlan, Plan, plan
 from sageattention.planning.problem import Problem
 from sageattention.variants import VARIANTS
 
@@ -43,6 +43,7 @@ def planned(variant: str, accum: str = "", head_dim: int = 128) -> Plan:
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """One (batch, kv head) pair a group, two groups alive."""
     monkeypatch.setattr(CudaPlan, "WORKSPACE_LIMIT", 1)
+    plan.cache_clear()
 
 
 @each_accumulator
