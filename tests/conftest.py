@@ -69,7 +69,7 @@ MEMOS = {
     "device.capability": ["of_device"],
     "planning.calibration": ["of_card"],
     "planning.plan": ["plan"],
-    "planning.here": ["_absent", "warn_once"],
+    "planning.here": ["_absent", "_told"],
     "dispatch": ["_prepared", "_ran"],
     "backends.cuda.workspace": ["launch_plan_of"],
 }

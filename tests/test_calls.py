@@ -201,6 +201,14 @@ def test_a_variant_in_torchs_place_says_once_what_torch_computes(name, caplog):
         function(q, q, q)
 
 
+def test_a_long_session_in_torchs_place_does_not_fill_the_log(caplog):
+    with in_torchs_place(reference):
+        for tokens in range(1, 200):
+            torchs(*(torch.randn(2, tokens, 8) for _ in range(3)))
+    told = [r.getMessage() for r in caplog.records]
+    assert len(told) == 65 and told[-1] == "sageattention: further warnings are not logged"
+
+
 @pytest.mark.parametrize("function", [sageattn, sageattention.scaled_dot_product_attention, functools.partial(sageattn, smooth_k=False)])
 def test_multihead_attention_in_training_and_not(function):
     torch.manual_seed(0)

@@ -119,7 +119,7 @@ def test_lint_fails_where_one_of_its_checks_does(dev, monkeypatch):
 def test_tests_share_the_cores_where_xdist_is_there(dev, monkeypatch):
     monkeypatch.setattr(dev.os, "cpu_count", lambda: 2)
     dev.test(True, ["-x"])
-    assert dev.commands[-1] == [sys.executable, "-m", "pytest", "-n", "2", "-x"]
+    assert dev.commands[-1] == [sys.executable, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-x"]
     dev.codes["-c"] = 1  # the probe for xdist finds nothing
     dev.test(True, ["-x"])
     assert dev.commands[-1] == [sys.executable, "-m", "pytest", "-x"]

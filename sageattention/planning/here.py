@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 
 from .. import settings
@@ -73,7 +72,13 @@ def plan_without(problem: Problem, chosen: Plan, error: KernelMissing) -> Plan:
     return plan_for(problem, "auto")
 
 
-@functools.cache
+_told: set[str] = set()
+MAX_TOLD = 64  # a message may name a shape, and a long session sees many shapes
+
+
 def warn_once(message: str) -> None:
-    """Log a warning, the first time that it is to be said."""
-    LOG.warning("sageattention: %s", message)
+    """Log a warning, the first time that it is to be said; none after so many different ones."""
+    if message in _told or len(_told) > MAX_TOLD:
+        return
+    _told.add(message)
+    LOG.warning("sageattention: %s", message if len(_told) <= MAX_TOLD else "further warnings are not logged")
