@@ -11,7 +11,7 @@ import pytest
 
 collect_ignore = ["../__init__.py"]  # the node pack's entry is ComfyUI's to import, not pytest's
 if os.name != "nt":
-    collect_ignore.append("test_windows.py")  # `dev.py windows` runs it under wine
+    collect_ignore.append("install/test_windows.py")  # `dev.py windows` runs it under wine
 CLIENTS = Path(os.environ.get("CLIENTS", Path(__file__).resolve().parent.parent / ".clients"))
 LEFT_OUT = pytest.StashKey[Counter[str]]()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "sageattention"
+PACKAGE = Path(__file__).resolve().parents[2] / "sageattention"
 # From the ground up. A folder stands for all its modules.
 FLOORS = (
     ("_version", "errors", "settings", "layout", "torch_internals"),

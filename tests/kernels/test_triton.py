@@ -14,7 +14,7 @@ import pytest
 from sageattention.kernels.architectures import ARCHITECTURES
 from sageattention.variants import TRITON_FP16
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 NAME = TRITON_FP16.name
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")

@@ -11,7 +11,7 @@ import pytest
 
 from sageattention import __main__ as cli
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 QUICK_CHECK = ["check", "--device", "cpu", "--quick", "--variants", "reference"]
 
 

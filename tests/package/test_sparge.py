@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 from sageattention import Unsupported, sageattn_sparse, sparge  # noqa: E402
 from sageattention.numerics.reference import oracle  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def qkv(len_q=500, len_kv=None, heads=2, head_dim=16, dtype=torch.bfloat16):

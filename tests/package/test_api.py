@@ -621,3 +621,27 @@ def test_arch_from_the_environment(monkeypatch):
     monkeypatch.setenv("SAGEATTENTION_ARCH", "turing")
     with pytest.raises(Unsupported, match="SAGEATTENTION_ARCH"):
         sageattn(*qkv())
+
+
+# --- in two steps
+
+
+def test_a_prepared_call_computes_itself_or_says_why_it_is_left():
+    q, k, v = qkv()
+    call = sageattention.prepare(q, k, v, return_lse=True, variant=QUANTISED)
+    assert call.left_to_model == ""
+    for given, expected in zip(call.run(), sageattn(q, k, v, return_lse=True, variant=QUANTISED)):
+        assert torch.equal(given, expected)
+    left = sageattention.prepare(q, k, v)
+    assert "cpu" in left.left_to_model and left.attempt() is None
+    assert torch.equal(left.run()[0], sageattn(q, k, v)) and left.run()[1] is None
+    with pytest.raises(Unsupported, match="tensor_layout"):
+        sageattention.prepare(q, k, v, "BSHD")
+
+
+def test_a_call_lets_go_of_k_and_v_only_where_they_are_kept_quantised():
+    q, k, v = qkv()
+    released = []
+    call = sageattention.prepare(q, k, v, variant=QUANTISED)
+    call.run(release=lambda: released.append(True))
+    assert not released and call.k is k  # this variant has no halves

@@ -11,7 +11,7 @@ from sageattention.kernels.architectures import ARCHITECTURES
 from sageattention.planning.rules import RULES, rules
 from sageattention.variants import VARIANTS
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -194,7 +194,7 @@ def test_importing_reads_nothing(place):
     place.mkdir()
     calibration.path(CARD.name).write_text("{")
     code = "import sageattention, logging; sageattention.available_variants('cpu'); print('fine')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.stdout == "fine\n" and done.stderr == ""
 
 

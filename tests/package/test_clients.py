@@ -22,6 +22,6 @@ def test_a_program_runs_on_ours(program, tmp_path):
         **os.environ, "PYTHONPATH": str(CLIENTS), "SAGEATTENTION_VARIANT": "reference", "TRITON_INTERPRET": "1",
         "RENDEZVOUS": str(tmp_path / "rendezvous"), "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    command = [sys.executable, str(Path(__file__).with_name("clients.py")), program]
+    command = [sys.executable, str(Path(__file__).parents[1] / "clients.py"), program]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -37,7 +37,7 @@ def problem(**changes):
     return Problem(**{**good, "device": "cuda", "device_index": 0, **changes})
 
 
-# --- auto (tests/test_auto.py has its table)
+# --- auto (tests/package/test_auto.py has its table)
 
 
 @pytest.mark.parametrize("arch", [61, *ARCHS, 130])
@@ -274,7 +274,7 @@ def test_kernels_of_one_kind_of_device_are_built_for_it_alone():
 
 def test_importing_the_planner_needs_no_torch():
     code = "import sys; sys.modules['torch'] = None; import sageattention.planning.plan, sageattention.cli.doctor"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_a_variant_without_images_says_where_they_were_looked_for(monkeypatch):
@@ -303,7 +303,7 @@ def test_a_triton_that_cannot_be_imported_is_missing_and_auto_passes_it_by(monke
 def run_with_triton(folder: Path, text: str, code: str) -> str:
     """The output of `code` in a child whose `triton` is a module of that text."""
     (folder / "triton.py").write_text(text)
-    code = f"import sys; sys.path[:0] = [{str(folder)!r}, {str(Path(__file__).parents[1])!r}]; {code}"
+    code = f"import sys; sys.path[:0] = [{str(folder)!r}, {str(Path(__file__).parents[2])!r}]; {code}"
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 

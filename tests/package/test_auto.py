@@ -83,7 +83,7 @@ def test_the_model_in_figures():
 
 
 def test_the_document_has_the_model_s_figures():
-    text = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
     section = text[text.index("## The static model") :]
     order = ("int8_cuda", "fp8_cuda:fp32+fp16", "fp8_cuda:fp32", "fp16_cuda:fp16+fp32", "fp16_cuda")
     for arch in MMA_RATES:

@@ -22,7 +22,7 @@ from sageattention.cli import doctor
 from sageattention.device import libcuda
 from sageattention.kernels import binaries, store
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAME = "a_variant"
 
 
