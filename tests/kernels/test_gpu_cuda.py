@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import matrix
 import pytest
 import torch
@@ -12,7 +14,7 @@ from sageattention.cli import workloads
 from sageattention.kernels import binaries
 from sageattention.kernels.architectures import TEST_TARGETS
 from sageattention.planning.here import plan_for
-from sageattention.planning.plan import CudaPlan, Plan, plan
+from sageattention.planning.plan import CudaPlan, Plan
 from sageattention.planning.problem import Problem
 from sageattention.variants import VARIANTS
 
@@ -40,10 +42,10 @@ def planned(variant: str, accum: str = "", head_dim: int = 128) -> Plan:
 
 
 @pytest.fixture
-def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_groups(monkeypatch: pytest.MonkeyPatch, nothing_is_remembered: Callable[[], None]) -> None:
     """One (batch, kv head) pair a group, two groups alive."""
     monkeypatch.setattr(CudaPlan, "WORKSPACE_LIMIT", 1)
-    plan.cache_clear()
+    nothing_is_remembered()
 
 
 @each_accumulator
