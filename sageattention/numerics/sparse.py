@@ -23,7 +23,7 @@ from .constants import LOG2E
 from .pooling import BLOCK, PooledKV, PooledQ, pool_kv, pool_q
 from .sparse_geometry import BlockView, Geometry
 
-HELD = 1 << 26  # elements of an intermediate result of a router
+HELD = 1 << 25  # scores that a router works on at a time
 
 
 class Tail(NamedTuple):
@@ -117,7 +117,9 @@ def undecided(
     rules = selection if isinstance(selection, Selection) else Selection.of_heads(selection, q)
     for part in _pooled_heads(q, k, v, view, torch.float64, similarity=True):
         rule, kv = rules.head(part.heads), part.kv
-        asked = view.visible & (kv.counts > 0) & ~view.sinks & ~(kv.k_similarity < rule.similarity)[..., None, :]
+        asked = view.visible & (kv.counts > 0) & ~view.sinks
+        if kv.k_similarity is not None:
+            asked = asked & ~(kv.k_similarity < rule.similarity)[..., None, :]
         sigma = scores(part.q, kv, scale)
         line = draw_line(sigma, asked, rule, part.q, kv, scale, view.rows)
         size = (line.weight + line.lse).abs() + (line.threshold + line.lse).abs()
@@ -212,14 +214,17 @@ def _pooled_heads(
 ) -> Iterator[PooledHeads]:
     """All heads, as many at a time as `HELD` allows."""
     group = q.shape[1] // k.shape[1] if q.shape[1] else 1
-    step = max(1, HELD // (group * max(view.m * view.n, (view.len_q + 2 * view.len_kv) * q.shape[3], 1)))
+    # Tokens are copied in their own dtype where they are masked or reordered; of the scores several results are alive at once.
+    step = max(1, HELD // (group * max(view.m * view.n, max(view.len_q, view.len_kv) * q.shape[3] // 8, 1)))
     for b in range(q.shape[0]):
         live, live_q = view.live_keys(b), view.live_queries(b)
         for first in range(0, k.shape[1] if q.shape[1] else 0, step):
             own = slice(first, min(first + step, k.shape[1]))
             heads = slice(own.start * group, own.stop * group)
             kv = pool_kv(view.arrange(k[b, own]), view.arrange(v[b, own]), live, dtype=dtype, similarity=similarity)
-            shared = PooledKV(*(x if x is None or x is kv.counts else x.repeat_interleave(group, 0) for x in kv))
+            alike = None if kv.k_similarity is None else kv.k_similarity.repeat_interleave(group, 0)
+            k_shift, k_mean, k_var, v_sum = (x.repeat_interleave(group, 0) for x in (kv.k_shift, kv.k_mean, kv.k_var, kv.v_sum))
+            shared = PooledKV(k_shift, k_mean, k_var, alike, v_sum, kv.counts)
             pooled = pool_q(view.arrange(q[b, heads]), live_q, dtype=dtype, similarity=similarity)
             yield PooledHeads(b, heads, own, pooled, shared, kv.k_shift)
 

@@ -55,7 +55,7 @@ class BlockView:
         self.rows = geometry.q_block // BLOCK
         self.m, self.n = count_blocks(len_q), count_blocks(len_kv)
         self.lists = count_blocks(len_q, geometry.q_block)
-        self.place = slice(None) if geometry.order is None else geometry.order.long()
+        self.place: slice | torch.Tensor = slice(None) if geometry.order is None else geometry.order.long()
         first = torch.arange(self.m, device=device)[:, None] * BLOCK
         last = (first + BLOCK - 1).clamp_max(len_q - 1)
         blocks = torch.arange(self.n, device=device)
@@ -74,7 +74,7 @@ class BlockView:
 
     def arrange(self, x: torch.Tensor) -> torch.Tensor:
         """Rows of x [..., N, D] in block order."""
-        return x if self.geometry.order is None else x.index_select(-2, self.place)
+        return x if isinstance(self.place, slice) else x.index_select(-2, self.place)
 
     def live_keys(self, b: int) -> torch.Tensor | None:
         """Keys of batch b that exist, bool [Nk] in block order; None for all."""

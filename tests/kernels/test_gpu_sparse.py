@@ -11,7 +11,8 @@ from sageattention.cli import workloads
 from sageattention.variants import VARIANTS
 
 pytestmark = pytest.mark.gpu
-BOUND = {"sageattn_qk_int8_pv_fp16_cuda": 0.03, "sageattn_qk_int8_pv_int8_cuda": 0.06}  # relative L2 of the others: 0.08
+# Relative L2; of the others 0.08. A block whose score is within rounding of the threshold may be exact for the one and not for the other.
+BOUND = {"sageattn_qk_int8_pv_fp16_cuda": 0.04, "sageattn_qk_int8_pv_int8_cuda": 0.06}
 
 
 @pytest.fixture(params=[v.name for v in VARIANTS.values() if v.sparse_kernels])

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import masked  # noqa: E402
-from test_reference import each_scheme  # noqa: E402
+from schemes import each_scheme  # noqa: E402
 
 from sageattention.cli import workloads  # noqa: E402
 from sageattention.numerics.constants import NEGLIGIBLE_BIAS  # noqa: E402

@@ -38,7 +38,10 @@ FULL = {
 }
 WITH_TORCH = {
     "with torch: planner, workloads, varlen": [
-        "tests/package/test_plan.py", "tests/numerics/test_inputs.py", "tests/package/test_packed.py", "tests/package/test_auto.py",
+        "tests/package/test_plan.py",
+        "tests/numerics/test_inputs.py",
+        "tests/package/test_packed.py",
+        "tests/package/test_auto.py",
     ],
     "with torch: import, the node's report": ["tests/package/test_import.py", "tests/install/test_install_result.py"],
 }

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 
+from ...layout import from_hnd, to_hnd
 from ...numerics import block_bits
 from ...numerics.constants import KV_BLOCK
-from ...numerics.sparse import Route, coarse, exact_share, route
+from ...numerics.sparse import Route, Tail, coarse, exact_share, route
 from ...numerics.sparse_geometry import BlockView, Geometry
 from ...planning.plan import CudaPlan
 from ...planning.sparse_problem import SparseProblem, SparseTensors
-from ..call import result_like
 from ..sparse_reference import SparseResult, selections
 from . import host
 from .workspace import launch_plan_of
@@ -26,7 +26,7 @@ TAIL_HEAD = 4  # numbers of a tail before O: m, l, two unused
 def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparse: SparseProblem, tensors: SparseTensors, plan: CudaPlan) -> SparseResult:
     """Compute a checked call by a plan for it."""
     p = sparse.problem
-    hnd = [t if p.layout == "HND" else t.transpose(1, 2) for t in (q, k, v)]
+    by_heads = to_hnd(q, p.layout), to_hnd(k, p.layout), to_hnd(v, p.layout)
     geometry = Geometry(
         LIST_ROWS, p.causal, sparse.q_start, sparse.sinks, sparse.query_sinks, sparse.neighbours, tensors.order, tensors.key_mask,
         tensors.block_len,
@@ -34,16 +34,14 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparse: SparseProblem
     block_mask = tensors.block_mask
     if block_mask is not None and sparse.q_block < LIST_ROWS:
         block_mask = _union(block_mask)
-    chosen = route(
-        *hnd, selections(sparse, tensors), geometry, tail=sparse.tail, block_mask=block_mask, sm_scale=p.sm_scale, dtype=torch.float32
-    )
+    rules = selections(sparse, tensors)
+    chosen = route(*by_heads, rules, geometry, tail=sparse.tail, block_mask=block_mask, sm_scale=p.sm_scale, dtype=torch.float32)
     view = BlockView(p.len_q, p.len_kv, geometry, q.device)
-    out, lse = result_like(q, p)
+    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[0], p.heads_q, p.len_q, dtype=torch.float32)
     _launch(q, k, v, out, lse, sparse, plan, chosen, view)
     if tensors.coarse_gate is not None:
-        gate = tensors.coarse_gate if p.layout == "HND" else tensors.coarse_gate.transpose(1, 2)
-        added = gate * coarse(*hnd, geometry, sm_scale=p.sm_scale, dtype=torch.float32)
-        out += (added if p.layout == "HND" else added.transpose(1, 2)).to(out.dtype)
+        added = coarse(*by_heads, geometry, sm_scale=p.sm_scale, dtype=torch.float32)
+        out += (tensors.coarse_gate * from_hnd(added, p.layout)).to(out.dtype)
     return SparseResult(out, lse, exact_share(chosen, p.len_q, p.len_kv, geometry).float())
 
 
@@ -69,7 +67,7 @@ def _launch(
         (row, 0, 1, 0 if live_words is None else live_words.shape[1]), 0, 0, (row, 0, 0), 0,
     )  # fmt: skip
     k_mean = torch.nn.functional.pad(chosen.k_shift, (0, plan.head_dim - p.head_dim)).contiguous()
-    tail = None if chosen.tail is None else _tail(chosen, plan.head_dim)
+    tail = None if chosen.tail is None else _padded(chosen.tail, plan.head_dim)
     order = view.geometry.order
     live_at = 0 if live_words is None else live_words.data_ptr()
     extra = host.Extra(
@@ -114,9 +112,9 @@ def _all_live(live: torch.Tensor, view: BlockView) -> torch.Tensor:
     return torch.nn.functional.pad(live, (0, -view.len_kv % KV_BLOCK), value=True).unflatten(1, (-1, KV_BLOCK)).all(2)
 
 
-def _tail(chosen: Route, head_dim: int) -> torch.Tensor:
+def _padded(tail: Tail, head_dim: int) -> torch.Tensor:
     """The kernels' tails, fp32 [B, Hq, ⌈Nq / 64⌉, 4 + D]."""
-    m, l, o = chosen.tail
+    m, l, o = tail
     state = m.new_zeros(*m.shape, TAIL_HEAD + head_dim)
     state[..., 0], state[..., 1], state[..., TAIL_HEAD : TAIL_HEAD + o.shape[-1]] = m, l, o
     return state
