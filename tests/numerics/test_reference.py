@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from schemes import each_scheme  # noqa: E402
+from schemes import SCHEMES, each_scheme  # noqa: E402
 
 from sageattention.cli import workloads  # noqa: E402
 from sageattention.numerics import hadamard  # noqa: E402
