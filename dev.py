@@ -165,7 +165,8 @@ def test(here: bool, arguments: list[str]) -> int:
     chosen = any(a.startswith(("-n", "--numprocesses", "--pdb")) for a in arguments)
     workers = min(os.cpu_count() or 1, 4)  # more only wait for memory: the interpreted kernels are what takes the time
     if not chosen and workers > 1 and _has(python, "xdist"):
-        arguments = ["-n", str(workers), *arguments]
+        # Each worker has a run of neighbours, which share fixtures, and takes over from another once it is through.
+        arguments = ["-n", str(workers), "--dist", "worksteal", *arguments]
     return subprocess.call([python, "-m", "pytest", *arguments], cwd=ROOT)
 
 

@@ -22,7 +22,7 @@ namespace py = pybind11;
 namespace {
 
 // Declarations after cuda.h, of which only these are used.
-using Result = int;  // CUresult, 0 is success
+using Result = int;       // CUresult, 0 is success
 struct LaunchAttribute {  // CUlaunchAttribute
   int id;
   int pad;
@@ -154,8 +154,7 @@ Failure issue(void* context, void* stream, const Launch* launches, size_t count)
       LaunchAttribute attribute{kProgrammaticStreamSerialization, 0, 1, {}};
       LaunchConfig config{{l.grid[0], l.grid[1], l.grid[2]}, {l.threads, 1, 1}, l.smem, stream, &attribute, 1};
       if (Result code = driver.launch_ex(&config, l.function, params, nullptr)) failure = {i, "cuLaunchKernelEx", code};
-    } else if (Result code = driver.launch(l.function, l.grid[0], l.grid[1], l.grid[2], l.threads, 1, 1, l.smem, stream, params,
-                                           nullptr)) {
+    } else if (Result code = driver.launch(l.function, l.grid[0], l.grid[1], l.grid[2], l.threads, 1, 1, l.smem, stream, params, nullptr)) {
       failure = {i, "cuLaunchKernel", code};
     }
   }

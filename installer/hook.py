@@ -106,6 +106,8 @@ class Hook:
                 outcome = "kept-newer"
                 self.lines.append(f"sageattention {old.version} is newer than this pack's {newest} and kept; --replace installs {newest}.")
             wanted = outcome == "current" and not (old.version == newest and old.holds(wheel.record()))
+            if wanted and not old.holds({}):  # by its own record
+                self.lines.append(f"The sageattention in {old.folder} was damaged.")
         elif old:
             healthy, cause, fatal = self.health(old)
             outcome, wanted = "kept-foreign" if healthy else "broken-foreign", self.args.replace

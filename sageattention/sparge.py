@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from .errors import Unsupported
+from .layout import AXES
 from .sparse import sageattn_sparse
 
 NAME = "spas_sage_attn"
@@ -79,7 +80,7 @@ def block_sparse_sage2_attn_cuda(
             Hopper, 64 × 128, told by its shape. Tokens at the end that fill no block of 128 may have none in the mask: they are computed.
     """
     _check_neutral(None, dropout_p)
-    tokens = {"HND": 2, "NHD": 1}.get(tensor_layout, 2)
+    tokens = AXES.get(tensor_layout, AXES["HND"])[1]  # another layout is refused by the call
     mask, q_block = _static_mask(mask_id, q.shape[tokens], k.shape[tokens], q.device)
     return _call(
         q, k, v, output_dtype, return_sparsity, selection="static", block_mask=mask, q_block=q_block, sm_scale=scale,

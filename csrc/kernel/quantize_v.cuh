@@ -1,11 +1,12 @@
 // Second launch: quantises V into the attention kernel's tiles – subtracts its channel means where the scheme says so, scales, rounds,
 // transposes. Its CTAs start while those of the first launch quantise K, and wait only for their head's statistics of V.
 //
-// Each warp works on its own: it stages a unit of 16 keys (32 where elements are bytes) in shared memory, from where ldmatrix transposes it.
-// Bytes are transposed in pairs: ldmatrix's 16-bit element is the same column of n-tiles 2p and 2p + 1.
+// Each warp works on its own: it stages a unit of 16 keys (32 where elements are bytes) in shared memory, from where ldmatrix transposes
+// it. Bytes are transposed in pairs: ldmatrix's 16-bit element is the same column of n-tiles 2p and 2p + 1.
 #pragma once
 #include "../layout/core_matrix.cuh"
 #include "../layout/fragment.cuh"
+#include "../block/live_keys.cuh"
 #include "../common/tensor.cuh"
 #include "../block/rotate.cuh"
 #include "../common/pv_type.cuh"
@@ -37,7 +38,7 @@ struct QuantizeVShared {
 
 // Waits for the head's statistics of V from the first launch and reduces them to mean and scale of each channel. The head's first CTA
 // (`keep`) stores them for the attention kernel.
-template <class Layout>
+template <class Layout, bool kLiveMask>
 __device__ __forceinline__ void reduce_v_stats(const QuantizeVParams& p, int bh, bool keep, QuantizeVShared<Layout>& shared) {
   constexpr int kHeadDim = Layout::kHeadDim, kRows = QuantizeVShared<Layout>::kRows;
   const int channel = threadIdx.x % (kHeadDim / 4) * 4, row = threadIdx.x / (kHeadDim / 4);
@@ -47,6 +48,13 @@ __device__ __forceinline__ void reduce_v_stats(const QuantizeVParams& p, int bh,
     while (!load_acquire(p.v_stats_ready + bh * p.v_chunks + s)) {
     }
   __syncthreads();  // all chunks' statistics are visible
+  int live = p.len;
+  if (kLiveMask && p.live.bits) {
+    live = 0;
+    for (int s = 0; s < p.v_chunks; ++s) live += p.v_stats_live[bh * p.v_chunks + s];
+  }
+  if (keep && threadIdx.x == 0) p.live_keys[bh] = (float)max(live, 1);
+  const float share = live == p.len ? 1.0f : (float)p.len / (float)max(live, 1);
 #pragma unroll 4
   for (int s = row; s < p.v_chunks; s += kRows) {
     const float4 a = *reinterpret_cast<const float4*>(stats + s * 3 * kHeadDim);
@@ -58,13 +66,16 @@ __device__ __forceinline__ void reduce_v_stats(const QuantizeVParams& p, int bh,
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    shared.partial[row][0][channel + i] = most[i], shared.partial[row][1][channel + i] = least[i], shared.partial[row][2][channel + i] = sum[i];
+    shared.partial[row][0][channel + i] = most[i], shared.partial[row][1][channel + i] = least[i],
+                                     shared.partial[row][2][channel + i] = sum[i];
   __syncthreads();  // every thread's part is there
   for (int c = threadIdx.x; c < kHeadDim; c += kQuantizeVThreads) {
     float high = shared.partial[0][0][c], low = shared.partial[0][1][c], mean = shared.partial[0][2][c];
 #pragma unroll
     for (int r = 1; r < kRows; ++r)
       high = fmaxf(high, shared.partial[r][0][c]), low = fminf(low, shared.partial[r][1][c]), mean += shared.partial[r][2][c];
+    mean *= share;
+    if (live == 0) high = low = mean = 0.0f;
     mean = mean > high ? high : mean < low ? low : mean;  // rounding may have moved it out; NaN stays NaN
     shared.mean_subtracted[c] = p.subtract_v_mean && 0.5f * high - 0.5f * low <= kFiniteMax;  // else V − mean could overflow
     if (mean == mean && !shared.mean_subtracted[c]) mean = 0.0f;
@@ -113,7 +124,7 @@ __device__ __forceinline__ void stage8(u8* row, int chunk, const float (&y)[kChu
 // sum[8] += (the eight e4m3 values that stage8 wrote at `row` + those at `other`) / 256, read as fp16 after moving e4m3's bits to fp16's
 // places. Each pair's sum is rounded to eleven bits; the pairs are always the same two keys, so results are reproducible.
 __device__ __forceinline__ void sum_rounded_e4m3(const u8* row, const u8* other, int chunk, bool counts, bool other_counts,
-                                            float (&sum)[kChunk]) {
+                                                 float (&sum)[kChunk]) {
   const int from = chunk / 4 * 32 + chunk % 4 * 4;
   const auto halves = [](u32 bytes) { return (bytes & 0x80008000u) | (bytes & 0x7F007F00u) >> 1; };  // bytes 1 and 3 as fp16 pairs
 #pragma unroll
@@ -131,8 +142,7 @@ __device__ __forceinline__ void sum_rounded_e4m3(const u8* row, const u8* other,
 template <PvType kPvType>
 __device__ __forceinline__ uint4 transpose(const u8* rows, int pitch, int p) {
   const int lane = threadIdx.x % 32;
-  if constexpr (kPvType == PvType::fp16)
-    return ldmatrix_x4_trans(shared_address(rows + lane % 16 * pitch + 32 * p + lane / 16 * 16));
+  if constexpr (kPvType == PvType::fp16) return ldmatrix_x4_trans(shared_address(rows + lane % 16 * pitch + 32 * p + lane / 16 * 16));
   const uint4 v = ldmatrix_x4_trans(shared_address(rows + lane * pitch + 16 * p));
   return make_uint4(__byte_perm(v.x, v.y, 0x6420), __byte_perm(v.z, v.w, 0x6420), __byte_perm(v.x, v.y, 0x7531),
                     __byte_perm(v.z, v.w, 0x7531));
@@ -175,19 +185,21 @@ __device__ __forceinline__ void store_v(CoreMatrix<kHeadDim, kBytes, kTile, kOne
   }
 }
 
-template <class Layout, PvType kPvType, int kDtype, bool kVectors>
+template <class Layout, PvType kPvType, int kDtype, bool kVectors, bool kLiveMask>
 __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, int cta, QuantizeVShared<Layout>& shared) {
   using Shared = QuantizeVShared<Layout>;
   constexpr int kHeadDim = Layout::kHeadDim, kLanes = kHeadDim / kChunk, kRows = 32 / kLanes;  // rows a warp loads at a time
-  constexpr int kUnits = Layout::kTile / Shared::kUnitKeys;                                   // of a tile
+  constexpr int kUnits = Layout::kTile / Shared::kUnitKeys;                                    // of a tile
   constexpr int kPasses = Shared::kUnitKeys / kRows;
   constexpr int kMost = kDtype == kFloat32 || !kVectors ? 4 : 8, kBatch = kPasses < kMost ? kPasses : kMost;  // under way together
   static_assert(kPasses % kBatch == 0, "whole batches of passes");
   const int batch = (p.bh_first + bh) / p.heads, head = (p.bh_first + bh) % p.heads;
+  const LiveRows live(p.live, batch, head);
   const i64 row_bytes = p.v.stride_n * kElementBytes<kDtype>;
   const u8* v = static_cast<const u8*>(p.v.data) + (batch * p.v.stride_b + head * p.v.stride_h) * kElementBytes<kDtype>;
   const int warp = threadIdx.x / 32, chunk = threadIdx.x % kLanes, row = threadIdx.x % 32 / kLanes;
-  const int units = kUnits * p.kv_tiles, length = (units + p.ctas_per_head - 1) / p.ctas_per_head, first = cta * length, last = min(first + length, units);
+  const int units = kUnits * p.kv_tiles, length = (units + p.ctas_per_head - 1) / p.ctas_per_head, first = cta * length,
+            last = min(first + length, units);
   u8* rows = shared.rows[warp];
   float mean[kChunk], scale[kChunk];
 #pragma unroll
@@ -199,13 +211,16 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
     for (int i = 0; i < kChunk; ++i) mean[i] *= -scale[i];
   __syncthreads();  // `partial` has been read: `rows` shares its memory
   for (int unit = first + warp; unit < last; unit += kQuantizeVWarps) {
+    // Bit i: key i of the unit is live. A unit of 16 keys has half of a word.
+    const int first_key = unit * Shared::kUnitKeys;
+    const u32 counts = kLiveMask && p.live.bits ? first_key < p.len ? live.word_by_warp(first_key / 32) >> first_key % 32 : 0u : ~0u;
 #pragma unroll 1
     for (int pass = 0; pass < kPasses; pass += kBatch) {
       Raw8<kDtype> raw[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {  // keys beyond the end repeat the last; attention masks them
         const int key = min(unit * Shared::kUnitKeys + (pass + i) * kRows + row, p.len - 1);
-        raw[i] = load8<kDtype, kVectors>(v + key * row_bytes, kChunk * chunk, p.head_dim);
+        raw[i] = load8<kDtype, kVectors>(v + (kLiveMask && p.order ? p.order[key] : key) * row_bytes, kChunk * chunk, p.head_dim);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -213,6 +228,9 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
         unpack8<kDtype>(raw[i], x);
 #pragma unroll
         for (int e = 0; e < kChunk; ++e) x[e] = kOneStep ? fmaf(x[e], scale[e], mean[e]) : (x[e] - mean[e]) * scale[e];
+        if (kLiveMask && p.live.bits && !(counts >> (pass + i) * kRows + row & 1))  // whatever a key that nobody sees holds, it is 0
+#pragma unroll
+          for (int e = 0; e < kChunk; ++e) x[e] = 0.0f;
         stage8<kPvType>(rows + ((pass + i) * kRows + row) * Shared::kPitch, chunk, x);
       }
     }
@@ -249,19 +267,21 @@ __device__ __forceinline__ void store_quant_sums(const QuantizeVParams& p, const
   const int bh = special_ctaid_x() / p.ctas_per_head;
   for (int c = special_tid_x(); c < Layout::kHeadDim; c += kQuantizeVThreads)
     if (shared.mean_subtracted[c])
-      atomicAdd(p.v_quant_sum + bh * Layout::kHeadDim + c, shared.quant_sum[0][c] + shared.quant_sum[1][c] + shared.quant_sum[2][c] + shared.quant_sum[3][c]);
+      atomicAdd(p.v_quant_sum + bh * Layout::kHeadDim + c,
+                shared.quant_sum[0][c] + shared.quant_sum[1][c] + shared.quant_sum[2][c] + shared.quant_sum[3][c]);
 }
 
-template <class Layout, PvType kPvType>
+// kLiveMask: p.live says which keys are live, or p.order where they lie.
+template <class Layout, PvType kPvType, bool kLiveMask>
 __device__ void quantize_v(const QuantizeVParams& p) {
   static_assert(kVElementBytes<kPvType> == Layout::kVElementBytes, "the layout's elements are of another size");
   __shared__ QuantizeVShared<Layout> shared;
   const int bh = blockIdx.x / p.ctas_per_head, cta = blockIdx.x % p.ctas_per_head;
   grid_launch_dependents();
-  reduce_v_stats<Layout>(p, bh, cta == 0, shared);
+  reduce_v_stats<Layout, kLiveMask>(p, bh, cta == 0, shared);
   if constexpr (!kProgrammaticLaunch) reduce_k_scale(p);  // before the loops, where it costs no registers
   with_access(p.dtype, p.vectorized, [&](auto type, auto vectors) {
-    quantize_cta<Layout, kPvType, decltype(type)::value, decltype(vectors)::value>(p, bh, cta, shared);
+    quantize_cta<Layout, kPvType, decltype(type)::value, decltype(vectors)::value, kLiveMask>(p, bh, cta, shared);
   });
   if constexpr (kPvType != PvType::fp16) store_quant_sums(p, shared);  // attention corrects V's mean by them
   if constexpr (kProgrammaticLaunch) reduce_k_scale(p);

@@ -25,7 +25,7 @@ __device__ __forceinline__ void grid_launch_dependents() {
 #endif
 }
 
-// A flag between CTAs: whoever reads a released value with load_acquire sees all that was written before its release.
+// A flag between CTAs: a thread that reads a released value with load_acquire sees all that was written before its release.
 __device__ __forceinline__ void store_release(i32* to, i32 x) { asm volatile("st.release.gpu.s32 [%0],%1;" ::"l"(to), "r"(x) : "memory"); }
 
 __device__ __forceinline__ i32 load_acquire(const i32* from) {

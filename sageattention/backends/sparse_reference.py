@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..layout import from_hnd, to_hnd
 from ..numerics.block_selection import Selection
 from ..numerics.sparse import attend, coarse, exact_share, route
 from ..numerics.sparse_geometry import Geometry
@@ -23,8 +24,7 @@ class SparseResult(NamedTuple):
 def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparse: SparseProblem, tensors: SparseTensors) -> SparseResult:
     """Compute a checked call."""
     p = sparse.problem
-    if p.layout == "NHD":
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    q, k, v = (to_hnd(t, p.layout) for t in (q, k, v))
     geometry = Geometry(
         sparse.q_block, p.causal, sparse.q_start, sparse.sinks, sparse.query_sinks, sparse.neighbours, tensors.order, tensors.key_mask,
         tensors.block_len,
@@ -34,12 +34,9 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparse: SparseProblem
     )  # fmt: skip
     out, lse = attend(q, k, v, chosen, geometry, sm_scale=p.sm_scale)
     if tensors.coarse_gate is not None:
-        gate = tensors.coarse_gate if p.layout == "HND" else tensors.coarse_gate.transpose(1, 2)
-        out += gate * coarse(q, k, v, geometry, sm_scale=p.sm_scale)
+        out += to_hnd(tensors.coarse_gate, p.layout) * coarse(q, k, v, geometry, sm_scale=p.sm_scale)
     limit = torch.finfo(q.dtype).max
-    out = out.clamp(-limit, limit).to(q.dtype)
-    if p.layout == "NHD":
-        out = out.transpose(1, 2).contiguous()
+    out = from_hnd(out.clamp(-limit, limit).to(q.dtype), p.layout)
     return SparseResult(out, lse.float(), exact_share(chosen, p.len_q, p.len_kv, geometry).float())
 
 

@@ -141,8 +141,7 @@ class SparseProblem(NamedTuple):
         if tensors.key_mask is not None:
             _check("key_mask", tensors.key_mask, q, torch.bool, [(p.batch, p.len_kv)], "[B, Nk], True where the key exists")
         if tensors.coarse_gate is not None:
-            heads, tokens = (p.heads_q, p.len_q) if p.layout == "HND" else (p.len_q, p.heads_q)
-            _check("coarse_gate", tensors.coarse_gate, q, q.dtype, [(p.batch, heads, tokens, p.head_dim)], "q's")
+            _check("coarse_gate", tensors.coarse_gate, q, q.dtype, [tuple(q.shape)], "q's")
             if p.causal:
                 raise Unsupported("coarse_gate", "has no causal form: pass coarse_gate=None or is_causal=False")
 

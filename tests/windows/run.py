@@ -22,23 +22,28 @@ sys.path.append(str(ROOT / "wheels"))
 
 # What is tested -> pytest's arguments. The short form takes about five minutes on two quiet cores.
 SHORT = {
-    "driver, both launchers": ["tests/test_driver.py"],
-    "portable layout, code pages, a launcher in use": ["tests/test_windows.py"],
-    "exchange in site-packages": ["tests/test_install_exchange.py"],
-    "the import hook": ["tests/test_install_prestartup.py", "-k", "library or from_imports or shadow or metadata"],
-    "planner": ["tests/test_plan.py", "tests/test_auto.py", "tests/test_params.py"],
+    "driver, both launchers": ["tests/kernels/test_driver.py"],
+    "portable layout, code pages, a launcher in use": ["tests/install/test_windows.py"],
+    "exchange in site-packages": ["tests/install/test_install_exchange.py"],
+    "the import hook": ["tests/install/test_install_prestartup.py", "-k", "library or from_imports or shadow or metadata"],
+    "planner": ["tests/package/test_plan.py", "tests/package/test_auto.py", "tests/kernels/test_params.py"],
 }
 FULL = {
     **SHORT,
-    "the import hook": ["tests/test_install_prestartup.py"],
-    "install.py, every state": ["tests/test_install.py"],
-    "install.py, damaged files": ["tests/test_install_damage.py"],
-    "install.py, odd surroundings": ["tests/test_install_environment.py"],
-    "install.py, indexes and mirrors": ["tests/test_install_index.py"],
+    "the import hook": ["tests/install/test_install_prestartup.py"],
+    "install.py, every state": ["tests/install/test_install.py"],
+    "install.py, damaged files": ["tests/install/test_install_damage.py"],
+    "install.py, odd surroundings": ["tests/install/test_install_environment.py"],
+    "install.py, indexes and mirrors": ["tests/install/test_install_index.py"],
 }
 WITH_TORCH = {
-    "with torch: planner, workloads, varlen": ["tests/test_plan.py", "tests/test_inputs.py", "tests/test_packed.py", "tests/test_auto.py"],
-    "with torch: import, the node's report": ["tests/test_import.py", "tests/test_install_result.py"],
+    "with torch: planner, workloads, varlen": [
+        "tests/package/test_plan.py",
+        "tests/numerics/test_inputs.py",
+        "tests/package/test_packed.py",
+        "tests/package/test_auto.py",
+    ],
+    "with torch: import, the node's report": ["tests/package/test_import.py", "tests/install/test_install_result.py"],
 }
 
 
