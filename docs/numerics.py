@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from sageattention.cli import workloads  # noqa: E402
 from sageattention.numerics import reference  # noqa: E402
-from sageattention.numerics.constants import FRAGMENT_KEYS  # noqa: E402
+from sageattention.numerics.constants import FRAGMENT_KEYS, NEGLIGIBLE_BIAS  # noqa: E402
 from sageattention.numerics.scheme import (  # noqa: E402
     FP8_FP16,
     FP8_FP32,
@@ -176,6 +176,40 @@ def outlier_table() -> str:
     return "\n".join(lines)
 
 
+def masked_table() -> str:
+    """Hidden keys, by what they hold: the error without them, with a mask, and with a bias that takes their weight but lets them count."""
+    g = torch.Generator().manual_seed(0)
+
+    def alike(t: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.where(hidden[:, None], t[:, :, :1], t)
+
+    padding, half = torch.arange(4608) >= 4608 - 472, torch.arange(1024) >= 512
+    quarter, few = (torch.rand(1024, generator=g) < share for share in (1 / 4, 1 / 64))
+    inputs: dict[str, tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]] = {
+        "472 of 4,608, all alike": (padding, lambda k: alike(k, padding), lambda v: alike(v, padding)),
+        "512 of 1,024, all alike": (half, lambda k: alike(k, half), lambda v: alike(v, half)),
+        "one in 4, V 20 times larger": (quarter, lambda k: k, lambda v: torch.where(quarter[:, None], 20 * v, v)),
+        "one in 64, K 50 times larger": (few, lambda k: torch.where(few[:, None], 50 * k, k), lambda v: v),
+    }
+    schemes = {"fp16": FP16_FP32_MMA, "fp8, mma.sync": FP8_FP32_MMA, "fp8, sm90": FP8_FP32_WGMMA, "int8": INT8_INT32}
+    lines = ["| hidden keys | " + " | ".join(schemes) + " |", "|---" * (len(schemes) + 1) + "|"]
+    for name, (hidden, spoil_k, spoil_v) in inputs.items():
+        q, k, v = (torch.randn(1, 2, n, 128, generator=g).bfloat16() for n in (256, len(hidden), len(hidden)))
+        bad_k, bad_v, keep = spoil_k(k), spoil_v(v), ~hidden
+        exact = reference.oracle(q, k[:, :, keep], v[:, :, keep])[0]
+        counted = torch.where(keep, 0.0, 0.9 * -NEGLIGIBLE_BIAS)[None, None, None]
+        cells = []
+        for scheme in schemes.values():
+            outs = (
+                reference.emulate(q, k[:, :, keep], v[:, :, keep], scheme)[0],
+                reference.emulate(q, bad_k, bad_v, scheme, attn_mask=keep[None, None, None])[0],
+                reference.emulate(q, bad_k, bad_v, scheme, attn_mask=counted)[0],
+            )
+            cells.append(" · ".join(error_cell(workloads.relative_l2(out, exact), 1.0) for out in outs))
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
 def missed_bounds(measured: Measurements) -> list[str]:
     """The chosen schemes that are over a bound of `workloads.KINDS`."""
     missed = []
@@ -190,6 +224,7 @@ def missed_bounds(measured: Measurements) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="judge the chosen schemes, write nothing")
+    parser.add_argument("tables", nargs="*", help="measure these alone, by their markers' names")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     measured = Measurements()
@@ -197,15 +232,17 @@ def main() -> int:
         missed = missed_bounds(measured)
         print("\n".join(missed) or "every chosen scheme is within its bounds")
         return bool(missed)
-    tables = {
-        "bounds": bounds_table(),
-        "qk": table(measured, PRODUCT_QK, [k for k in workloads.KINDS if k not in ("large_v", "coherent_v")], error_cell),
-        "pv": table(measured, PRODUCT_PV, list(workloads.KINDS), error_cell),
-        "accumulators": table(measured, ACCUMULATORS, ["flat", "coherent_v"], gain_cell),
-        "outlier": outlier_table(),
+    tables: dict[str, Callable[[], str]] = {
+        "bounds": bounds_table,
+        "qk": lambda: table(measured, PRODUCT_QK, [k for k in workloads.KINDS if k not in ("large_v", "coherent_v")], error_cell),
+        "pv": lambda: table(measured, PRODUCT_PV, list(workloads.KINDS), error_cell),
+        "accumulators": lambda: table(measured, ACCUMULATORS, ["flat", "coherent_v"], gain_cell),
+        "masked": masked_table,
+        "outlier": outlier_table,
     }
     page = PAGE.read_text(encoding="utf-8")
-    for name, text in tables.items():
+    for name in arguments.tables or tables:
+        text = tables[name]()
         page, count = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=text: f"{m[1]}{t}\n{m[2]}", page, flags=re.S)
         if count != 1:
             raise SystemExit(f"{PAGE} has no place for the table {name!r}")

@@ -244,13 +244,19 @@ def prepare(
     )  # fmt: skip
 
 
-def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", *, variant: str = "auto") -> QuantizedKV:
+def quantize_kv(
+    k: torch.Tensor, v: torch.Tensor, tensor_layout: str = "HND", *, variant: str = "auto", key_mask: torch.Tensor | None = None
+) -> QuantizedKV:  # fmt: skip
     """Quantise K and V once; the result owns no float tensor, so the caller may free k and v before `attend`.
+
+    Args:
+        key_mask: [B | 1, Nk] bool, False for keys that no query will see, such as padding: what they hold then costs no accuracy.
+            `attend` wants an attn_mask that hides them, and may hide more.
 
     Raises:
         Unsupported: also where the variant that runs keeps no quantised form ("sdpa", "reference").
     """
-    return _dispatch().quantize_kv(k, v, tensor_layout, variant)
+    return _dispatch().quantize_kv(k, v, tensor_layout, variant, key_mask)
 
 
 def attend(

@@ -90,7 +90,7 @@ class Call(PreparedCall[Plan]):
             result = self._compute()
             _compiled.add(kernels)
             return result
-        kv = _kernel_backend(plan.variant).quantize(self.k, self.v, problem, plan)
+        kv = _kernel_backend(plan.variant).quantize(self.k, self.v, problem, plan, mask)
         del self.k, self.v
         release()
         return _kernel_backend(plan.variant).attend(q, kv, problem, mask)
@@ -261,17 +261,21 @@ def _refuse_transforms(name: str) -> None:
         raise Unsupported(name, "is under torch.jit.trace or a transform of torch.func, which can't follow a call in halves; call sageattn")
 
 
-def quantize_kv(k: torch.Tensor, v: torch.Tensor, tensor_layout: str, variant: str) -> QuantizedKV[Any]:
+def quantize_kv(
+    k: torch.Tensor, v: torch.Tensor, tensor_layout: str, variant: str, key_mask: torch.Tensor | None = None
+) -> QuantizedKV[Any]:  # fmt: skip
     """The first half of a call: K and V quantised, all heads at once."""
     _refuse_transforms("k")
-    problem = Problem.from_kv(k, v, tensor_layout=tensor_layout)
+    problem = Problem.from_kv(k, v, tensor_layout=tensor_layout, key_mask=key_mask)
     try:
         chosen = plan_for(problem, variant)
     except Unsupported as error:
-        raise Unsupported("k" if error.parameter == "q" else error.parameter, error.reason) from None
+        parameter = {"q": "k", "attn_mask": "key_mask"}.get(error.parameter, error.parameter)
+        raise Unsupported(parameter, error.reason) from None
     if not isinstance(chosen, KernelPlan):
         raise Unsupported("variant", f"{chosen.variant.name} ({chosen.reason}) keeps no quantised K and V; name one that does")
-    kv = _kernel_backend(chosen.variant).quantize(k, v, problem, chosen)
+    mask = None if key_mask is None else key_mask[:, None, None]
+    kv = _kernel_backend(chosen.variant).quantize(k, v, problem, chosen, mask)
     return replace(kv, made_on=torch.cuda.current_stream(k.device)) if k.is_cuda else kv
 
 

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from .backends import sparse_reference
+from .backends.cuda import sparse as sparse_cuda
 from .backends.sparse_reference import SparseResult
 from .kernels import binaries
 from .planning.here import machine
+from .planning.plan import CudaPlan
 from .planning.problem import Problem
-from .planning.sparse_plan import sparse_variant
+from .planning.sparse_plan import sparse_plan
 from .planning.sparse_problem import SparseProblem
 
 
@@ -33,8 +35,10 @@ def compute(
     """
     dense = Problem.from_tensors(q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, sm_scale=sm_scale, return_lse=True)
     problem, tensors = SparseProblem.from_call(dense, q, **sparse)
-    sparse_variant(machine(dense), variant, *binaries.forced())  # the one that there is
+    plan = sparse_plan(problem, machine(dense), variant, *binaries.forced())
     if dense.empty:
         lse = torch.full((dense.batch, dense.heads_q, dense.len_q), -torch.inf, device=q.device)
         return SparseResult(torch.zeros_like(q, memory_format=torch.contiguous_format), lse, torch.ones((), device=q.device))
+    if isinstance(plan, CudaPlan):
+        return sparse_cuda.run(q, k, v, problem, tensors, plan)
     return sparse_reference.run(q, k, v, problem, tensors)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from .kernels.family import KernelFamily, Tile, Tiles
 from .kernels.mma import MMA_FP8, MMA_FP16, MMA_INT8
-from .kernels.wgmma import WGMMA_FP8, WGMMA_FP16
+from .kernels.wgmma import WGMMA_FP8, WGMMA_FP8_SPARSE, WGMMA_FP16, WGMMA_FP16_SPARSE
 from .numerics.scheme import FP8_FP16, FP8_FP32_WGMMA, FP16_FP32, FP16_FP32_MMA, FP16_FP32_TRITON, INT8_INT32, Scheme
 
 
@@ -48,6 +48,7 @@ class Variant:
     accum: dict[str, Scheme] = field(default_factory=dict)  # pv_accum_dtype → scheme, where the caller may choose; the default first
     tiles: Tiles = field(default_factory=dict)
     kernels: tuple[KernelFamily, ...] = ()
+    sparse_kernels: tuple[KernelFamily, ...] = ()  # of block-sparse calls: by lists of tiles of 64 keys
 
     @property
     def has_kernels(self) -> bool:
@@ -60,10 +61,13 @@ class Variant:
         own = {"default": self.scheme} if self.scheme else {}
         return own | self.accum | {f"{k.name}-{accum}": scheme for k in self.kernels for accum, scheme in k.schemes.items()}
 
-    def choose(self, arch: int, forced: bool, head_dim: int, accum: str = "") -> KernelFamily | None:
-        """The kernels for a family of devices. One that is `forced` gets none of those that are made for one kind of device alone."""
+    def choose(self, arch: int, forced: bool, head_dim: int, accum: str = "", sparse: bool = False) -> KernelFamily | None:
+        """The kernels for a family of devices, of block-sparse calls or of others.
+
+        One that is `forced` gets none of those that are made for one kind of device alone.
+        """
         accum = accum or next(iter(self.accum))
-        for k in self.kernels:
+        for k in self.sparse_kernels if sparse else self.kernels:
             if head_dim in k.head_dims and accum in k.schemes and (not k.arch or (k.arch == arch and not forced)):
                 return k
         return None
@@ -102,6 +106,7 @@ CUDA_FP16 = Variant(
     min_arch=75,
     accum=MMA_FP16.schemes,
     kernels=(WGMMA_FP16, MMA_FP16),
+    sparse_kernels=(WGMMA_FP16_SPARSE, MMA_FP16),
 )
 CUDA_FP8 = Variant(
     "sageattn_qk_int8_pv_fp8_cuda",
@@ -111,6 +116,7 @@ CUDA_FP8 = Variant(
     min_arch=89,
     accum=MMA_FP8.schemes,
     kernels=(MMA_FP8,),
+    sparse_kernels=(MMA_FP8,),
 )
 CUDA_FP8_SM90 = Variant(
     "sageattn_qk_int8_pv_fp8_cuda_sm90",
@@ -121,6 +127,7 @@ CUDA_FP8_SM90 = Variant(
     archs=(90,),
     accum=WGMMA_FP8.schemes,
     kernels=(WGMMA_FP8, MMA_FP8),
+    sparse_kernels=(WGMMA_FP8_SPARSE, MMA_FP8),
 )
 CUDA_INT8 = Variant(
     "sageattn_qk_int8_pv_int8_cuda",
@@ -130,6 +137,7 @@ CUDA_INT8 = Variant(
     min_arch=75,
     accum=MMA_INT8.schemes,
     kernels=(MMA_INT8,),
+    sparse_kernels=(MMA_INT8,),
 )
 
 VARIANTS: dict[str, Variant] = {v.name: v for v in (SDPA, REFERENCE, TRITON_FP16, CUDA_FP16, CUDA_FP8, CUDA_FP8_SM90, CUDA_INT8)}

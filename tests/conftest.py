@@ -77,7 +77,12 @@ MEMOS = {
 
 @pytest.fixture(autouse=True)
 def nothing_is_remembered():
-    """No test sees what another one planned: under another environment, another card, or with images missing."""
+    """No test sees what another one planned: under another environment, another card, or with images missing. A test may forget, too."""
+    _forget()
+    return _forget
+
+
+def _forget() -> None:
     copies = [name for name in sys.modules if name == "sageattention" or name.endswith(".sageattention")]  # the pack has one of its own
     for module, names in ((sys.modules.get(f"{copy}.{place}"), names) for copy in copies for place, names in MEMOS.items()):
         for memo in (getattr(module, name) for name in names if module):

@@ -26,7 +26,7 @@ SCALARS = {"factor": "fp32", "sign": "fp32", "out_limit": "fp32"}
 POINTERS = {
     "q": "*bf16", "k": "*bf16", "v": "*bf16", "out": "*bf16", "lse": "*fp32", "mask": "*fp32", "k8": "*i8", "k_scale": "*fp32",
     "k_scale_max": "*fp32", "k_mean": "*fp32", "v16": "*fp16", "v_scale": "*fp32", "partial_amax": "*fp32",
-    "cu_seqlens": "*i32", "cu_seqlens_q": "*i32", "cu_seqlens_k": "*i32",
+    "live": "*u8", "cu_seqlens": "*i32", "cu_seqlens_q": "*i32", "cu_seqlens_k": "*i32",
 }  # fmt: skip
 # What Triton specialises on at run time for a contiguous [B, H, N, D] call: multiples of 16.
 ALIGNED = (*POINTERS, "slots", *(f"{t}_stride_{x}" for t in ("q", "k", "v", "out") for x in "bnh"))
@@ -72,9 +72,12 @@ def compile_all(arch: int) -> list[dict]:
     built = []
     for d in HEAD_DIMS if arch >= 80 else HEAD_DIMS[:1]:
         tile = find_tile(TRITON_FP16.tiles, arch, d)
-        shape = {"HEAD_DIM": d, "D": d, "BLOCK_N": tile.block_n, "SPLITS": SPLITS, "VARLEN": False}
-        built.append(compile_kernel(statistics, arch, {"BLOCK": 64, **shape}, {}))
-        built.append(compile_kernel(quantize_kv, arch, {"V_MAX": TRITON_FP16.scheme.v_max, "ROWS": min(ROWS, tile.block_n), **shape}, {}))
+        shape = {"HEAD_DIM": d, "D": d, "BLOCK_N": tile.block_n, "SPLITS": SPLITS, "VARLEN": False, "CAUSAL": False}
+        for some_live in (False, True) if d == 128 else (False,):
+            live = {"SOME_LIVE": some_live, **shape}
+            rows = {"V_MAX": TRITON_FP16.scheme.v_max, "ROWS": min(ROWS, tile.block_n)}
+            built.append(compile_kernel(statistics, arch, {"BLOCK": 64, **live}, {}))
+            built.append(compile_kernel(quantize_kv, arch, {**rows, **live}, {}))
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         built.append(compile_kernel(attend, arch, attend_constants(d, tile, arch), options))
         if d == 128:

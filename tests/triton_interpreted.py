@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import extremes
+import masked
 import matrix
 import torch
 
@@ -53,6 +54,28 @@ def halves(device: str = "cpu") -> None:
     t["v"].fill_(float("nan"))
     for a, b in zip(whole, attend(t["q"], kv, return_lse=True)):
         assert torch.equal(a, b)
+
+
+def masked_keys(device: str = "cpu") -> None:
+    """Keys that nobody sees change nothing, whatever they hold: in a whole call, and where `quantize_kv` is told of them."""
+    for case in masked.CASES:
+        if device == "cpu":
+            if case.len_kv > 1024:
+                continue  # the interpreter takes a second for each tile
+            case = replace(case, len_q=case.len_q if case.causal else 64, heads=case.heads // case.heads_kv, heads_kv=1)
+        spoilt, cut = case.spoilt(device), case.cut(device)
+        if device == "cpu":  # the interpreter cuts bf16 off
+            spoilt, cut = ({name: t.float() if name in "qkv" else t for name, t in call.items()} for call in (spoilt, cut))
+        out, alone = (sageattn_qk_int8_pv_fp16_triton(**call) for call in (spoilt, cut))
+        exact, _ = reference.oracle(**cut)
+        few = case.causal and device == "cpu"  # of one head, the rows with a handful of keys make most of the error
+        assert workloads.relative_l2(out, exact) <= (1.2 if few else 1.05) * workloads.relative_l2(alone, exact), case.name
+        emulated, _ = reference.emulate(**spoilt, scheme=TRITON_FP16.scheme)
+        step = 0.0 if device == "cpu" else matrix.OUTPUT_STEP["bfloat16"]
+        assert workloads.relative_l2(out, emulated) <= matrix.EMULATION_BOUND["fp16"] + step, case.name
+        if case.form == "bool" and not case.causal:
+            kv = quantize_kv(spoilt["k"], spoilt["v"], variant=TRITON_FP16.name, key_mask=spoilt["attn_mask"][:, 0, 0])
+            assert torch.equal(attend(spoilt["q"], kv, attn_mask=spoilt["attn_mask"]), out), case.name
 
 
 def groups(device: str = "cpu") -> None:

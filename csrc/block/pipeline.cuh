@@ -1,8 +1,9 @@
-// The pipeline of KV tiles: global memory → a ring of stages in shared memory, ahead of their use.
+// The pipeline of KV tiles for mma.sync: global memory → a ring of stages in shared memory, ahead of their use.
 //
-// Every warp walks over the same tiles, from tile `last` down to tile 0: acquire(n) → use the stage → release(). From Hopper on one thread has
-// whole tiles fetched and the warps need not keep step: a `full` barrier a stage says that its tile has landed, an `empty` one
-// that all warps are done with it. Before Hopper every thread copies its share and the block keeps step with __syncthreads().
+// Every warp visits the same tiles: acquire(ahead) → use tile() → release(). `ahead` is the tile kStages − 1 after the current one, −1 if there
+// is none (with one stage: the current one). From Hopper on one thread copies whole tiles and warps need not keep in step: each stage has a
+// `full` barrier (its tile is loaded) and an `empty` one (all warps have released it). Before Hopper every thread copies its share and
+// __syncthreads() keeps the CTA in step.
 #pragma once
 #include "../ptx/async_copy.cuh"
 #include "../ptx/shared.cuh"
@@ -10,18 +11,18 @@
 
 namespace sage {
 
-// kFirstInSmem: the number of the walk's tile 0 waits behind the ring, not in a register.
+// kFirstInSmem: `first` is kept behind the ring in shared memory instead of a register.
 template <int kTileBytes, int kStages, int kWarps, bool kFirstInSmem>
 struct KvPipeline {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBytes = kStages * kTileBytes + (kBulkCopy ? 16 * kStages : 0) + (kFirstInSmem ? 16 : 0);
-  static constexpr int kFirst = kBytes - 16;  // of `first` there
-  static constexpr int kCopies = kTileBytes / 16 / kThreads;  // of 16 bytes, by every thread; the first few make one more
+  static constexpr int kFirst = kBytes - 16;  // its offset there
+  static constexpr int kCopies = kTileBytes / 16 / kThreads;  // 16-byte copies of every thread; the first threads make one more
 
-  u32 shared;        // the ring, then {full, empty} barriers
-  const u8* source;  // tiles of kTileBytes; a kernel parameter, so that it occupies no register
-  int first;         // tile 0 of the walk is this one of them
-  int stage;         // of the acquired tile
+  u32 shared;        // address of the ring; the {full, empty} barriers follow
+  const u8* source;  // all tiles; a kernel parameter, so it takes no register
+  int first;         // the head's tile 0 is this one of `source`
+  int stage;         // of the current tile
   u32 phase;         // of its barriers
 
   __device__ __forceinline__ u32 tile() const { return shared + stage * kTileBytes; }
@@ -30,7 +31,9 @@ struct KvPipeline {
 
   __device__ __forceinline__ int before() const { return stage == 0 ? kStages - 1 : stage - 1; }
 
-  __device__ __forceinline__ void start(u32 ring, const u8* all_tiles, int tile0, int last) {
+  // Starts the first kStages − 1 copies. next(): the next tile's number, −1 after the last.
+  template <class Next>
+  __device__ __forceinline__ void start(u32 ring, const u8* all_tiles, int tile0, Next next) {
     shared = ring, source = all_tiles, first = tile0, stage = 0, phase = 0;
     if constexpr (kFirstInSmem)  // a __syncthreads() follows, here or in acquire(), before it is read
       if (threadIdx.x == 0) store_shared_float(shared + kFirst, __int_as_float(tile0));
@@ -41,38 +44,38 @@ struct KvPipeline {
       __syncthreads();  // the barriers are initialised
     }
 #pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) fetch<true>(s, last - s);
+    for (int s = 0; s < kStages - 1; ++s) fetch<true>(s, next());
   }
 
-  // Waits for tile n. Called by all threads, which may then read tile().
-  __device__ __forceinline__ void acquire(int n) {
+  // Waits for the current tile: all threads call it and may then read tile().
+  __device__ __forceinline__ void acquire(int ahead) {
     if constexpr (kBulkCopy) {
-      if constexpr (kStages == 1) {  // nothing is fetched ahead: once all warps are done with the tile before
+      if constexpr (kStages == 1) {  // no copy ahead: starts once all warps have released the previous tile
         mbarrier_wait(empty(0), phase ^ 1);
-        fetch(0, n);
+        fetch(0, ahead);
       }
       mbarrier_wait(full(stage), phase);
     } else if constexpr (kStages == 1) {
-      __syncthreads();  // every warp is done with the one stage
-      fetch(0, n);
+      __syncthreads();  // every warp has released the stage
+      fetch(0, ahead);
       cp_async_wait<0>();
-      __syncthreads();  // every thread's part of the tile has landed
+      __syncthreads();  // every thread's copies are visible
     } else {
       cp_async_wait<kStages - 2>();
-      __syncthreads();  // the tile has landed for all, and every warp is done with the stage before it
-      fetch(before(), n - (kStages - 1));
+      __syncthreads();  // the tile is visible to all, and every warp has released the previous stage
+      fetch(before(), ahead);
     }
   }
 
-  // From Hopper on: while tile n is the current one, refills the stage of the tile before it, once all warps are done with that.
-  __device__ __forceinline__ void refill(int n) {
+  // From Hopper on: refills the previous stage once all warps have released it.
+  __device__ __forceinline__ void refill(int ahead) {
     if constexpr (kBulkCopy && kStages > 1) {
-      if (n >= kStages - 1) mbarrier_wait(empty(before()), stage == 0 ? phase ^ 1 : phase);
-      fetch(before(), n - (kStages - 1));
+      if (ahead >= 0) mbarrier_wait(empty(before()), stage == 0 ? phase ^ 1 : phase);
+      fetch(before(), ahead);
     }
   }
 
-  // The warp is done with the current tile: on to the next.
+  // The warp releases the current tile and moves to the next.
   __device__ __forceinline__ void release() {
     if constexpr (kBulkCopy) mbarrier_arrive(threadIdx.x % 32 == 0, empty(stage));
     if (++stage == kStages) stage = 0, phase ^= 1;
@@ -87,13 +90,13 @@ struct KvPipeline {
       cp_async_bulk(threadIdx.x == 0 && n >= 0, to, from, kTileBytes, full(s));
     } else {
       if (n >= 0) {
-        const u32 at = 16 * special_tid_x();  // read anew: no register holds it from tile to tile
+        const u32 at = 16 * special_tid_x();  // read again, so that no register keeps it from tile to tile
 #pragma unroll
         for (int c = 0; c < kCopies; ++c) cp_async16(to + at + 16 * kThreads * c, from + at + 16 * kThreads * c);
         if (at < kTileBytes - 16 * kThreads * kCopies)
           cp_async16(to + at + 16 * kThreads * kCopies, from + at + 16 * kThreads * kCopies);
       }
-      cp_async_commit();  // also where nothing is left to fetch, so that the waits count the same
+      cp_async_commit();  // also without a copy, so that the group count of the waits stays the same
     }
   }
 };

@@ -6,15 +6,16 @@
 namespace sage {
 
 // raw[i][c]: the lane's channels (rotate.cuh) of row row0 + 8i of the head at `head`, i < kRows. Rows beyond the end repeat the last.
-template <int kHeadDim, int kRows, int kDtype, bool kVectors>
-__device__ __forceinline__ void load_raw(const u8* head, i64 stride, int row0, int len, int t, int head_dim,
+// token_of(row): where a row of the sequence lies in memory.
+template <int kHeadDim, int kRows, int kDtype, bool kVectors, class TokenOf>
+__device__ __forceinline__ void load_raw(const u8* head, TokenOf token_of, i64 stride, int row0, int len, int t, int head_dim,
                                          Raw8<kDtype> (&raw)[kRows][kHeadDim / 32]) {
 #pragma unroll
   for (int i = 0; i < kRows; ++i)
 #pragma unroll
     for (int c = 0; c < kHeadDim / 32; ++c)
       raw[i][c] =
-          load8<kDtype, kVectors>(head + min(row0 + 8 * i, len - 1) * stride * kElementBytes<kDtype>, 32 * c + kChunk * t, head_dim);
+          load8<kDtype, kVectors>(head + token_of(min(row0 + 8 * i, len - 1)) * stride * kElementBytes<kDtype>, 32 * c + kChunk * t, head_dim);
 }
 
 // x[8c + e]: the lane's channels of a row in fp32.
@@ -25,11 +26,11 @@ __device__ __forceinline__ void unpack_row(const Raw8<kDtype> (&raw)[kHeadDim / 
 }
 
 // load_raw in fp32: x[r][half] is row row0 + 16r + 8·half.
-template <int kHeadDim, int kRowTiles, int kDtype, bool kVectors>
-__device__ __forceinline__ void load_rows(const u8* head, i64 stride, int row0, int len, int t, int head_dim,
+template <int kHeadDim, int kRowTiles, int kDtype, bool kVectors, class TokenOf>
+__device__ __forceinline__ void load_rows(const u8* head, TokenOf token_of, i64 stride, int row0, int len, int t, int head_dim,
                                           float (&x)[kRowTiles][2][kHeadDim / 4]) {
   Raw8<kDtype> raw[2 * kRowTiles][kHeadDim / 32];
-  load_raw<kHeadDim, 2 * kRowTiles, kDtype, kVectors>(head, stride, row0, len, t, head_dim, raw);
+  load_raw<kHeadDim, 2 * kRowTiles, kDtype, kVectors>(head, token_of, stride, row0, len, t, head_dim, raw);
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) unpack_row<kHeadDim>(raw[i], x[i / 2][i % 2]);
 }

@@ -29,6 +29,12 @@ struct Softmax {
     for (int i = 0; i < kRowTiles; ++i) m_i[i][0] = m_i[i][1] = -kInf, l_i[i][0] = l_i[i][1] = 0.0f;
   }
 
+  // Begins with sums l, relative to m, of which lane t = 0 of the four that share a row keeps the books.
+  __device__ __forceinline__ void begin(const float (&m)[kRowTiles], const float (&l)[kRowTiles], int t) {
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) m_i[i / 2][i % 2] = m[i / 2], l_i[i / 2][i % 2] = t == 0 ? l[i / 2] : 0.0f;
+  }
+
   __device__ __forceinline__ void get_m(float (&out)[kRowTiles][2]) const {
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) out[i / 2][i % 2] = m_i[i / 2][i % 2];
@@ -71,6 +77,13 @@ struct TileSoftmax {
   __device__ __forceinline__ static void share(float x, float (&out)[kRowTiles][2]) {
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) out[i / 2][i % 2] = __shfl_sync(kAllLanes, x, i, 4);
+  }
+
+  // As Softmax::begin.
+  __device__ __forceinline__ void begin(const float (&m)[kRowTiles], const float (&l)[kRowTiles], int t) {
+    m_i = kRowTiles == 1 || t & 2 ? m[kRowTiles - 1] : m[0];
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) l_i[i / 2][i % 2] = t == 0 ? l[i / 2] : 0.0f;
   }
 
   __device__ __forceinline__ void get_m(float (&out)[kRowTiles][2]) const { share(m_i, out); }

@@ -14,11 +14,11 @@ constexpr int kVElementBytes = kPvType == PvType::fp16 ? 2 : 1;
 template <PvType kPvType>
 constexpr int kQuantSumUnits = kPvType == PvType::fp8 ? 64 : 1;
 
-// What is added to a channel's output so that V as it was rounded has V's mean: V's own mean, which was taken out, less that of the
-// codes, which rounding moved off zero. amax: what the largest code, 1 / inv_v_max, stands for.
+// What is added to a channel of O so that dequantised V has V's mean: the mean that was subtracted, minus the mean of quantised V, which
+// rounding moved off zero. amax: the value that quantised v_max = 1 / inv_v_max stands for; keys: the number of summed keys.
 template <PvType kPvType>
-__device__ __forceinline__ float corrected_v_mean(float mean, float amax, i32 quant_sum, float inv_v_max, int len) {
-  return fmaf(-amax * (inv_v_max / (kQuantSumUnits<kPvType> * (float)len)), (float)quant_sum, mean);
+__device__ __forceinline__ float corrected_v_mean(float mean, float amax, i32 quant_sum, float inv_v_max, float keys) {
+  return fmaf(-amax * (inv_v_max / (kQuantSumUnits<kPvType> * keys)), (float)quant_sum, mean);
 }
 
 }  // namespace sage

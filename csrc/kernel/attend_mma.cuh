@@ -1,8 +1,8 @@
 // Third launch: softmax(Q·Kᵀ)·V with mma.sync – INT8 for the scores, fp16, FP8 or INT8 for P·V – on every architecture from Turing on.
 //
-// A warp owns 16 or 32 queries and walks over the tiles of 64 keys, last tile first, so that the tiles with masked keys come
-// before the long run without. 32 rows, where the registers allow it, halve the shared-memory traffic: each fragment of K or V
-// that is loaded feeds two row tiles. Q stays in registers for the whole walk.
+// A warp owns 16 or 32 queries and goes over the KV tiles: masked ones first, so that the long loop over the others has no masks. The tiles
+// come from a list, or are all up to the last, which comes first. 32 rows, where the registers allow it, halve the traffic from shared
+// memory: a fragment of K or V that is loaded feeds two row tiles. Q stays in registers.
 #pragma once
 #include "../layout/fragment.cuh"
 #include "../block/mask.cuh"
@@ -10,6 +10,7 @@
 #include "../block/pv.cuh"
 #include "../block/query.cuh"
 #include "../block/softmax.cuh"
+#include "../block/tile_list.cuh"
 #include "../common/pv_type.cuh"
 #include "../ptx/grid.cuh"
 #include "../ptx/special.cuh"
@@ -47,7 +48,8 @@ struct AttendConfig {
   using RowSoftmax = typename SoftmaxOf<kTileMax, kRowTiles>::type;
 };
 
-// Q's A fragments and score scales, in registers or in shared memory, where each lane reads what it wrote itself.
+// Q's A fragments [row tile][32 channels][register] and score scales [row tile][half], in registers or in shared memory; there each lane reads
+// only what it wrote.
 template <class C>
 struct QFragments {
   static constexpr int kChunks32 = C::kHeadDim / 32, kPitch = 16 * C::kThreads;
@@ -56,9 +58,9 @@ struct QFragments {
 
   u32 fragments[C::kQInSmem ? 1 : C::kRowTiles][kChunks32][4];
   float scales[C::kQScalesInSmem ? 1 : C::kRowTiles][2];
-  u32 shared, scales_shared;  // of this thread's first 16 bytes, of its scales
+  u32 shared, scales_shared;  // addresses of this thread's first 16 bytes and of its scales
 
-  // base: of all threads' part.
+  // smem: address of all threads' fragments; thread16 = 16 · thread.
   __device__ __forceinline__ void bind(u32 smem, u32 thread16) {
     shared = smem + thread16, scales_shared = C::kRowTiles == 2 ? shared + kFragmentBytes : smem + kFragmentBytes + thread16 / 2;
   }
@@ -112,7 +114,7 @@ struct QFragments {
   }
 };
 
-// S[16·row tiles, 64] = Q·Kᵀ, offset by the preset of softmax.cuh.
+// s[row tile][n-tile][accumulator register] = Q·Kᵀ + kPreset (softmax.cuh), of 16 · kRowTiles rows × 64 keys.
 template <class C>
 __device__ __forceinline__ void scores(u32 (&s)[C::kRowTiles][kScoreNTiles][4], const QFragments<C>& q_frags, u32 tile) {
   u32 preset[4] = {kPresetBits, kPresetBits, kPresetBits, kPresetBits};
@@ -138,8 +140,8 @@ __device__ __forceinline__ void scores(u32 (&s)[C::kRowTiles][kScoreNTiles][4], 
   }
 }
 
-// Which rows of which head the warp has. Read from the special registers each time: the prologue and the epilogue each work it
-// out for themselves, so that none of it occupies registers in between.
+// The warp's rows. Computed from the special registers in the prologue and again in the epilogue, so that nothing is kept in registers
+// meanwhile.
 template <class C>
 struct RowCoord {
   int t, g, warp, bh, batch, head, block_row0, row0;
@@ -148,7 +150,7 @@ struct RowCoord {
 
   __device__ __forceinline__ RowCoord(const AttendParams& p, int thread, int index) {
     t = thread % 4, g = thread % 32 / 4, warp = thread / 32;
-    // Consecutive blocks share a head, so that its K and V stay in L2. Causal: the longest rows first.
+    // Consecutive CTAs share a head, so its K and V stay in L2. Causal: the longest rows first.
     const int head_in_group = index / p.q_tiles, block = index % p.q_tiles;
     bh = head_in_group / p.heads_per_kv;
     batch = (p.bh_first + bh) / p.heads_kv, head = (p.bh_first + bh) % p.heads_kv * p.heads_per_kv + head_in_group % p.heads_per_kv;
@@ -162,24 +164,25 @@ struct RowCoord {
   }
 };
 
-// Loads, rotates and quantises the warp's rows. Up to the wait for the quantise launch, nothing of its results is needed.
+// Loads, rotates and quantises the warp's rows of Q. Needs nothing of the previous launches before grid_dependency_wait().
 template <class C>
 __device__ __forceinline__ void quantize_q(const AttendParams& p, QFragments<C>& q_frags) {
   constexpr int kHeadDim = C::kHeadDim;
   const RowCoord<C> at(p);
+  const auto token = [&](int row) { return token_of<C::kMask>(p, row); };
   float x[C::kRowTiles][2][kHeadDim / 4], scale[C::kRowTiles][2];
   with_access(p.dtype, p.q_vectorized, [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
     const u8* head = static_cast<const u8*>(p.q.data) + (at.batch * p.q.stride_b + at.head * p.q.stride_h) * kElementBytes<kDtype>;
-    load_rows<kHeadDim, C::kRowTiles, kDtype, decltype(vectors)::value>(head, p.q.stride_n, at.row(0, 0), p.len_q, at.t, p.head_dim, x);
+    load_rows<kHeadDim, C::kRowTiles, kDtype, decltype(vectors)::value>(head, token, p.q.stride_n, at.row(0, 0), p.len_q, at.t, p.head_dim, x);
   });
-  if (p.lse) {  // what the shift of K takes out of a row's LSE waits in its place: registers are short in the main loop
+  if (p.lse) {  // stores what LSE loses by k_mean in LSE's place, to free registers for the main loop
     grid_dependency_wait();
 #pragma unroll
     for (int i = 0; i < 2 * C::kRowTiles; ++i) {
       const int row = at.row(i / 2, i % 2);
       const float score = k_mean_score<kHeadDim>(x[i / 2][i % 2], p.k_mean + at.bh * kHeadDim, at.t, p.sm_scale);
-      if (row < p.len_q && at.t == 0) *at.lse(p, row) = score;
+      if (row < p.len_q && at.t == 0) *at.lse(p, token(row)) = score;
     }
   }
 #pragma unroll
@@ -191,15 +194,15 @@ __device__ __forceinline__ void quantize_q(const AttendParams& p, QFragments<C>&
     q_frags.put(r, a);
   }
   grid_dependency_wait();
-  // No score may leave the range in which the softmax works. A largest K scale of 0 (all keys alike) must not make the bound
-  // infinite; the scores are 0 then whatever it is.
+  // Bounds the score scales, so that no score leaves the softmax's range. kKScaleFloor keeps the bound finite where the largest K scale is 0
+  // (all keys alike); all scores are 0 then.
   const float max_scale = p.score_limit / fmaxf(__int_as_float(p.k_scale_max[at.bh]), kKScaleFloor);
 #pragma unroll
   for (int i = 0; i < 2 * C::kRowTiles; ++i) scale[i / 2][i % 2] = fminf(scale[i / 2][i % 2], max_scale);
   q_frags.put_scales(scale);
 }
 
-// O / sum, times V's channel scales, plus V's mean, in the output's dtype; LSE.
+// Stores O / l, scaled and shifted by V's scale and mean per channel, in the output's dtype, and LSE. o: [row tile][n-tile][register].
 template <class C>
 __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C::kRowTiles][C::kHeadDim / 8][4],
                                              const typename C::RowSoftmax& softmax) {
@@ -211,9 +214,9 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
   for (int i = 0; i < 2 * C::kRowTiles; ++i) {
     const int r = i / 2, half = i % 2, row = at.row(r, half);
     const float sum = row_sum(softmax.l_i[r][half]);
-    inverse[r][half] = sum > 0.0f ? p.inv_v_max / sum : 0.0f;  // 0: every key masked out
+    inverse[r][half] = sum > 0.0f ? p.inv_v_max / sum : 0.0f;  // 0: every key is masked out
     if (p.lse && at.t == 0 && row < p.len_q) {
-      float* lse = at.lse(p, row);
+      float* lse = at.lse(p, token_of<C::kMask>(p, row));
       *lse = sum > 0.0f ? *lse + (m_i[r][half] + log2_approx(sum)) * kLn2 : -kInf;
     }
   }
@@ -224,11 +227,11 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
     const float channel_scale[kChunk] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
     float mean[kChunk] = {};
     if constexpr (C::kPvType != PvType::fp16) {
-      if (C::kHeadDim == 256) __syncwarp();  // or the compiler loads more of them at once than there are registers
+      if (C::kHeadDim == 256) __syncwarp();  // keeps the compiler from loading more of them at once than there are registers
 #pragma unroll
       for (int e = 0; e < kChunk; ++e) {
         const int channel = at.bh * C::kHeadDim + 32 * c + kChunk * at.t + e;
-        mean[e] = corrected_v_mean<C::kPvType>(p.v_mean[channel], channel_scale[e], p.v_quant_sum[channel], p.inv_v_max, p.len_kv);
+        mean[e] = corrected_v_mean<C::kPvType>(p.v_mean[channel], channel_scale[e], p.v_quant_sum[channel], p.inv_v_max, p.live_keys[at.bh]);
       }
     }
 #pragma unroll
@@ -248,7 +251,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
       const int r = i / 2, half = i % 2, row = at.row(r, half);
       if (row >= p.len_q) continue;
       u8* to = static_cast<u8*>(p.out) +
-               (at.batch * p.out_stride_b + at.head * p.out_stride_h + row * p.out_stride_n) * kElementBytes<kDtype>;
+               (at.batch * p.out_stride_b + at.head * p.out_stride_h + token_of<C::kMask>(p, row) * p.out_stride_n) * kElementBytes<kDtype>;
 #pragma unroll
       for (int c = 0; c < C::kHeadDim / 32; ++c) {
         float y[kChunk];
@@ -260,7 +263,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
   });
 }
 
-// The walk of one warp over the KV tiles, and all that lives in registers meanwhile.
+// One warp's main loop over the KV tiles.
 template <class C>
 struct Mainloop {
   static constexpr int kHeadDim = C::kHeadDim, kRowTiles = C::kRowTiles;
@@ -272,38 +275,51 @@ struct Mainloop {
   QFragments<C> q_frags;
   typename C::RowSoftmax softmax;
   float o[kRowTiles][kHeadDim / 8][4];
-  u32 thread16;  // 16 · thread: the lane's place in a block of 512 bytes, and much else
+  u32 thread16;  // 16 · thread; its low bits are the lane's offset in a 512-byte block
   bool causal;
 
-  // The scores themselves of a row tile, −inf where masked out, in place; top: the lane's largest of each half.
+  // Preset scores of a row tile → base-2 scores, in place, −inf where masked out. top: the lane's maximum of each half.
   __device__ __forceinline__ void mask_scores(u32 (&s)[kScoreNTiles][4], int r, const float (&scale)[2], int key0, float (&top)[2]) const {
     const RowCoord<C> at(p);
-    MaskView mask;
-    BiasTile bias;
-    if constexpr (C::kMask == Mask::dense) {
-      const i64 offset = at.batch * p.mask_stride_b + at.head * p.mask_stride_h;
-      mask = {static_cast<const u8*>(p.mask) + offset * (p.mask_kind == kMaskBool ? 1 : p.mask_kind == kMaskF32 ? 4 : 2),
-              p.mask_stride_q, p.mask_stride_k, p.mask_kind, p.len_q, p.len_kv};
-      bias.shared = pipeline.shared + C::Pipeline::kBytes + QFragments<C>::kBytes + at.warp * BiasTile::kBytes;
-      bias.stage(mask, at.row0 + 16 * r, key0);
-    }
+    KeyBits<kKvTile> keys;  // Mask::list; otherwise keys are compared with a limit, which takes fewer registers
+    int limit[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = at.row(r, half), limit = (causal ? min(row + 1, p.len_kv) : p.len_kv) - key0 - 2 * at.t;
+      const int row = at.row(r, half);
+      limit[half] = (causal ? min(row + 1, p.len_kv) : p.len_kv) - key0 - 2 * at.t;
+      if constexpr (C::kMask == Mask::list) {
+        keys.below(half, limit[half] + 2 * at.t);
+        if (p.kept)
+          keys.keep(half, p.kept + at.batch * p.kept_stride_b + at.head * p.kept_stride_h + min(row, p.len_q - 1) * p.kept_stride_q + key0 / 32);
+      }
+    }
+    if constexpr (C::kMask == Mask::list) keys.align(at.t);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < 2 * kScoreNTiles; ++i) {
+        u32& bits = s[i / 2][2 * half + i % 2];
+        bits = __float_as_uint(fmaf(__uint_as_float(bits), scale[half], -kPreset * scale[half]));
+      }
+    if (C::kMask == Mask::list && p.mask_kind != kMaskBool)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const i64 offset = at.batch * p.mask_stride_b + at.head * p.mask_stride_h + min(at.row(r, half), p.len_q - 1) * p.mask_stride_q;
+        const BiasRow row{static_cast<const u8*>(p.mask) + offset * mask_element_bytes(p.mask_kind), p.mask_stride_k, p.mask_kind, p.len_kv,
+                          p.mask_pairs};
+        row.each<kScoreNTiles>(key0 + 2 * at.t, [&](int j, float x, float y) {
+          u32* bh = s[j] + 2 * half;
+          bh[0] = __float_as_uint(__uint_as_float(bh[0]) + x), bh[1] = __float_as_uint(__uint_as_float(bh[1]) + y);
+        });
+      }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
       top[half] = -kInf;
 #pragma unroll
-      for (int j = 0; j < kScoreNTiles; ++j) {
-        float2 add = {0.0f, 0.0f};
-        if constexpr (C::kMask == Mask::dense) add = bias.get(mask, 8 * half + at.g, 8 * j + 2 * at.t);
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          u32& bits = s[j][2 * half + e];
-          float score = fmaf(__uint_as_float(bits), scale[half], -kPreset * scale[half]);
-          if constexpr (C::kMask == Mask::dense) score += e ? add.y : add.x;
-          score = 8 * j + e < limit ? score : -kInf;
-          top[half] = fmaxf(top[half], score);
-          bits = __float_as_uint(score);
-        }
+      for (int i = 0; i < 2 * kScoreNTiles; ++i) {
+        u32& bits = s[i / 2][2 * half + i % 2];
+        bits = (C::kMask == Mask::list ? keys.sees(half, i / 2, i % 2) : 8 * (i / 2) + i % 2 < limit[half]) ? bits : __float_as_uint(-kInf);
+        top[half] = fmaxf(top[half], __uint_as_float(bits));
       }
     }
   }
@@ -317,7 +333,7 @@ struct Mainloop {
         for (int e = 0; e < 4; ++e) o[r][n][e] *= alpha[r][e / 2];
   }
 
-  // S → P for the current tile, whose first key is key0, and its weights; moves the references, and O with them.
+  // S → P of the current tile, whose first key is key0, and tile_scale of its rows; rescales O, l and m where needed.
   template <bool kMasked>
   __device__ __forceinline__ void softmax_step(Scores& s, ProbFragments& prob, float (&tile_scale)[kRowTiles][2], int key0) {
     const float k_scale = load_shared_float(pipeline.tile() + C::Layout::kScaleOffset + (thread16 / 4 & 12));
@@ -331,7 +347,7 @@ struct Mainloop {
         if constexpr (!kMasked) top[r][half] = score_above(score_max(s[r], half), scale[r][half]);
     }
 
-    float alpha[kRowTiles][2], m_p[kRowTiles][2];  // base: what P is taken against
+    float alpha[kRowTiles][2], m_p[kRowTiles][2];  // P = 2^(score − m_p)
     if constexpr (C::kTileMax) {
 #pragma unroll
       for (int i = 0; i < 2 * kRowTiles; ++i)  // rounded up, so that P never exceeds p_max
@@ -343,12 +359,12 @@ struct Mainloop {
       softmax.get_m(m_p);
     }
 
-    // A fragments: the accumulator layout of two n-tiles is that of one k16 operand, that of four n-tiles of one k32 operand
+    // The accumulators of two n-tiles are laid out as one k16 A fragment, those of four as one k32 fragment.
 #pragma unroll
     for (int n = 0; n < 2 * kRowTiles; ++n) {
       const int r = n / 2, half = n % 2;
       const float shift = kMasked ? (m_p[r][half] == -kInf ? 0.0f : -m_p[r][half]) : __fadd_rd(-kPreset * scale[r][half], -m_p[r][half]);
-      constexpr int kPack = 4 / kVElementBytes<C::kPvType>;  // scores in a register of P
+      constexpr int kPack = 4 / kVElementBytes<C::kPvType>;  // elements in a register of P
       u32 quantized_sum = 0;
       float sum = 0.0f;
 #pragma unroll
@@ -372,38 +388,81 @@ struct Mainloop {
     }
   }
 
+  // One tile, number n; ahead: as in KvPipeline::acquire.
   template <bool kMasked>
-  __device__ __forceinline__ void step(int n) {
+  __device__ __forceinline__ void step(int n, int ahead) {
     if constexpr (C::kRecomputeThreadIdx) thread16 = 16 * special_tid_x(), q_frags.bind(pipeline.shared + C::Pipeline::kBytes, thread16);
     Scores s;
     ProbFragments prob;
     float tile_scale[kRowTiles][2];
-    pipeline.acquire(n);
+    pipeline.acquire(ahead);
     const u32 tile = pipeline.tile() + (thread16 & 0x1F0);
     scores<C>(s, q_frags, tile);
-    if constexpr (C::kStages == 2) pipeline.refill(n);
+    if constexpr (C::kStages == 2) pipeline.refill(ahead);
     softmax_step<kMasked>(s, prob, tile_scale, n * kKvTile);
-    // 0, for no weight is negative; but the compiler does not know that and loads V after the sums.
+    // 0, because P is never negative; the compiler does not know that and loads V after the row sum.
     const u32 late = C::kDelayVLoad == 1 ? __float_as_uint(softmax.l_i[kRowTiles - 1][1]) >> 31 : 0;
     if constexpr (C::kDelayVLoad == 2) __syncwarp();
     accumulate_pv<C>(o, prob, tile_scale, tile + late);
-    if constexpr (C::kStages > 2) pipeline.refill(n);
+    if constexpr (C::kStages > 2) pipeline.refill(ahead);
     pipeline.release();
   }
 
-  // From the last tile to the first; tiles [0, full) hold no masked key.
+  // Loads the initial softmax state of the rows: m, l, O.
+  __device__ __forceinline__ void load_tail() {
+    const RowCoord<C> at(p);
+    const float p_max = exp2_approx(p.log2_p_max);
+    const int groups = (p.len_q + 63) / 64;
+    float m[kRowTiles], l[kRowTiles];
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      const int group = min((at.row0 + 16 * r) / 64, groups - 1);
+      const float* state = p.tail + (((i64)at.batch * p.heads_kv * p.heads_per_kv + at.head) * groups + group) * (4 + kHeadDim);
+      l[r] = state[1] * p_max, m[r] = state[1] > 0.0f ? state[0] - p.log2_p_max : -kInf;
+#pragma unroll 1
+      for (int c = 0; c < kHeadDim / 32; ++c) {
+        float y[kChunk];
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) {
+          const int channel = 32 * c + kChunk * at.t + e, of_head = at.bh * kHeadDim + channel;
+          const float amax = p.v_amax[of_head];
+          float x = state[4 + channel];
+          if constexpr (C::kPvType != PvType::fp16)
+            x = fmaf(-state[1], corrected_v_mean<C::kPvType>(p.v_mean[of_head], amax, p.v_quant_sum[of_head], p.inv_v_max, p.live_keys[at.bh]), x);
+          y[e] = amax > 0.0f ? x * p_max / (amax * p.inv_v_max) : 0.0f;
+        }
+        // o has no run-time index: each iteration stores those registers whose c is its own.
+#pragma unroll
+        for (int own = 0; own < kHeadDim / 32; ++own)
+          if (own == c)
+#pragma unroll
+            for (int i = 0; i < 2 * kChunk; ++i) o[r][4 * own + i % kChunk / 2][i / kChunk * 2 + i % 2] = y[i % kChunk];
+      }
+    }
+    softmax.begin(m, l, at.t);
+  }
+
+  // Tiles [0, tiles), last one first; those in [0, full) hold no masked key.
   __device__ __forceinline__ void run(int tiles, int full) {
+    constexpr int kPrefetch = C::kStages - 1;
     int n = tiles - 1;
-    for (; n >= (C::kRecomputeThreadIdx && C::kMask == Mask::dense ? 0 : full); --n) step<true>(n);
-    if constexpr (C::kMask != Mask::dense)
-      for (; n >= 0; --n) step<false>(n);
+    for (; n >= full; --n) step<true>(n, n - kPrefetch);
+    for (; n >= 0; --n) step<false>(n, n - kPrefetch);
+  }
+
+  // The tiles of a list: {mixed, full} of them; ahead: the position after the tiles that the pipeline has started with.
+  template <class Load>
+  __device__ __forceinline__ void run_list(int2 tiles, ListCursor& ahead, Load load) {
+    ListCursor current;
+    for (int i = 0; i < tiles.x; ++i) step<true>(current.next(p.lists.words, load), ahead.next(p.lists.words, load));
+    for (int i = 0; i < tiles.y; ++i) step<false>(0, ahead.next(p.lists.words, load));
   }
 };
 
-// Dynamic shared memory of a launch, in bytes: the pipeline, Q where it stays there, the bias of a dense mask.
+// Dynamic shared memory of a launch, in bytes: the pipeline, and Q if it is kept there.
 template <class C>
 constexpr int attend_shared_bytes() {
-  return C::Pipeline::kBytes + QFragments<C>::kBytes + (C::kMask == Mask::dense ? C::kWarps * BiasTile::kBytes : 0);
+  return C::Pipeline::kBytes + QFragments<C>::kBytes;
 }
 
 template <class C>
@@ -411,20 +470,33 @@ __device__ void attend_mma(const AttendParams& p) {
   extern __shared__ __align__(128) u8 stages[];
   Mainloop<C> mainloop{p};
   mainloop.thread16 = 16 * threadIdx.x;
-  mainloop.causal = C::kMask == Mask::causal || (C::kMask == Mask::dense && p.causal);
+  mainloop.causal = C::kMask == Mask::causal || (C::kMask == Mask::list && p.causal);
 
   const RowCoord<C> at(p, threadIdx.x, blockIdx.x);
-  // Tiles [0, tiles) hold a key that some row of the block sees; of them, [0, full) hold no key that any row does not see.
-  int tiles = p.kv_tiles, full = C::kMask == Mask::dense ? 0 : p.len_kv / kKvTile;
-  if (mainloop.causal) tiles = min(tiles, (at.block_row0 + C::kBlockM - 1) / kKvTile + 1), full = min(full, (at.block_row0 + 1) / kKvTile);
   mainloop.q_frags.bind(shared_address(stages) + C::Pipeline::kBytes, mainloop.thread16);
   quantize_q<C>(p, mainloop.q_frags);
-  mainloop.pipeline.start(shared_address(stages), p.kv, at.bh * p.kv_tiles, tiles - 1);
 #pragma unroll
   for (int r = 0; r < C::kRowTiles; ++r)
 #pragma unroll
     for (int n = 0; n < C::kHeadDim / 8; ++n) mainloop.o[r][n][0] = mainloop.o[r][n][1] = mainloop.o[r][n][2] = mainloop.o[r][n][3] = 0.0f;
-  mainloop.run(tiles, full);
+  if constexpr (C::kMask == Mask::list) {
+    if (p.tail) mainloop.load_tail();
+    const auto list = [&] {
+      const RowCoord<C> at(p);
+      return TileList(p.lists, at.batch, at.head, at.block_row0, C::kBlockM, p.len_q);
+    };
+    const auto load = [&](int w) { return list().word(w); };
+    ListCursor ahead;
+    mainloop.pipeline.start(shared_address(stages), p.kv, at.bh * p.kv_tiles, [&] { return ahead.next(p.lists.words, load); });
+    mainloop.run_list(list().count(), ahead, load);
+  } else {
+    // Tiles [0, tiles) hold a key that some row of the CTA sees; [0, full) hold only keys that every row sees.
+    int tiles = p.kv_tiles, full = p.len_kv / kKvTile;
+    if (mainloop.causal) tiles = min(tiles, (at.block_row0 + C::kBlockM - 1) / kKvTile + 1), full = min(full, (at.block_row0 + 1) / kKvTile);
+    int next = tiles;
+    mainloop.pipeline.start(shared_address(stages), p.kv, at.bh * p.kv_tiles, [&] { return --next; });
+    mainloop.run(tiles, full);
+  }
   store_output<C>(p, mainloop.o, mainloop.softmax);
 }
 

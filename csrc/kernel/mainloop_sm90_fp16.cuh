@@ -1,11 +1,10 @@
 // Third launch on Hopper: softmax(Q·Kᵀ)·V with wgmma – INT8 for the scores, fp16 for P·V, sums in fp32.
 //
-// A block has 128 queries of one head at a time. Its first warpgroup fetches: KV tiles, queries, channel scales. Each of the
-// other two owns 64 queries and walks over the tiles, last tile first. While the softmax of a tile is computed, the tensor cores work
-// on the scores of the next one and on P·V of the one before; P goes to them from registers, as the accumulators of the scores are
-// already the fragments of P. The denominator is O's columns of ones.
+// A CTA has 128 queries of one head at a time. Its first warpgroup produces: KV tiles, Q, V's scales. Each of the other two owns 64 queries
+// and goes over the KV tiles, masked ones first. During the softmax of a tile the tensor cores work on the scores of the next tile and on
+// P·V of the previous one. P stays in registers: the score accumulators, converted, are its A fragments. l is O's columns of ones.
 //
-// What ptxas makes of it (docs/kernels.md): the shape of `unmasked_tiles`'s loop and the places of the waits are what keeps wgmma asynchronous.
+// wgmma stays asynchronous only with the present shape of unmasked_tiles' loop and order of waits (docs/kernels.md).
 #pragma once
 #include "attend_sm90.cuh"
 
@@ -15,23 +14,21 @@ template <class C>
 struct MainloopFp16 : MainloopSm90<C> {
   using Base = MainloopSm90<C>;
   using typename Base::Layout, typename Base::Scores, typename Base::ProbFragments;
-  using Base::barrier, Base::tile, Base::mask_scores, Base::load_k_scales, Base::m_i, Base::ring, Base::k_scales,
+  using Base::barrier, Base::tile, Base::mask_scores, Base::load_k_scales, Base::tile_number, Base::m_i, Base::ring, Base::k_scales,
       Base::q_scale, Base::sQ, Base::p;
   static constexpr int kHeadDim = C::kHeadDim, kSteps = kHeadDim / 32;
-  // Q's A fragments of so many of the scores' steps are in registers, where there are any left: shared memory has less to feed.
-  static constexpr int kQStepsInRegs = kHeadDim == 64 || C::kMask == Mask::dense ? 0 : 2;
-  // Whether the tiles of a dense mask go through the pipeline too. At head_dim 128 it leaves too few registers to load the mask ahead.
-  static constexpr bool kPipelineDense = C::kMask == Mask::dense && kHeadDim == 64;
-  // Whether the exponentials are taken before P·V of the last tile is awaited, and how many of them are tied together: left alone,
-  // the compiler gathers all of a tile in front of all conversions. Both by measurement.
+  // Steps of Q·Kᵀ whose A fragments are in registers, as far as there are any left: shared memory then serves fewer reads.
+  static constexpr int kQStepsInRegs = kHeadDim == 64 ? 0 : 2;
+  // Whether the exponentials come before the wait for P·V of the previous tile, and how many are chained by a false dependency: otherwise
+  // the compiler schedules all exponentials before all conversions. Both chosen by measurement.
   static constexpr bool kExpBeforeWait = kHeadDim == 64;
   static constexpr int kExpChain = kHeadDim == 64 ? 8 : 0;
 
   float o[C::kOutRegisters];
-  float m_limit[2];  // a score above this moves the row's reference
-  u32 q[4 * kQStepsInRegs + 1];  // + 1: no array is empty
+  float m_limit[2];  // [half]: a score above this rescales the row
+  u32 q[4 * kQStepsInRegs + 1];  // [step][A fragment register]; + 1: never empty
 
-  // The A fragments of the last kQStepsInRegs steps, as wgmma would read them from shared memory.
+  // Loads the A fragments of the last kQStepsInRegs steps.
   __device__ __forceinline__ void load_q_fragments() {
     const int lane = special_tid_x() % 32, warp = special_tid_x() / 32 % 4;
     const u32 from = sQ + 2 * (kSteps - kQStepsInRegs) * C::kQPitch + (16 * warp + lane / 4) * 16 + lane % 4 * 4;
@@ -39,7 +36,7 @@ struct MainloopFp16 : MainloopSm90<C> {
     for (int i = 0; i < 4 * kQStepsInRegs; ++i) q[i] = load_shared(from + i / 2 * C::kQPitch + i % 2 * 128);
   }
 
-  // S = Q·Kᵀ of the stage that `at` stands on: issued, not awaited.
+  // Issues S = Q·Kᵀ of the stage at `at`.
   __device__ __forceinline__ void issue_scores(Scores& s, const Ring<C::kStages>& at) const {
     const u64 rows = wgmma_descriptor<C::kQPitch>(sQ), keys = wgmma_descriptor<Layout::kKPitch>(tile(at.stage));
     mbarrier_wait(barrier(at.stage) + kKFull, at.parity);
@@ -56,7 +53,7 @@ struct MainloopFp16 : MainloopSm90<C> {
     wgmma_commit();
   }
 
-  // O += P·V of the current tile, of its first kChunks times sixteen keys: issued, not awaited.
+  // Issues O += P·V of the first 16 · kChunks keys of the current tile.
   template <int kChunks = C::kTile / 16>
   __device__ __forceinline__ void issue_pv(const ProbFragments& prob) {
     const u64 v = wgmma_descriptor<Layout::kVPitch>(tile(ring.stage) + Layout::kV);
@@ -71,7 +68,7 @@ struct MainloopFp16 : MainloopSm90<C> {
     mbarrier_arrive(elected() && really, barrier(stage) + kVEmpty);
   }
 
-  // Takes the current tile's K scales, times the rows': scale[half of the tile][row half]. Then K is not needed any more.
+  // scale[half of the tile][row half] = K scale · row scale of the current tile; releases the tile's K.
   __device__ __forceinline__ void read_scales(float (&scale)[2][2]) const {
     __syncwarp();
     mbarrier_arrive(elected(), barrier(ring.stage) + kKEmpty);
@@ -82,8 +79,8 @@ struct MainloopFp16 : MainloopSm90<C> {
     }
   }
 
-  // Moves the references of rows that outgrew theirs by more than the slack; factor: what O is worth then. Seldom: what a row has
-  // in common with its other three lanes is only asked here.
+  // Raises m_i of rows whose maximum exceeds it by more than rescale_threshold; O has to be multiplied by alpha. Rare: only here do the
+  // row's four lanes agree on its maximum.
   __device__ __forceinline__ void update_m_i(const float (&top)[2], float (&alpha)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -98,7 +95,7 @@ struct MainloopFp16 : MainloopSm90<C> {
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] *= alpha[i % 4 / 2];
   }
 
-  // Scores → weights, both in `s`: masked ones are floats already (mask_scores).
+  // Scores → P in fp32, in place. Masked scores are fp32 already (mask_scores).
   template <bool kMasked>
   __device__ __forceinline__ void exponentials(Scores& s, const float (&scale)[2][2]) const {
     float shift[2];
@@ -115,13 +112,13 @@ struct MainloopFp16 : MainloopSm90<C> {
     }
   }
 
-  // The scores' maxima, then the weights for P·V; rows whose maximum asks for it are rescaled. await(): until O is complete.
+  // Row maxima, rescaling where needed, P in fp16. await() waits for O. keys, key0: of a masked tile.
   template <bool kMasked, class Await>
-  __device__ __forceinline__ void softmax_step(Scores& s, ProbFragments& prob, int key0, Await await) {
+  __device__ __forceinline__ void softmax_step(Scores& s, ProbFragments& prob, const typename Base::Keys& keys, int key0, Await await) {
     float scale[2][2], top[2], alpha[2];
     read_scales(scale);
     if constexpr (kMasked) {
-      mask_scores(s, scale, key0, top);
+      mask_scores(s, scale, keys, key0, top);
     } else {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
@@ -133,7 +130,7 @@ struct MainloopFp16 : MainloopSm90<C> {
       if (outgrown) update_m_i(top, alpha);
       exponentials<kMasked>(s, scale);
     }
-    mbarrier_wait(barrier(ring.stage) + kVFull, ring.parity);  // a loop: the compiler keeps the next wait behind it
+    mbarrier_wait(barrier(ring.stage) + kVFull, ring.parity);  // it is a loop, so the compiler does not move the next wait before it
     await();
     if (outgrown) {
       if constexpr (!kExpBeforeWait) update_m_i(top, alpha);
@@ -144,17 +141,17 @@ struct MainloopFp16 : MainloopSm90<C> {
     for (int i = 0; i < C::kProbRegisters; ++i) prob[i] = pack_f16(__int_as_float(s[2 * i]), __int_as_float(s[2 * i + 1]));
   }
 
-  // One tile, whose scores are under way to `s`. Meanwhile the tensor cores have the scores of the next tile and P·V of the one
-  // before, and afterwards P·V of this one. last: there is no next tile, and this one's scores are taken again, for nothing: one loop
-  // without other ends is worth more, its instructions stay in the multiprocessor's cache. key0: of a masked tile.
-  __device__ __forceinline__ void step(Scores& s, Scores& next, ProbFragments& prob, bool first, bool last, int key0) {
+  // One tile, whose scores `s` are pending. Meanwhile the tensor cores compute the next tile's scores and the previous one's P·V. last: there
+  // is no next tile; the last iteration recomputes its own scores and drops them, which is cheaper than a second copy of the loop body in the
+  // instruction cache.
+  __device__ __forceinline__ void step(Scores& s, Scores& next, ProbFragments& prob, bool first, bool last) {
     Ring<C::kStages> after = ring, before = ring;
     if (!last) after.advance();
     before.retreat();
     issue_scores(next, after);
-    wgmma_wait<2>();  // `s`, awaited only here: so the issue above can't sink into the softmax
+    wgmma_wait<2>();  // waits for `s` after the issue above, which then can't sink into the softmax
     warpgroup_fence_operand(s);
-    softmax_step<kPipelineDense>(s, prob, key0, [&] {
+    softmax_step<false>(s, prob, {}, 0, [&] {
       wgmma_wait<1>();
       warpgroup_fence_operand(o);
       release_v(before.stage, !first);
@@ -164,7 +161,7 @@ struct MainloopFp16 : MainloopSm90<C> {
     ring = after;
   }
 
-  // The end of a run: P·V of its last tile.
+  // Waits for P·V of the last tile.
   __device__ __forceinline__ void finish() {
     wgmma_wait<0>();
     warpgroup_fence_operand(o);
@@ -172,21 +169,22 @@ struct MainloopFp16 : MainloopSm90<C> {
     ring.advance();
   }
 
-  // Tile n on its own.
-  __device__ __forceinline__ void masked_tile(int n) {
+  // One masked tile, without overlap.
+  __device__ __forceinline__ void masked_tile() {
     Scores s;
     ProbFragments prob;
     issue_scores(s, ring);
     load_k_scales(ring.stage);
+    const int key0 = tile_number * C::kTile;
+    const auto keys = Base::visible(key0);
     wgmma_wait<0>();
     warpgroup_fence_operand(s);
-    softmax_step<true>(s, prob, n * C::kTile, [] {});
+    softmax_step<true>(s, prob, keys, key0, [] {});
     issue_pv(prob);
     finish();
   }
 
-  // `tiles` of them, without masked keys but for a dense mask's, where they are the first ones of all. ptxas wants two ends
-  // (docs/kernels.md).
+  // The next `tiles` tiles, which have no masked key. Two exits, because ptxas serialises wgmma with one (docs/kernels.md).
   __device__ __forceinline__ void unmasked_tiles(int tiles) {
     Scores even, odd;
     ProbFragments prob;
@@ -195,14 +193,14 @@ struct MainloopFp16 : MainloopSm90<C> {
 #pragma unroll
     for (int i = 0; i < C::kProbRegisters; ++i) prob[i] = 0;
     mbarrier_wait(barrier(ring.stage) + kVFull, ring.parity);
-    issue_pv<1>(prob);  // nothing: so the loop is entered as it is repeated
+    issue_pv<1>(prob);  // dummy P·V with P = 0: the first iteration has as many pending groups as every other
     for (bool first = true;; first = false, tiles -= 2) {
-      step(even, odd, prob, first, tiles == 1, (tiles - 1) * C::kTile);
+      step(even, odd, prob, first, tiles == 1);
       if (tiles == 1) {
         finish();
         return;
       }
-      step(odd, even, prob, false, tiles == 2, (tiles - 2) * C::kTile);
+      step(odd, even, prob, false, tiles == 2);
       if (tiles == 2) {
         finish();
         return;
@@ -215,11 +213,18 @@ struct MainloopFp16 : MainloopSm90<C> {
     m_limit[0] = m_limit[1] = -kInf;
 #pragma unroll
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] = 0.0f;
+    if (Base::has_tail(range)) {
+      float l[2];
+      Base::load_tail(o, l, -kInf);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        o[kHeadDim / 2 + 2 * half] = o[kHeadDim / 2 + 2 * half + 1] = l[half];
+        m_limit[half] = m_i[half] + p.log2_p_max + p.rescale_threshold;
+      }
+    }
     warpgroup_fence_operand(o);
-    int n = range.last - 1;
-    for (; !kPipelineDense && n >= range.first && n >= range.full; --n) masked_tile(n);
-    if constexpr (C::kMask != Mask::dense || kPipelineDense)
-      if (n >= range.first) unmasked_tiles(n - range.first + 1);
+    for (int left = range.masked; left; --left) masked_tile();
+    if (range.unmasked) unmasked_tiles(range.unmasked);
     l_i[0] = o[kHeadDim / 2], l_i[1] = o[kHeadDim / 2 + 2];  // the columns of ones
   }
 };

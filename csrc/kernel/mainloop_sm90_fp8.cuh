@@ -1,9 +1,8 @@
 // Third launch on Hopper: softmax(Q·Kᵀ)·V with wgmma – INT8 for the scores, e4m3 for P·V, sums in fp32.
 //
-// A block works as mainloop_sm90_fp16.cuh says; what differs is what FP8 asks for. The tensor cores keep about 14 bits of an FP8
-// accumulator, so a coherent sum loses up to 1.1e-5 a key: O lives in fp32 registers of its own, and a fresh accumulator is added to
-// it after 256 keys. Two sets of sums fit the registers beside two of scores if a step takes 64 keys at 128 channels
-// (128 at 64). And the products are so fast that the exponentials bind: half of the weights do without one.
+// A CTA works as in mainloop_sm90_fp16.cuh, with two differences. The tensor cores keep about 14 bits of an FP8 accumulator, so a coherent sum
+// loses up to 1.1e-5 a key: the accumulator is promoted to O in fp32 registers every 256 keys. Both fit the registers beside two score
+// arrays if a softmax step takes 64 keys at head_dim 128 (128 at 64). And exponentials are the bottleneck: half of P does without one.
 #pragma once
 #include "attend_sm90.cuh"
 
@@ -12,30 +11,32 @@ namespace sage {
 template <class Layout_, WgmmaTile kWgmmaTile>
 struct WgmmaFp8Config : WgmmaConfig<Layout_, kWgmmaTile> {
   using Layout = Layout_;
-  static constexpr int kStep = Layout::kHeadDim == 64 ? 128 : 64;  // keys of one step of the softmax
+  static constexpr int kStep = Layout::kHeadDim == 64 && Layout::kTile == 128 ? 128 : 64;  // keys of a softmax step
   static constexpr int kStepsPerTile = Layout::kTile / kStep, kScaleCount = kStep / Layout::kScaleKeys;
   static constexpr int kScoreRegisters = kStep / 2, kProbRegisters = kStep / 8;
   static constexpr int kOutRegisters = Layout::kHeadDim / 2, kAccRegisters = Layout::kVColumns / 2;
-  static_assert(Layout::kTile == 128 && Layout::kOnes && Layout::kVElementBytes == 1, "steps and scales are worked out for this tile");
+  // Unmasked tiles of a run: at least two, and of 64 keys an even number, so that four steps make a group.
+  static constexpr int kGroupSteps = 256 / kStep, kUnmaskedLeast = 2, kUnmaskedMultiple = Layout::kTile == 64 ? 2 : 1;
+  static_assert((Layout::kTile == 128 || Layout::kTile == 64) && Layout::kOnes && Layout::kVElementBytes == 1, "steps and scales are worked out for this tile");
 };
 
 template <class C>
 struct MainloopFp8 : MainloopSm90<C> {
   using Base = MainloopSm90<C>;
   using typename Base::Layout, typename Base::Scores, typename Base::ProbFragments;
-  using Base::barrier, Base::tile, Base::mask_scores, Base::load_k_scales, Base::m_i, Base::ring, Base::k_scales,
+  using Base::barrier, Base::tile, Base::mask_scores, Base::load_k_scales, Base::tile_number, Base::m_i, Base::ring, Base::k_scales,
       Base::q_scale, Base::sQ, Base::p;
-  using Scales = float[C::kScaleCount][2];  // [part of the step][row half]
+  using Scales = float[C::kScaleCount][2];  // [part of the step's keys][row half]
   static constexpr int kHeadDim = C::kHeadDim, kStepsPerTile = C::kStepsPerTile;
-  static constexpr float kNoScore = -3e38f;                   // a reference below all scores, and a number
+  static constexpr float kNoScore = -3e38f;                   // an m below all scores, and finite
 
-  // P is 2^(score − near), O and the sums are relative to `m_i` as everywhere.
+  // P = 2^(score − m_p); O and l_i are relative to m_i.
   float o[C::kOutRegisters], l_i[2];
-  float acc[C::kAccRegisters];  // of the tensor cores: O and, in the columns of ones, the sums, of the current group of steps
+  float acc[C::kAccRegisters];  // P·V of the current promotion group; its columns of ones sum P
   float m_p[2];
-  bool arrives;  // which lane tells that a stage is free: asked once (`opaque`), for the special register takes its time
+  bool arrives;  // lane 0; computed once, because %tid is slow to read
 
-  // S = Q·Kᵀ of one part of the tile that `at` stands on: issued, not awaited.
+  // Issues S = Q·Kᵀ of one step of the tile at `at`.
   template <int kStepInTile>
   __device__ __forceinline__ void issue_scores(Scores& s, const Ring<C::kStages>& at) const {
     const u64 rows = wgmma_descriptor<C::kQPitch>(sQ);
@@ -49,7 +50,7 @@ struct MainloopFp8 : MainloopSm90<C> {
     wgmma_commit();
   }
 
-  // acc = P·V (+ acc unless fresh) of one part of the current tile: issued, not awaited.
+  // Issues acc = P·V (+ acc unless fresh) of one step of the current tile.
   template <int kStepInTile>
   __device__ __forceinline__ void issue_pv(const ProbFragments& prob, bool fresh) {
     const u64 v = wgmma_descriptor<Layout::kVPitch>(tile(ring.stage) + Layout::kV) + (kStepInTile * C::kStep / 16 * Layout::kVPitch >> 4);
@@ -61,14 +62,14 @@ struct MainloopFp8 : MainloopSm90<C> {
     wgmma_commit();
   }
 
-  // A stage's keys or values have been read. A branch, not a predicate: ptxas takes accumulators for complete from the end of the
-  // basic block that waits for them.
+  // Releases a stage's K or V. A branch instead of a predicate: ptxas treats accumulators as complete only after the basic block that waits
+  // for them.
   __device__ __forceinline__ void release(u32 which, u32 stage) const {
     __syncwarp();
     if (arrives) mbarrier_arrive(true, barrier(stage) + which);
   }
 
-  // K scales of one part of the current tile, times the rows'.
+  // scale = K scale · row scale, for one step of the current tile.
   template <int kStepInTile>
   __device__ __forceinline__ void read_scales(Scales& scale) const {
 #pragma unroll
@@ -77,7 +78,7 @@ struct MainloopFp8 : MainloopSm90<C> {
       for (int i = 0; i < C::kScaleCount; ++i) scale[i][half] = q_scale[half] * __uint_as_float(kStepInTile + i ? k_scales.y : k_scales.x);
   }
 
-  // The largest of the lane's scores in one row half, in base 2.
+  // The lane's largest base-2 score of one row half.
   static __device__ __forceinline__ float lane_max(const Scores& s, const Scales& scale, int half) {
     float top = 0.0f;
 #pragma unroll
@@ -88,8 +89,8 @@ struct MainloopFp8 : MainloopSm90<C> {
     return top;
   }
 
-  // Moves what P is relative to in rows with a weight beyond e4m3's range, within a group of steps. Seldom: what a row has in common
-  // with its other three lanes is only asked here.
+  // Raises m_p within a promotion group, in rows where P would exceed e4m3's range; acc has to be multiplied by alpha. Rare: only here do the
+  // row's four lanes agree on its maximum.
   __device__ __forceinline__ void update_m_p(const float (&top)[2], float (&alpha)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -104,7 +105,7 @@ struct MainloopFp8 : MainloopSm90<C> {
     for (int i = 0; i < C::kAccRegisters; ++i) acc[i] *= alpha[i % 4 / 2];
   }
 
-  // O's reference follows P's, and the scores of a step that begins a group.
+  // Raises m_i to m_p and to the scores of a step that begins a promotion group; rescales O and l_i.
   __device__ __forceinline__ void update_m_i(const float (&top)[2]) {
     const float old[2] = {m_i[0], m_i[1]};
 #pragma unroll
@@ -121,7 +122,7 @@ struct MainloopFp8 : MainloopSm90<C> {
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] *= alpha[i % 4 / 2];
   }
 
-  // A group of steps is complete: acc into O.
+  // Ends a promotion group: adds acc to O, and its row sums to l_i.
   __device__ __forceinline__ void promote() {
     float alpha[2];
 #pragma unroll
@@ -133,8 +134,8 @@ struct MainloopFp8 : MainloopSm90<C> {
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] = fmaf(acc[i], alpha[i % 4 / 2], o[i]);
   }
 
-  // What P of a group that begins is relative to. A flat tail far below a row's reference must not be lost on the lines of `softmax_step`:
-  // where all of a row's scores are, its weights are raised.
+  // Sets m_p at the start of a promotion group. If all scores of a row are more than kTailThreshold below m_i, its P is boosted by
+  // 2^kTailBoostLog2 for the group: a flat tail would underflow e4m3 on the linear segments of softmax_step.
   __device__ __forceinline__ void begin_group(const float (&top)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -143,10 +144,9 @@ struct MainloopFp8 : MainloopSm90<C> {
     }
   }
 
-  // Scores → P in e4m3, in the order of the products' A fragments: word w has of keys 16·(w/2) … + 15 the lane's four of row half w%2.
-  // The last two of them get an exponential. The others are on a straight line for each octave, which is to say that their codes are a
-  // linear function of the score: down to 2^-6, below which e4m3 has no exponents. Not where a mask may have taken scores and
-  // reference far from 0.
+  // Scores → P in e4m3, as A fragments: word w holds the lane's four keys of 16·(w/2) … + 15 in row half w % 2. Two of them get an
+  // exponential. For the other two exp2 is piecewise linear, one segment an octave, so e4m3's bits are a linear function of the score, down
+  // to 2^-6, where e4m3 becomes subnormal. Masked tiles use exponentials only: scores and m_p may be far from 0.
   template <bool kMasked>
   __device__ __forceinline__ void softmax_step(const Scores& s, const Scales& scale, ProbFragments& prob) const {
     constexpr int kExpChain = 4;
@@ -155,8 +155,8 @@ struct MainloopFp8 : MainloopSm90<C> {
     for (int half = 0; half < 2; ++half) shift[half] = -m_p[half], line[half] = fmaf(shift[half], 8.0f, 8 * (7 - kLineExcess));
 #pragma unroll
     for (int w = 0; w < C::kProbRegisters; ++w) {
-      // The codes wait for exponentials of some words before: so the compiler spreads exponentials, of which a scheduler starts one
-      // in eight cycles, over all of the conversions. It gathers them behind the rest otherwise.
+      // A false dependency of the linear ones on earlier exponentials makes the compiler spread the exponentials, which issue every eighth
+      // cycle, over all conversions; otherwise it schedules them after the rest.
       if (!kMasked && w >= kExpChain && w % kExpChain < 2) line[w % 2] = fmaf(x[w - kExpChain][2], 0.0f, line[w % 2]);
       const float unit = kMasked ? 1.0f : scale[w * C::kScaleCount / C::kProbRegisters][w % 2];
 #pragma unroll
@@ -170,9 +170,8 @@ struct MainloopFp8 : MainloopSm90<C> {
     }
   }
 
-  // One step, whose scores are in `s`. Meanwhile the tensor cores have the scores of the next step and P·V of the one before, and
-  // afterwards P·V of this one. fresh: a group of steps begins. last: there is no next tile, and this one's scores are taken again, for
-  // nothing: one loop without other ends is worth more, its instructions stay in the multiprocessor's cache.
+  // One step, whose scores are in `s`. Meanwhile the tensor cores compute the next step's scores and the previous one's P·V. fresh: a promotion
+  // group begins. last: there is no next tile; the step recomputes its own tile's scores and drops them, as in MainloopFp16.
   template <int kStepInTile>
   __device__ __forceinline__ void step(Scores& s, Scores& next, ProbFragments& prob, bool fresh, bool first, bool last) {
     constexpr bool kTileEnds = kStepInTile == kStepsPerTile - 1;
@@ -191,7 +190,7 @@ struct MainloopFp8 : MainloopSm90<C> {
     }
     moves = __any_sync(kAllLanes, moves);
     issue_scores<kTileEnds ? 0 : kStepInTile + 1>(next, after);
-    if (kTileEnds) release(kKEmpty, ring.stage);  // not before: the last step waits for the same keys again
+    if (kTileEnds) release(kKEmpty, ring.stage);  // after the issue: the last step reads the same K again
     if (moves) {
       if (fresh)
         update_m_i(top);
@@ -215,19 +214,21 @@ struct MainloopFp8 : MainloopSm90<C> {
     ring = after;
   }
 
-  // Tile n on its own.
+  // One masked step, without overlap.
   template <int kStepInTile>
-  __device__ __forceinline__ void masked_step(Scores& s, int key0) {
+  __device__ __forceinline__ void masked_step(Scores& s) {
     Scales scale;
     ProbFragments prob;
     float top[2];
     issue_scores<kStepInTile>(s, ring);
     if (kStepInTile == 0) load_k_scales(ring.stage);
+    const int key0 = tile_number * C::kTile + kStepInTile * C::kStep;
+    const auto keys = Base::visible(key0);
     wgmma_wait<0>();
     read_scales<kStepInTile>(scale);
     warpgroup_fence_operand(s);
     if (kStepInTile == kStepsPerTile - 1) release(kKEmpty, ring.stage);
-    mask_scores(s, scale, key0, top);
+    mask_scores(s, scale, keys, key0, top);
     if (__any_sync(kAllLanes, top[0] > m_i[0] + kLog2E4m3Max || top[1] > m_i[1] + kLog2E4m3Max)) update_m_i(top);
     m_p[0] = m_i[0], m_p[1] = m_i[1];
     softmax_step<true>(s, scale, prob);
@@ -237,15 +238,23 @@ struct MainloopFp8 : MainloopSm90<C> {
     promote();
   }
 
-  __device__ __forceinline__ void masked_tile(int n) {
+  __device__ __forceinline__ void masked_tile() {
     Scores s;
-    masked_step<0>(s, n * C::kTile);
-    if constexpr (kStepsPerTile == 2) masked_step<1>(s, n * C::kTile + C::kStep);
+    masked_step<0>(s);
+    if constexpr (kStepsPerTile == 2) {
+      bool reached = true;
+      if constexpr (C::kMask == Mask::causal)  // whether any query of the warpgroup reaches the second half of the keys
+        reached = __any_sync(kAllLanes, tile_number * C::kTile + C::kStep <= Base::last_row());
+      if (reached)
+        masked_step<1>(s);
+      else
+        release(kKEmpty, ring.stage);
+    }
     release(kVEmpty, ring.stage);
     ring.advance();
   }
 
-  // The end of a run: P·V of its last step.
+  // Waits for P·V of the last step and promotes it.
   __device__ __forceinline__ void finish() {
     wgmma_wait<0>();
     warpgroup_fence_operand(acc);
@@ -255,28 +264,31 @@ struct MainloopFp8 : MainloopSm90<C> {
     ring.advance();
   }
 
-  // `tiles` of them without masked keys. ptxas wants two ends (docs/kernels.md).
+  // The next `tiles` tiles, which have no masked key. Two exits, because ptxas serialises wgmma with one (docs/kernels.md).
   __device__ __forceinline__ void unmasked_tiles(int tiles) {
     Scores even, odd;
     ProbFragments prob;
+    if constexpr (C::kGroupSteps == 2)  // the shuffles tell the compiler that all lanes have the same: it keeps them in uniform registers
+      tiles = __shfl_sync(kAllLanes, tiles, 0), ring.stage = __shfl_sync(kAllLanes, ring.stage, 0), ring.parity = __shfl_sync(kAllLanes, ring.parity, 0);
     issue_scores<0>(even, ring);
     load_k_scales(ring.stage);
 #pragma unroll
     for (int i = 0; i < C::kProbRegisters; ++i) prob[i] = 0;
     wgmma_wait<0>();
     warpgroup_fence_operand(even);
-    issue_pv<0>(prob, true);  // sums of 0: so the loop is entered as it is repeated
-    if constexpr (kStepsPerTile == 2) {
-      for (bool first = true;; first = false, tiles -= 2) {
+    issue_pv<0>(prob, true);  // dummy P·V with P = 0: the first iteration has as many pending groups as every other
+    if constexpr (C::kGroupSteps == 4) {
+      constexpr int kSecond = kStepsPerTile - 1;  // a step's place in its tile
+      for (int pairs = tiles / (3 - kStepsPerTile), first = 1;; first = 0, pairs -= 2) {
         step<0>(even, odd, prob, true, first, false);
-        step<1>(odd, even, prob, false, false, tiles == 1);
-        if (tiles == 1) {
+        step<kSecond>(odd, even, prob, false, false, pairs == 1);
+        if (pairs == 1) {
           finish();
           return;
         }
         step<0>(even, odd, prob, false, false, false);
-        step<1>(odd, even, prob, false, false, tiles == 2);
-        if (tiles == 2) {
+        step<kSecond>(odd, even, prob, false, false, pairs == 2);
+        if (pairs == 2) {
           finish();
           return;
         }
@@ -303,11 +315,11 @@ struct MainloopFp8 : MainloopSm90<C> {
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] = 0.0f;
     l_i[0] = l_i[1] = 0.0f;
     arrives = opaque(elected());
-    m_i[0] = m_i[1] = m_p[0] = m_p[1] = kNoScore;
-    int n = range.last - 1;
-    for (; n == range.first || (n > range.first && n >= range.full); --n) masked_tile(n);
-    if constexpr (C::kMask != Mask::dense)
-      if (n > range.first) unmasked_tiles(n - range.first + 1);
+    m_i[0] = m_i[1] = kNoScore;
+    if (Base::has_tail(range)) Base::load_tail(o, l_i, kNoScore);
+    m_p[0] = m_i[0], m_p[1] = m_i[1];
+    for (int left = range.masked; left; --left) masked_tile();
+    if (range.unmasked) unmasked_tiles(range.unmasked);
     l_out[0] = l_i[0], l_out[1] = l_i[1];
   }
 };

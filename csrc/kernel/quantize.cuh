@@ -1,4 +1,5 @@
-// Both quantising launches, in one image.
+// All launches before attention, in one image.
 #pragma once
+#include "classify_mask.cuh"
 #include "quantize_k.cuh"
 #include "quantize_v.cuh"

@@ -1,33 +1,39 @@
-// First launch: K → k_mean taken off, rotated, INT8, in the attention kernel's tiles; and what must be known of all of V before any of
-// it can be quantised: each channel's largest and smallest value and its mean.
+// First launch: quantises K into the attention kernel's tiles (k_mean subtracted, rotated, INT8), and computes V's channel statistics, which
+// the second launch needs before it can quantise any of V: maximum, minimum, mean.
 //
-// The first pairs · splits blocks take V's statistics. The next launch needs nothing else of this one: it begins as soon as there is room
-// and those of its head are there. The other blocks quantise K: they compute where the first, and the next launch, wait for memory.
-// Such a block works on units of as many keys as share scales; a warp owns eight of them, and the codes of its lanes' registers are
-// already pieces of the tile. It works out its head's k_mean, the mean of a strided sample of K, for itself.
+// The first bh_count · v_chunks CTAs compute statistics of V. The second launch waits for nothing else, so its CTAs start as soon as there
+// is room. The other CTAs quantise K: they compute while those of V wait for memory. A CTA works on scale blocks (keys that share four
+// scales), eight keys a warp; the lanes' quantised registers are pieces of the tile. Each CTA computes its head's k_mean, the mean of a
+// strided sample of K, itself.
 //
-// Blocks write partial results, which the next launch reduces: the same bits on every run.
+// CTAs store partial results that the second launch reduces in a fixed order, so every run gives the same bits.
 #pragma once
 #include "../layout/core_matrix.cuh"
 #include "../layout/fragment.cuh"
+#include "../block/live_keys.cuh"
 #include "../block/rotate.cuh"
 #include "../ptx/grid.cuh"
 #include "params.cuh"
 
 namespace sage {
 
+constexpr int kLiveWords = 512;
+
 template <class Layout>
 struct QuantizeKShared {
   static constexpr int kHeadDim = Layout::kHeadDim, kThreads = 4 * Layout::kScaleKeys, kWarps = kThreads / 32;
-  static constexpr int kLanes = kHeadDim / kChunk, kRows = kThreads / kLanes;  // threads of a row, rows at a time
+  static constexpr int kLanes = kHeadDim / kChunk, kRows = kThreads / kLanes;  // threads of a row; rows at a time
   static_assert(kThreads % kLanes == 0, "a thread keeps its channels from row to row");
   alignas(16) float partial[kThreads][kChunk];
-  alignas(16) float k_mean[kHeadDim];  // times the rotation's power of two
-  float4 start[kHeadDim / 16][8];      // minus the k_mean as an MMA leaves it, by MMA and g
+  alignas(16) float k_mean[kHeadDim];  // times 0.5/D, the rotation's factor
+  float4 start[kHeadDim / 16][8];      // −k_mean after the MMAs of Rotation, by MMA and g
   float k_amax[2][kWarps][4];
+  LiveWindow<kLiveWords> live;  // where not all keys are live
+  i32 sample[kMaxKMeanTokens];     // the keys whose mean is k_mean, where not all keys are live
+  i32 live_samples, samples_of_warp[4];
 };
 
-// Of one thread's eight channels, over its rows.
+// Sums over a thread's rows of its eight channels. get(result, i), combine(result, a, b): result number `result` of channel i.
 struct ChannelSum {
   static constexpr int kResults = 1;
   float sum[kChunk] = {};
@@ -37,6 +43,7 @@ struct ChannelSum {
   static __device__ __forceinline__ float combine(int, float a, float b) { return a + b; }
 };
 
+// Maximum, minimum and sum of the same.
 struct ChannelStats {
   static constexpr int kResults = 3;
   float largest[kChunk], smallest[kChunk], sum[kChunk];
@@ -54,23 +61,31 @@ struct ChannelStats {
   }
 };
 
-// Statistics of `count` rows at `rows`; out(result, channel, value) for each. Summands are multiplied by `weight` at once: a plain
-// sum could overflow. All threads of the block take part.
-template <class Statistics, int kDtype, bool kVectors, class Shared, class Out>
-__device__ __forceinline__ void reduce_rows(const u8* rows, i64 row_bytes, int count, int head_dim, float weight, Shared& shared, Out out) {
+// Row number i of a statistic, and whether a sum counts it. A row that does not count repeats one that does.
+struct Row {
+  i64 at;
+  bool counts;
+};
+
+// Statistics of `count` rows, number i being row_of(i).at of those at `rows`. Calls out(result, channel, value) for each. Summands are
+// multiplied by `weight` first: a plain sum could overflow. A collective of the CTA.
+template <class Statistics, int kDtype, bool kVectors, class Shared, class RowOf, class Out>
+__device__ __forceinline__ void reduce_rows(const u8* rows, i64 row_bytes, int count, int head_dim, float weight, Shared& shared, RowOf row_of,
+                                            Out out) {
   constexpr int kUnroll = !kVectors ? 1 : kDtype == kFloat32 ? 2 : 4;
   const int channel = threadIdx.x % Shared::kLanes * kChunk;
   Statistics statistics;
   for (int base = threadIdx.x / Shared::kLanes; base < count; base += Shared::kRows * kUnroll) {
     Raw8<kDtype> raw[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)  // rows beyond the end repeat the last, and count for nothing in a sum
-      raw[u] = load8<kDtype, kVectors>(rows + min(base + u * Shared::kRows, count - 1) * row_bytes, channel, head_dim);
+    for (int u = 0; u < kUnroll; ++u)  // rows beyond the end repeat the last
+      raw[u] = load8<kDtype, kVectors>(rows + row_of(min(base + u * Shared::kRows, count - 1)).at * row_bytes, channel, head_dim);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       float x[kChunk];
       unpack8<kDtype>(raw[u], x);
-      const float w = base + u * Shared::kRows < count ? weight : 0.0f;
+      const int i = base + u * Shared::kRows;
+      const float w = i < count && row_of(min(i, count - 1)).counts ? weight : 0.0f;
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) statistics.add(i, x[i], w);
     }
@@ -80,7 +95,7 @@ __device__ __forceinline__ void reduce_rows(const u8* rows, i64 row_bytes, int c
     if (result) __syncthreads();  // the last result has been read
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) shared.partial[threadIdx.x][i] = statistics.get(result, i);
-    __syncthreads();  // every thread's part is there
+    __syncthreads();  // every thread's results are stored
     for (int c = threadIdx.x; c < Shared::kHeadDim; c += Shared::kThreads) {
       float total = shared.partial[c / kChunk][c % kChunk];
 #pragma unroll
@@ -91,7 +106,7 @@ __device__ __forceinline__ void reduce_rows(const u8* rows, i64 row_bytes, int c
   }
 }
 
-// One lane's row of K: its channels as they lie in memory. Those ≥ head_dim are zero from the start.
+// The lane's channels of a row of K, as in memory; channels ≥ head_dim stay zero.
 template <int kHeadDim, int kDtype>
 struct RawRow {
   Raw8<kDtype> chunk[kHeadDim / 32]{};
@@ -103,7 +118,7 @@ struct RawRow {
   }
 };
 
-// The lane's key in fp32, times the rotation's power of two, k_mean taken off. Keys beyond the end are zero.
+// x: the lane's channels of its key in fp32, times 0.5/D, minus k_mean; zero for a key that does not count.
 template <int kHeadDim, int kDtype, class Shared>
 __device__ __forceinline__ void unpack_key(const RawRow<kHeadDim, kDtype>& raw, bool valid, const Shared& shared, float (&x)[kHeadDim / 4]) {
   const int t = threadIdx.x % 4;
@@ -121,17 +136,16 @@ __device__ __forceinline__ void unpack_key(const RawRow<kHeadDim, kDtype>& raw, 
   }
 }
 
-// The block's keys share four scales. amax: the largest magnitude that the lane knows of for the scale number `group`, the warp's if it
-// is `whole`. Writes the scales; the lane gets what codes of scale lane % 4 are to be multiplied by, and that scale in `scale`. All
-// threads of the block take part.
+// The four scales of a scale block. amax: the warp's largest magnitude for scale number `group`, in lanes that are `whole`. Stores the scales
+// in the tile; returns the inverse of scale lane % 4 and, in `scale`, that scale. A collective of the CTA.
 template <class Layout, class Shared>
 __device__ __forceinline__ float share_scales(float amax, int group, bool whole, int scale_block, int tile_bytes, Shared& shared, u8* out,
                                               float& scale) {
-  constexpr int kBlocksPerTile = Layout::kTile / Layout::kScaleKeys;  // units of a tile
+  constexpr int kBlocksPerTile = Layout::kTile / Layout::kScaleKeys;  // of a tile
   const int lane = threadIdx.x % 32, part = scale_block % kBlocksPerTile;
   float(&k_amax)[Shared::kWarps][4] = shared.k_amax[scale_block % 2];
   if (whole) k_amax[threadIdx.x / 32][group] = amax;
-  __syncthreads();  // every warp's maxima are there; whoever writes the next ones to the same place has seen the barrier after this
+  __syncthreads();  // every warp's maxima are stored; the next but one call reuses their place, after the next call's barrier
   amax = k_amax[min(lane / 4, Shared::kWarps - 1)][lane % 4];
 #pragma unroll
   for (int other = 4; other <= 16; other *= 2) amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, other));
@@ -140,14 +154,13 @@ __device__ __forceinline__ float share_scales(float amax, int group, bool whole,
   if (threadIdx.x < 4) {
     u8* scales = out + Layout::scale_offset(tile_bytes) + Layout::kScalePitch * lane;
     *reinterpret_cast<float*>(scales + 4 * part) = scale;
+    if constexpr (Layout::kNumbered) *reinterpret_cast<i32*>(scales + 12) = scale_block / kBlocksPerTile;
   }
   return inverse;
 }
 
-// A warp's keys of a unit: lane 4g + t reads key `row` of the block, its registers the channels that rotate.cuh says. `load` reads the
-// next unit's, where that is to be under way while this one is worked on. All threads of the block take part.
-//
-// By rotate(): in fp32, the lane's key by itself.
+// Quantises a scale block's keys; lane 4g + t reads its channels (rotate.cuh) of key row(). load() starts the next block's loads, to be in
+// flight meanwhile. A collective of the CTA. This one: rotate() in fp32, each quad one key.
 template <class Layout, int kDtype>
 struct RotateKByLane {
   static constexpr int kHeadDim = Layout::kHeadDim;
@@ -156,12 +169,13 @@ struct RotateKByLane {
   static __device__ __forceinline__ int row() { return threadIdx.x / 4; }
   __device__ __forceinline__ void prepare(Shared&) {}
 
-  template <class Load>
-  __device__ __forceinline__ float quantise(const RawRow<kHeadDim, kDtype>& raw, Load load, int scale_block, int first_key, int len, int tile_bytes,
+  // counts(i): whether key i of the block is quantised; others become 0. Returns scale lane % 4.
+  template <class Counts, class Load>
+  __device__ __forceinline__ float quantise(const RawRow<kHeadDim, kDtype>& raw, Counts counts, Load load, int scale_block, int tile_bytes,
                                             Shared& shared, u8* out) const {
     const int lane = threadIdx.x % 32, t = lane % 4;
     float x[kHeadDim / 4], scale;
-    unpack_key(raw, first_key + row() < len, shared, x);
+    unpack_key(raw, counts(row()), shared, x);
     load();
     rotate<kHeadDim>(x, t);
     float amax = abs_max(x);
@@ -182,8 +196,8 @@ struct RotateKByLane {
   }
 };
 
-// By a Rotation: the k_mean, rotated as far as the MMAs go, is what their sums start at. Lane 4g + t ends up with 16 codes in a row of
-// each of its two keys, which are t and t + 4 of the eight so that stores fill whole sectors.
+// The same by a Rotation, whose accumulators start at −k_mean, rotated as far as the MMAs go. Lane 4g + t gets 16 consecutive quantised
+// channels of each of two keys, t and t + 4 of eight, so that stores fill whole sectors.
 template <class Layout, int kDtype>
 struct RotateKByMma {
   static constexpr int kHeadDim = Layout::kHeadDim;
@@ -192,7 +206,7 @@ struct RotateKByMma {
 
   static __device__ __forceinline__ int row() { return threadIdx.x / 32 * 8 + threadIdx.x % 8 / 4 * 4 + threadIdx.x % 32 / 8; }
 
-  // After the k_mean is complete.
+  // Called once k_mean is complete.
   __device__ __forceinline__ void prepare(Shared& shared) {
     for (int i = threadIdx.x; i < kHeadDim; i += Shared::kThreads) {
       const float x = -rotation.product(shared.k_mean, i / 16, i % 16);
@@ -201,8 +215,9 @@ struct RotateKByMma {
     __syncthreads();
   }
 
-  template <class Load>
-  __device__ __forceinline__ float quantise(const RawRow<kHeadDim, kDtype>& raw, Load load, int scale_block, int first_key, int len, int tile_bytes,
+  // As in RotateKByLane; `raw` has to be finite, also of a key that does not count.
+  template <class Counts, class Load>
+  __device__ __forceinline__ float quantise(const RawRow<kHeadDim, kDtype>& raw, Counts counts, Load load, int scale_block, int tile_bytes,
                                             Shared& shared, u8* out) const {
     const int lane = threadIdx.x % 32, t = lane % 4, g = lane / 4, own = threadIdx.x / 32 * 8 + t;
     float y[2][kHeadDim / 8], scale;
@@ -215,13 +230,13 @@ struct RotateKByMma {
     bool valid[2];
     float top[2];
 #pragma unroll
-    for (int j = 0; j < 2; ++j) valid[j] = first_key + own + 4 * j < len, top[j] = fminf(abs_max(y[j]), valid[j] ? kInf : 0.0f);
-    // Keys t and t + 1 share a scale, of even t: their maximum goes to lane t, that of keys t + 4 and t + 5 to lane t + 1.
+    for (int j = 0; j < 2; ++j) valid[j] = counts(own + 4 * j), top[j] = fminf(abs_max(y[j]), valid[j] ? kInf : 0.0f);
+    // Keys t and t + 1 (t even) share a scale: lane t gets their maximum, lane t + 1 that of keys t + 4 and t + 5.
     float amax = fmaxf(t % 2 ? top[1] : top[0], __shfl_xor_sync(kAllLanes, t % 2 ? top[0] : top[1], 1));
 #pragma unroll
     for (int other = 4; other <= 16; other *= 2) amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, other));
     const float inverses = share_scales<Layout>(amax, t / 2 + t % 2 * 2, lane < 4, scale_block, tile_bytes, shared, out, scale);
-    // Of the lane's first 16 bytes (eight at head_dim 64); the others lie at constant distances.
+    // Address of the lane's first 16 bytes (8 at head_dim 64); the others lie at constant distances.
     u8* to = out + Layout::k_chunk(kHeadDim == 64 ? 0 : g / 4, scale_block * Layout::kScaleKeys % Layout::kTile + own, g % 4);
     if (kHeadDim == 64) to += g / 4 * 8;
 #pragma unroll
@@ -253,77 +268,172 @@ struct RotateKOf<true, Layout, kDtype> {
   using Type = RotateKByMma<Layout, kDtype>;
 };
 
-template <class Layout, int kDtype, bool kVectors>
-__device__ __forceinline__ void quantize_cta(const QuantizeKParams& p, const u8* k, int bh, int cta, QuantizeKShared<Layout>& shared) {
+// Chooses the keys of k_mean where not all keys are live: of each `k_mean_step` keys, the first live one in the 32-key word that they begin
+// in; if that finds none, the first live key of all. Returns their number (0 if no key is live). A collective of the CTA.
+template <class Layout>
+__device__ __forceinline__ int find_samples(const QuantizeKParams& p, const LiveRows& live, QuantizeKShared<Layout>& shared) {
+  static_assert(kMaxKMeanTokens == 128, "four warps look for samples");
+  int key = -1;
+  if (threadIdx.x < p.k_mean_samples) {
+    const int start = threadIdx.x * p.k_mean_step, word = start / 32, end = start + p.k_mean_step - word * 32;
+    u32 bits = live.word(word) >> start % 32 << start % 32;
+    if (end < 32) bits &= (1u << end) - 1;
+    if (bits) key = word * 32 + __ffs(bits) - 1;
+  }
+  // Compacted in order, so that every CTA and every run gets the same bits.
+  const u32 found = __ballot_sync(kAllLanes, key >= 0);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp < 4 && lane == 0) shared.samples_of_warp[warp] = __popc(found);
+  __syncthreads();  // the counts are there
+  int place = __popc(found & ((1u << lane) - 1)), count = 0;
+  for (int w = 0; w < 4; ++w) place += w < warp ? shared.samples_of_warp[w] : 0, count += shared.samples_of_warp[w];
+  if (key >= 0) shared.sample[place] = key;
+  if (threadIdx.x == 0) shared.live_samples = count;
+  __syncthreads();  // the samples are there
+  if (!shared.live_samples && threadIdx.x == 0)
+    for (int w = 0; w < live.live.words && !shared.live_samples; ++w)
+      if (const u32 bits = live.word(w)) shared.sample[0] = w * 32 + __ffs(bits) - 1, shared.live_samples = 1;
+  __syncthreads();  // and the one there is instead
+  return shared.live_samples;
+}
+
+// kLiveMask: p.live may say that some keys are not live.
+template <class Layout, int kDtype, bool kVectors, bool kLiveMask>
+__device__ __forceinline__ void quantize_cta(const QuantizeKParams& p, const u8* k, const LiveRows& live, int bh, int cta,
+                                             QuantizeKShared<Layout>& shared) {
   constexpr int kHeadDim = Layout::kHeadDim, kKeys = Layout::kScaleKeys, kBlocksPerTile = Layout::kTile / kKeys;
   using Rotate = typename RotateKOf<kMma16 && kDtype != kFloat32, Layout, kDtype>::Type;
-  // The next unit's loads are under way while this one is rotated, where the registers allow it.
-  constexpr bool kPrefetch = kHeadDim <= 128 && kDtype != kFloat32 && kVectors;
+  // Loads the next scale block while this one is rotated, where the registers allow it.
+  constexpr bool kPrefetch = !kLiveMask && kHeadDim <= 128 && kDtype != kFloat32 && kVectors;
   const i64 row_bytes = p.k.stride_n * kElementBytes<kDtype>;
   const int scale_blocks = kBlocksPerTile * p.kv_tiles, length = (scale_blocks + p.ctas_per_head - 1) / p.ctas_per_head, first = cta * length, last = min(first + length, scale_blocks);
   RawRow<kHeadDim, kDtype> raw;
+  int window = 0;  // first key of shared.live
+  const auto row_of = [&](int i) { return kLiveMask && p.order ? p.order[i] : i; };
   const u8* key = k + min(first * kKeys + Rotate::row(), p.len - 1) * row_bytes;
   const auto load = [&] { raw.template load<kVectors>(key, threadIdx.x % 4, p.head_dim); };
-  const auto advance = [&](int scale_block) {  // instead of a key beyond the end, one that there is
+  const auto advance = [&](int scale_block) {  // stays on an existing key at the end
     if (scale_block * kKeys + Rotate::row() < p.len) key += kKeys * row_bytes;
   };
   if (kPrefetch) load();
-  reduce_rows<ChannelSum, kDtype, kVectors>(k, p.k_mean_step * row_bytes, p.k_mean_samples, p.head_dim, 1.0f / p.k_mean_samples, shared,
-                                     [&](int, int c, float mean) {
-                                       shared.k_mean[c] = mean * (0.5f / kHeadDim);
-                                       if (cta == 0) p.k_mean[bh * kHeadDim + c] = mean;
-                                     });
-  __syncthreads();  // the k_mean is complete
+  const auto keep_k_mean = [&](int, int c, float mean) {
+    shared.k_mean[c] = mean * (0.5f / kHeadDim);
+    if (cta == 0) p.k_mean[bh * kHeadDim + c] = mean;
+  };
+  if (kLiveMask && p.k_mean_given) {
+    for (int c = threadIdx.x; c < kHeadDim; c += QuantizeKShared<Layout>::kThreads) shared.k_mean[c] = p.k_mean[bh * kHeadDim + c] * (0.5f / kHeadDim);
+  } else {
+    const bool some = kLiveMask && live.bits;
+    const int samples = some ? find_samples(p, live, shared) : p.k_mean_samples;
+    reduce_rows<ChannelSum, kDtype, kVectors>(
+        k, row_bytes, samples, p.head_dim, 1.0f / (kLiveMask ? max(samples, 1) : samples), shared,
+        [&](int i) -> Row { return {row_of(some ? shared.sample[i] : i * p.k_mean_step), true}; }, keep_k_mean);
+  }
+  if (kLiveMask && live.bits) {
+    window = first * kKeys;
+    shared.live.load(live, window, QuantizeKShared<Layout>::kThreads);
+  }
+  __syncthreads();  // k_mean is complete
   Rotate rotate_k;
   rotate_k.prepare(shared);
   float top = 0.0f;
   for (int scale_block = first; scale_block < last; ++scale_block) {
-    if (!kPrefetch) raw = {}, load();  // so that it takes no registers in between
+    if (kLiveMask && p.order) key = k + row_of(min(scale_block * kKeys + Rotate::row(), p.len - 1)) * row_bytes;
+    if (!kPrefetch) raw = {}, load();  // loaded here, `raw` takes no registers in between
     u8* out = p.kv + ((i64)bh * p.kv_tiles + scale_block / kBlocksPerTile) * p.tile_bytes;
     const auto load_next = [&] {
       advance(scale_block + 1);
       if (kPrefetch && scale_block + 1 < last) load();
     };
-    top = fmaxf(top, rotate_k.quantise(raw, load_next, scale_block, scale_block * kKeys, p.len, p.tile_bytes, shared, out));
+    const int first_key = scale_block * kKeys;
+    if (kLiveMask && live.bits && first_key + kKeys > window / 32 * 32 + shared.live.kKeys) {  // share_scales() has a barrier after the last read
+      window = first_key;
+      shared.live.load(live, window, QuantizeKShared<Layout>::kThreads);
+    }
+    const auto counts = [&](int i) { return kLiveMask && live.bits ? shared.live.get(first_key + i, window) : first_key + i < p.len; };
+    if (kLiveMask && !counts(Rotate::row())) raw = {};
+    top = fmaxf(top, rotate_k.quantise(raw, counts, load_next, scale_block, p.tile_bytes, shared, out));
   }
   top = row_max(top);
   if (threadIdx.x == 0) p.k_scale_partial[blockIdx.x - p.bh_count * p.v_chunks] = top;
 }
 
-// Layout: with V of either size.
+// Counts the live keys of [first, first + count) into *total; returns the first of them relative to `first`, −1 if there is none. A
+// collective of the CTA.
 template <class Layout>
+__device__ __forceinline__ int count_live(const LiveRows& live, int first, int count, i32* total, QuantizeKShared<Layout>& shared) {
+  shared.live.load(live, first, QuantizeKShared<Layout>::kThreads);
+  int number = 0, substitute = -1;
+  for (int key = first; key < first + count;) {
+    const int end = min(first + count, key / 32 * 32 + 32);
+    u32 bits = shared.live.word[key / 32 - first / 32] >> key % 32 << key % 32;
+    if (end % 32) bits &= (1u << end % 32) - 1;
+    if (bits && substitute < 0) substitute = key / 32 * 32 + __ffs(bits) - 1 - first;
+    number += __popc(bits), key = end;
+  }
+  if (threadIdx.x == 0) *total = number;
+  return substitute;
+}
+
+// Layout: with V of either size. kLiveMask: p.live says which keys are live, or p.order where they lie.
+template <class Layout, bool kLiveMask>
 __device__ void quantize_k(const QuantizeKParams& p) {
   __shared__ QuantizeKShared<Layout> shared;
   const int stats_ctas = p.bh_count * p.v_chunks, block = blockIdx.x;
   grid_dependency_wait();
+  if (block == 0) {
+    for (int i = threadIdx.x; i < p.split_kv_flags; i += QuantizeKShared<Layout>::kThreads) p.split_kv_ready[i] = 0;
+    __syncthreads();  // thread 0 publishes all of them below
+  }
   if (threadIdx.x == 0) {
     if (block < stats_ctas) p.v_stats_ready[block] = 0;
-    __threadfence();  // no block of the next launch starts before all of this one have come here
+    __threadfence();  // no CTA of the next launch starts before all CTAs of this one have come here
     grid_launch_dependents();
   }
-  if (block == 0)
-    for (int i = threadIdx.x; i < p.split_kv_flags; i += QuantizeKShared<Layout>::kThreads) p.split_kv_ready[i] = 0;
-  with_access(p.dtype, p.vectorized, [&](auto type, auto vectors) {
+  const auto body = [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
     const auto head_of = [&](const Tokens& x, int bh) {
       const int batch = (p.bh_first + bh) / p.heads, head = (p.bh_first + bh) % p.heads;
       return static_cast<const u8*>(x.data) + (batch * x.stride_b + head * x.stride_h) * kElementBytes<kDtype>;
     };
+    const auto live_of = [&](int bh) { return LiveRows(p.live, (p.bh_first + bh) / p.heads, (p.bh_first + bh) % p.heads); };
     if (block >= stats_ctas) {
       const int cta = block - stats_ctas, bh = cta / p.ctas_per_head;
-      quantize_cta<Layout, kDtype, decltype(vectors)::value>(p, head_of(p.k, bh), bh, cta - bh * p.ctas_per_head, shared);
+      quantize_cta<Layout, kDtype, decltype(vectors)::value, kLiveMask>(p, head_of(p.k, bh), live_of(bh), bh, cta - bh * p.ctas_per_head, shared);
     } else {
       const int bh = block / p.v_chunks, first = block % p.v_chunks * p.v_chunk_tokens;
       const i64 row_bytes = p.v.stride_n * kElementBytes<kDtype>;
       float* to = p.v_stats + (i64)block * 3 * Layout::kHeadDim;
       if (first == 0 && threadIdx.x < Layout::kHeadDim) p.v_quant_sum[bh * Layout::kHeadDim + threadIdx.x] = 0;
-      reduce_rows<ChannelStats, kDtype, decltype(vectors)::value>(
-          head_of(p.v, bh) + first * row_bytes, row_bytes, min(p.v_chunk_tokens, p.len - first), p.head_dim, 1.0f / p.len, shared,
-          [&](int result, int c, float value) { to[result * Layout::kHeadDim + c] = value; });
+      const int count = min(p.v_chunk_tokens, p.len - first);
+      const u8* rows = head_of(p.v, bh) + first * row_bytes;
+      const auto keep = [&](int result, int c, float value) { to[result * Layout::kHeadDim + c] = value; };
+      const LiveRows live = live_of(bh);
+      const auto row_of = [&](int i) { return kLiveMask && p.order ? p.order[first + i] - first : i; };
+      const bool some = kLiveMask && live.bits;
+      const int substitute = some ? count_live(live, first, count, p.v_stats_live + block, shared) : 0;
+      if (substitute < 0)
+        for (int c = threadIdx.x; c < Layout::kHeadDim; c += QuantizeKShared<Layout>::kThreads) keep(0, c, -kInf), keep(1, c, kInf), keep(2, c, 0.0f);
+      else
+        reduce_rows<ChannelStats, kDtype, decltype(vectors)::value>(
+            rows, row_bytes, count, p.head_dim, 1.0f / p.len, shared,
+            [&](int i) -> Row {
+              const bool counts = !some || shared.live.get(first + i, first);
+              return {row_of(counts ? i : substitute), counts};
+            },
+            keep);
       __threadfence();
-      __syncthreads();  // all has been written
+      __syncthreads();  // all statistics are stored
       if (threadIdx.x == 0) store_release(p.v_stats_ready + block, 1);
     }
+  };
+  with_dtype(p.dtype, [&](auto type) {
+    if constexpr (kLiveMask && decltype(type)::value == kFloat32)  // rare, so it gets no code for vectors
+      body(type, Constant<0>{});
+    else if (p.vectorized)
+      body(type, Constant<1>{});
+    else
+      body(type, Constant<0>{});
   });
 }
 

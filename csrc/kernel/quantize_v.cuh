@@ -6,6 +6,7 @@
 #pragma once
 #include "../layout/core_matrix.cuh"
 #include "../layout/fragment.cuh"
+#include "../block/live_keys.cuh"
 #include "../common/tensor.cuh"
 #include "../block/rotate.cuh"
 #include "../common/pv_type.cuh"
@@ -37,7 +38,7 @@ struct QuantizeVShared {
 
 // Waits for the head's statistics of V from the first launch and reduces them to mean and scale of each channel. The head's first CTA
 // (`keep`) stores them for the attention kernel.
-template <class Layout>
+template <class Layout, bool kLiveMask>
 __device__ __forceinline__ void reduce_v_stats(const QuantizeVParams& p, int bh, bool keep, QuantizeVShared<Layout>& shared) {
   constexpr int kHeadDim = Layout::kHeadDim, kRows = QuantizeVShared<Layout>::kRows;
   const int channel = threadIdx.x % (kHeadDim / 4) * 4, row = threadIdx.x / (kHeadDim / 4);
@@ -47,6 +48,13 @@ __device__ __forceinline__ void reduce_v_stats(const QuantizeVParams& p, int bh,
     while (!load_acquire(p.v_stats_ready + bh * p.v_chunks + s)) {
     }
   __syncthreads();  // all chunks' statistics are visible
+  int live = p.len;
+  if (kLiveMask && p.live.bits) {
+    live = 0;
+    for (int s = 0; s < p.v_chunks; ++s) live += p.v_stats_live[bh * p.v_chunks + s];
+  }
+  if (keep && threadIdx.x == 0) p.live_keys[bh] = (float)max(live, 1);
+  const float share = live == p.len ? 1.0f : (float)p.len / (float)max(live, 1);
 #pragma unroll 4
   for (int s = row; s < p.v_chunks; s += kRows) {
     const float4 a = *reinterpret_cast<const float4*>(stats + s * 3 * kHeadDim);
@@ -65,6 +73,8 @@ __device__ __forceinline__ void reduce_v_stats(const QuantizeVParams& p, int bh,
 #pragma unroll
     for (int r = 1; r < kRows; ++r)
       high = fmaxf(high, shared.partial[r][0][c]), low = fminf(low, shared.partial[r][1][c]), mean += shared.partial[r][2][c];
+    mean *= share;
+    if (live == 0) high = low = mean = 0.0f;
     mean = mean > high ? high : mean < low ? low : mean;  // rounding may have moved it out; NaN stays NaN
     shared.mean_subtracted[c] = p.subtract_v_mean && 0.5f * high - 0.5f * low <= kFiniteMax;  // else V − mean could overflow
     if (mean == mean && !shared.mean_subtracted[c]) mean = 0.0f;
@@ -175,7 +185,7 @@ __device__ __forceinline__ void store_v(CoreMatrix<kHeadDim, kBytes, kTile, kOne
   }
 }
 
-template <class Layout, PvType kPvType, int kDtype, bool kVectors>
+template <class Layout, PvType kPvType, int kDtype, bool kVectors, bool kLiveMask>
 __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, int cta, QuantizeVShared<Layout>& shared) {
   using Shared = QuantizeVShared<Layout>;
   constexpr int kHeadDim = Layout::kHeadDim, kLanes = kHeadDim / kChunk, kRows = 32 / kLanes;  // rows a warp loads at a time
@@ -184,6 +194,7 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
   constexpr int kMost = kDtype == kFloat32 || !kVectors ? 4 : 8, kBatch = kPasses < kMost ? kPasses : kMost;  // under way together
   static_assert(kPasses % kBatch == 0, "whole batches of passes");
   const int batch = (p.bh_first + bh) / p.heads, head = (p.bh_first + bh) % p.heads;
+  const LiveRows live(p.live, batch, head);
   const i64 row_bytes = p.v.stride_n * kElementBytes<kDtype>;
   const u8* v = static_cast<const u8*>(p.v.data) + (batch * p.v.stride_b + head * p.v.stride_h) * kElementBytes<kDtype>;
   const int warp = threadIdx.x / 32, chunk = threadIdx.x % kLanes, row = threadIdx.x % 32 / kLanes;
@@ -199,13 +210,16 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
     for (int i = 0; i < kChunk; ++i) mean[i] *= -scale[i];
   __syncthreads();  // `partial` has been read: `rows` shares its memory
   for (int unit = first + warp; unit < last; unit += kQuantizeVWarps) {
+    // Bit i: key i of the unit is live. A unit of 16 keys has half of a word.
+    const int first_key = unit * Shared::kUnitKeys;
+    const u32 counts = kLiveMask && p.live.bits ? first_key < p.len ? live.word_by_warp(first_key / 32) >> first_key % 32 : 0u : ~0u;
 #pragma unroll 1
     for (int pass = 0; pass < kPasses; pass += kBatch) {
       Raw8<kDtype> raw[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {  // keys beyond the end repeat the last; attention masks them
         const int key = min(unit * Shared::kUnitKeys + (pass + i) * kRows + row, p.len - 1);
-        raw[i] = load8<kDtype, kVectors>(v + key * row_bytes, kChunk * chunk, p.head_dim);
+        raw[i] = load8<kDtype, kVectors>(v + (kLiveMask && p.order ? p.order[key] : key) * row_bytes, kChunk * chunk, p.head_dim);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -213,6 +227,9 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
         unpack8<kDtype>(raw[i], x);
 #pragma unroll
         for (int e = 0; e < kChunk; ++e) x[e] = kOneStep ? fmaf(x[e], scale[e], mean[e]) : (x[e] - mean[e]) * scale[e];
+        if (kLiveMask && p.live.bits && !(counts >> (pass + i) * kRows + row & 1))  // whatever a key that nobody sees holds, it is 0
+#pragma unroll
+          for (int e = 0; e < kChunk; ++e) x[e] = 0.0f;
         stage8<kPvType>(rows + ((pass + i) * kRows + row) * Shared::kPitch, chunk, x);
       }
     }
@@ -252,16 +269,17 @@ __device__ __forceinline__ void store_quant_sums(const QuantizeVParams& p, const
       atomicAdd(p.v_quant_sum + bh * Layout::kHeadDim + c, shared.quant_sum[0][c] + shared.quant_sum[1][c] + shared.quant_sum[2][c] + shared.quant_sum[3][c]);
 }
 
-template <class Layout, PvType kPvType>
+// kLiveMask: p.live says which keys are live, or p.order where they lie.
+template <class Layout, PvType kPvType, bool kLiveMask>
 __device__ void quantize_v(const QuantizeVParams& p) {
   static_assert(kVElementBytes<kPvType> == Layout::kVElementBytes, "the layout's elements are of another size");
   __shared__ QuantizeVShared<Layout> shared;
   const int bh = blockIdx.x / p.ctas_per_head, cta = blockIdx.x % p.ctas_per_head;
   grid_launch_dependents();
-  reduce_v_stats<Layout>(p, bh, cta == 0, shared);
+  reduce_v_stats<Layout, kLiveMask>(p, bh, cta == 0, shared);
   if constexpr (!kProgrammaticLaunch) reduce_k_scale(p);  // before the loops, where it costs no registers
   with_access(p.dtype, p.vectorized, [&](auto type, auto vectors) {
-    quantize_cta<Layout, kPvType, decltype(type)::value, decltype(vectors)::value>(p, bh, cta, shared);
+    quantize_cta<Layout, kPvType, decltype(type)::value, decltype(vectors)::value, kLiveMask>(p, bh, cta, shared);
   });
   if constexpr (kPvType != PvType::fp16) store_quant_sums(p, shared);  // attention corrects V's mean by them
   if constexpr (kProgrammaticLaunch) reduce_k_scale(p);

@@ -5,9 +5,8 @@
 //
 //   K: 16-byte chunk b of key n at b·16·kTile + 16·n. Chunk 4·c2 + t holds quantised channels 16·c2 … 16·c2 + 15 in the order of lane t
 //      (rotate.cuh, `quantized_register`).
-//   Scales: for t = 0..3, 16 bytes {scale of the tile's first half, of its second, INT_MIN, 0}. Scale t belongs to keys 8j + 2t,
-//      8j + 2t + 1: those of one lane's accumulators. The INT_MIN starts the lane's row maxima: a register that is loaded only
-//      after the next product was issued keeps the compiler from moving the maxima in front of it.
+//   Scales: for t = 0..3, 16 bytes {scale of the tile's first half, of its second, unused, the tile's number}. Scale t belongs to keys
+//      8j + 2t, 8j + 2t + 1: those of one lane's accumulators.
 //   V: transposed, consecutive keys of a column in 16 bytes: chunk b of column n at 16·(b·kVColumns + n).
 //      2 bytes an element: keys 8b … 8b + 7. 1 byte: position 4t + i of chunk b holds key 16b + 8·(i/2) + 2t + i%2, so the score
 //      accumulators, converted in place, are the A fragments of P.
@@ -25,6 +24,7 @@ struct CoreMatrix {
   static constexpr int kScaleKeys = kTile / 2;
   static constexpr int kScaleOffset = kTile * kHeadDim, kScaleBytes = 128;
   static constexpr int kScalePitch = 16;
+  static constexpr bool kNumbered = true;  // a tile says its number
   static constexpr int kKBytes = kScaleOffset + kScaleBytes;
   static constexpr int kV = kKBytes, kVColumns = kHeadDim + (kOnes ? 8 : 0);
   static_assert(kVColumns <= 256, "a wgmma has 256 columns");

@@ -32,6 +32,7 @@ struct Fragment {
   static constexpr int kVBlockKeys = 32 / kVElementBytes;  // keys of a block of V
   static constexpr int kV = kTile * kHeadDim;              // byte offset of V's first block
   static constexpr int kScaleOffset = kV + kTile * kHeadDim * kVElementBytes;
+  static constexpr bool kNumbered = false;  // no room for the tile's number
   static constexpr int kScalePitch = 4;  // bytes from scale t to t + 1
   static constexpr int kTileBytes = kScaleOffset + kScalesPerTile * kScalePitch;
   static __host__ __device__ constexpr int k_block(int c2, int j) { return (8 * c2 + j) * kBlockBytes; }

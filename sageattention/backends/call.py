@@ -71,8 +71,8 @@ class Backend(Protocol):
 class KernelBackend(Backend, Protocol):
     """One whose calls can be had in halves."""
 
-    def quantize(self, k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: Any) -> QuantizedKV[Any]:
-        """Quantise all heads of K and V."""
+    def quantize(self, k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: Any, mask: torch.Tensor | None) -> QuantizedKV[Any]:
+        """Quantise all heads of K and V; `mask` is the problem's, 4-D: keys that it hides from every query take no part."""
         ...
 
     def attend(self, q: torch.Tensor, kv: Any, problem: Problem, mask: torch.Tensor | None) -> Result:

@@ -26,6 +26,8 @@ def _masked(call: PreparedCall[Plan], given: torch.Tensor, q: torch.Tensor, k: t
     p = call.problem
     mask = _narrow_mask(call, given, q.dtype) if p.mask == "additive" else given
     mask = _with_causal(mask, p) if p.causal else mask
+    if p.len_kv > 1 and (mask.shape[-1] == 1 or mask.stride(-1) != 1):  # an error of torch's memory-efficient backend
+        mask = mask.expand(*mask.shape[:-1], p.len_kv).contiguous()
     out = _attention(q, k, v, mask, False, p)
     # Not every backend of torch's gives fully masked rows the 0 that they should be.
     if _has_kernels(call) and sdpa_mask.zero(out, given, p, call.bound):

@@ -3,9 +3,10 @@
 Every time is the median over repeats in which the candidates take turns, so that clocks and temperature favour nobody. "event" is the
 time between two CUDA events around eager calls, launch gaps included; "graph" is the same calls replayed from a CUDA graph, without
 them (not taken where a call is so long that they don't show). TFLOPS are 4·B·H·Nq·Nk·D over the graph time (the event time where there
-is none); "× cuDNN" compares with torch's cuDNN backend in the same run, or with the fastest other one on a card that cuDNN does not
-serve. "extra" is the peak of allocated memory beyond q, k, v and the output. The error is the relative L2 against fp64 on a sample of
-rows: a fast wrong answer shows.
+is none), masked pairs included; "× cuDNN" compares with torch's cuDNN backend in the same run, or with the fastest other one on a card
+that cuDNN does not serve. With `--masks` each shape is also timed with the masks that models hand over: "of plain" is the time over
+that without a mask. "extra" is the peak of allocated memory beyond q, k, v and the output. The error is the relative L2 against fp64 on
+a sample of rows: a fast wrong answer shows.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import KernelMissing, Unsupported
 from ..variants import Candidate
 from . import workloads
 from .candidates import SDPA_BACKENDS, Attention, chosen_device, ready, sdpa_backend, variant
+from .mask_forms import MASK_FORMS, MaskForm
 from .text import table
 from .timing import gpu_ms
-from .workloads import SHAPES, Shape
+from .workloads import MODELS, SHAPES, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -48,12 +50,14 @@ class Row:
 
     shape: str
     candidate: str
+    mask: str = ""  # a name of MASK_FORMS, "" without one
     runs: str = ""  # what "auto" chose
     event_ms: float | None = None
     graph_ms: float | None = None
     tflops: float | None = None
     event_ratio: float | None = None  # the baseline's time over this one's
     graph_ratio: float | None = None
+    of_plain: float | None = None  # this one's time over its own without a mask
     extra_mib: float | None = None
     error: float | None = None
     skipped: str = ""
@@ -69,18 +73,24 @@ def parse_shape(text: str) -> Shape:
     Raises:
         Unsupported: neither.
     """
-    if text in SHAPES:
-        return SHAPES[text]
+    named = SHAPES | MODELS
+    if text in named:
+        return named[text]
     if re.fullmatch(r"\d+(x\d+){4}", text):
-        return Shape(text, *map(int, text.split("x")))
-    raise Unsupported("--shapes", f"got {text!r}, accepted are BxHxNqxNkxD and {', '.join(SHAPES)}")
+        batch, heads, len_q, len_kv, head_dim = map(int, text.split("x"))
+        return Shape(text, batch, heads, len_q, len_kv, head_dim)
+    raise Unsupported("--shapes", f"got {text!r}, accepted are BxHxNqxNkxD and {', '.join(named)}")
 
 
-def time_shape(shape: Shape, candidates: list[Attention], device: torch.device, *, kind: str, repeats: int, budget_ms: float) -> list[Row]:
+def time_shape(
+    shape: Shape, candidates: list[Attention], device: torch.device, *, kind: str, repeats: int, budget_ms: float,
+    form: MaskForm | None = None,
+) -> list[Row]:  # fmt: skip
     """Time every candidate on one shape.
 
     Args:
         kind: the input kind, of `workloads.KINDS`.
+        form: how the call is masked.
         repeats: turns that each candidate takes.
         budget_ms: how long one turn of one candidate may last, which sets the calls in it (at least one).
     """
@@ -88,16 +98,18 @@ def time_shape(shape: Shape, candidates: list[Attention], device: torch.device, 
 
     try:
         q, k, v = workloads.make(kind, shape, dtype=_dtype(device), device=device)
-        sample, exact = _exact_sample(q, k, v)
+        keywords = form.keywords(shape, q.dtype, device) if form else {}
+        sample, exact = _exact_sample(q, k, v, **keywords)
     except torch.cuda.OutOfMemoryError:
-        return [Row(shape.name, candidate.name, skipped="the card's memory is too small for this shape") for candidate in candidates]
+        full = "the card's memory is too small for this shape"
+        return [Row(shape.name, candidate.name, form.name if form else "", skipped=full) for candidate in candidates]
     rows, timers = [], []
     for candidate in candidates:
-        row = Row(shape.name, candidate.name)
+        row = Row(shape.name, candidate.name, form.name if form else "")
         rows.append(row)
         try:
             with candidate.context():
-                out = candidate.call(q, k, v)
+                out = candidate.call(q, k, v, **keywords)
             torch.cuda.synchronize(device)
         except (Unsupported, KernelMissing) as refused:
             row.skipped = str(refused)
@@ -115,10 +127,10 @@ def time_shape(shape: Shape, candidates: list[Attention], device: torch.device, 
         if candidate.name == "auto":
             from .. import api
 
-            explanation = api.explain(q, k, v)
+            explanation = api.explain(q, k, v, **keywords)
             row.runs = str(Candidate(explanation.variant, explanation.accum))
-        row.extra_mib = _extra_memory(candidate, q, k, v)
-        timers.append(_Timer(row, candidate, (q, k, v), budget_ms))
+        row.extra_mib = _extra_memory(candidate, q, k, v, keywords)
+        timers.append(_Timer(row, candidate, (q, k, v), keywords, budget_ms))
     for _ in range(repeats):
         for timer in timers:
             timer.turn()
@@ -129,8 +141,8 @@ def time_shape(shape: Shape, candidates: list[Attention], device: torch.device, 
 class _Timer:
     """One candidate's turns on one shape, eager and as a CUDA graph."""
 
-    def __init__(self, row: Row, candidate: Attention, qkv: tuple[torch.Tensor, ...], budget_ms: float):
-        self.row, self.candidate, self.qkv = row, candidate, qkv
+    def __init__(self, row: Row, candidate: Attention, qkv: tuple[torch.Tensor, ...], keywords: dict[str, Any], budget_ms: float):
+        self.row, self.candidate, self.qkv, self.keywords = row, candidate, qkv, keywords
         self.calls = 1
         once = min(self._events() for _ in range(3))  # also compiles what has to be compiled
         self.calls = max(1, min(50, math.floor(budget_ms / max(once, 1e-3))))
@@ -150,7 +162,7 @@ class _Timer:
 
     def _eager(self) -> None:
         for _ in range(self.calls):
-            self.candidate.call(*self.qkv)
+            self.candidate.call(*self.qkv, **self.keywords)
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
         import torch
@@ -158,7 +170,7 @@ class _Timer:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), self.candidate.context():
-            self.candidate.call(*self.qkv)
+            self.candidate.call(*self.qkv, **self.keywords)
         torch.cuda.current_stream().wait_stream(stream)
         try:
             with torch.cuda.graph(graph, stream=stream), self.candidate.context():
@@ -196,7 +208,16 @@ def _dtype(device: torch.device) -> torch.dtype:
     return torch.float16 if turing else torch.bfloat16
 
 
-def _exact_sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+def _of_plain(rows: list[Row], plain: list[Row]) -> None:
+    for row, other in zip(rows, plain):
+        for ms, without in ((row.event_ms, other.event_ms), (row.graph_ms, other.graph_ms)):  # the graph's, where both have one
+            if ms and without:
+                row.of_plain = ms / without
+
+
+def _exact_sample(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
     """(out → the sampled rows, their exact value): 64 rows of the first and the last head."""
     import torch
 
@@ -208,10 +229,16 @@ def _exact_sample(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
     def sample(t: torch.Tensor) -> torch.Tensor:
         return t[:1].index_select(1, heads).index_select(2, rows)
 
-    return sample, oracle(sample(q), k[:1].index_select(1, heads), v[:1].index_select(1, heads))[0]
+    group = q.shape[1] // k.shape[1]
+    mask = None
+    if is_causal:
+        mask = torch.arange(k.shape[2], device=q.device) <= rows[:, None]
+    elif attn_mask is not None:
+        mask = sample(attn_mask.expand(q.shape[0], q.shape[1], q.shape[2], -1))
+    return sample, oracle(sample(q), k[:1].index_select(1, heads // group), v[:1].index_select(1, heads // group), attn_mask=mask)[0]
 
 
-def _extra_memory(candidate: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
+def _extra_memory(candidate: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keywords: dict[str, Any]) -> float:
     """Peak of allocated memory during a call beyond its output, in MiB."""
     import torch
 
@@ -219,7 +246,7 @@ def _extra_memory(candidate: Attention, q: torch.Tensor, k: torch.Tensor, v: tor
     torch.cuda.reset_peak_memory_stats(q.device)
     before = torch.cuda.memory_allocated(q.device)
     with candidate.context():
-        out = candidate.call(q, k, v)
+        out = candidate.call(q, k, v, **keywords)
     torch.cuda.synchronize(q.device)
     return (torch.cuda.max_memory_allocated(q.device) - before - out.numel() * out.element_size()) / MIB
 
@@ -275,7 +302,7 @@ def main(args: argparse.Namespace) -> int:
 
     if args.reset:
         raise Unsupported("--reset", "goes with --calibrate: it removes what that made")
-    shapes = [parse_shape(text) for text in args.shapes or (QUICK_SHAPES if args.quick else SHAPES)]
+    shapes = [parse_shape(text) for text in args.shapes or (MODELS if args.models else QUICK_SHAPES if args.quick else SHAPES)]
     named = [variant(name) for name in args.variants or ()]
     device = chosen_device(args.device)
     if device.type != "cuda":
@@ -292,10 +319,19 @@ def main(args: argparse.Namespace) -> int:
     if not args.json:
         _print_head(report)
     for shape in shapes:
-        rows = time_shape(shape, candidates, device, kind=kind, repeats=5 if args.quick else 11, budget_ms=10 if args.quick else 30)
-        measured += [asdict(row) for row in rows]
-        torch.cuda.empty_cache()
-        print(f"{shape} done", file=sys.stderr) if args.json else _print_shape(shape, rows)
+        plain: list[Row] = []
+        for form in (None, *MASK_FORMS.values()) if args.masks else (None,):
+            if form and not form.fits(shape):
+                continue
+            repeats, budget_ms = (5, 10) if args.quick else (11, 30)
+            rows = time_shape(shape, candidates, device, kind=kind, repeats=repeats, budget_ms=budget_ms, form=form)
+            plain = plain or rows
+            if form:
+                _of_plain(rows, plain)
+            measured += [asdict(row) for row in rows]
+            torch.cuda.empty_cache()
+            title = f"{shape}, mask: {form.summary}" if form else str(shape)
+            print(f"{title} done", file=sys.stderr) if args.json else _print_shape(title, rows)
     if args.json:
         print(json.dumps(report, indent=2))
     return 0
@@ -358,19 +394,20 @@ def _print_head(report: dict) -> None:
     print("\n" + table(("host time of a call", "us"), host, numeric=(1,)))
 
 
-def _print_shape(shape: Shape, rows: list[Row]) -> None:
-    print(f"\n{shape}")
+def _print_shape(title: str, rows: list[Row]) -> None:
+    print(f"\n{title}")
     base = rows[0].baseline.replace(BASELINE, "cuDNN") or "SDPA"
-    head = ("candidate", "event", "graph", "TFLOPS", f"x {base}", "x graph", "extra MiB", "error", "")
+    masked = any(row.mask for row in rows)
+    head = ("candidate", "event", "graph", "TFLOPS", f"x {base}", "x graph", *(["of plain"] if masked else []), "extra MiB", "error", "")
     cells = []
     for row in rows:
         figures = (
             _f(row.event_ms, 3), _f(row.graph_ms, 3), _f(row.tflops, 0), _f(row.event_ratio, 2), _f(row.graph_ratio, 2),
-            _f(row.extra_mib, 0), _f(row.error, 4),
+            *([_f(row.of_plain, 2)] if masked else []), _f(row.extra_mib, 0), _f(row.error, 4),
         )  # fmt: skip
         note = row.skipped or (f"no graph: {row.graph_refused}" if row.graph_refused else f"runs {row.runs}" if row.runs else "")
         cells.append((row.candidate, *figures, note))
-    print(table(head, cells, numeric=range(1, 8)), flush=True)
+    print(table(head, cells, numeric=range(1, len(head) - 1)), flush=True)
 
 
 def _f(value: float | None, digits: int) -> str:

@@ -53,7 +53,7 @@ FORMS = tuple(
         (
             *(Form(d, "none", n, n) for d in (64, 128) for n in (1024, 2048, 4096, calibration.LONGEST)),
             *(Form(d, "none", 8192, 512) for d in (64, 128)),
-            *(Form(d, mask, 4096, 4096) for d in (64, 128) for mask in ("causal", "dense")),
+            *(Form(d, mask, 4096, 4096) for d in (64, 128) for mask in ("causal", "list")),
             Form(256, "none", 4096, 4096),
         ),
         key=lambda f: f.head_dim * f.len_q * f.len_kv,
@@ -121,7 +121,7 @@ def time_form(form: Form, timed: list[Attention], device: torch.device, over: Ca
 
     q, k, v = randn(form.len_q), randn(form.len_kv), randn(form.len_kv)
     keywords: dict = {"is_causal": True} if form.mask == "causal" else {}
-    if form.mask == "dense":
+    if form.mask == "list":
         keywords["attn_mask"] = torch.rand(1, 1, form.len_q, form.len_kv, generator=generator, device=device) > 0.1
 
     def repeated(candidate: Attention, count: int) -> Callable[[], None]:
@@ -170,7 +170,7 @@ def _heads(form: Form, device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     # q, k, v, output and one quantised copy of k and v, in bytes; a dense mask is drawn in fp32
     head = 2 * form.head_dim * (2 * form.len_q + 4 * form.len_kv)
-    mask = 8 * form.len_q * form.len_kv if form.mask == "dense" else 0
+    mask = 8 * form.len_q * form.len_kv if form.mask == "list" else 0
     heads = min(HEADS, int((free / 2 - mask) // head))
     return heads if heads >= HEADS // 3 else 0
 

@@ -90,4 +90,8 @@ def sdpa_backend(name: str) -> Attention:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     backend = getattr(SDPBackend, SDPA_BACKENDS[name])
-    return Attention(name, torch.nn.functional.scaled_dot_product_attention, context=lambda: sdpa_kernel(backend))
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **keywords)
+
+    return Attention(name, call, context=lambda: sdpa_kernel(backend))

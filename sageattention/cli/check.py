@@ -13,6 +13,7 @@ from ..errors import KernelMissing, Unsupported
 from ..variants import VARIANTS
 from . import workloads
 from .candidates import Attention, chosen_device, ready, variant
+from .mask_forms import MASK_FORMS, padding, text_then_image
 from .text import table
 from .workloads import KINDS, Kind, Shape
 
@@ -97,12 +98,30 @@ def _forms(device: torch.device, normal: Kind) -> Iterator[Case]:
     yield _case("fully masked row", normal, (q, k, v), {"attn_mask": masked_row})
     yield _case("additive mask", normal, (q, k, v), {"attn_mask": bias})
     yield _case("mask of finfo.min", normal, (q, k, v), {"attn_mask": smallest})
+    yield from _masked_keys(device, normal)
     yield _case("scale", normal, (q, k, v), {"sm_scale": 0.05})
     yield _case("GQA", normal, (q, k[:, :1], v[:, :1]), {})
     yield _case("NHD strides", normal, tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)), {})
     yield _case("one key", normal, (q, k[:, :, :1], v[:, :, :1]), {})
     yield _case("fp16", normal, tuple(t.half() for t in (q, k, v)), {})
     yield _case("fp32", normal, tuple(t.float() for t in (q, k, v)), {})
+
+
+def _masked_keys(device: torch.device, normal: Kind) -> Iterator[Case]:
+    """Keys that no query sees hold what would spoil the scales of all others."""
+    import torch
+
+    square = replace(SMALL, len_q=SMALL.len_kv)
+    for name, shape, keywords in (
+        ("padding, bool", SMALL, {"attn_mask": padding(SMALL, device)}),
+        ("padding, finfo.min", SMALL, MASK_FORMS["key finfo.min"].keywords(SMALL, torch.bfloat16, device)),
+        ("padding, causal", square, {"attn_mask": padding(square, device), "is_causal": True}),
+    ):
+        q, k, v = workloads.make("normal", shape, device=device)
+        hidden = ~padding(shape, device)[0, 0, 0]
+        k[:, :, hidden], v[:, :, hidden] = 50.0, 50.0  # all alike and large
+        yield _case(name, normal, (q, k, v), keywords)
+    yield _case("text, then image", normal, workloads.make("normal", square, device=device), {"attn_mask": text_then_image(square, device)})
 
 
 def _case(name: str, kind: Kind, qkv: tuple[torch.Tensor, ...], keywords: dict[str, Any]) -> Case:

@@ -229,7 +229,7 @@ def auto_choice(
 ) -> dict[str, str]:
     """What `auto` chooses for a bf16 call of `shape` on a machine: {"variant", "accum", "basis", "reason"}."""
     problem = Problem(
-        shape.batch, shape.heads, shape.heads, shape.len_q, shape.len_kv, shape.head_dim, "bfloat16", machine.device, 0,
+        shape.batch, shape.heads, shape.kv_heads, shape.len_q, shape.len_kv, shape.head_dim, "bfloat16", machine.device, 0,
         sm_scale=shape.head_dim**-0.5,
     )  # fmt: skip
     chosen = plan(problem, machine, "auto", "", forced[0], known, forced[1])

@@ -21,7 +21,7 @@ def problem(shape: Shape, args: argparse.Namespace, device: str, index: int) -> 
     Raises:
         Unsupported: its heads don't go together.
     """
-    heads_kv = args.heads_kv or shape.heads
+    heads_kv = args.heads_kv or shape.kv_heads
     if heads_kv < 1 or shape.heads % heads_kv:
         raise Unsupported("--heads-kv", f"got {heads_kv}, accepted is a divisor of {shape}'s {shape.heads} heads")
     return Problem(

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention shape; lengths are in tokens."""
+    """One attention shape; lengths are in tokens.
+
+    Attributes:
+        heads_kv: heads of k and v, where they have fewer than q.
+        fused: q, k and v are views of one [B, N, (Hq + 2·Hkv)·D] tensor, as models with a single layer for all three hand them over.
+    """
 
     name: str
     batch: int
@@ -31,6 +36,12 @@ class Shape:
     len_q: int
     len_kv: int
     head_dim: int
+    heads_kv: int = 0
+    fused: bool = False
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads_kv or self.heads
 
     @property
     def flops(self) -> int:
@@ -38,7 +49,8 @@ class Shape:
         return 4 * self.batch * self.heads * self.len_q * self.len_kv * self.head_dim
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.batch}, {self.heads}, {self.len_q}, {self.len_kv}, {self.head_dim})"
+        heads = f"{self.heads}/{self.heads_kv}" if self.heads_kv else self.heads
+        return f"{self.name} ({self.batch}, {heads}, {self.len_q}, {self.len_kv}, {self.head_dim})"
 
 
 # What models ask for: images (Flux, Qwen-Image, SDXL, SD 1.5), their cross attention, WAN video at 480p, and two round shapes.
@@ -55,6 +67,29 @@ SHAPES: dict[str, Shape] = {
         Shape("wan_480p", 1, 40, 32760, 32760, 128),
         Shape("hd64_16k", 4, 32, 16384, 16384, 64),
         Shape("hd128_16k", 4, 32, 16384, 16384, 128),
+    )
+}
+
+# Models of the end of 2026, at batch 1: Z-Image, FLUX.2, Krea 2, Ideogram 4, Qwen-Image 2.1 with an image to edit, and video by LTX (with
+# its audio), MiniMax H3, HunyuanVideo 1.5 and Wan 2.2, up to 219,500 tokens.
+MODELS: dict[str, Shape] = {
+    s.name: s
+    for s in (
+        Shape("zimage_1024", 1, 30, 4352, 4352, 128, fused=True),
+        Shape("flux2_1024", 1, 48, 4608, 4608, 128, fused=True),
+        Shape("krea2", 1, 48, 4608, 4608, 128, heads_kv=12),
+        Shape("ideogram4", 1, 18, 4352, 4352, 256),
+        Shape("qwen21_edit", 1, 32, 4096, 8704, 128),
+        Shape("ltx_544p", 1, 32, 8160, 8160, 128),
+        Shape("ltx_av", 1, 32, 8160, 512, 64),
+        Shape("ltx_1080p", 1, 32, 32640, 32640, 128),
+        Shape("h3_480p", 1, 56, 15360, 15360, 128, fused=True),
+        Shape("h3_768p_5s", 1, 56, 37700, 37700, 128, fused=True),
+        Shape("hunyuan15_480p", 1, 16, 49546, 49546, 128),
+        Shape("wan_720p", 1, 40, 75600, 75600, 128),
+        Shape("h3_768p_15s", 1, 56, 104050, 104050, 128, fused=True),
+        Shape("hunyuan15_720p", 1, 16, 111600, 111600, 128),
+        Shape("h3_1080p_15s", 1, 56, 219500, 219500, 128, fused=True),
     )
 }
 
@@ -185,7 +220,9 @@ KINDS: dict[str, Kind] = {
 def make(
     kind: str, shape: Shape, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q [B, H, Nq, D], k and v [B, H, Nk, D] of one kind, `shape` taken as it is, in `dtype` (default bf16).
+    """q [B, Hq, Nq, D], k and v [B, Hkv, Nk, D] of one kind, `shape` taken as it is, in `dtype` (default bf16).
+
+    A kind makes as many heads of k and v as q has; where the shape has fewer, each group of q's heads gets the first one's.
 
     Raises:
         KeyError: no such kind.
@@ -199,9 +236,20 @@ def make(
     def randn(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator, device=device)
 
-    q, k, v = (t.to(dtype) for t in KINDS[kind].build(randn, shape))
+    group = shape.heads // shape.kv_heads
+    q, k, v = KINDS[kind].build(randn, shape)
+    q, k, v = (t.to(dtype) for t in (q, k[:, ::group], v[:, ::group]))
     if not all(bool(t.isfinite().all()) for t in (q, k, v)):
         raise ValueError(f"{kind!r} inputs do not fit into {dtype}")
+    return _fused(q, k, v) if shape.fused else (q, k, v)
+
+
+def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> QKV:
+    """[B, H, N, D] each, as views of one tensor whose rows are tokens."""
+    import torch
+
+    rows = torch.cat([t.transpose(1, 2) for t in (q, k, v)], 2).transpose(1, 2)
+    q, k, v = rows.split([t.shape[1] for t in (q, k, v)], 1)
     return q, k, v
 
 

@@ -9,7 +9,7 @@ from ..numerics.constants import HEAD_DIMS
 from ..numerics.scheme import Scheme
 from .binaries import Entry
 
-MASKS = ("none", "causal", "dense")
+MASKS = ("none", "causal", "list")
 WARP_ROWS = 16  # of an MMA
 
 
@@ -39,6 +39,9 @@ Tiles = dict[tuple[int | str, ...], Tile]
 
 def find_tile(tiles: Tiles, arch: int, head_dim: int, *kind: str) -> Tile:
     """The launch shape for `arch` and a compiled `head_dim`, and for a kind of kernel (mask, accumulator) that differs."""
+    own: tuple[int | str, ...] = (arch, head_dim, *kind)
+    if own in tiles:
+        return tiles[own]
     row = arch if (arch, head_dim) in tiles else 0
     keys: list[tuple[int | str, ...]] = [(row, head_dim, *kind[:n]) for n in range(len(kind), -1, -1)]
     return next(tiles[key] for key in keys if key in tiles)
@@ -66,6 +69,7 @@ class KernelFamily:
     entry: Callable[[KernelFamily, int, int, str, str], Entry]  # the attention kernel for (arch, head_dim, mask, accumulator)
     arch: int = 0  # compute capability of the only devices it is made for, whose machine code is "sm_XXa"; 0: any from min_arch on
     min_arch: int = 75
+    masks: tuple[str, ...] = MASKS  # kinds of kernels that there are; those of lists alone serve block-sparse calls
     quantizers: str = "mma"  # families of the same name have their quantisers in one image and, for tiles of equal size, K's in common
     scale_blocks: int = 1  # of a tile's keys: those of each share K's scales
     # Persistent kernels: bytes of split-KV partials (O, l, m) that a CTA leaves for the CTA with which it shares its last work tile, by
@@ -95,15 +99,21 @@ class KernelFamily:
         """The quantisers' image."""
         return f"quantise_{self.quantizers}"
 
+    @property
+    def quantizers_live(self) -> tuple[bool, ...]:
+        """Which quantisers it needs: without and with a word on which keys are live."""
+        return (False, True) if self.masks == MASKS else (True,)
+
     def scale_block_keys(self, head_dim: int) -> int:
         """Keys of K that share scales: kScaleKeys of the layout."""
         return find_tile(self.tiles, 0, head_dim).block_n // self.scale_blocks
 
-    def quantize_k_symbol(self, head_dim: int) -> str:
-        return f"keys_{self.quantizers}_{find_tile(self.tiles, 0, head_dim).block_n}_d{head_dim}"
+    def quantize_k_symbol(self, head_dim: int, live: bool = False) -> str:
+        """`live`: of the kernel that is told which keys are."""
+        return f"keys_{self.quantizers}_{find_tile(self.tiles, 0, head_dim).block_n}_d{head_dim}" + ("_live" if live else "")
 
-    def quantize_v_symbol(self, head_dim: int) -> str:
-        return f"values_{self.name}_d{head_dim}"
+    def quantize_v_symbol(self, head_dim: int, live: bool = False) -> str:
+        return f"values_{self.name}_d{head_dim}" + ("_live" if live else "")
 
     def attend_image(self, head_dim: int) -> str:
         return f"attend_{self.name}_d{head_dim}"

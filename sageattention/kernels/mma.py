@@ -9,7 +9,8 @@ from typing import Any
 from ..numerics.constants import KV_TILE
 from ..numerics.scheme import FP8_FP16, FP8_FP32_MMA, FP16_FP16_FP32, FP16_FP32_MMA, INT8_INT32
 from .binaries import Entry
-from .family import MASKS, WARP_ROWS, KernelFamily, Tile, Tiles, find_tile, initializer
+from .family import WARP_ROWS, KernelFamily, Tile, Tiles, find_tile, initializer
+from .mma_lists import LIST_BYTE_TILES, LIST_TILES
 from .params import AttendParams
 
 FLAGS = ("q_in_smem", "loop_state_in_smem", "recompute_thread_idx", "delay_v_load")
@@ -19,8 +20,8 @@ FLAGS = ("q_in_smem", "loop_state_in_smem", "recompute_thread_idx", "delay_v_loa
 # 32 rows of a warp where the registers allow it, without a spill in the main loop: head_dim 128 on A100 and Hopper, where shared memory
 # would bind otherwise; two blocks of four such warps hide each other's softmax. Cards with a quarter of the tensor throughput (8.6, 8.9,
 # 12.x, Turing) are bound by it with 16 rows as well, and want as many warps as the registers hold: twelve. At head_dim 64, 16 rows leave
-# room for 16 warps. 8.6, 8.9 and 12.x have 99 KiB of shared memory for a block, Turing 64 and no asynchronous copies; with a dense mask
-# each warp stages 4.5 KiB of bias beside the pipeline.
+# room for 16 warps. 8.6, 8.9 and 12.x have 99 KiB of shared memory for a block, Turing 64 and no asynchronous copies. Kernels that walk
+# lists have shapes of their own (mma_lists.py).
 def _tile(block_m: int, warps: int, stages: int, *more: Any, **flags: Any) -> Tile:
     return Tile(block_m, KV_TILE, warps, stages, *more, **flags)
 
@@ -29,61 +30,43 @@ _TWO, _EIGHT, _TWELVE = _tile(128, 4, 3, 2, True), _tile(128, 8, 3, 1), _tile(19
 MMA_TILES: Tiles = {
     (0, 64): _tile(128, 8, 3, 2),
     (0, 128): _TWO,
-    (0, 128, "dense", "fp16"): replace(_EIGHT, stages=2),
     (0, 256): _tile(128, 8, 3, 1, True),
-    (0, 256, "dense"): _tile(128, 8, 2, 1, True),
-    (0, 256, "dense", "fp16"): _tile(128, 8, 1, 1, True),
     (75, 64): _tile(128, 8, 2, 2),
-    (75, 64, "dense"): _tile(64, 4, 2, 1),
     (75, 128): replace(_EIGHT, stages=2),
-    (75, 128, "dense"): replace(_EIGHT, stages=1),
     (75, 256): replace(_EIGHT, stages=1),
-    (75, 256, "dense"): _tile(32, 2, 1, 1),
     (80, 128): _TWELVE,
     (80, 128, "none", "fp32"): _TWO,
-    (80, 128, "dense"): replace(_EIGHT, stages=2),
     (80, 256): _tile(128, 8, 2, 1, True),
-    (80, 256, "dense"): _tile(64, 4, 2, 1, True),
     (100, 128): _TWELVE,
-    (100, 128, "dense"): _EIGHT,
 }
 MMA_BYTE_TILES: Tiles = {
     (0, 64): _tile(128, 8, 3, 2),
     (0, 128): replace(_TWO, stages=4),
     (0, 256): replace(_EIGHT, stages=4),
     (75, 64): _tile(128, 8, 3, 2),
-    (75, 64, "dense"): replace(_EIGHT, stages=2),
     (75, 128): _EIGHT,
-    (75, 128, "dense"): replace(_EIGHT, stages=1),
     (75, 256): replace(_EIGHT, stages=1),
-    (75, 256, "dense"): _tile(64, 4, 1, 1),
     (80, 128): replace(_TWO, stages=4),
-    (80, 128, "dense"): _EIGHT,
     (80, 256): _EIGHT,
     (100, 64): _tile(128, 8, 3, 2),
     (100, 64, "none", "fp8"): _EIGHT,
     (100, 64, "causal", "fp8"): _EIGHT,
     (100, 128): _TWELVE,
-    (100, 128, "dense"): _EIGHT,
 }
 for _arch in (86, 89, 120):
     MMA_TILES[_arch, 64] = MMA_BYTE_TILES[_arch, 64] = _tile(128, 8, 3, 2)
-    MMA_TILES[_arch, 64, "dense"] = MMA_BYTE_TILES[_arch, 64, "dense"] = _EIGHT
     MMA_TILES[_arch, 128] = MMA_BYTE_TILES[_arch, 128] = _TWELVE
-    MMA_TILES[_arch, 128, "dense"] = MMA_BYTE_TILES[_arch, 128, "dense"] = replace(_EIGHT, stages=2)
     MMA_TILES[_arch, 256] = MMA_BYTE_TILES[_arch, 256] = replace(_EIGHT, stages=2)
-    MMA_TILES[_arch, 256, "dense"] = MMA_BYTE_TILES[_arch, 256, "dense"] = replace(_EIGHT, stages=1)
 MMA_TILES[120, 128, "causal"] = _EIGHT
 MMA_TILES[120, 256] = _tile(128, 8, 1, 1, True)
-MMA_BYTE_TILES[120, 256, "dense"] = _tile(64, 4, 1, 1, True)
 # Where sums of fp16 or emulated FP8 MMAs take more registers.
-for _mask in MASKS:
+for _mask in ("none", "causal"):
     MMA_TILES[0, 64, _mask, "fp16"] = _TWO
-    MMA_TILES[75, 64, _mask, "fp16"] = MMA_TILES[75, 64, "dense"] if _mask == "dense" else _tile(128, 4, 2, 2)
+    MMA_TILES[75, 64, _mask, "fp16"] = _tile(128, 4, 2, 2)
     for _sums in ("fp8", "fp16"):
         MMA_BYTE_TILES[0, 128, _mask, _sums] = MMA_BYTE_TILES[100, 128, _mask, _sums] = _EIGHT
         MMA_BYTE_TILES[0, 256, _mask, _sums] = replace(_EIGHT, q_in_smem=True)
-        MMA_BYTE_TILES[120, 128, _mask, _sums] = replace(_EIGHT, stages=2) if _mask == "dense" else _EIGHT
+        MMA_BYTE_TILES[120, 128, _mask, _sums] = _EIGHT
 MMA_TILES[0, 128, "none", "fp16"], MMA_TILES[0, 128, "causal", "fp16"] = replace(_TWO, stages=2), _EIGHT
 MMA_TILES[100, 128, "none", "fp16"] = MMA_TILES[100, 128, "causal", "fp16"] = _EIGHT
 MMA_BYTE_TILES[89, 128, "none", "fp8"] = MMA_BYTE_TILES[89, 128, "causal", "fp8"] = _EIGHT
@@ -96,31 +79,28 @@ def _frugal(tile: Tile) -> Tile:
     return replace(tile, loop_state_in_smem=True, recompute_thread_idx=True)
 
 
-for _mask in MASKS:
-    _lean = _frugal(replace(_EIGHT, stages=1 if _mask == "dense" else 2))
+for _mask in ("none", "causal"):
+    _lean = _frugal(replace(_EIGHT, stages=2))
     MMA_TILES[75, 256, _mask, "fp16"] = _frugal(find_tile(MMA_TILES, 75, 256, _mask))
     MMA_TILES[86, 256, _mask, "fp16"] = MMA_TILES[89, 256, _mask, "fp16"] = _lean
     MMA_BYTE_TILES[89, 256, _mask, "fp8"] = MMA_BYTE_TILES[89, 256, _mask, "fp16"] = _lean
     MMA_BYTE_TILES[120, 256, _mask, "fp8"] = replace(_lean, delay_v_load=2)
-for _arch, _mask, _sums in ((75, "dense", "fp32"), (80, "dense", "fp16"), (120, "causal", "fp16"), (120, "dense", "fp16")):
-    MMA_TILES[_arch, 256, _mask, _sums] = replace(find_tile(MMA_TILES, _arch, 256, _mask, _sums), recompute_thread_idx=True)
+MMA_TILES[120, 256, "causal", "fp16"] = replace(find_tile(MMA_TILES, 120, 256, "causal", "fp16"), recompute_thread_idx=True)
 MMA_BYTE_TILES |= {
     (0, 256, "none", "fp8"): _frugal(_SHARED),
     (0, 256, "causal", "fp8"): replace(_SHARED, recompute_thread_idx=True),
-    (0, 256, "dense", "fp8"): replace(_SHARED, recompute_thread_idx=True),
-    (89, 256, "dense", "fp8"): replace(_EIGHT, stages=1, recompute_thread_idx=True),
     (100, 256): MMA_BYTE_TILES[0, 256],
     (100, 256, "none", "fp8"): replace(_SHARED, stages=2, loop_state_in_smem=True, delay_v_load=1),
     (100, 256, "causal", "fp8"): replace(_SHARED, stages=2, loop_state_in_smem=True, delay_v_load=1),
-    (100, 256, "dense", "fp8"): _SHARED,
     (100, 256, "none", "fp16"): _SHARED,
     (100, 256, "causal", "fp16"): _SHARED,
-    (100, 256, "dense", "fp16"): _SHARED,
     (120, 256, "causal", "fp8"): replace(MMA_BYTE_TILES[120, 256, "causal", "fp8"], q_in_smem=True),
-    (120, 256, "dense", "fp8"): _tile(64, 4, 2, delay_v_load=2),
 }
-# Bytes of local memory a thread may use outside its main loop: at head_dim 256 the accumulators leave the compiler a register or two short.
-MMA_LOCAL = {64: 0, 128: 0, 256: 16}
+MMA_TILES |= LIST_TILES
+MMA_BYTE_TILES |= LIST_BYTE_TILES
+# Bytes of local memory a thread may use outside its main loop: at head_dim 256 the accumulators leave the compiler a register or two
+# short, and a mixed tile of a list wants more than there are.
+MMA_LOCAL, LIST_LOCAL = {64: 0, 128: 0, 256: 16}, 96
 
 
 def _mma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
@@ -132,7 +112,7 @@ def _mma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, accum
     config = f"AttendConfig<{head_dim}, {initializer('MmaTile', fields)}>"
     return Entry(
         kernels.attend_symbol(head_dim, mask, accumulate), f"attend_mma<{config}>", AttendParams, 32 * t.warps, t.blocks,
-        f"attend_shared_bytes<{config}>()", MMA_LOCAL[head_dim],
+        f"attend_shared_bytes<{config}>()", LIST_LOCAL if mask == "list" else MMA_LOCAL[head_dim],
     )  # fmt: skip
 
 

@@ -22,17 +22,43 @@ class Tokens(ctypes.Structure):
     _fields_ = [("data", POINTER), ("stride_b", c_int64), ("stride_h", c_int64), ("stride_n", c_int64)]
 
 
+class TileLists(ctypes.Structure):
+    """Which KV tiles a block of queries visits, as bits [batch | 1, head | 1, band | 1, 2, words]."""
+
+    _fields_ = [
+        ("bits", POINTER), ("stride_b", c_int64), ("stride_h", c_int64), ("stride_band", c_int64),
+        ("words", c_int32), ("band_rows", c_int32),
+    ]  # fmt: skip
+
+
+class LiveKeys(ctypes.Structure):
+    """Which keys take part in the statistics of K and V."""
+
+    _fields_ = [("bits", POINTER), ("stride_b", c_int64), ("stride_h", c_int64), ("rows", c_int32), ("words", c_int32)]
+
+
+class ClassifyParams(ctypes.Structure):
+    """Before all others where there is a dense mask: tile lists and live keys."""
+
+    _fields_ = [
+        ("mask", POINTER), ("stride_b", c_int64), ("stride_h", c_int64), ("stride_q", c_int64), ("stride_k", c_int64),
+        ("lists", POINTER), ("live", POINTER), ("kept", POINTER),
+        ("heads", c_int32), ("bands", c_int32), ("len_q", c_int32), ("len_kv", c_int32),
+        ("mask_kind", c_int32), ("causal", c_int32), ("quads", c_int32), ("tile", c_int32), ("words", c_int32), ("live_words", c_int32),
+    ]  # fmt: skip
+
+
 class QuantizeKParams(ctypes.Structure):
     """First launch: statistics of V, K → tiles."""
 
     _fields_ = [
         ("k", Tokens), ("v", Tokens),
         ("kv", POINTER), ("k_mean", POINTER), ("k_scale_partial", POINTER), ("v_stats", POINTER), ("v_stats_ready", POINTER),
-        ("v_quant_sum", POINTER), ("split_kv_ready", POINTER),
+        ("v_quant_sum", POINTER), ("v_stats_live", POINTER), ("split_kv_ready", POINTER), ("order", POINTER), ("live", LiveKeys),
         ("bh_first", c_int32), ("bh_count", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("vectorized", c_int32),
         ("kv_tiles", c_int32), ("tile_bytes", c_int32), ("ctas_per_head", c_int32),
-        ("k_mean_samples", c_int32), ("k_mean_step", c_int32),
+        ("k_mean_given", c_int32), ("k_mean_samples", c_int32), ("k_mean_step", c_int32),
         ("split_kv_flags", c_int32), ("v_chunks", c_int32), ("v_chunk_tokens", c_int32),
     ]  # fmt: skip
 
@@ -42,8 +68,9 @@ class QuantizeVParams(ctypes.Structure):
 
     _fields_ = [
         ("v", Tokens),
-        ("k_scale_partial", POINTER), ("v_stats", POINTER), ("v_stats_ready", POINTER), ("kv", POINTER),
+        ("k_scale_partial", POINTER), ("v_stats", POINTER), ("v_stats_ready", POINTER), ("v_stats_live", POINTER), ("kv", POINTER),
         ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_quant_sum", POINTER),
+        ("live_keys", POINTER), ("order", POINTER), ("live", LiveKeys),
         ("bh_first", c_int32), ("bh_count", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("vectorized", c_int32),
         ("k_ctas_per_head", c_int32), ("v_chunks", c_int32),
@@ -57,15 +84,18 @@ class AttendParams(ctypes.Structure):
 
     _fields_ = [
         ("q", Tokens),
-        ("kv", POINTER), ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_quant_sum", POINTER), ("k_mean", POINTER),
-        ("split_kv_workspace", POINTER), ("split_kv_ready", POINTER),
+        ("kv", POINTER), ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_quant_sum", POINTER),
+        ("live_keys", POINTER), ("k_mean", POINTER), ("split_kv_workspace", POINTER), ("split_kv_ready", POINTER),
+        ("next_work_idx", POINTER),
         ("mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64), ("mask_stride_q", c_int64), ("mask_stride_k", c_int64),
+        ("kept", POINTER), ("kept_stride_b", c_int64), ("kept_stride_h", c_int64), ("kept_stride_q", c_int64),
+        ("lists", TileLists), ("order", POINTER), ("tail", POINTER),
         ("out", POINTER), ("out_stride_b", c_int64), ("out_stride_h", c_int64), ("out_stride_n", c_int64),
         ("lse", POINTER),
         ("bh_first", c_int32), ("bh_count", c_int32), ("heads_kv", c_int32), ("heads_per_kv", c_int32),
         ("len_q", c_int32), ("len_kv", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("q_vectorized", c_int32), ("out_vectorized", c_int32),
-        ("causal", c_int32), ("mask_kind", c_int32),
+        ("causal", c_int32), ("mask_kind", c_int32), ("mask_pairs", c_int32),
         ("kv_tiles", c_int32), ("q_tiles", c_int32), ("full_waves", c_int32),
         ("rcp_q_tiles", c_uint32), ("rcp_heads_per_kv", c_uint32), ("rcp_heads_kv", c_uint32),
         ("score_scale", c_float), ("sign", c_float), ("sm_scale", c_float), ("score_limit", c_float),

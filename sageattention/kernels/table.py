@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from .architectures import TARGETS, TEST_TARGETS
 from .binaries import Entry, Image
-from .family import MASKS, KernelFamily
+from .family import KernelFamily
 from .mma import MMA_FP8, MMA_FP16, MMA_INT8
-from .params import NarrowMaskParams, QuantizeKParams, QuantizeVParams, ZeroMaskedRowsParams
-from .wgmma import WGMMA_FP8, WGMMA_FP16
+from .params import ClassifyParams, NarrowMaskParams, QuantizeKParams, QuantizeVParams, ZeroMaskedRowsParams
+from .wgmma import WGMMA_FP8, WGMMA_FP8_SPARSE, WGMMA_FP16, WGMMA_FP16_SPARSE
 
-KERNELS: tuple[KernelFamily, ...] = (WGMMA_FP16, MMA_FP16, MMA_FP8, WGMMA_FP8, MMA_INT8)
+KERNELS: tuple[KernelFamily, ...] = (WGMMA_FP16, MMA_FP16, MMA_FP8, WGMMA_FP8, MMA_INT8, WGMMA_FP16_SPARSE, WGMMA_FP8_SPARSE)
 
 QUANTIZE_V_THREADS = 128
 QUANTIZE_V_RESIDENT = 768  # threads whose registers fit a multiprocessor
@@ -19,25 +19,30 @@ QUANTIZE_V_RESIDENT = 768  # threads whose registers fit a multiprocessor
 # compiler lacks two registers.
 QUANTIZE_K_RESIDENT = {(0, 64): 768, (0, 128): 768, (0, 256): 512, (75, 128): 512, (75, 256): 256}
 
+LIVE_RESIDENT = {64: 512, 128: 512, 256: 256}  # of kernels that look at which keys are live: that takes registers
 
-def _quantize_k_entry(kernels: KernelFamily, arch: int, head_dim: int) -> Entry:
+
+def _quantize_k_entry(kernels: KernelFamily, arch: int, head_dim: int, live: bool) -> Entry:
     layout = kernels.layout.format(d=head_dim)
     threads = 4 * kernels.scale_block_keys(head_dim)
     resident = QUANTIZE_K_RESIDENT.get((arch, head_dim)) or QUANTIZE_K_RESIDENT[0, head_dim]
+    if live:
+        resident = min(resident, LIVE_RESIDENT[head_dim])
     checks = (f"{layout}::kScaleKeys == {kernels.scale_block_keys(head_dim)}",)
-    symbol = kernels.quantize_k_symbol(head_dim)
-    return Entry(symbol, f"quantize_k<{layout}>", QuantizeKParams, threads, resident // threads, checks=checks)
+    symbol = kernels.quantize_k_symbol(head_dim, live)
+    return Entry(symbol, f"quantize_k<{layout}, {str(live).lower()}>", QuantizeKParams, threads, max(1, resident // threads), checks=checks)
 
 
-def _quantize_v_entry(kernels: KernelFamily, head_dim: int) -> Entry:
+def _quantize_v_entry(kernels: KernelFamily, head_dim: int, live: bool) -> Entry:
     layout = kernels.layout.format(d=head_dim)
+    resident = LIVE_RESIDENT[head_dim] if live else QUANTIZE_V_RESIDENT
     return Entry(
-        kernels.quantize_v_symbol(head_dim), f"quantize_v<{layout}, PvType::{kernels.pv}>", QuantizeVParams,
-        QUANTIZE_V_THREADS, QUANTIZE_V_RESIDENT // QUANTIZE_V_THREADS,
-        checks=(f"{layout}::kTileBytes == {kernels.tile_bytes(head_dim)}",),
+        kernels.quantize_v_symbol(head_dim, live), f"quantize_v<{layout}, PvType::{kernels.pv}, {str(live).lower()}>", QuantizeVParams,
+        QUANTIZE_V_THREADS, resident // QUANTIZE_V_THREADS, checks=(f"{layout}::kTileBytes == {kernels.tile_bytes(head_dim)}",),
     )  # fmt: skip
 
 
+CLASSIFY = Entry("classify_mask", "classify_band", ClassifyParams, 256, 2)
 NARROW_KEYS = 2048  # of a row, in a CTA
 NARROW_MASK = Entry(
     "narrow_mask", "narrow_rows", NarrowMaskParams, 256, 4, checks=(f"kNarrowThreads == 256 && kNarrowKeys == {NARROW_KEYS}",)
@@ -50,13 +55,13 @@ def _images(target: str) -> Iterator[Image]:
     arch, built = int(target.split("_")[1].rstrip("a")), [k for k in KERNELS if k.built_for(target)]
     for name in dict.fromkeys(k.quantizer for k in built):
         made = [(k, d) for k in built if k.quantizer == name for d in k.head_dims]
-        keys = {k.quantize_k_symbol(d): _quantize_k_entry(k, arch, d) for k, d in reversed(made)}
-        entries = (*reversed(keys.values()), *(_quantize_v_entry(k, d) for k, d in made))
+        keys = {k.quantize_k_symbol(d, live): _quantize_k_entry(k, arch, d, live) for k, d in reversed(made) for live in k.quantizers_live}
+        entries = (CLASSIFY, *reversed(keys.values()), *(_quantize_v_entry(k, d, live) for k, d in made for live in k.quantizers_live))
         yield Image(name, target, "kernel/quantize.cuh", entries, released=target not in TEST_TARGETS)
     yield Image("sdpa_mask", target, "kernel/sdpa_mask.cuh", (NARROW_MASK, ZERO_MASKED_ROWS), released=target not in TEST_TARGETS)
     for k in built:
         for d in k.head_dims:
-            entries = tuple(k.entry(k, arch, d, mask, accumulate) for mask in MASKS for accumulate in k.accumulators)
+            entries = tuple(k.entry(k, arch, d, mask, accumulate) for mask in k.masks for accumulate in k.accumulators)
             yield Image(k.attend_image(d), target, k.source, entries, released=target not in TEST_TARGETS)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..numerics.constants import KV_TILE_SM90
+from ..numerics.constants import KV_BLOCK, KV_TILE_SM90
 from ..numerics.scheme import FP8_FP32_WGMMA, FP16_FP32_WGMMA
 from .binaries import Entry
 from .family import KernelFamily, Tile, Tiles, find_tile, initializer
@@ -14,22 +14,22 @@ from .params import AttendParams
 # Hopper's own kernels: two warpgroups of 64 queries each beside one that fetches. 96 keys: two score arrays of more do not fit the
 # registers. head_dim 256 stays with mma.sync: its accumulators alone would take 128 of a thread's 240 registers.
 _FP16, _FP8 = (Tile(128, KV_TILE_SM90[pv], 12, 4) for pv in ("fp16", "fp8"))
-WGMMA_TILES: Tiles = {(0, d): _FP16 for d in (64, 128)} | {(0, d, "dense"): replace(_FP16, stages=3) for d in (64, 128)}
+WGMMA_TILES: Tiles = {(0, d): _FP16 for d in (64, 128)}
 WGMMA_BYTE_TILES: Tiles = {(0, d): _FP8 for d in (64, 128)}
 PRODUCER_WARPS = 4  # among a tile's
 # Bytes of local memory a thread may use outside its main loop.
-WGMMA_LOCAL = {"none": 16, "causal": 8, "dense": 32}
+WGMMA_LOCAL = 48
 
 
 def _wgmma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
     t = find_tile(kernels.tiles, arch, head_dim, mask, accumulate)
-    q_stages = 2 if mask == "none" and head_dim == 128 else 1  # by measurement: at head_dim 64 one is better
+    q_stages = 2 if head_dim == 128 else 1  # by measurement: at head_dim 64 one is better
     form = "" if kernels.pv == "fp16" else "_fp8"
     tile = initializer("WgmmaTile", {"mask": f"Mask::{mask}", "stages": t.stages, "q_stages": q_stages})
     config = f"Wgmma{form[1:].capitalize()}Config<{kernels.layout.format(d=head_dim)}, {tile}>"
     return Entry(
         kernels.attend_symbol(head_dim, mask, accumulate), f"attend_wgmma{form}<{config}>", AttendParams, 32 * t.warps, 1,
-        f"attend_shared_bytes<{config}>()", WGMMA_LOCAL[mask],
+        f"attend_shared_bytes<{config}>()", WGMMA_LOCAL,
         (f"SplitKvPartial<{config}>::kCtaBytes == {_split_kv_bytes(kernels.tiles)(head_dim)}",),
     )  # fmt: skip
 
@@ -66,3 +66,19 @@ WGMMA_FP8 = KernelFamily(
     WGMMA_BYTE_TILES, _wgmma_entry, arch=90, quantizers="wgmma", scale_blocks=2,
     split_kv_bytes=_split_kv_bytes(WGMMA_BYTE_TILES),
 )  # fmt: skip
+
+# Block-sparse attention: tiles are the blocks of 64 keys that a router chooses from.
+_SPARSE = Tile(128, KV_BLOCK, 12, 8)
+_SPARSE_FP16 = replace(_SPARSE, stages=5)
+
+
+def _sparse(family: KernelFamily, v_bytes: int, tile: Tile) -> KernelFamily:
+    tiles: Tiles = {(0, d): tile for d in (64, 128)}
+    schemes = {name: replace(scheme, kv_tile=KV_BLOCK, fragment_keys=KV_BLOCK // 2) for name, scheme in family.schemes.items()}
+    return replace(
+        family, name=f"{family.name}_sparse", layout=_core_matrix(v_bytes, tile), tile_bytes=_core_matrix_bytes(v_bytes, tile),
+        schemes=schemes, tiles=tiles, split_kv_bytes=_split_kv_bytes(tiles), masks=("list",),
+    )  # fmt: skip
+
+
+WGMMA_FP16_SPARSE, WGMMA_FP8_SPARSE = _sparse(WGMMA_FP16, 2, _SPARSE_FP16), _sparse(WGMMA_FP8, 1, _SPARSE)

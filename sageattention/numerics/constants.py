@@ -33,6 +33,8 @@ K_SCALE_FLOOR = 7.5e-37
 # Keys of a tile of the mma.sync kernels, and of Hopper's by type of P and V.
 KV_TILE = 64
 KV_TILE_SM90 = {"fp16": 96, "fp8": 128}
+# Keys of a block of block-sparse attention.
+KV_BLOCK = 64
 # A "fragment" K scale covers the keys that one thread of an m16n8 accumulator holds of this many: 16, namely 2t and 2t + 1 of every
 # eight, t = lane mod 4. So a thread has one K scale a tile and takes its row maxima over integers. .0109 on normal inputs; two scales
 # a tile (8 keys each) give .0104 for twice the products.
@@ -45,6 +47,10 @@ TAIL_THRESHOLD, TAIL_BOOST_LOG2 = 3.0, 4.0
 # K is shifted by the mean of about this many evenly strided tokens; any constant shift leaves the softmax as it is. Each block of the
 # quantiser reads them: 128 cost .4 % of accuracy where all that K has in common is noise.
 K_MEAN_TOKENS = 128
+# A key that has more than this, in nats, under the largest bias of every row takes no part in the statistics of K and V.
+NEGLIGIBLE_BIAS = 1000.0
+# Queries whose tile lists are written together: a block of queries reads as many of these bands as it holds.
+BAND_ROWS = 32
 
 
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}  # as the kernels' parameters number them
@@ -53,6 +59,7 @@ MASK_KINDS = DTYPES | {"bool": 3}
 CPP: dict[str, int | float] = {
     "kInt8Max": INT8_MAX, "kE4m3Max": E4M3_MAX, "kLog2E4m3Max": math.log2(E4M3_MAX), "kLog2e": LOG2E, "kLn2": LN2, "kPreset": PRESET,
     "kFiniteMax": FINITE_MAX, "kAmaxMin": AMAX_MIN, "kKScaleFloor": K_SCALE_FLOOR, "kKvTile": KV_TILE,
+    "kMaxKMeanTokens": K_MEAN_TOKENS, "kNegligibleBias": NEGLIGIBLE_BIAS, "kBandRows": BAND_ROWS,
     "kLineExcess": LINE_EXCESS, "kTailThreshold": TAIL_THRESHOLD, "kTailBoostLog2": TAIL_BOOST_LOG2,
 }  # fmt: skip
 CPP_ENUMS: dict[str, dict[str, int]] = {

@@ -8,6 +8,7 @@ accumulator, and the interval at which it is promoted. The kernels are tested ag
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -29,8 +30,10 @@ from .constants import (
     k_mean_stride,
     pad_head_dim,
 )
+from .live_keys import live_keys, reachable
 from .scheme import Scheme
 
+LAZY_ROWS = 128  # queries of a block of the kernels with `lazy`
 # An FP8 MMA cuts each product off below the accumulator's leading bits. Cutting the sum off after every second key, at this many
 # significand bits, gives the shrinkage that was measured on Hopper: 1.1e-5 a key of a coherent sum (.98, .815, .70 at 2k, 16k, 32k).
 FP8_ACCUMULATOR_BITS = 14
@@ -90,10 +93,17 @@ def emulate(
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     group = heads // k.shape[1] if heads else 1
+    len_kv = reachable(len_q, k.shape[2], is_causal)
+    k, v, live = k[:, :, :len_kv], v[:, :, :len_kv], None
+    if attn_mask is not None:
+        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))[..., :len_kv]
+        live = live_keys(attn_mask, k.shape[1], len_q, len_kv, is_causal)
     for b in range(batch):
         for h in range(heads):
             if h % group == 0:
-                keys, values = quantize_k(k[b, h // group], scheme), quantize_v(v[b, h // group], scheme)
+                own = None if live is None else _of(live, b, h // group)
+                own = None if own is None or own.all() else own
+                keys, values = quantize_k(k[b, h // group], scheme, own), quantize_v(v[b, h // group], scheme, own)
             o, lse[b, h] = _attend_head(q[b, h], keys, values, scheme, _mask_of(attn_mask, b, h), is_causal, scale)
             limit = torch.finfo(q.dtype).max
             out[b, h] = o[:, :head_dim].clamp(-limit, limit).to(q.dtype)
@@ -109,12 +119,32 @@ def rotate(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return x * (0.5 * head_dim**-0.5)  # the rotation's gain, so that the score scale is one formula
 
 
-def quantize_k(k: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """K of one head, [N, d], to (k8 [N, D] as integers in fp32, scale [N, 1] times `K_SCALE_SHIFT`, rotated k_mean [D])."""
+def _k_mean_sample(k: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
+    """The tokens whose mean K is shifted by: every stride-th, or, where some keys are not live, from each stride the first live one in
+    the 32 keys that it begins in; at least one, if any key is live."""
+    if live is None:
+        return k[:: k_mean_stride(k.shape[0])]
+    step = k_mean_stride(len(live))
+    starts = range(0, len(live), step)
+    found = [live[i : min(i + step, i // 32 * 32 + 32)].nonzero()[:1, 0] + i for i in starts]
+    index = torch.cat(found)
+    return k[index if len(index) else live.nonzero()[:1, 0]]
+
+
+def quantize_k(k: torch.Tensor, scheme: Scheme, live: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """K of one head, [N, d], to (k8 [N, D] as integers in fp32, scale [N, 1] times `K_SCALE_SHIFT`, rotated k_mean [D]).
+
+    live: [N] bool, the keys that count; others become 0.
+    """
+    if live is not None:
+        live = live.to(k.device)
+        k = torch.where(live[:, None], k, 0)
     rotated = rotate(k, scheme)
-    sample = k[:: k_mean_stride(k.shape[0])].float()
-    k_mean = rotate((sample / sample.shape[0]).sum(0, keepdim=True), scheme)
+    sample = _k_mean_sample(k, live).float()
+    k_mean = rotate((sample / max(sample.shape[0], 1)).sum(0, keepdim=True), scheme)
     shifted = rotated - k_mean
+    if live is not None:
+        shifted = torch.where(live[:, None], shifted, 0)
     amax = shifted.abs().amax(-1, keepdim=True)
     if scheme.k_scale != "token":
         amax = _share(amax, scheme)
@@ -122,9 +152,19 @@ def quantize_k(k: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Ten
     return k8, scale * K_SCALE_SHIFT, k_mean[0]
 
 
-def quantize_v(v: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """V of one head, [N, d], to (values [N, D] rounded to the scheme's type, in fp32; scale [D]; mean [D])."""
+def quantize_v(v: torch.Tensor, scheme: Scheme, live: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """V of one head, [N, d], to (values [N, D] rounded to the scheme's type, in fp32; scale [D]; mean [D]).
+
+    live: [N] bool, the keys that count; others become 0.
+    """
     head_dim = pad_head_dim(v.shape[-1])
+    if live is not None:
+        live = live.to(v.device)
+        values = torch.zeros(v.shape[0], head_dim, device=v.device)
+        if not live.any():
+            return values, torch.zeros(head_dim, device=v.device), torch.zeros(head_dim, device=v.device)
+        values[live], scale, mean = quantize_v(v[live], scheme)
+        return values, scale, mean
     x = torch.nn.functional.pad(v.float(), (0, head_dim - v.shape[-1]))
     mean = torch.zeros(head_dim, device=v.device)
     if scheme.v_mean:
@@ -172,35 +212,67 @@ def _linear(score: torch.Tensor, maximum: torch.Tensor, p_max: float) -> torch.T
     return code.to(torch.uint8).view(torch.float8_e4m3fn).float()
 
 
-def _unmasked_tiles(rows: torch.Tensor, tokens: int, scheme: Scheme, masked: bool, is_causal: bool) -> torch.Tensor:
-    """How many tiles, from the first on, a row's block of 128 queries takes for free of masked keys: none or at least two."""
-    tiles = torch.full_like(rows, 0 if masked else tokens // scheme.kv_tile)
+class _Step(NamedTuple):
+    """The keys [start, stop) of one step of the softmax. begins: the accumulator is empty before it; lines: half of P is on lines."""
+
+    start: int
+    stop: int
+    begins: bool
+    lines: bool
+
+
+def _steps(tokens: int, head_dim: int, scheme: Scheme) -> list[_Step]:
+    """All keys, tile by tile."""
+    steps, held = [], scheme.promote
+    for start in range(0, tokens, scheme.kv_tile):
+        stop = min(start + scheme.kv_tile, tokens)
+        begins = held >= scheme.promote
+        held = stop - start + (0 if begins else held)
+        steps.append(_Step(start, stop, begins, False))
+    return steps
+
+
+def _lazy_steps(rows: range, tokens: int, head_dim: int, scheme: Scheme, mask: torch.Tensor | None, is_causal: bool) -> list[_Step]:
+    """The steps of one block of queries, in the kernel's order: tiles with masked keys first, each step with an accumulator of its own;
+    then full ones, unless there is a single one, `promote` keys to an accumulator. Without a dense mask the last tile comes first."""
+    size, tiles = max(scheme.lazy // head_dim, 1), [(i, min(i + scheme.kv_tile, tokens)) for i in range(0, tokens, scheme.kv_tile)]
     if is_causal:
-        tiles = torch.minimum(tiles, rows // 128 * 128 // scheme.kv_tile)
-    return torch.where(tiles < 2, 0, tiles)
-
-
-def _begins_group(start: int, unmasked: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """Whether the accumulator is empty before the step at `start`: after `promote` keys of tiles without masked ones, always in others."""
-    before = unmasked - 1 - start // scheme.kv_tile  # of those tiles, the last comes first
-    return (before < 0) | ((start % scheme.kv_tile == 0) & (before % (scheme.promote // scheme.kv_tile) == 0))
-
-
-def _steps(tokens: int, head_dim: int, scheme: Scheme) -> list[tuple[int, int]]:
-    """The keys [start, stop) of each step of the softmax, in order."""
-    tiles = [(start, min(start + scheme.kv_tile, tokens)) for start in range(0, tokens, scheme.kv_tile)]
-    if not scheme.lazy:
-        return tiles
-    size = max(scheme.lazy // head_dim, 1)
-    return [(i, min(i + size, stop)) for start, stop in reversed(tiles) for i in range(start, stop, size)]
+        tiles = [t for t in tiles if t[0] <= rows[-1]]
+    mixed: list[tuple[int, int]] = []
+    full: list[tuple[int, int]] = []
+    for start, stop in tiles:
+        uneven = stop - start < scheme.kv_tile or (is_causal and stop - 1 > rows[0])
+        if mask is not None:
+            part = mask[rows[0] : rows[-1] + 1, start:stop] if mask.shape[0] > 1 else mask[:, start:stop] if mask.shape[1] > 1 else mask
+            kept = part if part.dtype == torch.bool else part != -math.inf
+            if is_causal:
+                reached = torch.arange(start, stop, device=part.device) <= torch.arange(rows[0], rows[-1] + 1, device=part.device)[:, None]
+                kept = kept & reached
+            if not kept.any():
+                continue
+            uneven = uneven or not kept.all() or (part.dtype != torch.bool and bool((part != 0).any()))
+        (mixed if uneven else full).append((start, stop))
+    if mask is None:
+        mixed, full = mixed[::-1], full[::-1]
+    if len(full) == 1:
+        mixed, full = mixed + full, []
+    per_group = scheme.promote // scheme.kv_tile
+    steps = [_Step(i, min(i + size, stop), True, False) for start, stop in mixed for i in range(start, stop, size)]
+    for number, (start, stop) in enumerate(full):
+        steps += [_Step(i, min(i + size, stop), i == start and number % per_group == 0, True) for i in range(start, stop, size)]
+    return steps
 
 
 def _mask_of(mask: torch.Tensor | None, b: int, h: int) -> torch.Tensor | None:
     """The [Nq or 1, Nk or 1] slice of a broadcastable mask that belongs to batch b, head h."""
     if mask is None:
         return None
-    mask = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
-    return mask[b if mask.shape[0] > 1 else 0, h if mask.shape[1] > 1 else 0]
+    return _of(mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)), b, h)
+
+
+def _of(t: torch.Tensor, b: int, h: int) -> torch.Tensor:
+    """The part of a tensor that broadcasts over batches and heads."""
+    return t[b if t.shape[0] > 1 else 0, h if t.shape[1] > 1 else 0]
 
 
 def _apply_mask(scores: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, factor: float, limit: float) -> torch.Tensor:
@@ -224,6 +296,30 @@ def _attend_head(
     is_causal: bool,
     sm_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, head_dim = keys[0].shape
+    if not scheme.lazy:
+        return _attend_rows(q, range(len(q)), keys, values, scheme, mask, is_causal, sm_scale, _steps(tokens, head_dim, scheme))
+    parts = []
+    for start in range(0, len(q), LAZY_ROWS):
+        rows = range(start, min(start + LAZY_ROWS, len(q)))
+        steps = _lazy_steps(rows, tokens, head_dim, scheme, mask, is_causal)
+        own = mask if mask is None or mask.shape[0] == 1 else mask[start : rows.stop]
+        parts.append(_attend_rows(q[start : rows.stop], rows, keys, values, scheme, own, is_causal, sm_scale, steps))
+    out, lse = zip(*parts)
+    return torch.cat(out), torch.cat(lse)
+
+
+def _attend_rows(
+    q: torch.Tensor,
+    numbers: range,
+    keys: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    values: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scheme: Scheme,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    sm_scale: float,
+    steps: list[_Step],
+) -> tuple[torch.Tensor, torch.Tensor]:
     k8, k_scale, k_mean = keys
     v, v_scale, v_mean = values
     tokens, head_dim = k8.shape
@@ -238,38 +334,33 @@ def _attend_head(
     l = torch.zeros_like(q_scale)
     out = torch.zeros(q.shape[0], head_dim, device=q.device)
     acc, acc_l = torch.zeros_like(out), torch.zeros_like(l)
-    rows = torch.arange(q.shape[0], device=q.device)[:, None]
-    held = scheme.promote
-    unmasked = _unmasked_tiles(rows, tokens, scheme, mask is not None, is_causal)
-    for start, stop in _steps(tokens, head_dim, scheme):
+    rows = torch.arange(numbers.start, numbers.stop, device=q.device)[:, None]
+    for start, stop, begins, lines in steps:
         s = (q8 @ k8[start:stop].T) * k_scale[start:stop].T * q_scale
         s = _apply_mask(s, None if mask is None else mask[:, start:stop] if mask.shape[1] > 1 else mask, False, LOG2E, MASK_LIMIT)
         if is_causal:
             s = s.masked_fill(rows < torch.arange(start, stop, device=q.device), -math.inf)
         top = s.amax(-1, keepdim=True)
-        lines = (start // scheme.kv_tile < unmasked) & scheme.linear
         if scheme.lazy:
-            begins = _begins_group(start, unmasked, scheme)
             base = torch.maximum(m, near)
-            new = torch.where(begins, torch.where(top > base + scheme.rescale_threshold, top, base), m)
+            new = torch.where(top > base + scheme.rescale_threshold, top, base) if begins else m
             moved = torch.where(top > near + scheme.rescale_threshold, torch.where(top > m + scheme.rescale_threshold, top, m), near)
-            far = lines & (top < new - math.log2(scheme.p_max) - TAIL_THRESHOLD)
-            to = torch.where(begins, torch.where(far, new - TAIL_BOOST_LOG2, new), moved)
+            far = (top < new - math.log2(scheme.p_max) - TAIL_THRESHOLD) & lines
+            to = torch.where(far, new - TAIL_BOOST_LOG2, new) if begins else moved
         else:
-            begins = torch.full_like(lines, held >= scheme.promote)
             new = torch.maximum(m, top)
             to = top if scheme.p_tile_max else new
-        held = stop - start + (0 if held >= scheme.promote else held)
         alpha = torch.exp2(m - _finite(new))
         l, out = l * alpha, out * alpha
-        worth = torch.where(begins, torch.exp2(near - _finite(new)), 0.0)
-        out, l = torch.where(begins, out + acc * worth, out), torch.where(begins, l + acc_l * worth, l)
+        if begins:
+            worth = torch.exp2(near - _finite(new))
+            out, l = out + acc * worth, l + acc_l * worth
         exact = torch.exp2(s - _finite(to)) * scheme.p_max
         p = _round_p(exact, scheme)
-        if scheme.linear:
-            on_line = lines & (torch.arange(start, stop, device=q.device) % 16 < 8)
+        if lines:
+            on_line = torch.arange(start, stop, device=q.device) % 16 < 8
             p = torch.where(on_line, _linear(s, _finite(to), scheme.p_max), p)
-        shrink = torch.where(begins, 0.0, torch.exp2(near - _finite(to)))
+        shrink = torch.zeros_like(near) if begins else torch.exp2(near - _finite(to))
         acc_l = acc_l * shrink + (exact if scheme.exact_sum else p).sum(-1, keepdim=True)
         acc = _accumulate(acc, shrink, p, v[start:stop], scheme)
         m, near = new, to

@@ -6,7 +6,7 @@ the chosen blocks, each row beginning at the state of its tail:
     m₀ = max σ_ij,  l₀ = Σ c_j 2^(σ_ij − m₀),  o₀ = Σ 2^(σ_ij − m₀) Σ_{t in j} v_t      over the blocks j that are not exact,
 
 so that a block that is left out weighs as c_j keys at its mean, the same for the 64 rows that share σ_i. Without a tail the state is
-(−∞, 0, 0). Tensors are [B, H, N, D]; one (batch, head) is held at a time, never the scores of all heads.
+(−∞, 0, 0). Tensors are [B, H, N, D]. A router holds the scores of few heads at a time, the attention one (batch, head).
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import torch
 from . import block_bits
 from .block_selection import Selection, draw_line, scores, select
 from .constants import LOG2E
-from .pooling import BLOCK, PooledKV, pool_kv, pool_q
+from .pooling import BLOCK, PooledKV, PooledQ, pool_kv, pool_q
 from .sparse_geometry import BlockView, Geometry
+
+HELD = 1 << 25  # scores that a router works on at a time
 
 
 class Tail(NamedTuple):
@@ -72,22 +74,21 @@ def route(
     bits = torch.zeros(batch, heads, view.lists, block_bits.words(view.n), dtype=torch.int32, device=q.device)
     k_shift = q.new_zeros(batch, k.shape[1], head_dim, dtype=dtype)
     state = _empty_tail(batch, heads, view.m, head_dim, dtype, q.device) if tail else None
-    for b in range(batch):
-        for h, kv_head, kv in _pooled_heads(k, v, heads, b, view, dtype):
-            k_shift[b, kv_head] = kv.k_shift
-            pooled = pool_q(view.arrange(q[b, h], dtype), view.live_queries(b))
-            sigma, live = scores(pooled, kv, scale), kv.counts > 0
-            visible = view.visible & live
-            exact = (view.sinks | view.query_sinks | view.of_lists(view.near)) & view.of_lists(visible)
-            rule = selection if isinstance(selection, Selection) else selection[h]
-            if block_mask is not None:
-                exact |= _head_of(block_mask, b, h) & view.of_lists(visible)
-            else:
-                exact |= view.of_lists(visible & ~view.whole)  # the diagonal of a causal call can't be in a tail
-                exact |= select(sigma, visible, view.sinks, rule, pooled, kv, scale, view.rows)
-            bits[b, h] = block_bits.pack(exact)
-            if state is not None:
-                state.m[b, h], state.l[b, h], state.o[b, h] = _tail(sigma, view.whole & live & ~view.of_rows(exact), kv)
+    rules = selection if isinstance(selection, Selection) else Selection.of_heads(selection, q)
+    for part in _pooled_heads(q, k, v, view, dtype, similarity=rules.similarity > 0 and block_mask is None):
+        b, h, kv = part.batch, part.heads, part.kv
+        k_shift[b, part.kv_heads] = part.k_shift
+        sigma, live = scores(part.q, kv, scale), kv.counts > 0
+        visible = view.visible & live
+        exact = (view.sinks | view.query_sinks | view.of_lists(view.near)) & view.of_lists(visible)
+        if block_mask is not None:
+            exact = exact | block_mask[b if block_mask.shape[0] > 1 else 0, h if block_mask.shape[1] > 1 else 0] & view.of_lists(visible)
+        else:
+            exact = exact | view.of_lists(visible & ~view.whole)  # the diagonal of a causal call can't be in a tail
+            exact = exact | select(sigma, visible, view.sinks, rules.head(h), part.q, kv, scale, view.rows)
+        bits[b, h] = block_bits.pack(exact)
+        if state is not None:
+            state.m[b, h], state.l[b, h], state.o[b, h] = _tail(sigma, view.whole & live & ~view.of_rows(exact), kv)
     return Route(bits, k_shift, state)
 
 
@@ -113,20 +114,21 @@ def undecided(
     view = BlockView(len_q, k.shape[2], geometry, q.device)
     scale = _scale(sm_scale, head_dim) * LOG2E
     near = torch.zeros(batch, heads, view.lists, view.n, dtype=torch.bool, device=q.device)
-    for b in range(batch):
-        for h, _, kv in _pooled_heads(k, v, heads, b, view, torch.float64):
-            pooled = pool_q(view.arrange(q[b, h], torch.float64), view.live_queries(b))
-            rule = selection if isinstance(selection, Selection) else selection[h]
-            asked = view.visible & (kv.counts > 0) & ~view.sinks & ~(kv.k_similarity < rule.similarity)
-            sigma = scores(pooled, kv, scale)
-            line = draw_line(sigma, asked, rule, pooled, kv, scale, view.rows)
-            size = (line.weight + line.lse).abs() + (line.threshold + line.lse).abs()
-            finite = line.weight.isfinite() & line.threshold.isfinite()
-            near[b, h] = finite & ((line.weight - line.threshold).abs() <= tolerance * size)
-            if rule.kind == "cdf":
-                less, more = (rule._replace(keep=rule.keep * (1 + sign * tolerance)) for sign in (-1, 1))
-                fewer, further = (draw_line(sigma, asked, r, pooled, kv, scale, view.rows).chosen for r in (less, more))
-                near[b, h] |= fewer ^ further
+    rules = selection if isinstance(selection, Selection) else Selection.of_heads(selection, q)
+    for part in _pooled_heads(q, k, v, view, torch.float64, similarity=True):
+        rule, kv = rules.head(part.heads), part.kv
+        asked = view.visible & (kv.counts > 0) & ~view.sinks
+        if kv.k_similarity is not None:
+            asked = asked & ~(kv.k_similarity < rule.similarity)[..., None, :]
+        sigma = scores(part.q, kv, scale)
+        line = draw_line(sigma, asked, rule, part.q, kv, scale, view.rows)
+        size = (line.weight + line.lse).abs() + (line.threshold + line.lse).abs()
+        finite = line.weight.isfinite() & line.threshold.isfinite()
+        near[part.batch, part.heads] = finite & ((line.weight - line.threshold).abs() <= tolerance * size)
+        if rule.kind == "cdf":
+            less, more = (rule._replace(keep=rule.keep * (1 + sign * tolerance)) for sign in (-1, 1))
+            fewer, further = (draw_line(sigma, asked, r, part.q, kv, scale, view.rows).chosen for r in (less, more))
+            near[part.batch, part.heads] |= fewer ^ further
     return near
 
 
@@ -155,8 +157,8 @@ def attend(
         for h in range(heads):
             if h % group == 0:
                 shift = chosen.k_shift[b, h // group].to(dtype)
-                keys, values = view.arrange(k[b, h // group], dtype) - shift, view.arrange(v[b, h // group], dtype)
-            rows, lists = view.arrange(q[b, h], dtype), block_bits.unpack(chosen.bits[b, h], view.n)
+                keys, values = view.arrange(k[b, h // group]).to(dtype) - shift, view.arrange(v[b, h // group]).to(dtype)
+            rows, lists = view.arrange(q[b, h]).to(dtype), block_bits.unpack(chosen.bits[b, h], view.n)
             begin = None if chosen.tail is None else Tail(*(x[b, h].to(dtype).repeat_interleave(BLOCK, 0)[:len_q] for x in chosen.tail))
             o, logsum = _attend_head(rows, keys, values, lists, live, begin, view, scale * LOG2E)
             out[b, h, view.place], lse[b, h, view.place] = o, logsum + rows @ shift * scale
@@ -179,13 +181,11 @@ def coarse(
     batch, heads, len_q, head_dim = q.shape
     view = BlockView(len_q, k.shape[2], geometry, q.device)
     out = q.new_zeros(q.shape, dtype=dtype)
-    for b in range(batch):
-        for h, _, kv in _pooled_heads(k, v, heads, b, view, dtype):
-            pooled = pool_q(view.arrange(q[b, h], dtype), view.live_queries(b))
-            live = kv.counts > 0
-            p = torch.softmax(scores(pooled, kv, _scale(sm_scale, head_dim)).masked_fill(~live, -math.inf), -1)
-            mean = torch.where(live.any(), p @ (kv.v_sum / kv.counts.clamp_min(1)[:, None]), 0)
-            out[b, h, view.place] = mean.repeat_interleave(BLOCK, 0)[:len_q]
+    for part in _pooled_heads(q, k, v, view, dtype, similarity=False):
+        kv, live = part.kv, part.kv.counts > 0
+        p = torch.softmax(scores(part.q, kv, _scale(sm_scale, head_dim)).masked_fill(~live, -math.inf), -1)
+        mean = torch.where(live.any(), p @ (kv.v_sum / kv.counts.clamp_min(1)[:, None]), 0)
+        out[part.batch, part.heads, view.place] = mean.repeat_interleave(BLOCK, -2)[:, :len_q]
     return out
 
 
@@ -198,16 +198,35 @@ def exact_share(chosen: Route, len_q: int, len_kv: int, geometry: Geometry) -> t
     return torch.where(possible > 0, exact / possible.clamp_min(1), 1.0)
 
 
+class PooledHeads(NamedTuple):
+    """Some query heads of one batch, pooled; `kv` has each KV head once for every query head that shares it, `k_shift` once."""
+
+    batch: int
+    heads: slice
+    kv_heads: slice
+    q: PooledQ
+    kv: PooledKV
+    k_shift: torch.Tensor
+
+
 def _pooled_heads(
-    k: torch.Tensor, v: torch.Tensor, heads: int, b: int, view: BlockView, dtype: torch.dtype
-) -> Iterator[tuple[int, int, PooledKV]]:
-    """(query head, KV head, its pooled blocks) for each query head of batch b."""
-    group = heads // k.shape[1] if heads else 1
-    live = view.live_keys(b)
-    for h in range(heads):
-        if h % group == 0:
-            kv = pool_kv(view.arrange(k[b, h // group], dtype), view.arrange(v[b, h // group], dtype), live)
-        yield h, h // group, kv
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, view: BlockView, dtype: torch.dtype, *, similarity: bool
+) -> Iterator[PooledHeads]:
+    """All heads, as many at a time as `HELD` allows."""
+    group = q.shape[1] // k.shape[1] if q.shape[1] else 1
+    # Tokens are copied in their own dtype where they are masked or reordered; of the scores several results are alive at once.
+    step = max(1, HELD // (group * max(view.m * view.n, max(view.len_q, view.len_kv) * q.shape[3] // 8, 1)))
+    for b in range(q.shape[0]):
+        live, live_q = view.live_keys(b), view.live_queries(b)
+        for first in range(0, k.shape[1] if q.shape[1] else 0, step):
+            own = slice(first, min(first + step, k.shape[1]))
+            heads = slice(own.start * group, own.stop * group)
+            kv = pool_kv(view.arrange(k[b, own]), view.arrange(v[b, own]), live, dtype=dtype, similarity=similarity)
+            alike = None if kv.k_similarity is None else kv.k_similarity.repeat_interleave(group, 0)
+            k_shift, k_mean, k_var, v_sum = (x.repeat_interleave(group, 0) for x in (kv.k_shift, kv.k_mean, kv.k_var, kv.v_sum))
+            shared = PooledKV(k_shift, k_mean, k_var, alike, v_sum, kv.counts)
+            pooled = pool_q(view.arrange(q[b, heads]), live_q, dtype=dtype, similarity=similarity)
+            yield PooledHeads(b, heads, own, pooled, shared, kv.k_shift)
 
 
 def _attend_head(
@@ -235,10 +254,10 @@ def _attend_head(
 
 
 def _tail(sigma: torch.Tensor, others: torch.Tensor, kv: PooledKV) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(m₀ [m], l₀ [m], o₀ [m, D]) of the blocks `others` [m, n]."""
+    """(m₀ [..., m], l₀ [..., m], o₀ [..., m, D]) of the blocks `others` [..., m, n]."""
     logits = sigma.masked_fill(~others, -math.inf)
-    m = logits.amax(-1) if logits.shape[-1] else logits.new_full(logits.shape[:1], -math.inf)
-    weight = torch.exp2(logits - _finite(m)[:, None])
+    m = logits.amax(-1) if logits.shape[-1] else logits.new_full(logits.shape[:-1], -math.inf)
+    weight = torch.exp2(logits - _finite(m)[..., None])
     return m, weight @ kv.counts, torch.where(others.any(-1, keepdim=True), weight @ kv.v_sum, 0)
 
 
@@ -259,10 +278,6 @@ def _softmax_from(begin: Tail | None, s: torch.Tensor, values: torch.Tensor) -> 
 def _empty_tail(batch: int, heads: int, blocks: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tail:
     m = torch.full((batch, heads, blocks), -math.inf, dtype=dtype, device=device)
     return Tail(m, torch.zeros_like(m), torch.zeros(batch, heads, blocks, head_dim, dtype=dtype, device=device))
-
-
-def _head_of(block_mask: torch.Tensor, b: int, h: int) -> torch.Tensor:
-    return block_mask[b if block_mask.shape[0] > 1 else 0, h if block_mask.shape[1] > 1 else 0]
 
 
 def _finite(maximum: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,7 @@ class BlockView:
     """A `Geometry` laid over `len_q` queries and `len_kv` keys: m blocks of 64 query rows, n KV blocks, lists of `rows` blocks of rows.
 
     Attributes:
-        place: index of the tensors' rows by the position of the block order.
+        place: index of the tensors' rows by the position of the block order; a slice of all where that is their own order.
         visible: bool [m, n], whether any row sees any key of the block.
         whole: bool [m, n], whether all rows see all its keys: such a block may be in the tail.
         near: bool [m, n], blocks that are exact for where they lie.
@@ -55,7 +55,7 @@ class BlockView:
         self.rows = geometry.q_block // BLOCK
         self.m, self.n = count_blocks(len_q), count_blocks(len_kv)
         self.lists = count_blocks(len_q, geometry.q_block)
-        self.place = slice(None) if geometry.order is None else geometry.order.long()
+        self.place: slice | torch.Tensor = slice(None) if geometry.order is None else geometry.order.long()
         first = torch.arange(self.m, device=device)[:, None] * BLOCK
         last = (first + BLOCK - 1).clamp_max(len_q - 1)
         blocks = torch.arange(self.n, device=device)
@@ -72,9 +72,9 @@ class BlockView:
         self.sinks = self._touched(geometry.sinks, len_kv, BLOCK)
         self.query_sinks = self._touched(geometry.query_sinks, len_q, geometry.q_block)[:, None]
 
-    def arrange(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Rows of x [N, D] in block order."""
-        return x[self.place].to(dtype)
+    def arrange(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows of x [..., N, D] in block order."""
+        return x if isinstance(self.place, slice) else x.index_select(-2, self.place)
 
     def live_keys(self, b: int) -> torch.Tensor | None:
         """Keys of batch b that exist, bool [Nk] in block order; None for all."""
@@ -98,12 +98,12 @@ class BlockView:
         return keys <= rows[:, None] + (self.geometry.q_start or 0)
 
     def of_lists(self, of_rows: torch.Tensor) -> torch.Tensor:
-        """bool [m, n] → [lists, n], what is true of any row block of a list."""
-        return torch.nn.functional.pad(of_rows, (0, 0, 0, -self.m % self.rows)).unflatten(0, (-1, self.rows)).any(1)
+        """bool [..., m, n] → [..., lists, n], what is true of any row block of a list."""
+        return torch.nn.functional.pad(of_rows, (0, 0, 0, -self.m % self.rows)).unflatten(-2, (-1, self.rows)).any(-2)
 
     def of_rows(self, of_lists: torch.Tensor) -> torch.Tensor:
-        """bool [lists, n] → [m, n]."""
-        return of_lists.repeat_interleave(self.rows, 0)[: self.m]
+        """bool [..., lists, n] → [..., m, n]."""
+        return of_lists.repeat_interleave(self.rows, -2)[..., : self.m, :]
 
     def _touched(self, ranges: Sequence[tuple[int, int]], tokens: int, block: int) -> torch.Tensor:
         """Blocks that hold a token of the ranges."""

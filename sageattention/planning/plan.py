@@ -17,6 +17,7 @@ from ..numerics.scheme import Scheme
 from ..variants import SDPA, VARIANTS, Candidate, Variant
 from . import rules
 from .problem import Problem
+from .tile_lists import MAX_WORDS, WORD_BITS, tile_list_shape
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -72,12 +73,16 @@ class KernelPlan(Plan):
     heads_per_group: int
 
     @classmethod
-    def grouped(cls, problem: Problem, tile_bytes: int, tile: int) -> int:
-        """`heads_per_group` for tiles of `tile` keys, of `tile_bytes` quantised. Groups are of even size."""
+    def grouped(cls, problem: Problem, tile_bytes: int, tile: int, beside: int = 0) -> int:
+        """`heads_per_group` for tiles of `tile` keys, of `tile_bytes` quantised, with so many bytes beside them.
+
+        Groups are of even size.
+        """
         heads, per_head = problem.batch * problem.heads_kv, -(-problem.len_kv // tile) * tile_bytes
-        if problem.varlen or heads * per_head <= cls.WORKSPACE_LIMIT:
+        limit = cls.WORKSPACE_LIMIT - beside
+        if problem.varlen or heads * per_head <= limit:
             return heads
-        groups = -(-heads // max(1, cls.WORKSPACE_LIMIT // (cls.GROUPS_ALIVE * per_head)))
+        groups = -(-heads // max(1, limit // (cls.GROUPS_ALIVE * per_head)))
         return -(-heads // groups)
 
     def halves_take(self, problem: Problem) -> int:
@@ -206,8 +211,9 @@ def _fit(problem: Problem, target: Target, candidate: Candidate, reason: str) ->
         raise Unsupported("q", f"a gradient is asked for; {lacks} (under torch.no_grad() and without tangents it runs)")
     if variant.backend == "reference":
         return EmulationPlan(variant, reason, target.family, accum, scheme=scheme)
-    fit = _fit_triton if variant.backend == "triton" else _fit_cuda
-    return fit(problem, target, variant, accum, scheme, reason)
+    if variant.backend == "triton":
+        return _fit_triton(problem, target, variant, accum, scheme, reason)
+    return fit_cuda(problem, target, variant, accum, reason)
 
 
 def _fit_triton(problem: Problem, target: Target, variant: Variant, accum: str, scheme: Scheme, reason: str) -> TritonPlan:
@@ -220,12 +226,20 @@ def _fit_triton(problem: Problem, target: Target, variant: Variant, accum: str, 
     )  # fmt: skip
 
 
-def _fit_cuda(problem: Problem, target: Target, variant: Variant, accum: str, scheme: Scheme, reason: str) -> CudaPlan:
-    head_dim, mask = pad_head_dim(problem.head_dim), problem.mask_kind
-    kernels, images = _kernels(variant, target, head_dim, accum)
+def fit_cuda(
+    problem: Problem, target: Target, variant: Variant, accum: str, reason: str, sparse: bool = False
+) -> CudaPlan:  # fmt: skip
+    """The plan of a CUDA variant.
+
+    Raises:
+        KernelMissing: it has no kernels for the target.
+    """
+    head_dim, mask = pad_head_dim(problem.head_dim), "list" if sparse else problem.mask_kind
+    kernels, images = _kernels(variant, target, head_dim, accum, sparse)
     scheme = kernels.schemes[accum or next(iter(variant.accum))]
     tile = find_tile(kernels.tiles, images[1].tiles_of, head_dim, mask, scheme.accumulate)
-    heads = CudaPlan.grouped(problem, kernels.tile_bytes(head_dim), tile.block_n)
+    tile_bytes = kernels.tile_bytes(head_dim)
+    heads = CudaPlan.grouped(problem, tile_bytes, tile.block_n, _tile_list_bytes(problem, variant, tile_bytes, tile.block_n))
     return CudaPlan(
         variant, reason, target.family, accum,
         scheme=replace(scheme, kv_tile=tile.block_n), head_dim=head_dim, tile=tile, heads_per_group=heads,
@@ -233,13 +247,36 @@ def _fit_cuda(problem: Problem, target: Target, variant: Variant, accum: str, sc
     )  # fmt: skip
 
 
-def _kernels(variant: Variant, target: Target, head_dim: int, accum: str = "") -> tuple[KernelFamily, tuple[Image, Image]]:
+def _tile_list_bytes(problem: Problem, variant: Variant, tile_bytes: int, tile: int) -> int:
+    """The workspace that a dense mask takes beside quantised K and V; 0 without one.
+
+    Raises:
+        Unsupported: the mask's bits leave no room for K and V, or there are more keys than the lists can name.
+    """
+    if problem.mask_kind != "list":
+        return 0
+    shape, limit = tile_list_shape(problem, problem.len_kv, tile), CudaPlan.WORKSPACE_LIMIT
+    if shape.words > MAX_WORDS:
+        most = MAX_WORDS * WORD_BITS * tile
+        accepted = f"{variant.name} takes a mask of at most {most:,}, and more keys without one"
+        raise Unsupported("attn_mask", f"goes over {problem.len_kv:,} keys; {accepted}")
+    alive = min(CudaPlan.GROUPS_ALIVE, problem.batch * problem.heads_kv) * -(-problem.len_kv // tile) * tile_bytes
+    room = limit - min(alive, limit // 2)  # one head's K and V may be more than that by themselves
+    if shape.size > room:
+        taken = f"its lists and bits take {shape.size >> 20:,} MiB beside K and V, for which {variant.name} has {room >> 20:,}"
+        raise Unsupported("attn_mask", f"{taken}; accepted is a smaller one, such as one that broadcasts over heads or queries")
+    return shape.size
+
+
+def _kernels(
+    variant: Variant, target: Target, head_dim: int, accum: str = "", sparse: bool = False
+) -> tuple[KernelFamily, tuple[Image, Image]]:
     """The kernels that the device runs, and their images: the quantisers' and the attention's.
 
     Raises:
         KernelMissing: the table has none for the device, or a file is missing.
     """
-    kernels = variant.choose(target.family, bool(target.forced), head_dim, accum)
+    kernels = variant.choose(target.family, bool(target.forced), head_dim, accum, sparse)
     if kernels is None:
         lacks = f"this installation holds no kernel of it for sm_{target.family}"
         raise KernelMissing(variant.name, f"{lacks}; choose 'auto' or another variant")

@@ -42,6 +42,7 @@ class Problem(NamedTuple):
     varlen: bool = False
     needs_grad: bool = False  # autograd records this call, backward or forward
     head_dim_v: int = 0  # V's, where it differs from that of Q and K
+    mask_shape: tuple[int, int, int] = (1, 1, 1)  # batches, heads, queries of the mask: 1 where it is the same for all
 
     @property
     def empty(self) -> bool:
@@ -50,8 +51,8 @@ class Problem(NamedTuple):
 
     @property
     def mask_kind(self) -> str:
-        """The kind of kernel it takes: "none", "causal" or "dense" (which may be causal, too)."""
-        return "dense" if self.mask != "none" else "causal" if self.causal else "none"
+        """The kind of kernel it takes: "none", "causal" or "list" (a dense mask, which may be causal, too)."""
+        return "list" if self.mask != "none" else "causal" if self.causal else "none"
 
     @property
     def beyond_variants(self) -> Unsupported | None:
@@ -95,19 +96,19 @@ class Problem(NamedTuple):
         _check_heads(heads_q, heads_kv)
         _check_head_dim(None, ("q", q), ("k", k))
         _check_head_dim(None, ("v", v))
-        mask = "none"
+        mask, mask_shape = "none", (1, 1, 1)
         if attn_mask is not None:
-            mask = _check_mask(attn_mask, (batch, heads_q, len_q, len_kv), q)
+            mask, mask_shape = _check_mask(attn_mask, (batch, heads_q, len_q, len_kv), q)
         return cls(
             batch, heads_q, heads_kv, len_q, len_kv, head_dim, _dtype_name(q), *_device(q), tensor_layout,
             as_flag("is_causal", is_causal), mask,
             _scale(sm_scale, head_dim), as_flag("return_lse", return_lse), needs_grad=needs_grad(q, k, v, attn_mask),
-            head_dim_v=0 if v.shape[3] == head_dim else v.shape[3],
+            head_dim_v=0 if v.shape[3] == head_dim else v.shape[3], mask_shape=mask_shape,
         )  # fmt: skip
 
     @classmethod
-    def from_kv(cls, k: torch.Tensor, v: torch.Tensor, *, tensor_layout: str) -> Problem:
-        """K and V alone, for `with_query` to complete.
+    def from_kv(cls, k: torch.Tensor, v: torch.Tensor, *, tensor_layout: str, key_mask: torch.Tensor | None = None) -> Problem:
+        """K and V alone, for `with_query` to complete. Its mask is "bool" where some keys are hidden from every query.
 
         Raises:
             Unsupported: as `from_tensors`, but never of q.
@@ -119,9 +120,12 @@ class Problem(NamedTuple):
         _check_head_dim(MAX_HEAD_DIM, ("k", k))
         heads, tokens = AXES[tensor_layout]
         batch, heads_kv, len_kv, head_dim = k.shape[0], k.shape[heads], k.shape[tokens], k.shape[3]
+        mask, mask_shape = "none", (1, 1, 1)
+        if key_mask is not None:
+            mask, mask_shape = _check_key_mask(key_mask, batch, len_kv, k)
         return cls(
-            batch, heads_kv, heads_kv, len_kv, len_kv, head_dim, _dtype_name(k), *_device(k), tensor_layout,
-            sm_scale=_scale(None, head_dim), needs_grad=needs_grad(k, v),
+            batch, heads_kv, heads_kv, len_kv, len_kv, head_dim, _dtype_name(k), *_device(k), tensor_layout, mask=mask,
+            sm_scale=_scale(None, head_dim), needs_grad=needs_grad(k, v), mask_shape=mask_shape,
         )  # fmt: skip
 
     def with_query(
@@ -147,12 +151,14 @@ class Problem(NamedTuple):
         _check_heads(q.shape[heads], self.heads_kv)
         if needs_grad(q, attn_mask):
             raise Unsupported("q", "a gradient is asked for, and attention to quantised k and v has none")
-        mask = "none"
+        mask, mask_shape = "none", (1, 1, 1)
+        if attn_mask is None and self.mask != "none":
+            raise Unsupported("attn_mask", "is None, and k and v were quantised with a key_mask; pass a mask that hides those keys")
         if attn_mask is not None:
-            mask = _check_mask(attn_mask, (self.batch, q.shape[heads], q.shape[tokens], self.len_kv), q)
+            mask, mask_shape = _check_mask(attn_mask, (self.batch, q.shape[heads], q.shape[tokens], self.len_kv), q)
         return self._replace(
             heads_q=q.shape[heads], len_q=q.shape[tokens], causal=as_flag("is_causal", is_causal), mask=mask,
-            sm_scale=_scale(sm_scale, self.head_dim), return_lse=as_flag("return_lse", return_lse),
+            sm_scale=_scale(sm_scale, self.head_dim), return_lse=as_flag("return_lse", return_lse), mask_shape=mask_shape,
         )  # fmt: skip
 
     @classmethod
@@ -293,7 +299,8 @@ def _check_head_dim(limit: int | None, first: tuple[str, torch.Tensor], *others:
         raise Unsupported(leader, f"its head_dim is {head_dim}, accepted are 1 to {MAX_HEAD_DIM}")
 
 
-def _check_mask(mask: torch.Tensor, scores: tuple[int, int, int, int], q: torch.Tensor) -> str:
+def _check_mask(mask: torch.Tensor, scores: tuple[int, int, int, int], q: torch.Tensor) -> tuple[str, tuple[int, int, int]]:
+    """(`Problem.mask`, `Problem.mask_shape`)"""
     if not hasattr(mask, "dim"):
         raise Unsupported("attn_mask", f"got {type(mask).__name__}, accepted is a torch.Tensor, bool (True keeps) or float (added)")
     check_plain("attn_mask", mask)
@@ -303,11 +310,26 @@ def _check_mask(mask: torch.Tensor, scores: tuple[int, int, int, int], q: torch.
         raise Unsupported("attn_mask", f"its shape is {shape}, accepted is one that broadcasts to [B, H, Nq, Nk] = {list(scores)}")
     if mask.device != q.device:
         raise Unsupported("attn_mask", f"is on {mask.device}, q is on {q.device}; they must be on one device")
+    sizes = [1 if stride == 0 else size for size, stride in zip(shape, mask.stride())]
+    batches, heads, rows, _ = [1] * (4 - len(sizes)) + sizes
     if _is_bool(mask):
-        return "bool"
+        return "bool", (batches, heads, rows)
     if _dtype_name(mask) not in DTYPES and mask.dtype != q.dtype:
         raise Unsupported("attn_mask", f"its dtype is {mask.dtype}, accepted are bool (True keeps) and {', '.join(DTYPES)} (added)")
-    return "additive"
+    return "additive", (batches, heads, rows)
+
+
+def _check_key_mask(mask: torch.Tensor, batch: int, len_kv: int, k: torch.Tensor) -> tuple[str, tuple[int, int, int]]:
+    """As `_check_mask`."""
+    if not hasattr(mask, "dim"):
+        raise Unsupported("key_mask", f"got {type(mask).__name__}, accepted is a torch.Tensor of bool (True keeps)")
+    check_plain("key_mask", mask)
+    if not _is_bool(mask) or mask.dim() != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != len_kv:
+        accepted = f"bool (True keeps) of shape [B | 1, Nk] = {[batch, len_kv]}"
+        raise Unsupported("key_mask", f"got {mask.dtype} of shape {tuple(mask.shape)}, accepted is {accepted}")
+    if mask.device != k.device:
+        raise Unsupported("key_mask", f"is on {mask.device}, k is on {k.device}; they must be on one device")
+    return "bool", (mask.shape[0] if mask.stride(0) else 1, 1, 1)
 
 
 def _is_bool(mask: torch.Tensor) -> bool:

@@ -1,32 +1,54 @@
-"""Which variant runs a block-sparse call."""
+"""Which variant runs a block-sparse call, and how."""
 
 from __future__ import annotations
 
 from ..device.capability import Capability
 from ..errors import KernelMissing, Unsupported
-from ..variants import REFERENCE, VARIANTS, Variant
-from .plan import refusal
+from ..variants import REFERENCE, VARIANTS, Candidate
+from . import rules
+from .plan import Plan, Target, fit_cuda, refusal
+from .sparse_problem import SparseProblem
 
-NO_KERNEL = "this installation holds no block-sparse kernel; sageattn is dense, variant='reference' slow (plain PyTorch)"
 
+def sparse_plan(sparse: SparseProblem, card: Capability, variant: str = "auto", arch: int = 0, ptx: bool = False) -> Plan:
+    """The plan of a block-sparse call: a `CudaPlan`, or one of the `reference` variant. `arch` and `ptx` as for `plan`.
 
-def sparse_variant(capability: Capability, variant: str = "auto", arch: int = 0, ptx: bool = False) -> Variant:
-    """The variant that a block-sparse call gets. `arch` and `ptx` as for `plan`.
+    "auto" takes the first CUDA variant of the device's rule that has a kernel; on a device without CUDA, `reference`.
 
     Raises:
-        Unsupported: the variant is unknown, has no block-sparse form, or can't run on this device.
+        Unsupported: the variant is unknown, has no block-sparse form, can't run on this device or can't do this call.
         KernelMissing: its kernel is not in this installation.
     """
-    able = {name: v for name, v in VARIANTS.items() if v.backend in ("reference", "cuda")}
+    target, able = Target(card, arch, ptx), {name: v for name, v in VARIANTS.items() if v.backend in ("reference", "cuda")}
     if variant == "auto":
-        if capability.device != "cuda":
-            return REFERENCE
-        raise KernelMissing("auto", NO_KERNEL)
+        return _automatic(sparse, target)
     if variant not in able:
         raise Unsupported("variant", f"got {variant!r}, accepted of block-sparse calls are 'auto', {', '.join(map(repr, able))}")
-    error = refusal(able[variant], capability, arch, ptx)
+    return _fit(sparse, target, Candidate(variant), "asked for by name")
+
+
+def _automatic(sparse: SparseProblem, target: Target) -> Plan:
+    if target.card.device != "cuda":
+        return Plan(REFERENCE, "no kernels but for NVIDIA GPUs", target.family, auto=True)
+    rejected: list[tuple[Candidate, str]] = []
+    for rule in (r for r in rules.RULES if target.family in r.archs):
+        for candidate in (c for c in rule.candidates if VARIANTS[c.variant].sparse_kernels):
+            try:
+                return _fit(sparse, target, candidate, rule.reason)
+            except (Unsupported, KernelMissing) as error:
+                rejected.append((candidate, str(error)))
+    found = "; ".join(reason for _, reason in rejected) or f"no variant is for compute capability {target.family / 10}"
+    raise KernelMissing("auto", f"no block-sparse kernel runs here: {found}; sageattn is dense, variant='reference' slow (plain PyTorch)")
+
+
+def _fit(sparse: SparseProblem, target: Target, candidate: Candidate, reason: str) -> Plan:
+    variant = VARIANTS[candidate.variant]
+    error = refusal(variant, target.card, target.forced, target.ptx)
     if error is not None:
         raise error
-    if able[variant].backend == "cuda":
-        raise KernelMissing(variant, NO_KERNEL)
-    return able[variant]
+    if variant is REFERENCE:
+        return Plan(variant, reason, target.family)
+    if sparse.problem.causal and sparse.q_start:
+        accepted = "0, or variant='reference', which takes any"
+        raise Unsupported("q_start", f"got {sparse.q_start}; of causal calls {variant.name} accepts {accepted}")
+    return fit_cuda(sparse.problem, target, variant, candidate.accum, reason, sparse=True)

@@ -6,67 +6,36 @@ the quantisers alone, as wgmma is not emulated.
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 
 import matrix
 import pytest
 import torch
-from lane_compiler import COMPILER, compiled
+from emulated_card import CARDS, MMA, Lanes, each_variant, install, lanes_of, needs_compiler, on_card
+from lane_compiler import compiled
 
 from sageattention import dispatch
 from sageattention.backends.call import PreparedCall
-from sageattention.backends.cuda import driver, host, workspace
-from sageattention.device.capability import Capability
-from sageattention.kernels import binaries, store
+from sageattention.backends.cuda import host, workspace
 from sageattention.kernels.architectures import ARCHITECTURES
 from sageattention.kernels.family import KernelFamily, find_tile
 from sageattention.kernels.mma import MMA_FP16
-from sageattention.kernels.table import IMAGES, KERNELS
-from sageattention.numerics.constants import K_SCALE_SHIFT
+from sageattention.kernels.table import KERNELS
+from sageattention.numerics.constants import K_SCALE_SHIFT, k_mean_stride
 from sageattention.numerics.reference import emulate, oracle, quantize_k, quantize_v
-from sageattention.planning.plan import CudaPlan, plan
-from sageattention.planning.problem import Problem
+from sageattention.planning.plan import CudaPlan, Target, fit_cuda, plan
 from sageattention.variants import CUDA_FP16, VARIANTS
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux")
-
-class Lanes:
-    """A card that runs on the host: an architecture's quantisers and mma.sync attention of one head dimension."""
-
-    def __init__(self, arch: int, head_dim: int, folder: Path):
-        self.capability, self.head_dim = Capability("cuda", arch, 2, "none", "host"), head_dim
-        chosen = [e for i in IMAGES if i.arch == ARCHITECTURES[arch].target and not i.name.startswith("attend_wgmma") for e in i.entries]
-        self.entries = {entry.symbol: entry for entry in chosen if f"_d{head_dim}" in entry.symbol}
-        functions = "".join(
-            f'extern "C" void {e.symbol}(const {e.params.__name__}* p, unsigned blocks) '
-            f"{{ run_grid(blocks, {e.threads}, [&] {{ {e.expression}(*p); }}); }}\n"
-            for e in self.entries.values()
-        )
-        self.library = compiled(arch, folder, ("kernel/quantize.cuh", "kernel/attend_mma.cuh"), functions)
-
-    def launch(self, device: int, stream: int, launches: tuple) -> None:
-        for symbol, x, _, _, params, _ in launches:
-            assert len(params) == ctypes.sizeof(self.entries[symbol].params)
-            getattr(self.library, symbol)(ctypes.create_string_buffer(params, len(params)), ctypes.c_uint(x))
+pytestmark = needs_compiler
 
 
-@pytest.fixture(scope="module", params=[(75, 128), (80, 256), (89, 128), (90, 64), (90, 128)], ids=lambda p: f"sm{p[0]}-d{p[1]}")
+@pytest.fixture(scope="module", params=CARDS, ids=lambda p: f"sm{p[0]}-d{p[1]}")
 def lanes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lanes:
-    return Lanes(*request.param, tmp_path_factory.mktemp("lanes"))
+    return lanes_of(*request.param, tmp_path_factory.mktemp("lanes"))
 
 
 @pytest.fixture
 def card(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> Lanes:
-    monkeypatch.delenv(binaries.FORCE, raising=False)
-    monkeypatch.setattr(store, "missing", lambda image: "")
-    monkeypatch.setattr(workspace.capability, "of_device", lambda *_: lanes.capability)
-    monkeypatch.setattr(driver, "kernel", lambda index, image, symbol, variant: symbol)
-    monkeypatch.setattr(host, "_issue", lambda device, chains: [lanes.launch(device, 0, chain) for chain in chains])
-    return lanes
-
-
-def on_card(tensors: dict[str, torch.Tensor], **options) -> Problem:
-    return Problem.from_tensors(**tensors, return_lse=True, **options)._replace(device="cuda", device_index=0)
+    return install(monkeypatch, lanes)
 
 
 def run(card: Lanes, tensors: dict[str, torch.Tensor], mask: torch.Tensor | None, variant: str, accum: str, **options) -> tuple:
@@ -77,10 +46,6 @@ def run(card: Lanes, tensors: dict[str, torch.Tensor], mask: torch.Tensor | None
     chosen = plan(problem, card.capability, variant, accum, arch=card.capability.arch)
     out, lse = host.run(PreparedCall(*tensors.values(), dispatch._four_dims(mask), problem, chosen, {}))
     return out, lse, chosen.scheme
-
-
-MMA = {k.name: (v.name, k) for v in VARIANTS.values() for k in v.kernels if not k.arch}
-each_variant = pytest.mark.parametrize("variant", [name for name, _ in MMA.values()], ids=MMA)
 
 
 @pytest.mark.parametrize(
@@ -142,13 +107,14 @@ def test_equal_weights_give_the_mean_of_v(card: Lanes, variant: str) -> None:
 def test_where_there_is_nothing_to_quantise(card: Lanes, shape: tuple[int, int, int]) -> None:
     k = torch.zeros(*shape, card.head_dim)
     problem = on_card({"q": k, "k": k, "v": k})
-    kv = host.quantize(k, k, problem, plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch))
+    kv = host.quantize(k, k, problem, plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch), None)
     assert kv.buffer.numel() == 0
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_groups_of_heads_and_halves_give_the_same_bits(card: Lanes, monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
-    t, _ = matrix.tensors(matrix.Case(card.head_dim, heads_q=4, heads_kv=2, len_q=20, len_kv=100))
+    len_q = 70 if causal else 20  # causal: as many as keys, for a whole call leaves out keys that no query reaches
+    t, _ = matrix.tensors(matrix.Case(card.head_dim, heads_q=4, heads_kv=2, len_q=len_q, len_kv=70))
     whole = run(card, t, None, CUDA_FP16.name, "fp32", is_causal=causal)
     monkeypatch.setattr(CudaPlan, "WORKSPACE_LIMIT", 2 * 2 * MMA_FP16.tile_bytes(card.head_dim))  # of the four pairs, one a group
     plan.cache_clear()
@@ -157,7 +123,7 @@ def test_groups_of_heads_and_halves_give_the_same_bits(card: Lanes, monkeypatch:
     problem = on_card(t, is_causal=causal)
     chosen = plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch)
     assert workspace.launch_plan_of(problem, chosen).groups == ((0, 1), (1, 1), (2, 1), (3, 1))
-    kv = host.quantize(t["k"], t["v"], problem, chosen)
+    kv = host.quantize(t["k"], t["v"], problem, chosen, None)
     halves = host.attend(t["q"], kv, problem, None)
     assert torch.equal(halves[0], whole[0]) and torch.equal(halves[1], whole[1])
 
@@ -216,11 +182,13 @@ def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: Ker
         pytest.skip(f"{kernels.name} is not for sm_{arch} or head_dim {d}")
     t, _ = matrix.tensors(matrix.Case(d - missing, dtype, heads_q=2, heads_kv=2, len_q=1, len_kv=tokens))
     t["v"][:, 0] += 3  # a mean worth taking out
-    variant = next(v for v in VARIANTS.values() if kernels in v.kernels)
-    problem = on_card(t)
-    chosen = plan(problem, card.capability, variant.name, next(iter(kernels.schemes)), arch=0 if kernels.arch else arch)
+    variant = next(v for v in VARIANTS.values() if kernels in (*v.kernels, *v.sparse_kernels))
+    sparse = kernels not in variant.kernels  # whose quantisers always look at which keys are live: all
+    mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool) if sparse else None
+    problem = on_card(t, attn_mask=mask)
+    chosen = fit_cuda(problem, Target(card.capability, 0 if kernels.arch else arch), variant, next(iter(kernels.schemes)), "", sparse)
     assert chosen.kernels is kernels
-    kv = host.quantize(t["k"], t["v"], problem, chosen)
+    kv = host.quantize(t["k"], t["v"], problem, chosen, mask)
     launch_plan = workspace.launch_plan_of(problem, chosen, True)
     w, size = launch_plan.workspace, kernels.tile_bytes(d)
 
@@ -249,7 +217,7 @@ def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: Ker
             assert ((summed - values.sum(0)).abs() <= off).all()
             v_mean = v_mean + v_scale * (v8 / tokens).sum(0)
         assert torch.allclose(mean, v_mean, atol=1e-6)
-        k_mean = t["k"].flatten(0, 1)[pair, :: launch_plan.quantize_k_tail[4]].float().mean(0)
+        k_mean = t["k"].flatten(0, 1)[pair, :: k_mean_stride(tokens)].float().mean(0)
         assert torch.allclose(buffer(w.k_mean, torch.float32, 4, d)[pair, : d - missing], k_mean, rtol=1e-4, atol=1e-5)
 
 

@@ -43,6 +43,6 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> dict[int, Stream]:
 @pytest.mark.parametrize("groups", [1, 2, 3, 4])
 def test_whatever_follows_on_the_callers_stream_follows_every_group(streams: dict[int, Stream], groups: int) -> None:
     chains = [(f"quantize {n}", f"attend {n}") for n in range(groups)]
-    host._issue(0, chains)
+    host.issue(0, chains)
     assert streams[OWN].done == {"before", *(launch for chain in chains for launch in chain)}
     assert ("attend 1" in streams[SIDE].done) == (groups > 1)  # two groups do run beside each other

@@ -32,7 +32,7 @@ def child(code: str, interpret: bool, timeout: int = 600) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("part", ["cases", "packed", "halves", "groups", "finite", "any_size", "tiles"])
+@pytest.mark.parametrize("part", ["cases", "packed", "halves", "masked_keys", "groups", "finite", "any_size", "tiles"])
 def test_interpreted(part: str) -> None:
     assert "passed" in child(f"import triton_interpreted as t; t.{part}(); print('passed')", interpret=True)
 
@@ -55,7 +55,7 @@ def test_matrix_on_gpu(case: matrix.Case) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("part", ["packed", "halves", "groups", "finite"])
+@pytest.mark.parametrize("part", ["packed", "halves", "masked_keys", "groups", "finite"])
 def test_parts_on_gpu(part: str) -> None:
     import triton_interpreted
 

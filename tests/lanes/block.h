@@ -17,6 +17,7 @@ struct uint4 { u32 x, y, z, w; };
 struct uint2 { u32 x, y; };
 struct float4 { float x, y, z, w; };
 struct float2 { float x, y; };
+struct int2 { int x, y; };
 struct Index { unsigned x, y, z; };
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
@@ -124,42 +125,48 @@ inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
   return out;
 }
 
-struct Exchange { float in, out; int lane; };  // lane: what the index of the other lane is made from
+template <class T>
+struct Exchange { T in, out; int lane; };  // lane: what the index of the other lane is made from
 
-inline float __shfl_xor_sync(unsigned, float x, int lane_mask) {
-  Exchange e{x, 0, lane_mask};
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int lane_mask) {
+  Exchange<T> e{x, T(), lane_mask};
   collective(&e, [](void** lanes) {
     for (int i = 0; i < 32; ++i) {
-      auto* own = (Exchange*)lanes[i];
-      own->out = ((Exchange*)lanes[i ^ own->lane])->in;
+      auto* own = (Exchange<T>*)lanes[i];
+      own->out = ((Exchange<T>*)lanes[i ^ own->lane])->in;
     }
   });
   return e.out;
 }
 
 // lane: of the warp's groups of `width` lanes, which one's value each of them gets.
-inline float __shfl_sync(unsigned, float x, int lane, int width) {
-  Exchange e{x, 0, (int)threadIdx.x % 32 / width * width + lane};
+template <class T>
+T __shfl_sync(unsigned, T x, int lane, int width = 32) {
+  Exchange<T> e{x, T(), (int)threadIdx.x % 32 / width * width + lane};
   collective(&e, [](void** lanes) {
-    for (int i = 0; i < 32; ++i) ((Exchange*)lanes[i])->out = ((Exchange*)lanes[((Exchange*)lanes[i])->lane])->in;
+    for (int i = 0; i < 32; ++i) ((Exchange<T>*)lanes[i])->out = ((Exchange<T>*)lanes[((Exchange<T>*)lanes[i])->lane])->in;
   });
   return e.out;
 }
 
-inline bool __any_sync(unsigned, bool x) {
-  Exchange e{x ? 1.0f : 0.0f, 0, 0};
+inline u32 __ballot_sync(unsigned, bool x) {
+  Exchange<u32> e{x ? 1u : 0u, 0, 0};
   collective(&e, [](void** lanes) {
-    float any = 0;
-    for (int i = 0; i < 32; ++i) any += ((Exchange*)lanes[i])->in;
-    for (int i = 0; i < 32; ++i) ((Exchange*)lanes[i])->out = any;
+    u32 votes = 0;
+    for (int i = 0; i < 32; ++i) votes |= ((Exchange<u32>*)lanes[i])->in << i;
+    for (int i = 0; i < 32; ++i) ((Exchange<u32>*)lanes[i])->out = votes;
   });
-  return e.out > 0;
+  return e.out;
 }
+inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
+inline int __popc(u32 x) { return __builtin_popcount(x); }
+inline int __ffs(u32 x) { return __builtin_ffs((int)x); }
 
 inline u32 __umulhi(u32 a, u32 b) { return (unsigned long long)a * b >> 32; }
 inline void __threadfence() {}
 inline int atomicAdd(int* p, int x) { return *p += x, *p - x; }
-inline void atomicMax(int* p, int x) { *p = x > *p ? x : *p; }
+inline u32 atomicOr(u32* p, u32 x) { return *p |= x, *p; }
 template <class T> T min(T a, T b) { return a < b ? a : b; }
 template <class T> T max(T a, T b) { return a > b ? a : b; }
 

@@ -421,7 +421,7 @@ def test_containers_free_k_and_v_before_the_output_is_made(monkeypatch):
 
     backend = SimpleNamespace(
         run=lambda call: attend(call.q, (call.k, call.v), call.problem, call.mask),
-        quantize=lambda k, v, problem, plan: (k.clone(), v.clone()),
+        quantize=lambda k, v, problem, plan, mask: (k.clone(), v.clone()),
         attend=attend,
     )
     monkeypatch.setattr(part("device.capability"), "of_device", lambda device, index: CARD)

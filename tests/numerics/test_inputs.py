@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from sageattention.cli import video, workloads  # noqa: E402
+from sageattention.cli.mask_forms import MASK_FORMS  # noqa: E402
 from sageattention.numerics.reference import oracle  # noqa: E402
 
 SMALL = workloads.Shape("small", 1, 2, 33, 65, 64)
@@ -78,6 +79,41 @@ def test_metrics():
     assert workloads.relative_l2(exact, exact) == 0
     assert workloads.gain(0.9 * exact, exact) == pytest.approx(0.9)
     assert workloads.relative_l2(0.9 * exact, exact) == pytest.approx(0.1)
+
+
+def test_heads_that_share_keys_and_views_of_one_tensor():
+    shape = replace(SMALL, heads=6, heads_kv=2, len_q=65, fused=True)
+    fused, plain = workloads.make("normal", shape), workloads.make("normal", replace(shape, heads_kv=0, fused=False))
+    assert [t.shape[1] for t in fused] == [6, 2, 2]
+    assert torch.equal(fused[0], plain[0]) and all(torch.equal(f, p[:, ::3]) for f, p in zip(fused[1:], plain[1:]))
+    assert len({t.untyped_storage().data_ptr() for t in fused}) == 1
+    assert all(t.stride() == (10 * 64 * 65, 64, 10 * 64, 1) for t in fused)
+
+
+@pytest.mark.parametrize("shape", workloads.MODELS.values(), ids=lambda shape: shape.name)
+def test_shapes_of_models_are_calls(shape):
+    assert shape.heads % shape.kv_heads == 0
+    assert shape.len_q == shape.len_kv or not shape.fused
+    assert shape.name not in workloads.SHAPES
+
+
+@pytest.mark.parametrize("shape", [SMALL, replace(SMALL, len_q=4608, len_kv=4608)], ids=["short", "krea2"])
+@pytest.mark.parametrize("form", MASK_FORMS.values(), ids=lambda form: form.name)
+def test_masks_as_models_hand_them_over(form, shape):
+    square = shape.len_q == shape.len_kv
+    assert form.fits(shape) == (square or form.name not in ("text", "causal"))
+    keywords = form.keywords(shape, torch.bfloat16, "cpu")
+    q, k = torch.empty(1, 2, shape.len_q, 64, device="meta"), torch.empty(1, 2, shape.len_kv, 64, device="meta")
+    mask = keywords.pop("attn_mask", None)
+    assert keywords == ({"is_causal": True} if mask is None else {})
+    if mask is None:
+        return
+    assert mask.expand(1, 2, shape.len_q, shape.len_kv).shape[2:] == (q.shape[2], k.shape[2])
+    kept = mask if mask.dtype == torch.bool else mask == 0
+    share = {"key bool": 1 - 200 / 4608, "key finfo.min": 1 - 200 / 4608, "text": 0.895, "random": 0.5}[form.name]
+    if square:
+        assert float(kept.float().mean()) == pytest.approx(share, abs=2e-3)
+    assert kept.any(-1).all()  # no row without a key
 
 
 @pytest.mark.parametrize("shape", [SMALL, *workloads.SHAPES.values()], ids=lambda shape: shape.name)

@@ -9,20 +9,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from sageattention import variants  # noqa: E402
+from schemes import SCHEMES, each_scheme  # noqa: E402
+
 from sageattention.cli import workloads  # noqa: E402
 from sageattention.numerics import hadamard  # noqa: E402
 from sageattention.numerics.constants import HEAD_DIMS  # noqa: E402
 from sageattention.numerics.reference import E4M3_MAX, emulate, oracle, quantize_k, quantize_v  # noqa: E402
 from sageattention.numerics.scheme import FP8_FP32, FP16_FP32, FP16_FP32_MMA, INT8_INT32  # noqa: E402
 
-SCHEMES = {
-    f"{variant.name.removeprefix('sageattn_qk_int8_')}-{accum}": scheme
-    for variant in variants.VARIANTS.values()
-    for accum, scheme in variant.schemes.items()
-}
-each_scheme = pytest.mark.parametrize("scheme", dict(zip(SCHEMES.values(), SCHEMES)), ids=lambda s: NAMES[s])
-NAMES = {scheme: name for name, scheme in reversed(SCHEMES.items())}
 LARGEST_TILE = 128
 
 

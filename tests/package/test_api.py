@@ -459,6 +459,12 @@ def test_a_fake_tensor_gives_a_fake_result_and_is_nothing_to_quantise(variant):
         ({"k": torch.zeros(1, 2, 40, 300), "v": torch.zeros(1, 2, 40, 300)}, r"^k: its head_dim is 300"),
         ({"variant": "sageattn_qk_int8_pv_fp16_cuda"}, r"^k: sageattn_qk_int8_pv_fp16_cuda needs .* not on cpu"),
         ({"tensor_layout": "BHND"}, r"^tensor_layout: got 'BHND'"),
+        ({"key_mask": [True] * 40}, r"^key_mask: got list"),
+        ({"key_mask": torch.ones(1, 40)}, r"^key_mask: got torch.float32 of shape \(1, 40\), accepted is bool"),
+        ({"key_mask": torch.ones(40, dtype=torch.bool)}, r"^key_mask: got torch.bool of shape \(40,\)"),
+        ({"key_mask": torch.ones(2, 40, dtype=torch.bool)}, r"^key_mask: got torch.bool of shape \(2, 40\), .* = \[1, 40\]"),
+        ({"key_mask": torch.ones(1, 41, dtype=torch.bool)}, r"^key_mask: got torch.bool of shape \(1, 41\)"),
+        ({"key_mask": torch.ones(1, 40, dtype=torch.bool, device="meta")}, r"^key_mask: is on meta, k is on cpu"),
     ],
 )
 def test_quantising_k_and_v_names_what_is_at_fault(changes, fault):

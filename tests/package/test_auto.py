@@ -51,7 +51,7 @@ def problem(**changes):
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_rule_names_what_there_is(rule):
     assert rule.basis in rules.BASIS and rule.reason
-    assert set(rule.head_dims) <= set(HEAD_DIMS) and set(rule.masks) <= {"none", "causal", "dense"}
+    assert set(rule.head_dims) <= set(HEAD_DIMS) and set(rule.masks) <= {"none", "causal", "list"}
     for candidate in rule.candidates:
         variant = VARIANTS[candidate.variant]
         assert variant.has_kernels and candidate.accum in ("", *variant.accum)
@@ -140,7 +140,7 @@ def test_a_rule_looks_at_head_dim_and_mask():
     assert rule.miss(problem(head_dim=40), gpu(90)) == ""
     assert "head_dim 128" in rule.miss(problem(head_dim=72), gpu(90))
     assert "'causal'" in rule.miss(problem(head_dim=64, causal=True), gpu(90))
-    assert "'dense'" in rule.miss(problem(head_dim=64, mask="bool"), gpu(90))
+    assert "'list'" in rule.miss(problem(head_dim=64, mask="bool"), gpu(90))
 
 
 @pytest.mark.parametrize(("arch", "family"), [(61, 75), (75, 75), (87, 86), (90, 90), (103, 100), (121, 120), (130, 120)])

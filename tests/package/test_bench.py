@@ -13,6 +13,7 @@ from fake_gpu import Gpu, attention, install  # noqa: E402
 from sageattention import Unsupported  # noqa: E402
 from sageattention.cli import bench, workloads  # noqa: E402
 from sageattention.cli.candidates import Attention  # noqa: E402
+from sageattention.cli.mask_forms import MASK_FORMS  # noqa: E402
 
 SHAPE = workloads.Shape("small", 1, 2, 64, 96, 64)
 
@@ -41,10 +42,36 @@ def test_times_ratios_memory_and_error(gpu):
     assert rows["wrong"].error == pytest.approx(0.1, rel=0.05)
 
 
+def test_masks_beside_the_same_call_without(gpu):
+    def masked(q, k, v, attn_mask=None):
+        gpu.spend(1.0 if attn_mask is None else 1.5)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+
+    candidates = [attention(gpu, "sdpa_cudnn", 2.0), Attention("ours", masked, None)]
+    form = MASK_FORMS["key bool"]
+    plain, rows = (
+        bench.time_shape(SHAPE, candidates, torch.device("cpu"), kind="normal", repeats=3, budget_ms=20, form=f) for f in (None, form)
+    )
+    bench._of_plain(rows, plain)
+    assert [row.of_plain for row in rows] == pytest.approx([1.0, 1.5])
+    assert all(row.mask == "key bool" and row.error < 0.005 for row in rows)
+    assert all(not row.mask and row.of_plain is None for row in plain)
+
+
+def test_the_exact_sample_is_masked_as_the_call_is():
+    shape = workloads.Shape("square", 2, 4, 90, 90, 64, heads_kv=2)
+    q, k, v = workloads.make("normal", shape)
+    for form in MASK_FORMS.values():
+        keywords = form.keywords(shape, q.dtype, "cpu")
+        sample, exact = bench._exact_sample(q, k, v, **keywords)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True, **keywords)
+        assert workloads.relative_l2(sample(out), exact) < 0.005, form.name
+
+
 def test_without_cudnn_the_fastest_backend_is_the_baseline(gpu, capsys):
     rows = run([attention(gpu, "sdpa_flash", 3.0), attention(gpu, "sdpa_efficient", 2.0), attention(gpu, "ours", 1.0)])
     assert rows["ours"].event_ratio == pytest.approx(2.0) and rows["ours"].baseline == "sdpa_efficient"
-    bench._print_shape(SHAPE, list(rows.values()))
+    bench._print_shape(str(SHAPE), list(rows.values()))
     assert "x sdpa_efficient" in capsys.readouterr().out
 
 
@@ -55,7 +82,7 @@ def test_a_shape_that_does_not_fit_the_card_is_skipped(gpu, monkeypatch):
     monkeypatch.setattr(bench.workloads, "make", full)
     row = run([attention(gpu, "ours", 1.0)])["ours"]
     assert "memory" in row.skipped and row.event_ms is None
-    bench._print_shape(SHAPE, [row])
+    bench._print_shape(str(SHAPE), [row])
 
 
 def test_turing_is_timed_in_fp16(monkeypatch):
@@ -153,7 +180,7 @@ def test_host_times_end_and_leave_the_collector_as_it_was():
 
 
 def test_the_text_has_every_candidate(gpu, capsys):
-    bench._print_shape(SHAPE, list(run([attention(gpu, "sdpa_cudnn", 2.0), attention(gpu, "fast", 1.0)]).values()))
+    bench._print_shape(str(SHAPE), list(run([attention(gpu, "sdpa_cudnn", 2.0), attention(gpu, "fast", 1.0)]).values()))
     out = capsys.readouterr().out
     assert "small (1, 2, 64, 96, 64)" in out
     assert "fast" in out and "2.00" in out

@@ -75,7 +75,7 @@ def test_what_launches_are_made_of_is_no_other_call_s():
     """Launches are kept in `forms`: no two calls with other strides may share one."""
     found = [prepare(**tensors()), prepare(**tensors(), attn_mask=torch.ones(9, 7))] + [prepare(**c(tensors())) for c in STRIDES.values()]
     assert len({id(call.bound) for call in found}) == len(found)
-    assert len({call.problem for call in found}) == 2
+    assert len({call.problem for call in found}) == 3  # without a mask, with one for each query, with one for all
 
 
 def test_a_variant_and_its_accumulator_make_another_call():

@@ -17,7 +17,9 @@ from sageattention.device.capability import Capability  # noqa: E402
 from sageattention.numerics.block_selection import Selection  # noqa: E402
 from sageattention.numerics.reference import oracle  # noqa: E402
 from sageattention.numerics.sparse import Geometry, attend, coarse, exact_share, route  # noqa: E402
-from sageattention.planning.sparse_plan import sparse_variant  # noqa: E402
+from sageattention.planning.problem import Problem  # noqa: E402
+from sageattention.planning.sparse_plan import sparse_plan  # noqa: E402
+from sageattention.planning.sparse_problem import SparseProblem  # noqa: E402
 from sageattention.variants import VARIANTS  # noqa: E402
 
 TOKENS, BLOCKS = 500, 8
@@ -253,14 +255,37 @@ def test_cuda_variants_say_what_they_lack(name):
         sageattn_sparse(*qkv(130), variant=name)
 
 
+def planned(arch: int, variant: str = "auto", **call):
+    q, k, v = qkv(130)
+    dense = Problem.from_tensors(q, k, v, tensor_layout="HND", is_causal=call.pop("is_causal", False), sm_scale=None, return_lse=True)
+    empty = dict.fromkeys(("tau", "keep", "neighbours", "q_start", "order", "block_len", "block_mask", "key_mask", "coarse_gate"))
+    rest = {"selection": "sol", "similarity": 0.0, "q_block": 128, "tail": True, "sinks": (), "query_sinks": ()}
+    problem, _ = SparseProblem.from_call(dense, q, **{**empty, **rest, **call})
+    return sparse_plan(problem, Capability("cuda", arch, 132, name="a card"), variant)
+
+
 @pytest.mark.parametrize(
-    "name", ["auto", "sageattn_qk_int8_pv_fp16_cuda", "sageattn_qk_int8_pv_fp8_cuda_sm90", "sageattn_qk_int8_pv_int8_cuda"]
-)
-def test_no_kernel_is_passed_off_as_another(name):
-    with pytest.raises(KernelMissing, match="no block-sparse kernel") as missing:
-        sparse_variant(Capability("cuda", 90, 132, name="a Hopper card"), name)
-    assert missing.value.variant == name
-    assert sparse_variant(Capability("cuda", 90, 132), "reference").name == "reference"
+    "arch, variant",
+    [(75, "sageattn_qk_int8_pv_int8_cuda"), (86, "sageattn_qk_int8_pv_int8_cuda"), (89, "sageattn_qk_int8_pv_int8_cuda"),
+     (90, "sageattn_qk_int8_pv_fp8_cuda_sm90"), (120, "sageattn_qk_int8_pv_int8_cuda")],
+)  # fmt: skip
+def test_auto_takes_the_first_of_the_rule(arch, variant):
+    chosen = planned(arch)
+    assert chosen.variant.name == variant and chosen.tile.block_n == 64 and chosen.attend.split("_")[-2] == "list"
+
+
+def test_where_no_kernel_is_for_the_card():
+    with pytest.raises(KernelMissing, match=r"no variant is for compute capability 10\.0") as missing:
+        planned(100)
+    assert missing.value.variant == "auto"
+    assert planned(100, "reference").variant.name == "reference"
+    assert planned(100, "sageattn_qk_int8_pv_fp16_cuda").variant.name == "sageattn_qk_int8_pv_fp16_cuda"
+
+
+def test_causal_queries_from_the_middle_are_the_references():
+    with pytest.raises(Unsupported, match="variant='reference'"):
+        planned(90, "sageattn_qk_int8_pv_fp16_cuda", is_causal=True, q_start=64)
+    assert planned(90, "reference", is_causal=True, q_start=64).variant.name == "reference"
 
 
 def test_reference_is_what_auto_takes_on_a_cpu():

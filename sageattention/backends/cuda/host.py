@@ -14,17 +14,19 @@ from typing import NamedTuple
 import torch
 
 from ... import torch_internals
-from ...kernels.params import AttendParams, QuantizeKParams, QuantizeVParams, packer
+from ...kernels.params import AttendParams, ClassifyParams, QuantizeKParams, QuantizeVParams, packer
 from ...layout import strides
-from ...numerics.constants import DTYPES, MASK_KINDS
+from ...numerics.constants import BAND_ROWS, DTYPES, MASK_KINDS
 from ...planning.plan import CudaPlan
 from ...planning.problem import Problem
+from ...planning.tile_lists import tile_list_shape
 from ..call import PreparedCall, QuantizedKV, Result, result_like
 from . import driver
 from .launcher import Launch
-from .workspace import LaunchPlan, launch_plan_of
+from .workspace import LaunchPlan, Workspace, launch_plan_of
 
 _MASK_KINDS = {getattr(torch, name): number for name, number in MASK_KINDS.items()}
+_pack_classify, _classify_constants = packer(ClassifyParams)
 (_pack_quantize_k, _quantize_k_constants), (_pack_quantize_v, _quantize_v_constants), (_pack_attend, _attend_constants) = (
     packer(p) for p in (QuantizeKParams, QuantizeVParams, AttendParams)
 )
@@ -34,6 +36,7 @@ _MASK_KINDS = {getattr(torch, name): number for name, number in MASK_KINDS.items
 class CudaQuantizedKV(QuantizedKV[CudaPlan]):
     """K and V of all heads, in the layout of the plan's kernels."""
 
+    workspace: Workspace | None  # where in the buffer everything lies; None where there is nothing to attend to
     buffer: torch.Tensor
 
 
@@ -43,36 +46,47 @@ def run(call: PreparedCall[CudaPlan]) -> Result:
     out, lse = result_like(q, p)
     q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
     mask_at = 0 if mask is None else mask.data_ptr()
-    unaligned = (q_at | out_at) % 16, (k_at | v_at) % 16
+    unaligned = (q_at | out_at) % 16, (k_at | v_at) % 16, mask_at % 16
     form = bound.get(unaligned)
     if form is None:
         launch_plan = launch_plan_of(p, call.plan)
+        lists = None if mask is None else _lists(launch_plan, mask, unaligned[2])
         form = bound[unaligned] = BoundCall(
-            launch_plan, _bind_quantize(launch_plan, k, v, unaligned[1]), _bind_attend(launch_plan, q, out, mask, unaligned[0]),
+            launch_plan, lists, bind_quantize(launch_plan, k, v, lists, unaligned[1]),
+            bind_attend(launch_plan, q, out, mask, lists, unaligned[0]),
             launch_plan.workspace.size * min(2, len(launch_plan.groups)),
         )  # fmt: skip
-    ring = torch.empty(form.size, dtype=torch.uint8, device=q.device)
+    lists, size = form.lists, form.launch_plan.workspace.size
+    ring = torch.empty(form.size + (lists.size if lists else 0), dtype=torch.uint8, device=q.device)
     base, lse_at = ring.data_ptr(), 0 if lse is None else lse.data_ptr()
-    launch_plan, size = form.launch_plan, form.launch_plan.workspace.size
+    launch_plan, lists_at = form.launch_plan, base + form.size
+    extra = lists.at(lists_at) if lists else Extra()
     chains: list[tuple[Launch, ...]] = [
-        (*_quantize_launches(launch_plan, quantize_bound, base + number % 2 * size, k_at, v_at),
-         _attend_launch(launch_plan, attend_bound, base + number % 2 * size, q_at, mask_at, out_at, lse_at))
+        (*quantize_launches(launch_plan, quantize_bound, base + number % 2 * size, k_at, v_at, extra),
+         attend_launch(launch_plan, attend_bound, launch_plan.workspace, base + number % 2 * size, q_at, mask_at, extra, out_at, lse_at))
         for number, (quantize_bound, attend_bound) in enumerate(zip(form.quantize_bound, form.attend_bound))
     ]  # fmt: skip
-    _issue(launch_plan.device, chains)
+    if lists:
+        chains[0] = (_classify_launch(launch_plan, lists, mask_at, lists_at), *chains[0])
+    issue(launch_plan.device, chains)
     return out, lse
 
 
-def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: CudaPlan) -> CudaQuantizedKV:
-    """Quantise K and V, all heads in one group."""
+def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: CudaPlan, mask: torch.Tensor | None) -> CudaQuantizedKV:
+    """Quantise K and V, all heads in one group. Keys that the mask hides from every query take no part."""
     if problem.empty:
-        return CudaQuantizedKV(problem, plan, torch.empty(0, dtype=torch.uint8, device=k.device))
+        return CudaQuantizedKV(problem, plan, None, torch.empty(0, dtype=torch.uint8, device=k.device))
     launch_plan = launch_plan_of(problem, plan, True)
     buffer = torch.empty(launch_plan.workspace.size, dtype=torch.uint8, device=k.device)
     k_at, v_at = k.data_ptr(), v.data_ptr()
-    (quantize_bound,) = _bind_quantize(launch_plan, k, v, (k_at | v_at) % 16)
-    _issue(launch_plan.device, [_quantize_launches(launch_plan, quantize_bound, buffer.data_ptr(), k_at, v_at)])
-    return CudaQuantizedKV(problem, plan, buffer)
+    lists, extra = None, Extra()
+    launches: tuple[Launch, ...] = ()
+    if mask is not None:
+        lists, space, launches = _classify(launch_plan, mask)
+        extra = lists.at(space.data_ptr())
+    (quantize_bound,) = bind_quantize(launch_plan, k, v, lists, (k_at | v_at) % 16)
+    issue(launch_plan.device, [(*launches, *quantize_launches(launch_plan, quantize_bound, buffer.data_ptr(), k_at, v_at, extra))])
+    return CudaQuantizedKV(problem, plan, launch_plan.workspace, buffer)
 
 
 def attend(q: torch.Tensor, kv: CudaQuantizedKV, problem: Problem, mask: torch.Tensor | None) -> Result:
@@ -80,41 +94,66 @@ def attend(q: torch.Tensor, kv: CudaQuantizedKV, problem: Problem, mask: torch.T
     out, lse = result_like(q, problem)
     launch_plan = launch_plan_of(problem, kv.plan, True)
     q_at, out_at, lse_at = q.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr()
-    (attend_bound,) = _bind_attend(launch_plan, q, out, mask, (q_at | out_at) % 16)
-    launch = _attend_launch(launch_plan, attend_bound, kv.buffer.data_ptr(), q_at, 0 if mask is None else mask.data_ptr(), out_at, lse_at)
-    _issue(launch_plan.device, [((*launch[:5], False),)])  # anything may be ahead of it on the stream
+    assert kv.workspace is not None  # an empty call does not come here
+    lists, mask_at, extra = None, 0, Extra()
+    launches: tuple[Launch, ...] = ()
+    if mask is not None:
+        lists, space, launches = _classify(launch_plan, mask)
+        mask_at, extra = mask.data_ptr(), lists.at(space.data_ptr())
+    (attend_bound,) = bind_attend(launch_plan, q, out, mask, lists, (q_at | out_at) % 16)
+    launch = attend_launch(launch_plan, attend_bound, kv.workspace, kv.buffer.data_ptr(), q_at, mask_at, extra, out_at, lse_at)
+    issue(launch_plan.device, [(*launches, (*launch[:5], False))])  # anything may be ahead of it on the stream
     return out, lse
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------------------
 
 
-def _quantize_launches(r: LaunchPlan, group: BoundQuantize, base: int, k: int, v: int) -> tuple[Launch, Launch]:
+def _classify(r: LaunchPlan, mask: torch.Tensor) -> tuple[Lists, torch.Tensor, tuple[Launch, ...]]:
+    """A mask's lists, memory of their own, and the launches that fill it."""
+    at = mask.data_ptr()
+    lists = _lists(r, mask, at % 16)
+    space = torch.empty(lists.size, dtype=torch.uint8, device=mask.device)
+    return lists, space, (_classify_launch(r, lists, at, space.data_ptr()),)
+
+
+def _classify_launch(r: LaunchPlan, lists: Lists, mask: int, at: int) -> Launch:
+    strides, tail = lists.constants
+    own = lists.at(at)
+    assert r.classify is not None  # the problem has a mask
+    return r.classify, lists.blocks, 1, 1, _pack_classify(mask, strides, own.lists, own.live, own.kept, tail), False
+
+
+def quantize_launches(r: LaunchPlan, group: BoundQuantize, base: int, k: int, v: int, extra: Extra) -> tuple[Launch, Launch]:
     """The first two launches of a group whose workspace starts at `base`."""
     w, (k_strides, v_strides, quantize_k_tail) = r.workspace, group.keys
     kv, k_scale_partial, v_stats, done = base + w.kv, base + w.k_scale_partial, base + w.v_stats, base + w.v_stats_ready
     keys = _pack_quantize_k(
-        k, k_strides, v, v_strides, kv, base + w.k_mean, k_scale_partial, v_stats, done, base + w.v_quant_sum, base + w.split_kv_ready,
-        quantize_k_tail,
+        k, k_strides, v, v_strides, kv, extra.k_mean_of(group) or base + w.k_mean, k_scale_partial, v_stats, done, base + w.v_quant_sum,
+        base + w.v_stats_live, base + w.split_kv_ready, extra.order, extra.live, quantize_k_tail,
     )  # fmt: skip
     values = _pack_quantize_v(
-        v, v_strides, k_scale_partial, v_stats, done, kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_quant_sum,
-        group.values,
+        v, v_strides, k_scale_partial, v_stats, done, base + w.v_stats_live, kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean,
+        base + w.v_quant_sum, base + w.live_keys, extra.order, extra.live, group.values,
     )  # fmt: skip
-    return (r.keys, group.key_blocks, 1, 1, keys, False), (r.values, group.value_blocks, 1, 1, values, True)
+    return (r.keys, group.key_blocks, 1, 1, keys, bool(extra.live)), (r.values, group.value_blocks, 1, 1, values, True)
 
 
-def _attend_launch(r: LaunchPlan, group: BoundAttend, base: int, q: int, mask: int, out: int, lse: int) -> Launch:
-    w, (q_strides, mask_strides, out_strides, tail) = r.workspace, group.constants
+def attend_launch(
+    r: LaunchPlan, group: BoundAttend, w: Workspace, base: int, q: int, mask: int, extra: Extra, out: int, lse: int
+) -> Launch:  # fmt: skip
+    q_strides, mask_strides, kept_strides, list_strides, out_strides, tail = group.constants
+    done = base + w.split_kv_ready
     params = _pack_attend(
-        q, q_strides, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_quant_sum, base + w.k_mean,
-        base + w.split_kv_workspace if r.split_kv_flags else 0, base + w.split_kv_ready,
-        mask, mask_strides, out, out_strides, lse, tail,
+        q, q_strides, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_quant_sum, base + w.live_keys,
+        extra.k_mean_of(group) or base + w.k_mean, base + w.split_kv_workspace if r.shares else 0,
+        done, done + 4 * (r.split_kv_flags - 1) if r.split_kv_flags else 0,
+        mask, mask_strides, extra.kept, kept_strides, extra.lists, list_strides, extra.order, extra.tail, out, out_strides, lse, tail,
     )  # fmt: skip
     return r.attend, group.blocks, 1, 1, params, True
 
 
-def _issue(device: int, chains: list[tuple[Launch, ...]]) -> None:
+def issue(device: int, chains: list[tuple[Launch, ...]]) -> None:
     """Run the groups' launches. Several groups alternate between the caller's stream and a second one, so that a group is quantised,
     and its first blocks start, while the last blocks of the one before still run."""
     stream = torch_internals.current_stream(device)
@@ -143,6 +182,37 @@ def _side_stream(device: int) -> torch.cuda.Stream:
 # --- what strides and alignment add -----------------------------------------------------------------------------------------------
 
 
+class Extra(NamedTuple):
+    """Addresses that a call with tile lists has beyond a dense one; 0 where there is none."""
+
+    lists: int = 0
+    live: int = 0
+    kept: int = 0
+    order: int = 0
+    tail: int = 0
+    k_mean: int = 0  # of the first (batch, KV head), where it is given
+    k_mean_bytes: int = 0  # of each
+
+    def k_mean_of(self, group: BoundQuantize | BoundAttend) -> int:
+        return self.k_mean + group.first * self.k_mean_bytes
+
+
+class Lists(NamedTuple):
+    """The tile lists of a mask, and which keys are live, but for addresses."""
+
+    blocks: int
+    constants: tuple[bytes, ...]  # of the launch that makes them: the mask's strides, the struct's tail
+    lists: tuple[int, ...]  # strides, words, band_rows: the end of TileLists
+    live_keys: tuple[int, ...]  # the end of LiveKeys
+    live: int  # bytes from the lists to those
+    kept: int  # … to the mask in bits, 0 where it is additive
+    kept_strides: tuple[int, int, int]
+    size: int
+
+    def at(self, address: int) -> Extra:
+        return Extra(address, address + self.live, address + self.kept if self.kept else 0)
+
+
 class BoundQuantize(NamedTuple):
     """A group's quantising launches but for their addresses."""
 
@@ -150,58 +220,102 @@ class BoundQuantize(NamedTuple):
     keys: tuple[bytes, ...]  # K's strides, V's strides, the struct's tail
     value_blocks: int
     values: bytes  # the tail; the strides are those of `keys`
+    first: int  # the group's first (batch, KV head)
 
 
 class BoundAttend(NamedTuple):
     """A group's attention launch but for its addresses."""
 
     blocks: int
-    constants: tuple[bytes, ...]  # q's strides, the mask's, the output's, the struct's tail
+    constants: tuple[bytes, ...]  # q's strides, the mask's, its bits', the lists', the output's, the struct's tail
+    first: int  # its first (batch, KV head)
 
 
 class BoundCall(NamedTuple):
     """Calls that differ in nothing but addresses."""
 
     launch_plan: LaunchPlan
+    lists: Lists | None
     quantize_bound: tuple[BoundQuantize, ...]  # one for each group of heads
     attend_bound: tuple[BoundAttend, ...]
     size: int  # bytes of workspace
 
 
-def _bind_quantize(r: LaunchPlan, k: torch.Tensor, v: torch.Tensor, unaligned: int) -> tuple[BoundQuantize, ...]:
+def _mask_strides(mask: torch.Tensor) -> tuple[int, int, int, int]:
+    """In elements, 0 where it broadcasts."""
+    b, h, q, k = (0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
+    return b, h, q, k
+
+
+def _runs_of(mask: torch.Tensor, count: int, unaligned: int) -> bool:
+    """Whether `count` neighbouring elements of a row can be loaded at once."""
+    *rows, stride_k = _mask_strides(mask)
+    return stride_k == 1 and not any(s % count for s in rows) and unaligned % (count * mask.element_size()) == 0
+
+
+def _broadcast_strides(shape: tuple[int, int, int], size: int) -> tuple[int, int, int]:
+    """(batch, head, row) strides of contiguous rows of `size` words, 0 where there is one for all."""
+    batches, heads, rows = shape
+    return heads * rows * size if batches > 1 else 0, rows * size if heads > 1 else 0, size if rows > 1 else 0
+
+
+def _lists(r: LaunchPlan, mask: torch.Tensor, unaligned: int) -> Lists:
+    p, tile = r.problem, r.plan.tile
+    shape = tile_list_shape(p, r.len_kv, tile.block_n)
+    batches, heads, mask_rows, bands, words, live_words, is_bool = shape
+    rows = bands * (p.heads_q // p.heads_kv if heads > 1 else 1)
+    kept = shape.list_bytes + shape.live_bytes if is_bool else 0
+    quads = _runs_of(mask, 4, unaligned)
+    return Lists(
+        batches * heads * bands,
+        _classify_constants(
+            *_mask_strides(mask), heads, bands, p.len_q, r.len_kv, _MASK_KINDS[mask.dtype], p.causal, quads, tile.block_n, words, live_words
+        ),
+        (*_broadcast_strides((batches, heads, bands), 2 * words), words, BAND_ROWS if bands > 1 else 1 << 30),
+        (*_broadcast_strides((batches, heads, bands), live_words)[:1], rows * live_words if heads > 1 else 0, rows, live_words),
+        shape.list_bytes, kept, _broadcast_strides((batches, heads, mask_rows), live_words), shape.size,
+    )  # fmt: skip
+
+
+def bind_quantize(r: LaunchPlan, k: torch.Tensor, v: torch.Tensor, lists: Lists | None, unaligned: int) -> tuple[BoundQuantize, ...]:
     p = r.problem
     k_strides, v_strides = strides(k, p.layout), strides(v, p.layout)
     vectors = _vectors(p, unaligned, k_strides, v_strides)
+    live = lists.live_keys if lists else (0, 0, 0, 0)
     groups = []
     for first, bh_count in r.groups:
-        shape = first, bh_count, p.heads_kv, p.len_kv, p.head_dim, DTYPES[p.dtype], vectors
-        keys = _quantize_k_constants(*k_strides, *v_strides, *shape, *r.quantize_k_tail)
-        values = _quantize_v_constants(*v_strides, *shape, *r.quantize_v_tail)
-        groups.append(BoundQuantize(bh_count * (r.k_ctas_per_head + r.v_chunks), keys, bh_count * r.v_ctas_per_head, values[-1]))
+        shape = first, bh_count, p.heads_kv, r.len_kv, p.head_dim, DTYPES[p.dtype], vectors
+        keys = _quantize_k_constants(*k_strides, *v_strides, *live, *shape, *r.quantize_k_tail)
+        values = _quantize_v_constants(*v_strides, *live, *shape, *r.quantize_v_tail)
+        groups.append(BoundQuantize(bh_count * (r.k_ctas_per_head + r.v_chunks), keys, bh_count * r.v_ctas_per_head, values[-1], first))
     return tuple(groups)
 
 
-def _bind_attend(r: LaunchPlan, q: torch.Tensor, out: torch.Tensor, mask: torch.Tensor | None, unaligned: int) -> tuple[BoundAttend, ...]:
+def bind_attend(
+    r: LaunchPlan, q: torch.Tensor, out: torch.Tensor, mask: torch.Tensor | None, lists: Lists | None, unaligned: int
+) -> tuple[BoundAttend, ...]:
     p = r.problem
     q_strides, out_strides = strides(q, p.layout), strides(out, p.layout)
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
-    kind, heads_per_kv = 0, p.heads_q // p.heads_kv
-    if mask is not None:  # 0 where it broadcasts
-        mask_strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
-        kind = _MASK_KINDS[mask.dtype]
+    kind, pairs_at_once, heads_per_kv = _MASK_KINDS[torch.bool], False, p.heads_q // p.heads_kv
+    if mask is not None:
+        mask_strides, kind = _mask_strides(mask), _MASK_KINDS[mask.dtype]
+        pairs_at_once = r.len_kv % 2 == 0 and _runs_of(mask, 2, mask.data_ptr() % 16)
     vectors = _vectors(p, unaligned, q_strides), _vectors(p, unaligned, out_strides)
 
     def group(first: int, bh_count: int) -> BoundAttend:
         items = r.q_tiles * bh_count * heads_per_kv
         blocks = min(items, r.grid_limit)
-        full_waves = items // blocks - 1 if r.split_kv_flags else -(-items // blocks)
+        full_waves = items // blocks - 1 if r.shares else -(-items // blocks)
         return BoundAttend(
             blocks,
             _attend_constants(
-                *q_strides, *mask_strides, *out_strides, first, bh_count, p.heads_kv, heads_per_kv, p.len_q, p.len_kv, p.head_dim,
-                DTYPES[p.dtype], *vectors, p.causal, kind, r.tiles, r.q_tiles, full_waves,
+                *q_strides, *mask_strides, *(lists.kept_strides if lists else (0, 0, 0)), *(lists.lists if lists else (0, 0, 0, 0, 1)),
+                *out_strides, first, bh_count, p.heads_kv, heads_per_kv, p.len_q, r.len_kv, p.head_dim,
+                DTYPES[p.dtype], *vectors, p.causal, kind, pairs_at_once, r.tiles, r.q_tiles, full_waves,
                 *((2**32 - 1) // d for d in (r.q_tiles, heads_per_kv, p.heads_kv)), *r.attend_tail,
             ),
+            first,
         )  # fmt: skip
 
     return tuple(group(*g) for g in r.groups)

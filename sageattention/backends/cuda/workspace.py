@@ -7,9 +7,11 @@ import math
 from dataclasses import dataclass
 
 from ...device import capability
+from ...kernels.table import CLASSIFY
 from ...numerics.constants import FINITE_MAX, LOG2E, QK_MAX, SCORE_LIMIT, k_mean_stride
 from ...planning.plan import CudaPlan
 from ...planning.problem import Problem
+from ...planning.tile_lists import tile_list_shape
 from . import driver
 from .launcher import Kernel
 
@@ -26,14 +28,16 @@ class Workspace:
     kv: int  # [tiles] of the layout's kTileBytes
     v_stats: int  # [splits, 3, D] fp32
     v_stats_ready: int  # [splits] int32
+    v_stats_live: int  # [splits] int32
     k_scale_partial: int  # [k_ctas_per_head] fp32
     k_scale_max: int  # int32
+    live_keys: int  # fp32
     v_amax: int  # [D] fp32
     v_mean: int  # [D] fp32
     v_quant_sum: int  # [D] int32
     k_mean: int  # [D] fp32
     split_kv_workspace: int  # of the whole group: [blocks] of KernelFamily.split_kv_bytes
-    split_kv_ready: int  # [blocks, 2] int32
+    split_kv_ready: int  # [blocks, 2] int32, and behind them the number of the next item
     size: int
 
 
@@ -43,27 +47,30 @@ class LaunchPlan:
 
     problem: Problem
     plan: CudaPlan
+    classify: Kernel | None  # where there is a mask
     keys: Kernel
     values: Kernel
     attend: Kernel
     device: int
     groups: tuple[tuple[int, int], ...]  # (first pair, pairs)
     workspace: Workspace  # for the largest group
+    len_kv: int  # keys that any query may reach
     tiles: int
     k_ctas_per_head: int  # blocks for each pair's keys,
     v_chunks: int  # its values' statistics,
     v_ctas_per_head: int  # its values
     q_tiles: int
     grid_limit: int  # attention blocks of a launch, where they go on with what is left over
-    split_kv_flags: int  # 0, or the blocks share out by tiles what does not fill a wave, and tell each other by so many words
+    shares: bool  # the blocks share out what does not fill a wave
+    split_kv_flags: int  # words of split_kv_ready
     quantize_k_tail: tuple  # the parameter structs' ends
     quantize_v_tail: tuple
     attend_tail: tuple
 
 
 @functools.lru_cache(maxsize=4096)
-def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False) -> LaunchPlan:
-    """The launches of a call, all heads in one group or in as many as the plan says.
+def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False, sparse: bool = False) -> LaunchPlan:
+    """The launches of a call, all heads in one group or in as many as the plan says; `sparse`: by lists and a k_mean that are given.
 
     Raises:
         KernelMissing: a kernel can't be loaded.
@@ -71,44 +78,50 @@ def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False) -> Launc
     scheme, names, d = plan.scheme, plan.kernels, plan.head_dim
     card = capability.of_device(p.device, p.device_index)
     quantizer, attention = plan.images
-    keys, values = quantizer.entry(names.quantize_k_symbol(d)), quantizer.entry(names.quantize_v_symbol(d))
+    masked = p.mask != "none"
+    live = masked or sparse
+    keys, values = quantizer.entry(names.quantize_k_symbol(d, live)), quantizer.entry(names.quantize_v_symbol(d, live))
     kernels = (
+        driver.kernel(p.device_index, quantizer, CLASSIFY.symbol, plan.variant.name) if masked else None,
         driver.kernel(p.device_index, quantizer, keys.symbol, plan.variant.name),
         driver.kernel(p.device_index, quantizer, values.symbol, plan.variant.name),
         driver.kernel(p.device_index, attention, plan.attend, plan.variant.name),
     )
-    bh_total, tiles, tile_bytes = p.batch * p.heads_kv, -(-p.len_kv // plan.tile.block_n), names.tile_bytes(d)
+    # Causal: nobody sees a key beyond the last query. Keys that were quantised before the queries were known are there all the same.
+    len_kv = min(p.len_kv, p.len_q) if p.causal and not one_group and not sparse else p.len_kv
+    bh_total, tiles, tile_bytes = p.batch * p.heads_kv, -(-len_kv // plan.tile.block_n), names.tile_bytes(d)
     bh_count = bh_total if one_group else plan.heads_per_group
     groups = tuple((first, min(bh_count, bh_total - first)) for first in range(0, bh_total, bh_count))
-    step = k_mean_stride(p.len_kv)
+    step = k_mean_stride(len_kv)
     keys_all = tiles * plan.tile.block_n
     units = keys_all // names.scale_block_keys(d), -(-keys_all * scheme.v_bits // (8 * values.threads))
     slots = keys.min_blocks * card.multiprocessors
     k_ctas_per_head = _runs(bh_count, units[0], slots * QUANTIZE_K_SHARE)
-    most, fewest = (min(MAX_V_CHUNKS, -(-p.len_kv // tokens)) for tokens in V_CHUNK_TOKENS)
-    v_chunk_tokens = -(-p.len_kv // max(fewest, min(int(slots * (1 - QUANTIZE_K_SHARE)) // bh_count, most)))
-    v_chunks = -(-p.len_kv // v_chunk_tokens)
+    most, fewest = (min(MAX_V_CHUNKS, -(-len_kv // tokens)) for tokens in V_CHUNK_TOKENS)
+    v_chunk_tokens = -(-len_kv // max(fewest, min(int(slots * (1 - QUANTIZE_K_SHARE)) // bh_count, most)))
+    v_chunks = -(-len_kv // v_chunk_tokens)
     v_ctas_per_head = _runs(bh_count, units[1], values.min_blocks * card.multiprocessors)  # a warp has 256 / v_bits keys at a time
     q_tiles = -(-p.len_q // plan.tile.block_m)
-    limit, split_kv_bytes = MAX_GRID, 0
-    if names.split_kv_bytes is not None and len(groups) == 1 and p.mask == "none" and not p.causal:
+    limit, shares, split_kv_flags, split_kv_bytes = MAX_GRID, False, 0, 0
+    if names.split_kv_bytes is not None and len(groups) == 1:
         limit = card.multiprocessors
-        items, leftover_tiles = q_tiles * bh_count * (p.heads_q // p.heads_kv), 2 * limit * tiles
-        if not one_group and items > limit and items % limit and leftover_tiles * limit < 2**32:  # the kernel counts in 32 bits
+        items = q_tiles * bh_count * (p.heads_q // p.heads_kv)
+        if not one_group:
+            split_kv_flags = 2 * limit + 1
+            # Causal items are dealt out longest first, which leaves nothing to share. A block waits for another one's part.
+            shares = items > limit > 1 and items % limit > 0 and not (p.causal and not live)
+            lists = tile_list_shape(p, len_kv, plan.tile.block_n).size if masked else 0
             split_kv_bytes = names.split_kv_bytes(d) * limit
-    if tiles * tile_bytes * bh_count + split_kv_bytes > CudaPlan.WORKSPACE_LIMIT:
-        split_kv_bytes = 0
-    split_kv_flags = 2 * limit if split_kv_bytes else 0
+            shares = shares and tiles * tile_bytes * bh_count + split_kv_bytes + lists <= CudaPlan.WORKSPACE_LIMIT
     qk_max = QK_MAX[scheme.qk]
     return LaunchPlan(
         p, plan, *kernels, p.device_index, groups,
         _workspace(
-            bh_count,
-            (tiles * tile_bytes, v_chunks * 3 * d * 4, v_chunks * 4, k_ctas_per_head * 4, 4, *[d * 4] * 4),
-            (split_kv_bytes, split_kv_flags * 4),
+            bh_count, (tiles * tile_bytes, v_chunks * 3 * d * 4, v_chunks * 4, v_chunks * 4, k_ctas_per_head * 4, 4, 4, *[d * 4] * 4),
+            (split_kv_bytes if shares else 0, split_kv_flags * 4),
         ),
-        tiles, k_ctas_per_head, v_chunks, v_ctas_per_head, q_tiles, limit, split_kv_flags,
-        (tiles, tile_bytes, k_ctas_per_head, -(-p.len_kv // step), step, split_kv_flags, v_chunks, v_chunk_tokens),
+        len_kv, tiles, k_ctas_per_head, v_chunks, v_ctas_per_head, q_tiles, limit, shares, split_kv_flags,
+        (tiles, tile_bytes, k_ctas_per_head, sparse, -(-len_kv // step), step, split_kv_flags, v_chunks, v_chunk_tokens),
         (k_ctas_per_head, v_chunks, tiles, v_ctas_per_head, scheme.v_mean, scheme.v_max),
         (
             min(abs(p.sm_scale) * LOG2E * 4 * d / qk_max, FINITE_MAX), math.copysign(1.0, p.sm_scale),

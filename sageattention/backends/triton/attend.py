@@ -84,6 +84,8 @@ def attend(
         len_q = (tl.load(cu_seqlens_q + batch + 1) - first).to(tl.int32)
         first_k = tl.load(cu_seqlens_k + batch).to(tl.int64)
         count = (tl.load(cu_seqlens_k + batch + 1) - first_k).to(tl.int32)
+        if CAUSAL:
+            count = tl.minimum(count, len_q)
         slot = head_kv * slots + first_k + batch * BLOCK_N
         base, out_base = first * q_stride_n, first * out_stride_n
     else:

@@ -16,6 +16,7 @@ from ...errors import CudaError, KernelMissing
 from ...layout import strides
 from ...numerics import hadamard
 from ...numerics.constants import FINITE_MAX
+from ...numerics.live_keys import live_keys, reachable
 from ...planning.plan import TritonPlan
 from ...planning.problem import Problem
 from ..call import PreparedCall, QuantizedKV, Result, result_like
@@ -41,10 +42,11 @@ class Packed:
 class TritonQuantizedKV(QuantizedKV[TritonPlan]):
     """K and V of a group of heads, quantised as the module `quantize` describes.
 
-    `head0` is the group's first head among batch · heads_kv.
+    `head0` is the group's first head among batch · heads_kv; `len_kv` is how many of the problem's keys there are here.
     """
 
     head0: int
+    len_kv: int
     slots: int
     k8: torch.Tensor
     k_scale: torch.Tensor
@@ -59,16 +61,19 @@ def run(call: PreparedCall[TritonPlan]) -> Result:
     p = call.problem
     out, lse = result_like(call.q, p)
     heads, step = p.batch * p.heads_kv, call.plan.heads_per_group
+    len_kv = reachable(p.len_q, p.len_kv, p.causal)
+    live = _live(call.mask, p, len_kv)
     for head0 in range(0, heads, step):
-        kv = _quantize_heads(call.k, call.v, p, call.plan, head0, min(step, heads - head0))
+        kv = _quantize_heads(call.k, call.v, p, call.plan, head0, min(step, heads - head0), len_kv, live)
         _attend_heads(call.q, kv, p, out, lse, call.mask)
         del kv  # before the next group's: its memory is used again
     return out, lse
 
 
-def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: TritonPlan) -> TritonQuantizedKV:
-    """Quantise all heads of K and V, in one group."""
-    return _quantize_heads(k, v, problem, plan, 0, problem.batch * problem.heads_kv)
+def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: TritonPlan, mask: torch.Tensor | None) -> TritonQuantizedKV:
+    """Quantise all heads of K and V, in one group, and all keys. Keys that the mask hides from every query take no part."""
+    live = _live(mask, problem, problem.len_kv)
+    return _quantize_heads(k, v, problem, plan, 0, problem.batch * problem.heads_kv, problem.len_kv, live)
 
 
 def attend(q: torch.Tensor, kv: TritonQuantizedKV, problem: Problem, mask: torch.Tensor | None) -> Result:
@@ -83,39 +88,52 @@ def run_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     heads = problem.batch * problem.heads_kv
     q, k, v, result = q[None], k[None], v[None], out[None]
-    kv = _quantize_heads(k, v, problem, plan, 0, heads, packed)
+    kv = _quantize_heads(k, v, problem, plan, 0, heads, problem.len_kv, None, packed)
     _attend_heads(q, kv, problem, result, None, None, packed)
     return out
 
 
+def _live(mask: torch.Tensor | None, p: Problem, len_kv: int) -> torch.Tensor | None:
+    """Which of the first `len_kv` keys a mask [B | 1, H | 1, Nq | 1, Nk | 1] leaves to any query: uint8 [B | 1, Hkv | 1, len_kv]."""
+    if mask is None or p.empty:
+        return None
+    return live_keys(mask[..., :len_kv], p.heads_kv, p.len_q, len_kv, p.causal).view(torch.uint8)
+
+
 def _quantize_heads(
-    k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: TritonPlan, head0: int, heads: int, packed: Packed | None = None
-) -> TritonQuantizedKV:
-    """Quantise `heads` heads of K and V from `head0` on (counted over batch · heads_kv)."""
+    k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: TritonPlan, head0: int, heads: int, len_kv: int,
+    live: torch.Tensor | None = None, packed: Packed | None = None,
+) -> TritonQuantizedKV:  # fmt: skip
+    """Quantise the first `len_kv` keys of `heads` heads of K and V from `head0` on (counted over batch · heads_kv)."""
     tile, d = plan.tile, plan.head_dim
     rows = problem.heads_kv if packed else heads
-    slots = k.shape[1] + problem.batch * tile.block_n if packed else -(-problem.len_kv // tile.block_n) * tile.block_n
+    slots = k.shape[1] + problem.batch * tile.block_n if packed else -(-len_kv // tile.block_n) * tile.block_n
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=k.device)
 
     kv = TritonQuantizedKV(
-        problem, plan, head0, slots, empty(rows, slots, d, dtype=torch.int8), empty(rows, slots), empty(heads), empty(heads, d),
+        problem, plan, head0, len_kv, slots, empty(rows, slots, d, dtype=torch.int8), empty(rows, slots), empty(heads), empty(heads, d),
         empty(rows, slots, d, dtype=torch.float16), empty(heads, d),
     )  # fmt: skip
     maxima = empty(heads, SPLITS, d)
-    cu_seqlens = packed.cu_seqlens_k if packed else kv.k_scale_max
+    cu_seqlens = (packed.cu_seqlens_k, packed.cu_seqlens_q) if packed else (kv.k_scale_max, kv.k_scale_max)
     kv_strides = (*strides(k, problem.layout), *strides(v, problem.layout))
     per_program = min(ROWS, tile.block_n)
-    shape = {"HEAD_DIM": problem.head_dim, "D": d, "BLOCK_N": tile.block_n, "SPLITS": SPLITS, "VARLEN": packed is not None}
+    shape = {
+        "HEAD_DIM": problem.head_dim, "D": d, "BLOCK_N": tile.block_n, "SPLITS": SPLITS, "VARLEN": packed is not None,
+        "CAUSAL": packed is not None and problem.causal, "SOME_LIVE": live is not None,
+    }  # fmt: skip
+    live_strides = (0, 0) if live is None else tuple(0 if n == 1 else s for n, s in zip(live.shape[:2], live.stride()))
+    live = kv.k_scale_max if live is None else live
     with _launching(k, problem, plan):
         statistics[((SPLITS + 1) * heads,)](
-            k, v, kv.k_mean, maxima, kv.k_scale_max, cu_seqlens, *kv_strides, head0, problem.heads_kv, problem.len_kv, slots,
+            k, v, live, kv.k_mean, maxima, kv.k_scale_max, *cu_seqlens, *kv_strides, *live_strides, head0, problem.heads_kv, len_kv, slots,
             BLOCK=STATISTICS_BLOCK, **shape,
         )  # fmt: skip
-        quantize_kv[(2 * -(-problem.len_kv // tile.block_n) * (tile.block_n // per_program) * heads,)](
-            k, v, kv.k_mean, maxima, kv.k8, kv.k_scale, kv.k_scale_max, kv.v16, kv.v_scale, cu_seqlens, *kv_strides,
-            head0, problem.heads_kv, problem.len_kv, slots, V_MAX=plan.scheme.v_max, ROWS=per_program, **shape,
+        quantize_kv[(2 * -(-len_kv // tile.block_n) * (tile.block_n // per_program) * heads,)](
+            k, v, live, kv.k_mean, maxima, kv.k8, kv.k_scale, kv.k_scale_max, kv.v16, kv.v_scale, *cu_seqlens, *kv_strides, *live_strides,
+            head0, problem.heads_kv, len_kv, slots, V_MAX=plan.scheme.v_max, ROWS=per_program, **shape,
         )  # fmt: skip
     return kv
 
@@ -143,7 +161,7 @@ def _attend_heads(
             kv.k8, kv.k_scale, kv.k_scale_max, kv.k_mean, kv.v16, kv.v_scale,
             packed.cu_seqlens_q if packed else unused, packed.cu_seqlens_k if packed else unused,
             *strides(q, problem.layout), *strides(out, problem.layout), *((0, 0, 0, 0) if mask is None else mask.stride()),
-            kv.head0, problem.heads_q, problem.heads_kv, problem.len_q, problem.len_kv, kv.slots,
+            kv.head0, problem.heads_q, problem.heads_kv, problem.len_q, kv.len_kv, kv.slots,
             min(abs(problem.sm_scale) * hadamard.gain(plan.head_dim), FINITE_MAX), math.copysign(1.0, problem.sm_scale),
             torch.finfo(out.dtype).max,
             LOG2_P_MAX=math.log2(plan.scheme.p_max), HEAD_DIM=problem.head_dim, D=plan.head_dim,

@@ -6,6 +6,8 @@ scale per token) and V as fp16 (one scale per channel). Workspace, with H = head
   v16 [H, T, D] fp16, v_scale [H, D] fp32; partial_amax [H, SPLITS, D] fp32
 Packed sequences (VARLEN) lie one after another in T, each rounded up by one tile, so that no tile holds two of them; then the
 statistics are per (sequence, head).
+CAUSAL (packed sequences; of others `tokens` are those that count): no sequence has more keys than queries.
+SOME_LIVE: a key whose byte of `live` is 0 takes no part in any statistic and is written as zeros.
 """
 
 import triton
@@ -14,19 +16,24 @@ import triton.language as tl
 from ...numerics import constants
 from .blocks import AMAX_MIN, K_SCALE_SHIFT, rotate, round_rows
 
+WORD = tl.constexpr(32)  # a key of K's sample that is not live is replaced by one of the same 32
 SPLITS = 16  # programs per head that share V in `statistics`; one more has the sample of K
 ROWS = 64  # tokens per program in `quantize_kv`, at most: a program's are all of one tile
 K_MEAN_TOKENS = tl.constexpr(constants.K_MEAN_TOKENS)
 
 
 @triton.jit
-def _locate(group, head0, heads, cu_seqlens, tokens, slots, BLOCK_N: tl.constexpr, VARLEN: tl.constexpr):
+def _locate(
+    group, head0, heads, cu_seqlens, cu_seqlens_q, tokens, slots, BLOCK_N: tl.constexpr, VARLEN: tl.constexpr, CAUSAL: tl.constexpr
+):  # fmt: skip
     """For one program: (batch, kv head, first token in the input, number of tokens, first slot in the workspace)."""
     index = (head0 + group).to(tl.int64)
     batch, head = index // heads, index % heads
     if VARLEN:
         first = tl.load(cu_seqlens + batch).to(tl.int64)
         count = (tl.load(cu_seqlens + batch + 1) - first).to(tl.int32)
+        if CAUSAL:  # nobody sees a key beyond the sequence's last query
+            count = tl.minimum(count, (tl.load(cu_seqlens_q + batch + 1) - tl.load(cu_seqlens_q + batch)).to(tl.int32))
         slot = head * slots + first + batch * BLOCK_N
         return batch * 0, head, first, count, slot
     else:
@@ -34,33 +41,60 @@ def _locate(group, head0, heads, cu_seqlens, tokens, slots, BLOCK_N: tl.constexp
 
 
 @triton.jit
+def _first_live(live, first, count, stride, tokens, BLOCK: tl.constexpr):
+    """Of samples of `stride` keys, from number `first` on, each one's first live key in the 32 that it begins in, or `tokens`."""
+    start = (first + tl.arange(0, BLOCK)) * stride
+    key = start[:, None] + tl.arange(0, WORD)[None, :]
+    end = tl.minimum(tl.minimum(start + stride, start // WORD * WORD + WORD), count)
+    alive = tl.load(live + key, mask=key < end[:, None], other=0)
+    return tl.min(tl.where(alive != 0, key, tokens), 1)
+
+
+@triton.jit
 def statistics(
     k,  # [B, Nk, Hkv, HEAD_DIM] by strides
     v,  # the same
+    live,  # [B, Hkv, Nk] uint8 by strides, SOME_LIVE only
     k_mean,  # [H, D] fp32
     partial_amax,  # [H, SPLITS, D] fp32
     k_scale_max,  # [H] fp32, set to 0 here for `quantize_kv` to raise
-    cu_seqlens,  # [B + 1], VARLEN only
+    cu_seqlens, cu_seqlens_q,  # [B + 1] of keys and of queries, VARLEN only
     k_stride_b, k_stride_h, k_stride_n,
     v_stride_b, v_stride_h, v_stride_n,
+    live_stride_b, live_stride_h,
     head0, heads, tokens, slots,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, VARLEN: tl.constexpr,
+    CAUSAL: tl.constexpr, SOME_LIVE: tl.constexpr,
 ):  # fmt: skip
     split, group = tl.program_id(0) % (SPLITS + 1), tl.program_id(0) // (SPLITS + 1)
-    batch, head, first, count, _ = _locate(group, head0, heads, cu_seqlens, tokens, slots, BLOCK_N, VARLEN)
+    batch, head, first, count, _ = _locate(group, head0, heads, cu_seqlens, cu_seqlens_q, tokens, slots, BLOCK_N, VARLEN, CAUSAL)
     rows, channels = tl.arange(0, BLOCK), tl.arange(0, D)
     inside = channels < HEAD_DIM
+    live += batch * live_stride_b + head * live_stride_h
     at = group.to(tl.int64) * D + channels
     if split == SPLITS:
         k += batch * k_stride_b + head * k_stride_h
         stride = tl.maximum(tl.cdiv(count, K_MEAN_TOKENS), 1)
         samples = tl.cdiv(count, stride)
-        weight = 1.0 / tl.maximum(samples, 1).to(tl.float32)
+        counted, any_live = samples, samples * 0 + tokens
+        if SOME_LIVE:
+            counted = samples * 0
+            for start in range(0, samples, BLOCK):
+                counted += tl.sum((_first_live(live, start, count, stride, tokens, BLOCK) < tokens).to(tl.int32), 0)
+            if counted == 0:  # then any live key will do, the first
+                for start in range(0, count, BLOCK):
+                    alive = tl.load(live + start + rows, mask=start + rows < count, other=0)
+                    any_live = tl.minimum(any_live, tl.min(tl.where(alive != 0, start + rows, tokens), 0))
+        weight = 1.0 / tl.maximum(counted, 1).to(tl.float32)
         total = tl.zeros([BLOCK, D], tl.float32)  # reduced over the rows once, at the end: a reduction is slower than a step
         for start in range(0, samples, BLOCK):
-            sample = start + rows
-            ptrs = k + (first + sample * stride)[:, None] * k_stride_n + channels[None, :]
-            x = tl.load(ptrs, mask=(sample < samples)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            key, counts = (start + rows) * stride, start + rows < samples
+            if SOME_LIVE:
+                key = _first_live(live, start, count, stride, tokens, BLOCK)
+                key = tl.where((counted == 0) & (start + rows == 0), any_live, key)
+                counts = key < tokens
+            ptrs = k + (first + key)[:, None] * k_stride_n + channels[None, :]
+            x = tl.load(ptrs, mask=counts[:, None] & inside[None, :], other=0.0).to(tl.float32)
             total += x * weight
         mean = tl.sum(total, 0)
         # An MMA wants 16 rows: rotate 16 copies and take any, which a maximum of equal numbers is. Their sum could overflow.
@@ -73,8 +107,11 @@ def statistics(
         amax = tl.zeros([BLOCK, D], tl.float32)
         for start in range(split * share, end, BLOCK):
             token = start + rows
+            counts = token < end
+            if SOME_LIVE:
+                counts = counts & (tl.load(live + token, mask=counts, other=0) != 0)
             ptrs = v + (first + token)[:, None] * v_stride_n + channels[None, :]
-            x = tl.load(ptrs, mask=(token < end)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            x = tl.load(ptrs, mask=counts[:, None] & inside[None, :], other=0.0).to(tl.float32)
             amax = tl.maximum(amax, tl.abs(x))
         tl.store(partial_amax + (group.to(tl.int64) * SPLITS + split) * D + channels, tl.max(amax, 0))
 
@@ -83,25 +120,29 @@ def statistics(
 def quantize_kv(
     k,  # [B, Nk, Hkv, HEAD_DIM] by strides
     v,  # the same
+    live,  # [B, Hkv, Nk] uint8 by strides, SOME_LIVE only
     k_mean,  # [H, D] fp32
     partial_amax,  # [H, SPLITS, D] fp32
     k8, k_scale, k_scale_max, v16, v_scale,  # see the module's text
-    cu_seqlens,  # [B + 1], VARLEN only
+    cu_seqlens, cu_seqlens_q,  # [B + 1] of keys and of queries, VARLEN only
     k_stride_b, k_stride_h, k_stride_n,
     v_stride_b, v_stride_h, v_stride_n,
+    live_stride_b, live_stride_h,
     head0, heads, tokens, slots,
     V_MAX: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    VARLEN: tl.constexpr,
+    VARLEN: tl.constexpr, CAUSAL: tl.constexpr, SOME_LIVE: tl.constexpr,
 ):  # fmt: skip
     blocks = 2 * tl.cdiv(tokens, BLOCK_N) * (BLOCK_N // ROWS)
     part, group = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     block = part // 2
-    batch, head, first, count, slot = _locate(group, head0, heads, cu_seqlens, tokens, slots, BLOCK_N, VARLEN)
+    batch, head, first, count, slot = _locate(group, head0, heads, cu_seqlens, cu_seqlens_q, tokens, slots, BLOCK_N, VARLEN, CAUSAL)
     if block * ROWS >= tl.cdiv(count, BLOCK_N) * BLOCK_N:
         return
     channels = tl.arange(0, D)
     token = block * ROWS + tl.arange(0, ROWS)
     valid = token < count
+    if SOME_LIVE:
+        valid = valid & (tl.load(live + batch * live_stride_b + head * live_stride_h + token, mask=valid, other=0) != 0)
     inside = valid[:, None] & (channels < HEAD_DIM)[None, :]
     per_channel = group.to(tl.int64) * D + channels
     out = (slot + token)[:, None] * D + channels[None, :]

@@ -1,0 +1,51 @@
+// Reads which keys are live, that is, take part in the statistics of K and V (LiveKeys in params.cuh).
+#pragma once
+#include "../common/warp.cuh"
+#include "../kernel/params.cuh"
+#include "../ptx/special.cuh"
+
+namespace sage {
+
+struct LiveRows {
+  const LiveKeys& live;  // a kernel parameter, so it takes no registers
+  const u32* bits;       // of the head; null: every key is live
+
+  __device__ __forceinline__ LiveRows(const LiveKeys& live, int batch, int head)
+      : live(live), bits(live.bits ? live.bits + batch * live.stride_b + head * live.stride_h : nullptr) {}
+
+  // Keys 32·w … 32·w + 31, a bit each.
+  __device__ __forceinline__ u32 word(int w) const {
+    u32 any = 0;
+#pragma unroll 4
+    for (int r = 0; r < live.rows; ++r) any |= bits[(i64)r * live.words + w];
+    return any;
+  }
+
+  // The same as a collective of the warp, whose lanes share the rows.
+  __device__ __forceinline__ u32 word_by_warp(int w) const {
+    u32 any = 0;
+    for (int r = special_tid_x() % 32; r < live.rows; r += 32) any |= bits[(i64)r * live.words + w];
+#pragma unroll
+    for (int other = 1; other < 32; other *= 2) any |= __shfl_xor_sync(kAllLanes, any, other);
+    return any;
+  }
+};
+
+// Consecutive keys' bits in shared memory. Keys count from the start of the sequence.
+template <int kWords>
+struct LiveWindow {
+  static constexpr int kKeys = 32 * kWords;
+  u32 word[kWords];
+
+  // Loads the words from that of `key` on. A collective of the CTA; no thread may still read the previous words.
+  __device__ __forceinline__ void load(const LiveRows& live, int key, int threads) {
+    for (int i = special_tid_x(); i < kWords; i += threads) word[i] = key / 32 + i < live.live.words ? live.word(key / 32 + i) : 0u;
+    __syncthreads();  // the words are stored
+  }
+  __device__ __forceinline__ bool get(int key, int first) const {
+    const int bit = key - first / 32 * 32;
+    return word[bit / 32] >> bit % 32 & 1;
+  }
+};
+
+}  // namespace sage

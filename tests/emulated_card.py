@@ -1,0 +1,67 @@
+"""A card on the host for tests of device code: csrc's kernels, emulated lane by lane (tests/lanes), under the package's own host side."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+from lane_compiler import COMPILER, compiled
+
+from sageattention.backends.cuda import driver, host, workspace
+from sageattention.device.capability import Capability
+from sageattention.kernels import binaries, store
+from sageattention.kernels.architectures import ARCHITECTURES
+from sageattention.kernels.table import CLASSIFY, IMAGES
+from sageattention.planning.problem import Problem
+from sageattention.variants import VARIANTS
+
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux")
+CARDS = [(75, 128), (80, 256), (89, 128), (90, 64), (90, 128)]  # (architecture, compiled head_dim)
+MMA = {k.name: (v.name, k) for v in VARIANTS.values() for k in v.kernels if not k.arch}
+each_variant = pytest.mark.parametrize("variant", [name for name, _ in MMA.values()], ids=MMA)
+
+
+class Lanes:
+    """A card that runs on the host: an architecture's quantisers and mma.sync attention of one head dimension."""
+
+    def __init__(self, arch: int, head_dim: int, folder: Path):
+        self.capability, self.head_dim = Capability("cuda", arch, 2, "none", "host"), head_dim
+        chosen = [e for i in IMAGES if i.arch == ARCHITECTURES[arch].target and not i.name.startswith("attend_wgmma") for e in i.entries]
+        self.entries = {entry.symbol: entry for entry in chosen if f"_d{head_dim}" in entry.symbol or entry is CLASSIFY}
+        functions = "".join(
+            f'extern "C" void {e.symbol}(const {e.params.__name__}* p, unsigned blocks) '
+            f"{{ run_grid(blocks, {e.threads}, [&] {{ {e.expression}(*p); }}); }}\n"
+            for e in self.entries.values()
+        )
+        self.library = compiled(arch, folder, ("kernel/quantize.cuh", "kernel/attend_mma.cuh"), functions)
+
+    def launch(self, device: int, stream: int, launches: tuple) -> None:
+        for symbol, x, _, _, params, _ in launches:
+            assert len(params) == ctypes.sizeof(self.entries[symbol].params)
+            getattr(self.library, symbol)(ctypes.create_string_buffer(params, len(params)), ctypes.c_uint(x))
+
+
+_compiled: dict[tuple[int, int], Lanes] = {}  # half a minute each
+
+
+def lanes_of(arch: int, head_dim: int, folder: Path) -> Lanes:
+    """The card, compiled in `folder` where no test needed it before."""
+    if (arch, head_dim) not in _compiled:
+        _compiled[arch, head_dim] = Lanes(arch, head_dim, folder)
+    return _compiled[arch, head_dim]
+
+
+def install(monkeypatch: pytest.MonkeyPatch, lanes: Lanes) -> Lanes:
+    """Put the card in the place of a real one."""
+    monkeypatch.delenv(binaries.FORCE, raising=False)
+    monkeypatch.setattr(store, "missing", lambda image: "")
+    monkeypatch.setattr(workspace.capability, "of_device", lambda *_: lanes.capability)
+    monkeypatch.setattr(driver, "kernel", lambda index, image, symbol, variant: symbol)
+    monkeypatch.setattr(host, "issue", lambda device, chains: [lanes.launch(device, 0, chain) for chain in chains])
+    return lanes
+
+
+def on_card(tensors: dict[str, torch.Tensor], **options) -> Problem:
+    return Problem.from_tensors(**tensors, return_lse=True, **options)._replace(device="cuda", device_index=0)

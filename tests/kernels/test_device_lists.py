@@ -1,0 +1,140 @@
+"""Tile lists in the device code, without a GPU: what the pre-pass writes for a mask, and attention by lists that no mask gives."""
+
+from __future__ import annotations
+
+import ctypes
+from types import SimpleNamespace
+
+import matrix
+import pytest
+import tile_bits
+import torch
+from emulated_card import CARDS, Lanes, each_variant, install, lanes_of, needs_compiler, on_card
+from lane_compiler import compiled
+
+from sageattention.backends.cuda import host
+from sageattention.kernels.family import Tile
+from sageattention.kernels.table import CLASSIFY
+from sageattention.numerics.live_keys import reachable
+from sageattention.numerics.reference import emulate, oracle
+from sageattention.planning.plan import plan
+from sageattention.planning.problem import Problem
+from sageattention.variants import VARIANTS
+
+pytestmark = needs_compiler
+CLASSIFY_FUNCTION = f"""
+extern "C" void classify(const ClassifyParams* p, unsigned blocks) {{
+  run_grid(blocks, {CLASSIFY.threads}, [&] {{ {CLASSIFY.expression}(*p); }});
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def classify(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return compiled(90, tmp_path_factory.mktemp("classify"), ("common/warp.cuh", "kernel/classify_mask.cuh"), CLASSIFY_FUNCTION)
+
+
+def classified(library: ctypes.CDLL, mask: torch.Tensor, len_q: int, len_kv: int, tile: int, is_causal: bool) -> torch.Tensor:
+    """What the pre-pass writes for a mask of one (batch, head) or more, uint8."""
+    heads = max(mask.shape[1], 2)
+    q, kv = torch.zeros(mask.shape[0], heads, len_q, 64), torch.zeros(mask.shape[0], heads, len_kv, 64)
+    problem = Problem.from_tensors(q, kv, kv, attn_mask=mask, is_causal=is_causal)
+    launch_plan = SimpleNamespace(
+        problem=problem, len_kv=reachable(len_q, len_kv, is_causal), classify="classify", plan=SimpleNamespace(tile=Tile(128, tile, 4, 2))
+    )
+    lists, space, ((_, blocks, *_, params, _),) = host._classify(launch_plan, mask)
+    space.fill_(0xAA)
+    library.classify(ctypes.create_string_buffer(params, len(params)), ctypes.c_uint(blocks))
+    return space
+
+
+def mask_of(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    """Rows without a key, all keys, runs and single ones; biases of which some are negligible."""
+    g = torch.Generator().manual_seed(seed)
+    runs = torch.rand(*shape[:3], -(-shape[3] // 40), generator=g).repeat_interleave(40, 3)[..., : shape[3]]
+    kept = (runs < 0.6) & (torch.rand(shape, generator=g) < 0.99)
+    kept[:, :, ::7], kept[:, :, 3::7] = True, False
+    if dtype == torch.bool:
+        return kept
+    bias = torch.where(torch.rand(*shape[:3], 1, generator=g) < 0.3, torch.randn(shape, generator=g), torch.zeros(shape))
+    bias[:, :, ::2, 5::64] = -5e3
+    return bias.masked_fill(~kept, -torch.inf).to(dtype)
+
+
+DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("len_q, len_kv, tile", [(70, 333, 64), (33, 288, 96), (1, 1, 128), (129, 2100, 128), (64, 64, 64)])
+@pytest.mark.parametrize("shape", ["keys", "batch keys", "dense", "heads", "batch heads"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pre_pass(classify: ctypes.CDLL, dtype: torch.dtype, shape: str, len_q: int, len_kv: int, tile: int, is_causal: bool) -> None:
+    if len_kv > 2000 and shape not in ("keys", "dense"):
+        shape = "dense"
+    sizes = {"keys": (1, 1, 1), "batch keys": (2, 1, 1), "dense": (1, 1, len_q), "heads": (1, 2, len_q), "batch heads": (2, 2, len_q)}
+    mask = mask_of(dtype, (*sizes[shape], len_kv))
+    expected = tile_bits.classify(mask, len_q, reachable(len_q, len_kv, is_causal), tile, is_causal)
+    assert torch.equal(classified(classify, mask, len_q, len_kv, tile, is_causal), expected.words())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("view", ["odd rows", "every second key", "transposed", "expanded", "one key for all"])
+def test_pre_pass_reads_any_strides(classify: ctypes.CDLL, view: str, dtype: torch.dtype) -> None:
+    wide = mask_of(dtype, (2, 2, 70, 411))
+    mask = {
+        "odd rows": wide[..., 1:334],
+        "every second key": wide[..., ::2],
+        "transposed": wide[..., :70].mT,
+        "expanded": wide[:1, :, :1, :200].expand(2, 2, 70, 200),
+        "one key for all": wide[..., :1].expand(2, 2, 70, 100),
+    }[view]
+    len_q, len_kv = mask.shape[2:]
+    expected = tile_bits.classify(mask, len_q, len_kv, 64, False)
+    assert torch.equal(classified(classify, mask, len_q, len_kv, 64, False), expected.words())
+
+
+@pytest.mark.parametrize("lowest", [-1e4, torch.finfo(torch.float32).min])
+def test_a_row_of_finite_biases_sees_every_key(classify: ctypes.CDLL, lowest: float) -> None:
+    mask = torch.zeros(1, 1, 40, 200)
+    mask[..., 128:] = lowest
+    plain = tile_bits.classify(mask, 40, 200, 64, False)
+    assert plain.seen.all() and not plain.live[..., 128:].any()
+    mask[:, :, 5] = lowest
+    found = tile_bits.classify(mask, 40, 200, 64, False)
+    assert found.live[:, :, 0].all() and not found.live[:, :, 1, 128:].any()
+    assert torch.equal(classified(classify, mask, 40, 200, 64, False), found.words())
+
+
+@pytest.fixture(scope="module", params=CARDS, ids=lambda p: f"sm{p[0]}-d{p[1]}")
+def lanes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lanes:
+    return lanes_of(*request.param, tmp_path_factory.mktemp("lanes"))
+
+
+@pytest.fixture
+def card(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> Lanes:
+    return install(monkeypatch, lanes)
+
+
+@each_variant
+@pytest.mark.parametrize("lengths", [(150, 333), (40, 64), (130, 256)], ids=str)
+@pytest.mark.parametrize("kind", tile_bits.KINDS)
+def test_attention_by_any_list(card: Lanes, kind: str, lengths: tuple[int, int], variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if card.capability.arch < VARIANTS[variant].min_arch:
+        pytest.skip(f"{variant} is not for sm_{card.capability.arch}")
+    t, _ = matrix.tensors(matrix.Case(card.head_dim, heads_q=2, heads_kv=1, len_q=lengths[0], len_kv=lengths[1]))
+    t = {name: x[:1] for name, x in t.items()}
+    mask = torch.ones(1, 2, *lengths, dtype=torch.bool)
+    problem = on_card(t, attn_mask=mask)
+    chosen = plan(problem, card.capability, variant, arch=card.capability.arch)
+    bits, pairs = tile_bits.made_up(kind, *lengths, 2, chosen.tile.block_m, chosen.tile.block_n)
+    tile_bits.install(monkeypatch, bits)
+    kv = host.quantize(t["k"], t["v"], problem, chosen, mask)
+    out, lse = host.attend(t["q"], kv, problem, mask)
+    exact, exact_lse = oracle(**t, attn_mask=pairs)
+    nothing = ~pairs.any(-1)
+    assert (out[nothing] == 0).all() and (lse[nothing] == -torch.inf).all()
+    if nothing.all():
+        return
+    emulated, _ = emulate(**t, scheme=chosen.scheme, attn_mask=pairs)
+    assert matrix.workloads.relative_l2(out, emulated) <= matrix.EMULATION_BOUND[chosen.scheme.pv] + matrix.OUTPUT_STEP["bfloat16"]
+    assert (lse - exact_lse)[~nothing].abs().mean() <= 0.02

@@ -1,0 +1,120 @@
+"""Block-sparse calls on the CUDA kernels against the fp64 reference (marker gpu)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sageattention import available_variants, sageattn, sageattn_sparse
+from sageattention.block_order import cube_order
+from sageattention.cli import workloads
+from sageattention.variants import VARIANTS
+
+pytestmark = pytest.mark.gpu
+# Relative L2; of the others 0.08. A block whose score is within rounding of the threshold may be exact for the one and not for the other.
+BOUND = {"sageattn_qk_int8_pv_fp16_cuda": 0.04, "sageattn_qk_int8_pv_int8_cuda": 0.06}
+
+
+@pytest.fixture(params=[v.name for v in VARIANTS.values() if v.sparse_kernels])
+def variant(request: pytest.FixtureRequest) -> str:
+    refused = {found.name: found.reason for found in available_variants("cuda") if found.status == "unsupported"}
+    if request.param in refused:
+        pytest.skip(refused[request.param])
+    return request.param
+
+
+def qkv(len_q=1500, len_kv=None, heads=4, heads_kv=2, head_dim=128, batch=2, dtype=torch.bfloat16):
+    g = torch.Generator("cuda").manual_seed(0)
+    shapes = ((heads, len_q), (heads_kv, len_kv or len_q), (heads_kv, len_kv or len_q))
+    return tuple(torch.randn(batch, h, n, head_dim, generator=g, device="cuda").to(dtype) for h, n in shapes)
+
+
+def block_mask(lists, blocks, heads=4, share=0.3, seed=1):
+    return torch.rand(2, heads, lists, blocks, generator=torch.Generator("cuda").manual_seed(seed), device="cuda") < share
+
+
+def agree(variant, q, k, v, **call):
+    """Against the reference. Blocks are given, or chosen by scores that lie apart: both then compute the same ones."""
+    out, lse, share = sageattn_sparse(q, k, v, variant=variant, return_lse=True, return_share=True, **call)
+    exact, exact_lse, exact_share = sageattn_sparse(q, k, v, variant="reference", return_lse=True, return_share=True, **call)
+    assert abs(share - exact_share) <= 2e-3
+    assert workloads.relative_l2(out, exact.double()) <= BOUND.get(variant, 0.08)
+    finite = exact_lse.isfinite()
+    assert torch.equal(finite, lse.isfinite()) and (lse - exact_lse)[finite].abs().mean() <= 0.02
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("q_block", [64, 128])
+def test_given_blocks(q_block: int, head_dim: int, tail: bool, variant: str) -> None:
+    q, k, v = qkv(head_dim=head_dim)
+    mask = block_mask(-(-1500 // q_block), 24)
+    if q_block == 64:  # the kernels' lists serve 128
+        mask = mask[:, :, : 2 * (mask.shape[2] // 2)].unflatten(2, (-1, 2)).any(3).repeat_interleave(2, 2)
+    agree(variant, q, k, v, selection="static", block_mask=mask, q_block=q_block, tail=tail)
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+@pytest.mark.parametrize(
+    "call", [{}, {"tau": 0.5}, {"selection": "mass"}, {"selection": "topk", "keep": 0.3}, {"selection": "cdf", "keep": 0.6}], ids=str
+)
+def test_selections(call: dict, layout: str, variant: str) -> None:
+    q, k, v = qkv()
+    if layout == "NHD":
+        q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+    agree(variant, q, k, v, tensor_layout=layout, **call)
+
+
+def test_all_blocks_are_dense_attention(variant: str) -> None:
+    q, k, v = qkv()
+    out = sageattn_sparse(q, k, v, selection="topk", keep=1.0, variant=variant)
+    dense = sageattn(q.double(), k.double(), v.double(), variant="sdpa")
+    assert workloads.relative_l2(out, dense) <= BOUND.get(variant, 0.08)
+
+
+def test_an_order(variant: str) -> None:
+    order = cube_order(5, 20, 15, device="cuda")
+    q, k, v = qkv()
+    agree(variant, q, k, v, order=order, sinks=70, query_sinks=(1400, 1500))
+
+
+def test_keys_that_do_not_exist(variant: str) -> None:
+    q, k, v = qkv()
+    keys = torch.rand(2, 1500, generator=torch.Generator("cuda").manual_seed(2), device="cuda") < 0.7
+    keys[:, 640:768] = False
+    for t in (k, v):
+        t.masked_fill_(~keys[:, None, :, None], float("nan"))
+    agree(variant, q, k, v, key_mask=keys)
+    agree(variant, q, k, v, key_mask=keys, selection="static", block_mask=block_mask(12, 24), tail=False)
+
+
+def test_padded_tiles(variant: str) -> None:
+    q, k, v = qkv(1536)
+    lengths = torch.randint(0, 65, (24,), generator=torch.Generator("cuda").manual_seed(3), device="cuda", dtype=torch.int32)
+    agree(variant, q, k, v, block_len=lengths)
+
+
+def test_a_coarse_gate(variant: str) -> None:
+    q, k, v = qkv(heads_kv=4)
+    agree(variant, q, k, v, selection="topk", keep=0.3, tail=False, coarse_gate=torch.rand_like(q))
+
+
+@pytest.mark.parametrize("len_q, len_kv", [(1500, 1500), (700, 1500), (1500, 130)])
+def test_causal_and_lengths_that_differ(len_q: int, len_kv: int, variant: str) -> None:
+    q, k, v = qkv(len_q, len_kv)
+    agree(variant, q, k, v)
+    agree(variant, q, k, v, is_causal=True, q_start=0)
+
+
+def test_rows_without_a_block_are_zero(variant: str) -> None:
+    q, k, v = qkv()
+    mask = block_mask(12, 24)
+    mask[:, :, 3] = False
+    out, lse = sageattn_sparse(q, k, v, selection="static", block_mask=mask, tail=False, return_lse=True, variant=variant)
+    assert (out[:, :, 384:512] == 0).all() and (lse[:, :, 384:512] == -torch.inf).all()
+
+
+def test_repeats_are_equal_bit_for_bit(variant: str) -> None:
+    q, k, v = qkv(5000, heads=8, heads_kv=8)
+    first = sageattn_sparse(q, k, v, variant=variant)
+    assert all(torch.equal(first, sageattn_sparse(q, k, v, variant=variant)) for _ in range(10))
