@@ -20,7 +20,7 @@ import wine_python
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "wheels"))
 
-# What is tested -> pytest's arguments. The short form takes about five minutes on two quiet cores.
+# What is tested -> pytest's arguments. The short form takes two minutes on two quiet cores, and the first time three to set up.
 SHORT = {
     "driver, both launchers": ["tests/kernels/test_driver.py"],
     "portable layout, code pages, a launcher in use": ["tests/install/test_windows.py"],
