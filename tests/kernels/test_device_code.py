@@ -228,7 +228,7 @@ extern "C" void eight_{d}_{dtype}(const u16* rows, float sign, u8* out, float* s
   run_grid(1, 32, [&] {{
     const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
     Raw8<{dtype}> raw[1][{d} / 32];
-    load_raw<{d}, 1, {dtype}, true>((const u8*)rows, {d}, g, 8, t, {d}, raw);
+    load_raw<{d}, 1, {dtype}, true>((const u8*)rows, [](int row) {{ return row; }}, {d}, g, 8, t, {d}, raw);
     u32 codes[2][{d} / 32];
     scales[lane] = quantize_rows8(raw[0], Rotation<{d}, {dtype}>(lane), lane, 127.0f, sign, codes);
     for (int j = 0; j < 2; ++j)
@@ -241,7 +241,7 @@ extern "C" void each_{d}_{dtype}(const u16* rows, float sign, u8* out, float* sc
   run_grid(1, 32, [&] {{
     const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
     float x[1][2][{d} / 4];
-    load_rows<{d}, 1, {dtype}, true>((const u8*)rows, {d}, g, 8, t, {d}, x);
+    load_rows<{d}, 1, {dtype}, true>((const u8*)rows, [](int row) {{ return row; }}, {d}, g, 8, t, {d}, x);
     u32 a[{d} / 32][4];
     scales[lane] = quantize_row<{d}>(x[0][0], t, 127.0f, sign, a, 0);
     for (int i = 0; i < {d} / 16; ++i) memcpy(out + g * {d} + (i / 4 * 4 + t) * 16 + i % 4 * 4, &a[i / 4 * 2 + i % 4 / 2][i % 2 * 2], 4);
