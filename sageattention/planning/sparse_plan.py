@@ -30,14 +30,18 @@ def sparse_plan(sparse: SparseProblem, card: Capability, variant: str = "auto", 
 def _automatic(sparse: SparseProblem, target: Target) -> Plan:
     if target.card.device != "cuda":
         return Plan(REFERENCE, "no kernels but for NVIDIA GPUs", target.family, auto=True)
-    rejected: list[tuple[Candidate, str]] = []
-    for rule in (r for r in rules.RULES if target.family in r.archs):
-        for candidate in (c for c in rule.candidates if VARIANTS[c.variant].sparse_kernels):
-            try:
-                return _fit(sparse, target, candidate, rule.reason)
-            except (Unsupported, KernelMissing) as error:
-                rejected.append((candidate, str(error)))
-    found = "; ".join(reason for _, reason in rejected) or f"no variant is for compute capability {target.family / 10}"
+    # Dense calls of different kinds may have the same candidates; each is tried once.
+    reasons: dict[Candidate, str] = {}
+    for rule in rules.rules(target.family, target.card.name):
+        for candidate in rule.candidates:
+            reasons.setdefault(candidate, rule.reason)
+    rejected: list[str] = []
+    for candidate in (c for c in reasons if VARIANTS[c.variant].sparse_kernels):
+        try:
+            return _fit(sparse, target, candidate, reasons[candidate])
+        except (Unsupported, KernelMissing) as error:
+            rejected.append(str(error))
+    found = "; ".join(rejected) or f"no variant is for compute capability {target.family / 10}"
     raise KernelMissing("auto", f"no block-sparse kernel runs here: {found}; sageattn is dense, variant='reference' slow (plain PyTorch)")
 
 

@@ -255,19 +255,21 @@ def test_cuda_variants_say_what_they_lack(name):
         sageattn_sparse(*qkv(130), variant=name)
 
 
-def planned(arch: int, variant: str = "auto", **call):
+def planned(arch: int, variant: str = "auto", name: str = "a card", **call):
     q, k, v = qkv(130)
     dense = Problem.from_tensors(q, k, v, tensor_layout="HND", is_causal=call.pop("is_causal", False), sm_scale=None, return_lse=True)
     empty = dict.fromkeys(("tau", "keep", "neighbours", "q_start", "order", "block_len", "block_mask", "key_mask", "coarse_gate"))
     rest = {"selection": "sol", "similarity": 0.0, "q_block": 128, "tail": True, "sinks": (), "query_sinks": ()}
     problem, _ = SparseProblem.from_call(dense, q, **{**empty, **rest, **call})
-    return sparse_plan(problem, Capability("cuda", arch, 132, name="a card"), variant)
+    return sparse_plan(problem, Capability("cuda", arch, 132, name=name), variant)
 
 
 @pytest.mark.parametrize(
     "arch, variant",
     [(75, "sageattn_qk_int8_pv_int8_cuda"), (86, "sageattn_qk_int8_pv_int8_cuda"), (89, "sageattn_qk_int8_pv_int8_cuda"),
-     (90, "sageattn_qk_int8_pv_fp8_cuda_sm90"), (120, "sageattn_qk_int8_pv_int8_cuda")],
+     (90, "sageattn_qk_int8_pv_fp8_cuda_sm90"), (120, "sageattn_qk_int8_pv_int8_cuda"),
+     # newer ones of a family: as in dense calls, its rule
+     (87, "sageattn_qk_int8_pv_int8_cuda"), (121, "sageattn_qk_int8_pv_int8_cuda")],
 )  # fmt: skip
 def test_auto_takes_the_first_of_the_rule(arch, variant):
     chosen = planned(arch)
@@ -280,6 +282,11 @@ def test_where_no_kernel_is_for_the_card():
     assert missing.value.variant == "auto"
     assert planned(100, "reference").variant.name == "reference"
     assert planned(100, "sageattn_qk_int8_pv_fp16_cuda").variant.name == "sageattn_qk_int8_pv_fp16_cuda"
+
+
+def test_a_card_without_tensor_cores_gets_none_of_its_rules_variants():
+    with pytest.raises(KernelMissing, match="no block-sparse kernel runs here"):
+        planned(75, name="NVIDIA GeForce GTX 1660")
 
 
 def test_causal_queries_from_the_middle_are_the_references():
