@@ -13,7 +13,7 @@ import torch
 
 from . import settings
 from .backends import emulation, sdpa
-from .backends.call import Backend, KernelBackend, PreparedCall, QuantizedKV, Result, result_like
+from .backends.call import Backend, KernelBackend, PreparedCall, QuantizedKV, Result, empty_result
 from .errors import KernelMissing, TorchOnly, Unsupported
 from .planning import varlen
 from .planning.here import plan_for, plan_without, warn_once
@@ -69,7 +69,7 @@ class Call(PreparedCall[Plan]):
         """By the plan and no other."""
         problem, plan, device = self.problem, self.plan, self.problem.device
         if problem.empty:
-            return _empty(self.q, problem)
+            return empty_result(self.q, problem)
         if release is not None and isinstance(plan, KernelPlan) and self._halves_pay(plan):
             return self._compute_releasing(plan, release)
         run = _backend(plan.variant).run
@@ -104,11 +104,6 @@ def _say_what_runs(chosen: Plan) -> None:
     """One line at a variant's first call: where a start flag or another program calls, nothing else tells what runs."""
     _ran.add(chosen.variant.name)
     LOG.info("sageattention: attention runs on %s: %s", chosen.variant.name, chosen.reason)
-
-
-def _empty(q: torch.Tensor, problem: Problem) -> Result:
-    out, lse = result_like(q, problem)
-    return out.zero_(), None if lse is None else lse.fill_(-torch.inf)
 
 
 # By `Variant.backend`; the others are imported when they are first called, because an import statement costs each call a microsecond.
@@ -182,8 +177,8 @@ def _stands_in_torchs_place() -> bool:
     return getattr(placed, "__module__", None) == f"{__package__}.api"
 
 
-# (problem, plan, what is bound) of the calls that were prepared before, by all that they depend on: a model repeats a handful of calls
-# thousands of times, and checking and planning one anew costs 15 µs.
+# Maps all that a call's plan depends on to (problem, plan, what the backend has bound). Checking and planning a call takes 15 µs, and a
+# model repeats a handful of calls thousands of times.
 _prepared: dict[tuple[Any, ...], tuple[Problem, Plan, dict[Any, Any]]] = {}
 
 
@@ -294,7 +289,7 @@ def attend(
     _refuse_transforms("q")
     problem = kv.problem.with_query(q, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse)
     if problem.empty:
-        return _empty(q, problem)
+        return empty_result(q, problem)
     kv = replace(kv, plan=plan_for(problem, kv.plan.variant.name, kv.plan.accum))  # this mask's kernel
     if kv.made_on is not None:
         kv.join(torch.cuda.current_stream(q.device))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .backends import sparse_reference
+from .backends.call import empty_result
 from .backends.cuda import sparse as sparse_cuda
 from .backends.sparse_reference import SparseResult
 from .kernels import binaries
@@ -37,8 +38,9 @@ def compute(
     problem, tensors = SparseProblem.from_call(dense, q, **sparse)
     plan = sparse_plan(problem, machine(dense), variant, *binaries.forced())
     if dense.empty:
-        lse = torch.full((dense.batch, dense.heads_q, dense.len_q), -torch.inf, device=q.device)
-        return SparseResult(torch.zeros_like(q, memory_format=torch.contiguous_format), lse, torch.ones((), device=q.device))
+        out, lse = empty_result(q, dense)
+        assert lse is not None  # as asked for above
+        return SparseResult(out, lse, torch.ones((), device=q.device))
     if isinstance(plan, CudaPlan):
         return sparse_cuda.run(q, k, v, problem, tensors, plan)
     return sparse_reference.run(q, k, v, problem, tensors)

@@ -89,3 +89,9 @@ def result_like(q: torch.Tensor, problem: Problem) -> Result:
     if not problem.return_lse:
         return out, None
     return out, torch.empty(problem.batch, problem.heads_q, problem.len_q, dtype=torch.float32, device=q.device)
+
+
+def empty_result(q: torch.Tensor, problem: Problem) -> Result:
+    """What a problem gives where there is nothing to attend to: zeros, and log-sum-exps of −inf."""
+    out, lse = result_like(q, problem)
+    return out.zero_(), None if lse is None else lse.fill_(-torch.inf)

@@ -25,10 +25,7 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparse: SparseProblem
     """Compute a checked call."""
     p = sparse.problem
     q, k, v = (to_hnd(t, p.layout) for t in (q, k, v))
-    geometry = Geometry(
-        sparse.q_block, p.causal, sparse.q_start, sparse.sinks, sparse.query_sinks, sparse.neighbours, tensors.order, tensors.key_mask,
-        tensors.block_len,
-    )  # fmt: skip
+    geometry = geometry_of(sparse, tensors, sparse.q_block)
     chosen = route(
         q, k, v, selections(sparse, tensors), geometry, tail=sparse.tail, block_mask=tensors.block_mask, sm_scale=p.sm_scale
     )  # fmt: skip
@@ -38,6 +35,14 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparse: SparseProblem
     limit = torch.finfo(q.dtype).max
     out = from_hnd(out.clamp(-limit, limit).to(q.dtype), p.layout)
     return SparseResult(out, lse.float(), exact_share(chosen, p.len_q, p.len_kv, geometry).float())
+
+
+def geometry_of(sparse: SparseProblem, tensors: SparseTensors, q_block: int) -> Geometry:
+    """What is around a call's scores, with lists of `q_block` queries."""
+    return Geometry(
+        q_block, sparse.problem.causal, sparse.q_start, sparse.sinks, sparse.query_sinks, sparse.neighbours, tensors.order,
+        tensors.key_mask, tensors.block_len,
+    )  # fmt: skip
 
 
 def selections(sparse: SparseProblem, tensors: SparseTensors) -> list[Selection]:

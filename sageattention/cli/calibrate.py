@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 LIMIT = 55.0  # seconds
 HEADS = 16  # over all batches, as SD 1.5 has; SDXL has 20, Flux 24
 TURNS, TURN_MS = 3, 15
-HOPELESS = 3.0  # a candidate that takes so many times as long as SDPA is not timed at longer calls
+HOPELESS = 3.0  # times SDPA's time: calibration stops timing such a candidate at longer calls
 OFF = 0.1  # relative L2 distance from SDPA; the coarsest variant has .04
 
 

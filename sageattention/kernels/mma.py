@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from ..numerics.constants import KV_TILE
 from ..numerics.scheme import FP8_FP16, FP8_FP32_MMA, FP16_FP16_FP32, FP16_FP32_MMA, INT8_INT32
 from .binaries import Entry
 from .family import WARP_ROWS, KernelFamily, Tile, Tiles, find_tile, initializer
-from .mma_lists import LIST_BYTE_TILES, LIST_TILES
+from .mma_lists import LIST_BYTE_TILES, LIST_TILES, mma_tile
 from .params import AttendParams
 
 FLAGS = ("q_in_smem", "loop_state_in_smem", "recompute_thread_idx", "delay_v_load")
@@ -22,47 +21,43 @@ FLAGS = ("q_in_smem", "loop_state_in_smem", "recompute_thread_idx", "delay_v_loa
 # 12.x, Turing) are bound by it with 16 rows as well, and want as many warps as the registers hold: twelve. At head_dim 64, 16 rows leave
 # room for 16 warps. 8.6, 8.9 and 12.x have 99 KiB of shared memory for a block, Turing 64 and no asynchronous copies. Kernels that walk
 # lists have shapes of their own (mma_lists.py).
-def _tile(block_m: int, warps: int, stages: int, *more: Any, **flags: Any) -> Tile:
-    return Tile(block_m, KV_TILE, warps, stages, *more, **flags)
-
-
-_TWO, _EIGHT, _TWELVE = _tile(128, 4, 3, 2, True), _tile(128, 8, 3, 1), _tile(192, 12, 3, 1)
+_TWO, _EIGHT, _TWELVE = mma_tile(128, 4, 3, 2, True), mma_tile(128, 8, 3, 1), mma_tile(192, 12, 3, 1)
 MMA_TILES: Tiles = {
-    (0, 64): _tile(128, 8, 3, 2),
+    (0, 64): mma_tile(128, 8, 3, 2),
     (0, 128): _TWO,
-    (0, 256): _tile(128, 8, 3, 1, True),
-    (75, 64): _tile(128, 8, 2, 2),
+    (0, 256): mma_tile(128, 8, 3, 1, True),
+    (75, 64): mma_tile(128, 8, 2, 2),
     (75, 128): replace(_EIGHT, stages=2),
     (75, 256): replace(_EIGHT, stages=1),
     (80, 128): _TWELVE,
     (80, 128, "none", "fp32"): _TWO,
-    (80, 256): _tile(128, 8, 2, 1, True),
+    (80, 256): mma_tile(128, 8, 2, 1, True),
     (100, 128): _TWELVE,
 }
 MMA_BYTE_TILES: Tiles = {
-    (0, 64): _tile(128, 8, 3, 2),
+    (0, 64): mma_tile(128, 8, 3, 2),
     (0, 128): replace(_TWO, stages=4),
     (0, 256): replace(_EIGHT, stages=4),
-    (75, 64): _tile(128, 8, 3, 2),
+    (75, 64): mma_tile(128, 8, 3, 2),
     (75, 128): _EIGHT,
     (75, 256): replace(_EIGHT, stages=1),
     (80, 128): replace(_TWO, stages=4),
     (80, 256): _EIGHT,
-    (100, 64): _tile(128, 8, 3, 2),
+    (100, 64): mma_tile(128, 8, 3, 2),
     (100, 64, "none", "fp8"): _EIGHT,
     (100, 64, "causal", "fp8"): _EIGHT,
     (100, 128): _TWELVE,
 }
 for _arch in (86, 89, 120):
-    MMA_TILES[_arch, 64] = MMA_BYTE_TILES[_arch, 64] = _tile(128, 8, 3, 2)
+    MMA_TILES[_arch, 64] = MMA_BYTE_TILES[_arch, 64] = mma_tile(128, 8, 3, 2)
     MMA_TILES[_arch, 128] = MMA_BYTE_TILES[_arch, 128] = _TWELVE
     MMA_TILES[_arch, 256] = MMA_BYTE_TILES[_arch, 256] = replace(_EIGHT, stages=2)
 MMA_TILES[120, 128, "causal"] = _EIGHT
-MMA_TILES[120, 256] = _tile(128, 8, 1, 1, True)
+MMA_TILES[120, 256] = mma_tile(128, 8, 1, 1, True)
 # Where sums of fp16 or emulated FP8 MMAs take more registers.
 for _mask in ("none", "causal"):
     MMA_TILES[0, 64, _mask, "fp16"] = _TWO
-    MMA_TILES[75, 64, _mask, "fp16"] = _tile(128, 4, 2, 2)
+    MMA_TILES[75, 64, _mask, "fp16"] = mma_tile(128, 4, 2, 2)
     for _sums in ("fp8", "fp16"):
         MMA_BYTE_TILES[0, 128, _mask, _sums] = MMA_BYTE_TILES[100, 128, _mask, _sums] = _EIGHT
         MMA_BYTE_TILES[0, 256, _mask, _sums] = replace(_EIGHT, q_in_smem=True)

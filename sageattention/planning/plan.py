@@ -62,7 +62,8 @@ class KernelPlan(Plan):
         heads_per_group: key/value heads, over all batches, that are quantised and attended at once.
     """
 
-    # Quantised K and V of at most so many bytes are alive at once, in so many groups; more heads than fit are computed in groups.
+    # Byte limit on the quantised K and V that exist at once, and the number of groups of heads that share it: a call whose heads exceed
+    # the limit computes them group by group.
     WORKSPACE_LIMIT: ClassVar[int]
     GROUPS_ALIVE: ClassVar[int]
     COMPILES_AT_LAUNCH: ClassVar[bool]  # or all kernels of a call are there before its first launch

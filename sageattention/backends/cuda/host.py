@@ -1,8 +1,7 @@
 """Host side of the CUDA variants: workspace, groups of heads, launches.
 
-What depends on the problem alone is a `LaunchPlan`, what strides and alignment add to it makes a `Form`; both are worked out once. A call
-allocates the output and one workspace, fills addresses into its form's parameter structs, and hands all its launches to the driver
-at once.
+What depends on the problem alone is a `LaunchPlan`, what strides and alignment add to it makes a `BoundCall`; both are worked out once. A
+call allocates the output and one workspace, fills addresses into the parameter structs, and hands all its launches to the driver at once.
 """
 
 from __future__ import annotations
@@ -51,24 +50,16 @@ def run(call: PreparedCall[CudaPlan]) -> Result:
     if form is None:
         launch_plan = launch_plan_of(p, call.plan)
         lists = None if mask is None else _lists(launch_plan, mask, unaligned[2])
-        form = bound[unaligned] = BoundCall(
-            launch_plan, lists, bind_quantize(launch_plan, k, v, lists, unaligned[1]),
-            bind_attend(launch_plan, q, out, mask, lists, unaligned[0]),
-            launch_plan.workspace.size * min(2, len(launch_plan.groups)),
-        )  # fmt: skip
-    lists, size = form.lists, form.launch_plan.workspace.size
+        form = bound[unaligned] = bind(launch_plan, q, k, v, out, mask, lists, unaligned[:2])
+    lists = form.lists
     ring = torch.empty(form.size + (lists.size if lists else 0), dtype=torch.uint8, device=q.device)
     base, lse_at = ring.data_ptr(), 0 if lse is None else lse.data_ptr()
     launch_plan, lists_at = form.launch_plan, base + form.size
     extra = lists.at(lists_at) if lists else Extra()
-    chains: list[tuple[Launch, ...]] = [
-        (*quantize_launches(launch_plan, quantize_bound, base + number % 2 * size, k_at, v_at, extra),
-         attend_launch(launch_plan, attend_bound, launch_plan.workspace, base + number % 2 * size, q_at, mask_at, extra, out_at, lse_at))
-        for number, (quantize_bound, attend_bound) in enumerate(zip(form.quantize_bound, form.attend_bound))
-    ]  # fmt: skip
+    by_group = chains(form, base, q_at, k_at, v_at, mask_at, extra, out_at, lse_at)
     if lists:
-        chains[0] = (_classify_launch(launch_plan, lists, mask_at, lists_at), *chains[0])
-    issue(launch_plan.device, chains)
+        by_group[0] = (_classify_launch(launch_plan, lists, mask_at, lists_at), *by_group[0])
+    issue(launch_plan.device, by_group)
     return out, lse
 
 
@@ -122,6 +113,18 @@ def _classify_launch(r: LaunchPlan, lists: Lists, mask: int, at: int) -> Launch:
     own = lists.at(at)
     assert r.classify is not None  # the problem has a mask
     return r.classify, lists.blocks, 1, 1, _pack_classify(mask, strides, own.lists, own.live, own.kept, tail), False
+
+
+def chains(
+    bound: BoundCall, base: int, q: int, k: int, v: int, mask: int, extra: Extra, out: int, lse: int
+) -> list[tuple[Launch, ...]]:  # fmt: skip
+    """The launches of each group of heads; the groups take turns in the workspaces, of which there are two at most, from `base` on."""
+    r, size = bound.launch_plan, bound.launch_plan.workspace.size
+    return [
+        (*quantize_launches(r, quantize_bound, base + number % 2 * size, k, v, extra),
+         attend_launch(r, attend_bound, r.workspace, base + number % 2 * size, q, mask, extra, out, lse))
+        for number, (quantize_bound, attend_bound) in enumerate(zip(bound.quantize_bound, bound.attend_bound))
+    ]  # fmt: skip
 
 
 def quantize_launches(r: LaunchPlan, group: BoundQuantize, base: int, k: int, v: int, extra: Extra) -> tuple[Launch, Launch]:
@@ -274,6 +277,17 @@ def _lists(r: LaunchPlan, mask: torch.Tensor, unaligned: int) -> Lists:
         (*_broadcast_strides((batches, heads, bands), 2 * words), words, BAND_ROWS if bands > 1 else 1 << 30),
         (*_broadcast_strides((batches, heads, bands), live_words)[:1], rows * live_words if heads > 1 else 0, rows, live_words),
         shape.list_bytes, kept, _broadcast_strides((batches, heads, mask_rows), live_words), shape.size,
+    )  # fmt: skip
+
+
+def bind(
+    r: LaunchPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, mask: torch.Tensor | None, lists: Lists | None,
+    unaligned: tuple[int, int],
+) -> BoundCall:  # fmt: skip
+    """All of a call but its addresses; `unaligned`: of q and out, of k and v, the bytes beyond a multiple of 16."""
+    return BoundCall(
+        r, lists, bind_quantize(r, k, v, lists, unaligned[1]), bind_attend(r, q, out, mask, lists, unaligned[0]),
+        r.workspace.size * min(2, len(r.groups)),
     )  # fmt: skip
 
 

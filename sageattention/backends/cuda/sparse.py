@@ -12,10 +12,11 @@ from ...layout import from_hnd, to_hnd
 from ...numerics import block_bits
 from ...numerics.constants import KV_BLOCK
 from ...numerics.sparse import Route, Tail, coarse, exact_share, route
-from ...numerics.sparse_geometry import BlockView, Geometry
+from ...numerics.sparse_geometry import BlockView
 from ...planning.plan import CudaPlan
 from ...planning.sparse_problem import SparseProblem, SparseTensors
-from ..sparse_reference import SparseResult, selections
+from ..call import result_like
+from ..sparse_reference import SparseResult, geometry_of, selections
 from . import host
 from .workspace import launch_plan_of
 
@@ -27,17 +28,15 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparse: SparseProblem
     """Compute a checked call by a plan for it."""
     p = sparse.problem
     by_heads = to_hnd(q, p.layout), to_hnd(k, p.layout), to_hnd(v, p.layout)
-    geometry = Geometry(
-        LIST_ROWS, p.causal, sparse.q_start, sparse.sinks, sparse.query_sinks, sparse.neighbours, tensors.order, tensors.key_mask,
-        tensors.block_len,
-    )  # fmt: skip
+    geometry = geometry_of(sparse, tensors, LIST_ROWS)
     block_mask = tensors.block_mask
     if block_mask is not None and sparse.q_block < LIST_ROWS:
         block_mask = _union(block_mask)
     rules = selections(sparse, tensors)
     chosen = route(*by_heads, rules, geometry, tail=sparse.tail, block_mask=block_mask, sm_scale=p.sm_scale, dtype=torch.float32)
     view = BlockView(p.len_q, p.len_kv, geometry, q.device)
-    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[0], p.heads_q, p.len_q, dtype=torch.float32)
+    out, lse = result_like(q, p)
+    assert lse is not None  # every block-sparse call has one
     _launch(q, k, v, out, lse, sparse, plan, chosen, view)
     if tensors.coarse_gate is not None:
         added = coarse(*by_heads, geometry, sm_scale=p.sm_scale, dtype=torch.float32)
@@ -74,16 +73,10 @@ def _launch(
         bits.data_ptr(), live_at, live_at, 0 if order is None else order.data_ptr(), 0 if tail is None else tail.data_ptr(),
         k_mean.data_ptr(), k_mean.shape[-1] * 4,
     )  # fmt: skip
-    kv_at = k.data_ptr() | v.data_ptr()
-    quantize = host.bind_quantize(r, k, v, lists, kv_at % 16)
-    attend = host.bind_attend(r, q, out, None, lists, (q.data_ptr() | out.data_ptr()) % 16)
-    space = torch.empty(r.workspace.size * min(2, len(r.groups)), dtype=torch.uint8, device=q.device)
-    base = space.data_ptr()
-    host.issue(r.device, [
-        (*host.quantize_launches(r, g, base + n % 2 * r.workspace.size, k.data_ptr(), v.data_ptr(), extra),
-         host.attend_launch(r, a, r.workspace, base + n % 2 * r.workspace.size, q.data_ptr(), 0, extra, out.data_ptr(), lse.data_ptr()))
-        for n, (g, a) in enumerate(zip(quantize, attend))
-    ])  # fmt: skip
+    q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+    bound = host.bind(r, q, k, v, out, None, lists, ((q_at | out_at) % 16, (k_at | v_at) % 16))
+    space = torch.empty(bound.size, dtype=torch.uint8, device=q.device)
+    host.issue(r.device, host.chains(bound, space.data_ptr(), q_at, k_at, v_at, 0, extra, out_at, lse.data_ptr()))
 
 
 def _live(view: BlockView, batch: int) -> torch.Tensor | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ...device import capability
 from ...kernels.table import CLASSIFY
 from ...numerics.constants import FINITE_MAX, LOG2E, QK_MAX, SCORE_LIMIT, k_mean_stride
+from ...numerics.live_keys import reachable
 from ...planning.plan import CudaPlan
 from ...planning.problem import Problem
 from ...planning.tile_lists import tile_list_shape
@@ -88,7 +89,7 @@ def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False, sparse: 
         driver.kernel(p.device_index, attention, plan.attend, plan.variant.name),
     )
     # Causal: nobody sees a key beyond the last query. Keys that were quantised before the queries were known are there all the same.
-    len_kv = min(p.len_kv, p.len_q) if p.causal and not one_group and not sparse else p.len_kv
+    len_kv = reachable(p.len_q, p.len_kv, p.causal and not one_group and not sparse)
     bh_total, tiles, tile_bytes = p.batch * p.heads_kv, -(-len_kv // plan.tile.block_n), names.tile_bytes(d)
     bh_count = bh_total if one_group else plan.heads_per_group
     groups = tuple((first, min(bh_count, bh_total - first)) for first in range(0, bh_total, bh_count))
