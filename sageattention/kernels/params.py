@@ -114,14 +114,15 @@ class NarrowMaskParams(ctypes.Structure):
     ]  # fmt: skip
 
 
-class ZeroMaskedRowsParams(ctypes.Structure):
-    """Of zero_masked_rows, after torch's own attention."""
+class RepairRowsParams(ctypes.Structure):
+    """Of repair_rows, after torch's own attention."""
 
     _fields_ = [
         ("mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64), ("mask_stride_q", c_int64), ("mask_stride_k", c_int64),
         ("out", POINTER), ("out_stride_b", c_int64), ("out_stride_h", c_int64), ("out_stride_n", c_int64),
-        ("heads", c_int32), ("len_q", c_int32), ("len_kv", c_int32), ("rows", c_int32),
-        ("mask_kind", c_int32), ("causal", c_int32), ("row_words", c_int32), ("element_words", c_int32),
+        ("v", POINTER), ("v_stride_b", c_int64), ("v_stride_h", c_int64), ("v_stride_n", c_int64),
+        ("heads", c_int32), ("heads_per_kv", c_int32), ("len_q", c_int32), ("len_kv", c_int32), ("head_dim", c_int32), ("rows", c_int32),
+        ("mask_kind", c_int32), ("dtype", c_int32), ("causal", c_int32), ("limit", c_float),
     ]  # fmt: skip
 
 

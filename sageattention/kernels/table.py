@@ -8,7 +8,7 @@ from .architectures import TARGETS, TEST_TARGETS
 from .binaries import Entry, Image
 from .family import KernelFamily
 from .mma import MMA_FP8, MMA_FP16, MMA_INT8
-from .params import ClassifyParams, NarrowMaskParams, QuantizeKParams, QuantizeVParams, ZeroMaskedRowsParams
+from .params import ClassifyParams, NarrowMaskParams, QuantizeKParams, QuantizeVParams, RepairRowsParams
 from .wgmma import WGMMA_FP8, WGMMA_FP8_SPARSE, WGMMA_FP16, WGMMA_FP16_SPARSE
 
 KERNELS: tuple[KernelFamily, ...] = (WGMMA_FP16, MMA_FP16, MMA_FP8, WGMMA_FP8, MMA_INT8, WGMMA_FP16_SPARSE, WGMMA_FP8_SPARSE)
@@ -47,7 +47,7 @@ NARROW_KEYS = 2048  # of a row, in a CTA
 NARROW_MASK = Entry(
     "narrow_mask", "narrow_rows", NarrowMaskParams, 256, 4, checks=(f"kNarrowThreads == 256 && kNarrowKeys == {NARROW_KEYS}",)
 )
-ZERO_MASKED_ROWS = Entry("zero_masked_rows", "zero_rows", ZeroMaskedRowsParams, 128, checks=("kZeroRowsThreads == 128",))
+REPAIR_ROWS = Entry("repair_rows", "repair", RepairRowsParams, 128, checks=("kRepairThreads == 128",))
 
 
 def _images(target: str) -> Iterator[Image]:
@@ -58,7 +58,7 @@ def _images(target: str) -> Iterator[Image]:
         keys = {k.quantize_k_symbol(d, live): _quantize_k_entry(k, arch, d, live) for k, d in reversed(made) for live in k.quantizers_live}
         entries = (CLASSIFY, *reversed(keys.values()), *(_quantize_v_entry(k, d, live) for k, d in made for live in k.quantizers_live))
         yield Image(name, target, "kernel/quantize.cuh", entries, released=target not in TEST_TARGETS)
-    yield Image("sdpa_mask", target, "kernel/sdpa_mask.cuh", (NARROW_MASK, ZERO_MASKED_ROWS), released=target not in TEST_TARGETS)
+    yield Image("sdpa_mask", target, "kernel/sdpa_mask.cuh", (NARROW_MASK, REPAIR_ROWS), released=target not in TEST_TARGETS)
     for k in built:
         for d in k.head_dims:
             entries = tuple(k.entry(k, arch, d, mask, accumulate) for mask in k.masks for accumulate in k.accumulators)
