@@ -89,13 +89,17 @@ struct MainloopFp8 : MainloopSm90<C> {
     return top;
   }
 
+  // What P of a row whose maximum is `most` is relative to: a whole number, so that other references scale P by powers of two and round it
+  // alike. A block whose keys are shared out to two CTAs then has the result of one that is not.
+  __device__ __forceinline__ float reference(float most) const { return ceilf(most - p.log2_p_max); }
+
   // Raises m_p within a promotion group, in rows where P would exceed e4m3's range; acc has to be multiplied by alpha. Rare: only here do
   // the row's four lanes agree on its maximum.
   __device__ __forceinline__ void update_m_p(const float (&top)[2], float (&alpha)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float most = row_max(top[half]), old = m_p[half];
-      if (most > old + kLog2E4m3Max) m_p[half] = most > m_i[half] + kLog2E4m3Max ? most - p.log2_p_max : m_i[half];
+      if (most > old + kLog2E4m3Max) m_p[half] = most > m_i[half] + kLog2E4m3Max ? reference(most) : m_i[half];
       alpha[half] = exp2_approx(old - m_p[half]);
     }
   }
@@ -112,7 +116,7 @@ struct MainloopFp8 : MainloopSm90<C> {
     for (int half = 0; half < 2; ++half) {
       const float most = row_max(top[half]);
       m_i[half] = fmaxf(old[half], m_p[half]);
-      if (most > m_i[half] + kLog2E4m3Max) m_i[half] = most - p.log2_p_max;
+      if (most > m_i[half] + kLog2E4m3Max) m_i[half] = reference(most);
     }
     if (!__any_sync(kAllLanes, l_i[0] + l_i[1] > 0.0f)) return;  // O is 0
     float alpha[2];

@@ -343,8 +343,9 @@ def _attend_rows(
         top = s.amax(-1, keepdim=True)
         if scheme.lazy:
             base = torch.maximum(m, near)
-            new = torch.where(top > base + scheme.rescale_threshold, top, base) if begins else m
-            moved = torch.where(top > near + scheme.rescale_threshold, torch.where(top > m + scheme.rescale_threshold, top, m), near)
+            raised = (top - math.log2(scheme.p_max)).ceil() + math.log2(scheme.p_max)  # P = 2^(score − a whole number)
+            new = torch.where(top > base + scheme.rescale_threshold, raised, base) if begins else m
+            moved = torch.where(top > near + scheme.rescale_threshold, torch.where(top > m + scheme.rescale_threshold, raised, m), near)
             far = (top < new - math.log2(scheme.p_max) - TAIL_THRESHOLD) & lines
             to = torch.where(far, new - TAIL_BOOST_LOG2, new) if begins else moved
         else:

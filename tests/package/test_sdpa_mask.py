@@ -115,7 +115,8 @@ def test_a_call_like_an_earlier_one_is_bound_once(card, monkeypatch):
     monkeypatch.setattr(sdpa_mask, "_bind_repair", lambda *given: made.append(1) or real(*given))
     for _ in range(3):
         sdpa_mask.repair(torch.randn(B, H, NQ, 64).half(), mask, V, torch.inf, problem(False, 64), bound)
-    sdpa_mask.repair(torch.randn(B, NQ, H, 64).half().transpose(1, 2), mask, V, torch.inf, problem(False, 64), bound)  # torch's layouts vary
+    out = torch.randn(B, NQ, H, 64).half().transpose(1, 2)  # torch's layouts vary
+    sdpa_mask.repair(out, mask, V, torch.inf, problem(False, 64), bound)
     assert (len(made), len(card)) == (2, 4)
 
 
