@@ -4,6 +4,8 @@
 //
 // A lane reads four consecutive keys of a row at a time, a warp 128, row by row.
 #pragma once
+#include <sage/constants.cuh>
+
 #include "../block/mask.cuh"
 #include "../common/warp.cuh"
 #include "../ptx/async_copy.cuh"
@@ -14,7 +16,6 @@
 namespace sage {
 
 constexpr int kClassifyThreads = 256, kClassifyWarps = kClassifyThreads / 32;
-constexpr int kMaxWords = 1024;  // of a band's plane
 
 struct ClassifyShared {
   u32 plane[2][kMaxWords];

@@ -44,7 +44,7 @@ def _core_matrix_bytes(v_bytes: int, tile: Tile) -> Callable[[int], int]:
 
 
 def _split_kv_bytes(tiles: Tiles) -> Callable[[int], int]:
-    """A CTA's, in fp32 (csrc/kernel/attend_sm90.cuh, SplitKvPartial): each consumer thread's share of O, two of l, two of m."""
+    """A CTA's, in fp32 (csrc/kernel/output_sm90.cuh, SplitKvPartial): each consumer thread's share of O, two of l, two of m."""
 
     def size(head_dim: int) -> int:
         t = find_tile(tiles, 0, head_dim)

@@ -51,6 +51,8 @@ K_MEAN_TOKENS = 128
 NEGLIGIBLE_BIAS = 1000.0
 # Queries whose tile lists are written together: a block of queries reads as many of these bands as it holds.
 BAND_ROWS = 32
+# Words of a band's plane at most: shared memory holds both planes while a mask is classified.
+MAX_WORDS = 1024
 
 
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}  # as the kernels' parameters number them
@@ -59,7 +61,7 @@ MASK_KINDS = DTYPES | {"bool": 3}
 CPP: dict[str, int | float] = {
     "kInt8Max": INT8_MAX, "kE4m3Max": E4M3_MAX, "kLog2E4m3Max": math.log2(E4M3_MAX), "kLog2e": LOG2E, "kLn2": LN2, "kPreset": PRESET,
     "kFiniteMax": FINITE_MAX, "kAmaxMin": AMAX_MIN, "kKScaleFloor": K_SCALE_FLOOR, "kKvTile": KV_TILE,
-    "kMaxKMeanTokens": K_MEAN_TOKENS, "kNegligibleBias": NEGLIGIBLE_BIAS, "kBandRows": BAND_ROWS,
+    "kMaxKMeanTokens": K_MEAN_TOKENS, "kNegligibleBias": NEGLIGIBLE_BIAS, "kBandRows": BAND_ROWS, "kMaxWords": MAX_WORDS,
     "kLineExcess": LINE_EXCESS, "kTailThreshold": TAIL_THRESHOLD, "kTailBoostLog2": TAIL_BOOST_LOG2,
 }  # fmt: skip
 CPP_ENUMS: dict[str, dict[str, int]] = {

@@ -8,7 +8,6 @@ from ..numerics.constants import BAND_ROWS
 from .problem import Problem
 
 WORD_BITS, WORD_BYTES = 32, 4
-MAX_WORDS = 1024  # of a band's plane: kMaxWords in csrc/kernel/classify_mask.cuh, which holds both planes in shared memory
 
 
 class TileListShape(NamedTuple):

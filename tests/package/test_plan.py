@@ -192,7 +192,7 @@ def test_a_family_forced_as_ptx_is_refused_where_only_its_cubin_is_here(monkeypa
     monkeypatch.setattr(store, "missing", lambda image: f"{image.path} is absent" if image.is_ptx else "")
     variant = VARIANTS["sageattn_qk_int8_pv_fp16_cuda"]
     assert refusal(variant, gpu(80), 80) is None
-    assert "compute_80/quantise_mma.ptx.xz is absent" in refusal(variant, gpu(80), 80, ptx=True).reason
+    assert "compute_80/quantize_mma.ptx.xz is absent" in refusal(variant, gpu(80), 80, ptx=True).reason
 
 
 # --- what a plan holds
@@ -279,7 +279,7 @@ def test_importing_the_planner_needs_no_torch():
 
 def test_a_variant_without_images_says_where_they_were_looked_for(monkeypatch):
     monkeypatch.setattr(store, "missing", lambda image: f"nobody has {image.path}; rebuild")
-    with pytest.raises(KernelMissing, match=r"sm_90a/quantise_wgmma.*rebuild"):
+    with pytest.raises(KernelMissing, match=r"sm_90a/quantize_wgmma.*rebuild"):
         plan(problem(), gpu(90), "sageattn_qk_int8_pv_fp16_cuda")
 
 

@@ -9,9 +9,10 @@ torch = pytest.importorskip("torch")
 from sageattention import Unsupported  # noqa: E402
 from sageattention.device.capability import Capability  # noqa: E402
 from sageattention.kernels import store  # noqa: E402
+from sageattention.numerics.constants import MAX_WORDS  # noqa: E402
 from sageattention.planning.plan import CudaPlan, plan  # noqa: E402
 from sageattention.planning.problem import Problem  # noqa: E402
-from sageattention.planning.tile_lists import MAX_WORDS, tile_list_shape  # noqa: E402
+from sageattention.planning.tile_lists import tile_list_shape  # noqa: E402
 from sageattention.variants import VARIANTS  # noqa: E402
 
 CUDA = [name for name, variant in VARIANTS.items() if variant.backend == "cuda"]
@@ -119,8 +120,3 @@ def test_more_keys_than_a_plane_has_bits_are_refused_with_a_mask_alone(variant: 
         else:
             assert plan(p, CARD, variant).variant.name == variant
         assert plan(p._replace(mask="none"), CARD, variant).variant.name == variant
-
-
-def test_planes_are_as_long_as_the_kernel_has_room_for(request: pytest.FixtureRequest) -> None:
-    source = request.config.rootpath / "csrc" / "kernel" / "classify_mask.cuh"
-    assert f"kMaxWords = {MAX_WORDS};" in source.read_text()

@@ -129,17 +129,17 @@ def chains(
 
 def quantize_launches(r: LaunchPlan, group: BoundQuantize, base: int, k: int, v: int, extra: Extra) -> tuple[Launch, Launch]:
     """The first two launches of a group whose workspace starts at `base`."""
-    w, (k_strides, v_strides, quantize_k_tail) = r.workspace, group.keys
+    w, (k_strides, v_strides, quantize_k_tail) = r.workspace, group.k_constants
     kv, k_scale_partial, v_stats, done = base + w.kv, base + w.k_scale_partial, base + w.v_stats, base + w.v_stats_ready
-    keys = _pack_quantize_k(
+    quantize_k = _pack_quantize_k(
         k, k_strides, v, v_strides, kv, extra.k_mean_of(group) or base + w.k_mean, k_scale_partial, v_stats, done, base + w.v_quant_sum,
         base + w.v_stats_live, base + w.split_kv_ready, extra.order, extra.live, quantize_k_tail,
     )  # fmt: skip
-    values = _pack_quantize_v(
+    quantize_v = _pack_quantize_v(
         v, v_strides, k_scale_partial, v_stats, done, base + w.v_stats_live, kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean,
-        base + w.v_quant_sum, base + w.live_keys, extra.order, extra.live, group.values,
+        base + w.v_quant_sum, base + w.live_keys, extra.order, extra.live, group.v_tail,
     )  # fmt: skip
-    return (r.keys, group.key_blocks, 1, 1, keys, bool(extra.live)), (r.values, group.value_blocks, 1, 1, values, True)
+    return (r.quantize_k, group.k_blocks, 1, 1, quantize_k, bool(extra.live)), (r.quantize_v, group.v_blocks, 1, 1, quantize_v, True)
 
 
 def attend_launch(
@@ -219,10 +219,10 @@ class Lists(NamedTuple):
 class BoundQuantize(NamedTuple):
     """A group's quantising launches but for their addresses."""
 
-    key_blocks: int  # CTAs of quantize_k, those for V's statistics included
-    keys: tuple[bytes, ...]  # K's strides, V's strides, the struct's tail
-    value_blocks: int
-    values: bytes  # the struct's tail; the strides are those of `keys`
+    k_blocks: int  # CTAs of quantize_k, those for V's statistics included
+    k_constants: tuple[bytes, ...]  # K's strides, V's strides, the struct's tail
+    v_blocks: int
+    v_tail: bytes  # the struct's tail; V's strides are in `k_constants`
     first: int  # the group's first (batch, KV head)
 
 
@@ -299,9 +299,10 @@ def bind_quantize(r: LaunchPlan, k: torch.Tensor, v: torch.Tensor, lists: Lists 
     groups = []
     for first, bh_count in r.groups:
         shape = first, bh_count, p.heads_kv, r.len_kv, p.head_dim, DTYPES[p.dtype], vectors
-        keys = _quantize_k_constants(*k_strides, *v_strides, *live, *shape, *r.quantize_k_tail)
-        values = _quantize_v_constants(*v_strides, *live, *shape, *r.quantize_v_tail)
-        groups.append(BoundQuantize(bh_count * (r.k_ctas_per_head + r.v_chunks), keys, bh_count * r.v_ctas_per_head, values[-1], first))
+        k_constants = _quantize_k_constants(*k_strides, *v_strides, *live, *shape, *r.quantize_k_tail)
+        v_constants = _quantize_v_constants(*v_strides, *live, *shape, *r.quantize_v_tail)
+        k_blocks, v_blocks = bh_count * (r.k_ctas_per_head + r.v_chunks), bh_count * r.v_ctas_per_head
+        groups.append(BoundQuantize(k_blocks, k_constants, v_blocks, v_constants[-1], first))
     return tuple(groups)
 
 
