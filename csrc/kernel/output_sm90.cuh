@@ -1,6 +1,7 @@
 // Epilogue of a Hopper work tile: split-KV merge, output, LSE.
 #pragma once
 #include "../block/output.cuh"
+#include "../block/query.cuh"
 #include "scheduler_sm90.cuh"
 
 namespace sage {
