@@ -126,6 +126,18 @@ class RepairRowsParams(ctypes.Structure):
     ]  # fmt: skip
 
 
+class MergeParams(ctypes.Structure):
+    """Of merge_attention."""
+
+    _fields_ = [
+        ("out", POINTER), ("out_stride_b", c_int64), ("out_stride_h", c_int64), ("out_stride_n", c_int64),
+        ("other", POINTER), ("other_stride_b", c_int64), ("other_stride_h", c_int64), ("other_stride_n", c_int64),
+        ("lse", POINTER), ("other_lse", POINTER),
+        ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32), ("rows", c_int32), ("row_lanes", c_int32),
+        ("dtype", c_int32), ("vectorized", c_int32),
+    ]  # fmt: skip
+
+
 def packer(struct_type: type[ctypes.Structure]) -> tuple[Callable[..., bytes], Callable[..., tuple[bytes, ...]]]:
     """(pack, constants): a struct packed in two steps, because only its pointers change from one call to the next.
 

@@ -8,7 +8,7 @@ from .architectures import TARGETS, TEST_TARGETS
 from .binaries import Entry, Image
 from .family import KernelFamily
 from .mma import MMA_FP8, MMA_FP16, MMA_INT8
-from .params import ClassifyParams, NarrowMaskParams, QuantizeKParams, QuantizeVParams, RepairRowsParams
+from .params import ClassifyParams, MergeParams, NarrowMaskParams, QuantizeKParams, QuantizeVParams, RepairRowsParams
 from .wgmma import WGMMA_FP8, WGMMA_FP8_SPARSE, WGMMA_FP16, WGMMA_FP16_SPARSE
 
 KERNELS: tuple[KernelFamily, ...] = (WGMMA_FP16, MMA_FP16, MMA_FP8, WGMMA_FP8, MMA_INT8, WGMMA_FP16_SPARSE, WGMMA_FP8_SPARSE)
@@ -48,6 +48,7 @@ NARROW_MASK = Entry(
     "narrow_mask", "narrow_rows", NarrowMaskParams, 256, 4, checks=(f"kNarrowThreads == 256 && kNarrowKeys == {NARROW_KEYS}",)
 )
 REPAIR_ROWS = Entry("repair_rows", "repair", RepairRowsParams, 128, checks=("kRepairThreads == 128",))
+MERGE_ATTENTION = Entry("merge_attention", "merge", MergeParams, 256, checks=("kMergeThreads == 256",))
 
 
 def _images(target: str) -> Iterator[Image]:
@@ -59,6 +60,7 @@ def _images(target: str) -> Iterator[Image]:
         entries = (CLASSIFY, *reversed(keys.values()), *(_quantize_v_entry(k, d, live) for k, d in made for live in k.quantizers_live))
         yield Image(name, target, "kernel/quantize.cuh", entries, released=target not in TEST_TARGETS)
     yield Image("sdpa_mask", target, "kernel/sdpa_mask.cuh", (NARROW_MASK, REPAIR_ROWS), released=target not in TEST_TARGETS)
+    yield Image("merge_attention", target, "kernel/merge_attention.cuh", (MERGE_ATTENTION,), released=target not in TEST_TARGETS)
     for k in built:
         for d in k.head_dims:
             entries = tuple(k.entry(k, arch, d, mask, accumulate) for mask in k.masks for accumulate in k.accumulators)

@@ -259,7 +259,7 @@ def _lazy_steps(rows: range, tokens: int, head_dim: int, scheme: Scheme, mask: t
     per_group = scheme.promote // scheme.kv_tile
     steps = [_Step(i, min(i + size, stop), True, False) for start, stop in mixed for i in range(start, stop, size)]
     for number, (start, stop) in enumerate(full):
-        steps += [_Step(i, min(i + size, stop), i == start and number % per_group == 0, True) for i in range(start, stop, size)]
+        steps += [_Step(i, min(i + size, stop), i == start and number % per_group == 0, scheme.linear) for i in range(start, stop, size)]
     return steps
 
 

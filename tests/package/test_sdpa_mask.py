@@ -11,7 +11,7 @@ from lane_compiler import COMPILER, compiled
 
 from sageattention import sageattn
 from sageattention.backends import sdpa
-from sageattention.backends.cuda import driver, sdpa_mask
+from sageattention.backends.cuda import driver, lone, sdpa_mask
 from sageattention.device import capability
 from sageattention.device.capability import Capability
 from sageattention.kernels.table import NARROW_KEYS, NARROW_MASK, REPAIR_ROWS
@@ -48,8 +48,8 @@ def card(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             launched.append(x)
             getattr(library, symbol)(ctypes.create_string_buffer(params, len(params)), ctypes.c_uint(x))
 
-    monkeypatch.setattr(sdpa_mask, "_kernel", lambda index, entry: entry.symbol)
-    monkeypatch.setattr(sdpa_mask.torch_internals, "current_stream", lambda index: 0)
+    monkeypatch.setattr(lone, "kernel", lambda index, entry: entry.symbol)
+    monkeypatch.setattr(lone.torch_internals, "current_stream", lambda index: 0)
     monkeypatch.setattr(driver, "launch", launch)
     return launched
 
@@ -176,7 +176,7 @@ def test_where_the_kernels_cannot_do_it_torchs_operators_do(why, card, monkeypat
     mask, v = masks(torch.bool, (B, H, NQ, NK)), torch.randn(B, H, NK, 64)
     assert sdpa_mask.repairs(mask, v, problem(False))
     if why == "no kernel":
-        monkeypatch.setattr(sdpa_mask, "_kernel", lambda index, entry: None)
+        monkeypatch.setattr(lone, "kernel", lambda index, entry: None)
     elif why == "channels apart":
         v = v.mT.contiguous().mT
     else:
@@ -192,9 +192,9 @@ def test_only_a_card_that_is_nvidias_has_the_kernel(monkeypatch):
     for card in (Capability("cuda", 75), Capability("cuda", 87), Capability("cuda", 90), Capability("cuda", 121), Capability("cuda", 130),
                  Capability("cuda", 70), Capability("rocm"), Capability("zluda")):  # fmt: skip
         monkeypatch.setattr(capability, "of_device", lambda device, index: card)  # noqa: B023
-        sdpa_mask._kernel.cache_clear()
-        found[card.arch or card.device] = sdpa_mask._kernel(0, REPAIR_ROWS)
-    sdpa_mask._kernel.cache_clear()
+        lone.kernel.cache_clear()
+        found[card.arch or card.device] = lone.kernel(0, REPAIR_ROWS)
+    lone.kernel.cache_clear()
     assert {name: path and path.split("/")[0] for name, path in found.items()} == {
         75: "sm_75", 87: "sm_86", 90: "sm_90a", 121: "sm_120", 130: "compute_89", 70: None, "rocm": None, "zluda": None,
     }  # fmt: skip
@@ -233,7 +233,7 @@ def test_masked_rows_are_zero_on_every_backend_of_torchs(dtype, shape, layout):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     mask = masks(dtype, shape, "cuda")
-    assert sdpa_mask._kernel(0, REPAIR_ROWS) is not None
+    assert lone.kernel(0, REPAIR_ROWS) is not None
     for backends in ([SDPBackend.CUDNN_ATTENTION], [SDPBackend.EFFICIENT_ATTENTION], [SDPBackend.MATH], None):
         for causal in (False, True):
             q, k, v = (torch.randn(B, H, n, 64, device="cuda", dtype=torch.float16) for n in (NQ, NK, NK))
