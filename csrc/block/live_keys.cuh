@@ -9,15 +9,21 @@ namespace sage {
 struct LiveRows {
   const LiveKeys& live;  // a kernel parameter, so it takes no registers
   const u32* bits;       // of the head; null: every key is live
+  int len_kv;
 
-  __device__ __forceinline__ LiveRows(const LiveKeys& live, int batch, int head)
-      : live(live), bits(live.bits ? live.bits + batch * live.stride_b + head * live.stride_h : nullptr) {}
+  __device__ __forceinline__ LiveRows(const LiveKeys& live, int batch, int head, int len_kv)
+      : live(live), bits(live.bits ? live.bits + batch * live.stride_b + head * live.stride_h : nullptr), len_kv(len_kv) {}
 
-  // Keys 32·w … 32·w + 31, a bit each.
+  // Keys 32·w … 32·w + 31, a bit each. Begins with the last rows, which see most in the masks of models, and ends once all are live.
   __device__ __forceinline__ u32 word(int w) const {
+    constexpr int kBatch = 8;
+    const int left = len_kv - 32 * w;
+    const u32 all = left >= 32 ? ~0u : (1u << left) - 1;
     u32 any = 0;
-#pragma unroll 4
-    for (int r = 0; r < live.rows; ++r) any |= bits[(i64)r * live.words + w];
+#pragma unroll 1
+    for (int last = live.rows - 1; last >= 0 && any != all; last -= kBatch)
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) any |= bits[(i64)max(last - i, 0) * live.words + w];
     return any;
   }
 

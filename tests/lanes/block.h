@@ -21,6 +21,7 @@ struct int2 { int x, y; };
 struct Index { unsigned x, y, z; };
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 struct Fiber {
   ucontext_t context;
@@ -167,6 +168,7 @@ inline u32 __umulhi(u32 a, u32 b) { return (unsigned long long)a * b >> 32; }
 inline void __threadfence() {}
 inline int atomicAdd(int* p, int x) { return *p += x, *p - x; }
 inline u32 atomicOr(u32* p, u32 x) { return *p |= x, *p; }
+inline int atomicMax(int* p, int x) { return *p = *p > x ? *p : x; }
 template <class T> T min(T a, T b) { return a < b ? a : b; }
 template <class T> T max(T a, T b) { return a > b ? a : b; }
 
