@@ -26,7 +26,24 @@ __device__ __forceinline__ KeyBits<kKeys> visible_keys(const AttendParams& p, Ti
   return keys;
 }
 
-// Adds an additive mask's biases for rows row[half].
+// Of an additive mask with one row for all queries (kMaskBiasRow), the biases of the lane's keys: of n-tile j those of columns 2t, 2t + 1.
+template <int kNTiles>
+__device__ __forceinline__ void load_bias_row(const AttendParams& p, const WorkTile& tile, int key0, int t, float2 (&bias)[kNTiles]) {
+  const float* row = static_cast<const float*>(p.mask) + tile.batch * p.mask_stride_b + tile.head * p.mask_stride_h + key0 + 2 * t;
+#pragma unroll
+  for (int j = 0; j < kNTiles; ++j) bias[j] = *reinterpret_cast<const float2*>(row + 8 * j);
+}
+
+template <int kNTiles, class Score>
+__device__ __forceinline__ void add_bias_row(const float2 (&bias)[kNTiles], Score score) {
+#pragma unroll
+  for (int i = 0; i < 4 * kNTiles; ++i) {
+    auto& bits = score(i % 2, i / 4, i / 2 % 2);
+    bits = __float_as_uint(__uint_as_float(bits) + (i / 2 % 2 ? bias[i / 4].y : bias[i / 4].x));
+  }
+}
+
+// Adds any other additive mask's biases for rows row[half].
 template <int kNTiles, class Score>
 __device__ __forceinline__ void add_bias(const AttendParams& p, const WorkTile& tile, const int (&row)[2], int key0, int t, Score score) {
 #pragma unroll

@@ -277,7 +277,13 @@ struct Mainloop {
         u32& bits = score(half, i / 2, i % 2);
         bits = __float_as_uint(fmaf(__uint_as_float(bits), scale[half], -kPreset * scale[half]));
       }
-    if (C::kMask == Mask::list && p.mask_kind != kMaskBool) add_bias<kScoreNTiles>(p, at.tile, row, key0, at.t, score);
+    if (C::kMask == Mask::list && p.mask_kind == kMaskBiasRow) {
+      float2 bias[kScoreNTiles];
+      load_bias_row(p, at.tile, key0, at.t, bias);
+      add_bias_row(bias, score);
+    } else if (C::kMask == Mask::list && p.mask_kind != kMaskBool) {
+      add_bias<kScoreNTiles>(p, at.tile, row, key0, at.t, score);
+    }
     int limit[2];  // without a list keys are compared with a limit, which takes fewer registers
 #pragma unroll
     for (int half = 0; half < 2; ++half) limit[half] = (causal ? min(row[half] + 1, p.len_kv) : p.len_kv) - key0 - 2 * at.t;
@@ -349,24 +355,32 @@ struct Mainloop {
     }
   }
 
-  // One tile, number n; ahead: as in KvPipeline::acquire.
-  template <bool kMasked>
+  // One tile, number n; kBack, ahead: as in KvPipeline::acquire.
+  template <bool kMasked, int kBack>
   __device__ __forceinline__ void step(int n, int ahead) {
     if constexpr (C::kRecomputeThreadIdx) thread16 = 16 * special_tid_x(), q_frags.bind(pipeline.shared + C::Pipeline::kBytes, thread16);
     Scores s;
     ProbFragments prob;
     float tile_scale[kRowTiles][2];
-    pipeline.acquire(ahead);
+    pipeline.template acquire<kBack>(ahead);
     const u32 tile = pipeline.tile() + (thread16 & 0x1F0);
     scores<C>(s, q_frags, tile);
-    if constexpr (C::kStages == 2) pipeline.refill(ahead);
+    if constexpr (C::kStages == 2) pipeline.template refill<kBack>(ahead);
     softmax_step<kMasked>(s, prob, tile_scale, n * kKvTile);
     // 0, because P is never negative; the compiler does not know that and loads V after the row sum.
     const u32 late = C::kDelayVLoad == 1 ? __float_as_uint(softmax.l_i[kRowTiles - 1][1]) >> 31 : 0;
     if constexpr (C::kDelayVLoad == 2) __syncwarp();
     accumulate_pv<C>(o, prob, tile_scale, tile + late);
-    if constexpr (C::kStages > 2) pipeline.refill(ahead);
+    if constexpr (C::kStages > 2) pipeline.template refill<kBack>(ahead);
     pipeline.release();
+  }
+
+  // After the first copies of K and V: fewer registers are in use while Q is quantised.
+  __device__ __forceinline__ void clear_output() {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) o[r][n][0] = o[r][n][1] = o[r][n][2] = o[r][n][3] = 0.0f;
   }
 
   // Loads the initial softmax state of the rows: m, l, O.
@@ -405,16 +419,16 @@ struct Mainloop {
   __device__ __forceinline__ void run(int tiles, int full) {
     constexpr int kPrefetch = C::kStages - 1;
     int n = tiles - 1;
-    for (; n >= full; --n) step<true>(n, n - kPrefetch);
-    for (; n >= 0; --n) step<false>(n, n - kPrefetch);
+    for (; n >= full; --n) step<true, kPrefetch>(n, n);
+    for (; n >= 0; --n) step<false, kPrefetch>(n, n);
   }
 
   // The tiles of a list: {mixed, full} of them; ahead: the position after the tiles that the pipeline has started with.
   template <class Load>
   __device__ __forceinline__ void run_list(int2 tiles, ListCursor& ahead, Load load) {
     ListCursor current;
-    for (int i = 0; i < tiles.x; ++i) step<true>(current.next(p.lists.words, load), ahead.next(p.lists.words, load));
-    for (int i = 0; i < tiles.y; ++i) step<false>(0, ahead.next(p.lists.words, load));
+    for (int i = 0; i < tiles.x; ++i) step<true, 0>(current.next(p.lists.words, load), ahead.next(p.lists.words, load));
+    for (int i = 0; i < tiles.y; ++i) step<false, 0>(0, ahead.next(p.lists.words, load));
   }
 };
 
@@ -433,25 +447,26 @@ __device__ void attend_mma(const AttendParams& p) {
 
   const RowCoord at = warp_rows<C>(p);
   mainloop.q_frags.bind(shared_address(stages) + C::Pipeline::kBytes, mainloop.thread16);
-  quantize_q<C>(p, mainloop.q_frags);
-#pragma unroll
-  for (int r = 0; r < C::kRowTiles; ++r)
-#pragma unroll
-    for (int n = 0; n < C::kHeadDim / 8; ++n) mainloop.o[r][n][0] = mainloop.o[r][n][1] = mainloop.o[r][n][2] = mainloop.o[r][n][3] = 0.0f;
+  const auto start = [&](auto next) { mainloop.pipeline.start(shared_address(stages), p.kv, at.tile.bh * p.kv_tiles, next); };
   if constexpr (C::kMask == Mask::list) {
-    if (p.tail) mainloop.load_tail();
     const auto list = [&] {
-      const RowCoord at = warp_rows<C>(p);
-      return TileList(p.lists, at.tile.batch, at.tile.head, at.tile.row0, C::kBlockM, p.len_q);
+      const WorkTile tile = warp_rows<C>(p).tile;
+      return TileList(p.lists, tile.batch, tile.head, tile.row0, C::kBlockM, p.len_q);
     };
     const auto load = [&](int w) { return list().word(w); };
+    quantize_q<C>(p, mainloop.q_frags);
     ListCursor ahead;
-    mainloop.pipeline.start(shared_address(stages), p.kv, at.tile.bh * p.kv_tiles, [&] { return ahead.next(p.lists.words, load); });
+    start([&] { return ahead.next(p.lists.words, load); });
+    mainloop.clear_output();
+    if (p.tail) mainloop.load_tail();
     mainloop.run_list(list().count(), ahead, load);
   } else {
-    const auto [seen, full] = count_kv_tiles<kKvTile>(p, at.tile.row0, C::kBlockM, mainloop.causal);
+    auto [seen, full] = count_kv_tiles<kKvTile>(p, at.tile.row0, C::kBlockM, mainloop.causal);
+    full = opaque(full);
+    quantize_q<C>(p, mainloop.q_frags);
     int next = seen;
-    mainloop.pipeline.start(shared_address(stages), p.kv, at.tile.bh * p.kv_tiles, [&] { return --next; });
+    start([&] { return --next; });
+    mainloop.clear_output();
     mainloop.run(seen, full);
   }
   store_output<C>(p, mainloop.o, mainloop.softmax);

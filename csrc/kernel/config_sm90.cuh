@@ -65,10 +65,4 @@ struct Ring {
 // The lane that acts for its warp: lane 0.
 __device__ __forceinline__ bool elected() { return special_tid_x() % 32 == 0; }
 
-// x, opaque to the compiler: it recomputes what depends on x instead of keeping it in registers across the main loop.
-__device__ __forceinline__ int opaque(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 }  // namespace sage

@@ -112,10 +112,16 @@ struct MainloopSm90 {
         i32& bits = score(half, i / 2, i % 2);
         bits = __float_as_int((float)bits * scale[i / 2 * kScaleCount / kStepNTiles][half]);
       }
-    if (C::kMask == Mask::list && p.mask_kind != kMaskBool) {
-      int row[2];
-      rows(row);
-      add_bias<kStepNTiles>(p, work_tile(), row, key0, special_tid_x() % 4, score);
+    if constexpr (C::kMask == Mask::list) {
+      if (p.mask_kind == kMaskBiasRow) {
+        float2 bias[kStepNTiles];
+        load_bias_row(p, work_tile(), key0, special_tid_x() % 4, bias);
+        add_bias_row(bias, score);
+      } else if (p.mask_kind != kMaskBool) {
+        int row[2];
+        rows(row);
+        add_bias<kStepNTiles>(p, work_tile(), row, key0, special_tid_x() % 4, score);
+      }
     }
     hide_keys<kStepNTiles>(score, [&](int half, int j, int e) { return keys.sees(half, j, e); }, top);
   }

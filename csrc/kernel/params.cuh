@@ -28,18 +28,20 @@ struct LiveKeys {
   i32 rows, words;
 };
 
-// Launch before the others, where there is a dense mask: reads the mask once.
+// Launch before the others, where there is a dense mask: reads it once.
 struct ClassifyParams {
   const void* mask;  // [batches, heads, len_q, len_kv] by strides, 0 where it broadcasts
   i64 stride_b, stride_h, stride_q, stride_k;
   u32* lists;        // [batches, heads, bands, 2, words]
   u32* live;         // [batches, heads, bands, live_words]
-  u32* kept;         // [batches, heads, len_q | 1, live_words]: a bool mask in bits; null: not wanted
+  u32* kept;         // [batches, heads, len_q | 1, live_words]: a bool mask in bits
+  float* bias;       // [batches, heads, bias_len]: an additive mask of one row, in base 2, −inf beyond the end; null: not wanted
   i32 heads, bands;  // of the lists: 1 where the mask broadcasts
   i32 len_q, len_kv;
-  i32 mask_kind, causal, quads;  // quads: 1 if four consecutive elements of a row are one aligned load
-  i32 tile;                      // keys of a KV tile
-  i32 words, live_words;
+  i32 mask_kind, causal, vectors;  // vectors: 1 if MaskRun::kKeys consecutive elements of a row are one aligned load
+  i32 tile;                        // keys of a KV tile
+  i32 words, live_words, bias_len;
+  i32 parts, part_words;  // CTAs of a band; words of a plane that each has
 };
 
 // First launch: statistics of V, K → tiles.
@@ -116,7 +118,6 @@ struct AttendParams {
   i32 dtype, q_vectorized, out_vectorized;
   i32 causal;                                       // 1: key ≤ query index (also with a dense mask)
   i32 mask_kind;                                    // MaskKind
-  i32 mask_pairs;                                   // 1: two consecutive elements of a row are one aligned load
   i32 kv_tiles, q_tiles;                            // of the layout's keys; of a CTA's queries
   i32 full_waves;                                   // whole work tiles of each CTA before the remainder is split
   u32 rcp_q_tiles, rcp_heads_per_kv, rcp_heads_kv;  // (2^32 − 1) / divisor, for fast_divmod
@@ -127,6 +128,7 @@ struct AttendParams {
   float inv_v_max;
   float log2_p_max;         // log2 of P of the row maximum
   float rescale_threshold;  // base 2: a row maximum may exceed that of the last rescaling by this
+  i32 mask_pairs;           // 1: two consecutive elements of a row are one aligned load
 };
 
 // n / d and n % d for 0 ≤ n, d < 2^31; rcp = (2^32 − 1) / d. A division takes forty instructions.

@@ -401,7 +401,7 @@ __device__ void quantize_k(const QuantizeKParams& p) {
       const int batch = (p.bh_first + bh) / p.heads, head = (p.bh_first + bh) % p.heads;
       return static_cast<const u8*>(x.data) + (batch * x.stride_b + head * x.stride_h) * kElementBytes<kDtype>;
     };
-    const auto live_of = [&](int bh) { return LiveRows(p.live, (p.bh_first + bh) / p.heads, (p.bh_first + bh) % p.heads); };
+    const auto live_of = [&](int bh) { return LiveRows(p.live, (p.bh_first + bh) / p.heads, (p.bh_first + bh) % p.heads, p.len); };
     if (block >= stats_ctas) {
       const int cta = block - stats_ctas, bh = cta / p.ctas_per_head;
       quantize_cta<Layout, kDtype, decltype(vectors)::value, kLiveMask>(p, head_of(p.k, bh), live_of(bh), bh, cta - bh * p.ctas_per_head,

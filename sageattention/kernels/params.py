@@ -42,9 +42,10 @@ class ClassifyParams(ctypes.Structure):
 
     _fields_ = [
         ("mask", POINTER), ("stride_b", c_int64), ("stride_h", c_int64), ("stride_q", c_int64), ("stride_k", c_int64),
-        ("lists", POINTER), ("live", POINTER), ("kept", POINTER),
+        ("lists", POINTER), ("live", POINTER), ("kept", POINTER), ("bias", POINTER),
         ("heads", c_int32), ("bands", c_int32), ("len_q", c_int32), ("len_kv", c_int32),
-        ("mask_kind", c_int32), ("causal", c_int32), ("quads", c_int32), ("tile", c_int32), ("words", c_int32), ("live_words", c_int32),
+        ("mask_kind", c_int32), ("causal", c_int32), ("vectors", c_int32), ("tile", c_int32),
+        ("words", c_int32), ("live_words", c_int32), ("bias_len", c_int32), ("parts", c_int32), ("part_words", c_int32),
     ]  # fmt: skip
 
 
@@ -95,11 +96,11 @@ class AttendParams(ctypes.Structure):
         ("bh_first", c_int32), ("bh_count", c_int32), ("heads_kv", c_int32), ("heads_per_kv", c_int32),
         ("len_q", c_int32), ("len_kv", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("q_vectorized", c_int32), ("out_vectorized", c_int32),
-        ("causal", c_int32), ("mask_kind", c_int32), ("mask_pairs", c_int32),
+        ("causal", c_int32), ("mask_kind", c_int32),
         ("kv_tiles", c_int32), ("q_tiles", c_int32), ("full_waves", c_int32),
         ("rcp_q_tiles", c_uint32), ("rcp_heads_per_kv", c_uint32), ("rcp_heads_kv", c_uint32),
         ("score_scale", c_float), ("sign", c_float), ("sm_scale", c_float), ("score_limit", c_float),
-        ("inv_v_max", c_float), ("log2_p_max", c_float), ("rescale_threshold", c_float),
+        ("inv_v_max", c_float), ("log2_p_max", c_float), ("rescale_threshold", c_float), ("mask_pairs", c_int32),
     ]  # fmt: skip
 
 

@@ -57,6 +57,8 @@ MAX_WORDS = 1024
 
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}  # as the kernels' parameters number them
 MASK_KINDS = DTYPES | {"bool": 3}
+# And an additive mask of one row for all queries as the pre-pass leaves it: fp32 in base 2, whole tiles of keys.
+BIAS_ROW = len(MASK_KINDS)
 
 CPP: dict[str, int | float] = {
     "kInt8Max": INT8_MAX, "kE4m3Max": E4M3_MAX, "kLog2E4m3Max": math.log2(E4M3_MAX), "kLog2e": LOG2E, "kLn2": LN2, "kPreset": PRESET,
@@ -66,7 +68,7 @@ CPP: dict[str, int | float] = {
 }  # fmt: skip
 CPP_ENUMS: dict[str, dict[str, int]] = {
     "Dtype": {f"k{name.capitalize()}": number for name, number in DTYPES.items()},
-    "MaskKind": dict(zip(("kMaskF16", "kMaskBf16", "kMaskF32", "kMaskBool"), MASK_KINDS.values())),
+    "MaskKind": dict(zip(("kMaskF16", "kMaskBf16", "kMaskF32", "kMaskBool", "kMaskBiasRow"), (*MASK_KINDS.values(), BIAS_ROW))),
 }
 
 
