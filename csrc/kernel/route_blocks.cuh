@@ -1,0 +1,483 @@
+// The router of block-sparse attention: scores of pooled blocks, the exact blocks of each list as bits, and the blocks that are left out
+// summed up as the state in which each row's softmax begins (numerics/sparse.py defines all three).
+//
+// A CTA takes a strip of row blocks of one head at a time: it pools their queries, multiplies them with the means of all KV blocks into
+// memory of its own, which stays in the L2, and a warp a list draws the line there; then the weights of what is left out, in the scores'
+// place, are multiplied with the sums of V. No scores but those of the strips at work are ever held. Products are in fp32 on the FMA
+// pipes: scores in bf16 or tf32 make ties, and ties pick blocks that do not matter.
+#pragma once
+#include "pool_blocks.cuh"
+
+namespace sage {
+
+constexpr int kRouteThreads = 256, kRouteWarps = kRouteThreads / 32;
+constexpr int kListRows = 2;  // row blocks of a list
+
+template <int kHeadDim_>
+struct RouteConfig {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kRows = kHeadDim == 256 ? 32 : 64;  // row blocks of a strip
+  static constexpr int kColumns = 128, kDepth = 16;        // a step multiplies [kRows, kDepth] by [kDepth, kColumns]
+  static constexpr int kRowStride = kRows + 4, kColumnStride = kColumns + 4;
+  // A thread has kThreadRows rows and two runs of four columns; a warp 4 × 8 threads; a CTA 4 × 2 warps.
+  static constexpr int kThreadRows = kRows / 16;
+  static constexpr int kRowPieces = kRows * kDepth / 4, kColumnPieces = kColumns * kDepth / 4 / kRouteThreads;  // float4s: all, a thread's
+};
+
+template <class C>
+struct RouteShared {
+  union {
+    alignas(16) float q[C::kHeadDim][C::kRowStride];      // the strip's means, while scores are computed
+    alignas(16) float p[2][C::kDepth][C::kRowStride];     // weights, two steps of them, while V is summed up
+  };
+  alignas(16) float columns[2][C::kDepth][C::kColumnStride];
+  alignas(16) float k_shift[C::kHeadDim];
+  float spread[C::kRows];    // of the row's scores, for kSol
+  bool has_tail[C::kRows];
+};
+
+template <class C>
+constexpr int route_shared_bytes() {
+  return sizeof(RouteShared<C>);
+}
+
+// log2(2^a + 2^b)
+__device__ __forceinline__ float log2_sum(float a, float b) {
+  const float top = fmaxf(a, b);
+  return fabsf(top) == kInf ? top : top + log2_approx(exp2_approx(a - top) + exp2_approx(b - top));
+}
+
+// A number's bits, in the order of the numbers, all above 0.
+__device__ __forceinline__ u32 ordered(float x) {
+  const u32 bits = __float_as_uint(x);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float from_ordered(u32 x) { return __uint_as_float(x >> 31 ? x & 0x7FFFFFFFu : ~x); }
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int other = 1; other < 32; other *= 2) x += __shfl_xor_sync(kAllLanes, x, other);
+  return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int other = 1; other < 32; other *= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, other));
+  return x;
+}
+
+template <class C>
+struct Router {
+  const RouteParams& p;
+  RouteShared<C>& shared;
+  float* const strip_scores;  // [kRows, pitch], then a row for each warp
+  int batch, head, bh, bh_kv;
+  int row0, seen;  // the strip's first row block; KV blocks that any of its rows may see
+
+  __device__ __forceinline__ Router(const RouteParams& p, RouteShared<C>& shared)
+      : p(p), shared(shared), strip_scores(p.scratch + (i64)blockIdx.x * (C::kRows + kRouteWarps) * p.pitch) {}
+
+  __device__ __forceinline__ int first_key(int row) const { return p.q_start + row * kKvBlock; }  // the position of its first query
+  __device__ __forceinline__ int last_key(int row) const { return p.q_start + min(row * kKvBlock + kKvBlock, p.len_q) - 1; }
+
+  __device__ __forceinline__ void strip(int number) {
+    bh = number / p.strips, row0 = number % p.strips * C::kRows;
+    batch = bh / p.heads, head = bh % p.heads;
+    bh_kv = batch * (p.heads / p.heads_per_kv) + head / p.heads_per_kv;
+    seen = p.causal ? min(p.blocks, last_key(min(row0 + C::kRows, p.rows) - 1) / kKvBlock + 1) : p.blocks;
+    if (p.tail || p.selection != kStatic) {
+      pool_queries();
+      __syncthreads();  // the means are stored
+      scores();
+    }
+    for (int list = threadIdx.x / 32; list < C::kRows / kListRows; list += kRouteWarps)
+      if (row0 + list * kListRows < p.rows) choose(list);
+    if (p.tail) {
+      __syncthreads();  // the weights are stored
+      sum_values();
+    }
+    __syncthreads();  // shared memory and the scores are free
+  }
+
+  __device__ __forceinline__ void pool_queries() {
+    using Sum = BlockSum<C::kHeadDim>;
+    const int lane = threadIdx.x % 32, channel = lane % Sum::kLanes * kChunk;
+    for (int d = threadIdx.x; d < C::kHeadDim; d += kRouteThreads) shared.k_shift[d] = p.k_shift[(i64)bh_kv * C::kHeadDim + d];
+#pragma unroll 1
+    for (int r = threadIdx.x / 32; r < C::kRows; r += kRouteWarps) {
+      Sum s;
+      if (row0 + r < p.rows) {
+        const BlockTokens tokens = tokens_of_block(p.live_q, batch, row0 + r, p.len_q);
+        s.add(p.q, batch, head, p.dtype, p.vectorized, p.order, row0 + r, tokens, p.head_dim);
+        const float factor = 1.0f / max(tokens.count(), 1);
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) s.sum[e] *= factor;
+      }
+      float square = 0.0f;
+#pragma unroll
+      for (int e = 0; e < kChunk; ++e) square = fmaf(s.sum[e] * s.sum[e], p.k_var[(i64)bh_kv * C::kHeadDim + channel + e], square);
+#pragma unroll
+      for (int other = 1; other < Sum::kLanes; other *= 2) square += __shfl_xor_sync(kAllLanes, square, other);
+      if (lane < Sum::kLanes)
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) shared.q[channel + e][r] = s.sum[e];
+      if (lane == 0) shared.spread[r] = sqrtf(fmaf(square, p.scale * p.scale, kTinySpread));
+    }
+  }
+
+  // --- products -------------------------------------------------------------------------------------------------------------------
+
+  using Sums = float[C::kThreadRows][8];
+
+  __device__ __forceinline__ int thread_row() const {
+    return threadIdx.x / 64 * (4 * C::kThreadRows) + threadIdx.x % 32 / 8 * C::kThreadRows;
+  }
+  __device__ __forceinline__ int thread_column() const { return threadIdx.x / 32 % 2 * 64 + threadIdx.x % 8 * 4; }  // and that + 32
+
+  // rows: [kDepth, kRowStride], columns: [kDepth, kColumnStride]
+  __device__ __forceinline__ void multiply(const float* rows, const float* columns, Sums& sums) const {
+    rows += thread_row(), columns += thread_column();
+#pragma unroll
+    for (int k = 0; k < C::kDepth; ++k) {
+      float a[C::kThreadRows], b[8];
+#pragma unroll
+      for (int i = 0; i < C::kThreadRows; i += C::kThreadRows % 4 ? 2 : 4) {
+        if constexpr (C::kThreadRows % 4) {
+          const float2 x = *reinterpret_cast<const float2*>(rows + k * C::kRowStride + i);
+          a[i] = x.x, a[i + 1] = x.y;
+        } else {
+          const float4 x = *reinterpret_cast<const float4*>(rows + k * C::kRowStride + i);
+          a[i] = x.x, a[i + 1] = x.y, a[i + 2] = x.z, a[i + 3] = x.w;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float4 x = *reinterpret_cast<const float4*>(columns + k * C::kColumnStride + 32 * i);
+        b[4 * i] = x.x, b[4 * i + 1] = x.y, b[4 * i + 2] = x.z, b[4 * i + 3] = x.w;
+      }
+#pragma unroll
+      for (int r = 0; r < C::kThreadRows; ++r)
+#pragma unroll
+        for (int c = 0; c < 8; ++c) sums[r][c] = fmaf(a[r], b[c], sums[r][c]);
+    }
+  }
+
+  // Steps of a product: while one is multiplied, the next is under way from memory. fetch(step) gives a thread's pieces of it, put(step,
+  // pieces) stores them in shared memory, in the step's half of it.
+  template <class Fetch, class Put, class Multiply>
+  __device__ __forceinline__ void in_steps(int steps, Fetch fetch, Put put, Multiply multiply) const {
+    auto pieces = fetch(0);
+    put(0, pieces);
+    __syncthreads();  // step 0 is stored
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      if (step + 1 < steps) pieces = fetch(step + 1);
+      multiply(step);
+      if (step + 1 < steps) put(step + 1, pieces);
+      __syncthreads();  // the next step is stored, this one's half is free
+    }
+  }
+
+  // strip_scores[row][block] = q_mean · (k_mean − k_shift) · scale
+  __device__ __forceinline__ void scores() {
+    struct Pieces {
+      float4 column[C::kColumnPieces];
+    };
+    constexpr int kSteps = C::kHeadDim / C::kDepth, kAcross = C::kDepth / 4;
+    const float* const k_mean = p.k_mean + (i64)bh_kv * p.blocks * C::kHeadDim;
+    Sums sums = {};
+    in_steps(
+        (seen + C::kColumns - 1) / C::kColumns * kSteps,
+        [&](int step) {
+          Pieces x;
+#pragma unroll
+          for (int i = 0; i < C::kColumnPieces; ++i) {
+            const int piece = threadIdx.x + i * kRouteThreads;
+            const int block = step / kSteps * C::kColumns + piece / kAcross, d = step % kSteps * C::kDepth + piece % kAcross * 4;
+            x.column[i] = float4{0.0f, 0.0f, 0.0f, 0.0f};
+            if (block < seen) {
+              const float4 mean = *reinterpret_cast<const float4*>(k_mean + block * C::kHeadDim + d);
+              const float4 shift = *reinterpret_cast<const float4*>(shared.k_shift + d);
+              x.column[i] = float4{mean.x - shift.x, mean.y - shift.y, mean.z - shift.z, mean.w - shift.w};
+            }
+          }
+          return x;
+        },
+        [&](int step, const Pieces& x) {
+#pragma unroll
+          for (int i = 0; i < C::kColumnPieces; ++i) {
+            const int piece = threadIdx.x + i * kRouteThreads, column = piece / kAcross, d = piece % kAcross * 4;
+            auto* const to = shared.columns[step % 2];
+            to[d][column] = x.column[i].x, to[d + 1][column] = x.column[i].y;
+            to[d + 2][column] = x.column[i].z, to[d + 3][column] = x.column[i].w;
+          }
+        },
+        [&](int step) {
+          multiply(shared.q[step % kSteps * C::kDepth], shared.columns[step % 2][0], sums);
+          if (step % kSteps < kSteps - 1) return;
+#pragma unroll
+          for (int r = 0; r < C::kThreadRows; ++r)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const int column = step / kSteps * C::kColumns + thread_column() + 32 * i;
+              float* const x = sums[r] + 4 * i;
+              if (column < p.pitch)
+                *reinterpret_cast<float4*>(strip_scores + (i64)(thread_row() + r) * p.pitch + column) =
+                    float4{x[0] * p.scale, x[1] * p.scale, x[2] * p.scale, x[3] * p.scale};
+              x[0] = x[1] = x[2] = x[3] = 0.0f;
+            }
+        });
+  }
+
+  // tail O = weights · sums of V
+  __device__ __forceinline__ void sum_values() {
+    struct Pieces {
+      float4 row, column[C::kColumnPieces];
+    };
+    constexpr int kAcross = C::kDepth / 4, kWidth = C::kHeadDim < C::kColumns ? C::kHeadDim : C::kColumns, kOfRow = kWidth / 4;
+    const float* const v_sum = p.v_sum + (i64)bh_kv * p.blocks * C::kHeadDim;
+#pragma unroll 1
+    for (int channel0 = 0; channel0 < C::kHeadDim; channel0 += kWidth) {
+      Sums sums = {};
+      in_steps(
+          (seen + C::kDepth - 1) / C::kDepth,
+          [&](int step) {
+            Pieces x;
+            if (threadIdx.x < C::kRowPieces)
+              x.row = *reinterpret_cast<const float4*>(
+                  strip_scores + (i64)(threadIdx.x / kAcross) * p.pitch + step * C::kDepth + threadIdx.x % kAcross * 4);
+#pragma unroll
+            for (int i = 0; i < C::kColumnPieces; ++i) {
+              const int piece = threadIdx.x + i * kRouteThreads, block = step * C::kDepth + piece / kOfRow;
+              x.column[i] = float4{0.0f, 0.0f, 0.0f, 0.0f};
+              if (piece / kOfRow < C::kDepth && block < seen)
+                x.column[i] = *reinterpret_cast<const float4*>(v_sum + block * C::kHeadDim + channel0 + piece % kOfRow * 4);
+            }
+            return x;
+          },
+          [&](int step, const Pieces& x) {
+            if (threadIdx.x < C::kRowPieces) {
+              const int row = threadIdx.x / kAcross, k = threadIdx.x % kAcross * 4;
+              auto* const to = shared.p[step % 2];
+              to[k][row] = x.row.x, to[k + 1][row] = x.row.y, to[k + 2][row] = x.row.z, to[k + 3][row] = x.row.w;
+            }
+#pragma unroll
+            for (int i = 0; i < C::kColumnPieces; ++i) {
+              const int piece = threadIdx.x + i * kRouteThreads;
+              if (piece / kOfRow < C::kDepth)
+                *reinterpret_cast<float4*>(&shared.columns[step % 2][piece / kOfRow][piece % kOfRow * 4]) = x.column[i];
+            }
+          },
+          [&](int step) {
+            if (thread_column() < kWidth) multiply(shared.p[step % 2][0], shared.columns[step % 2][0], sums);
+          });
+      if (thread_column() >= kWidth) continue;
+#pragma unroll
+      for (int r = 0; r < C::kThreadRows; ++r) {
+        const int row = thread_row() + r;
+        if (row0 + row >= p.rows) continue;
+        float* const to = tail_of(row) + 4 + channel0 + thread_column();
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float* const x = sums[r] + 4 * i;
+          *reinterpret_cast<float4*>(to + 32 * i) =
+              shared.has_tail[row] ? float4{x[0], x[1], x[2], x[3]} : float4{0.0f, 0.0f, 0.0f, 0.0f};
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ float* tail_of(int row) const { return p.tail + ((i64)bh * p.rows + row0 + row) * (4 + C::kHeadDim); }
+
+  // --- lists ----------------------------------------------------------------------------------------------------------------------
+
+  // What a list of the two row blocks from `row` on may do with a lane's KV block.
+  struct Place {
+    int keys;                // that exist
+    bool visible[kListRows];  // any of the row's queries sees any of its keys
+    bool whole[kListRows];    // all of them see all keys
+    bool sink, near;
+
+    __device__ __forceinline__ bool asked(int r) const { return visible[r] && !sink; }
+    __device__ __forceinline__ bool candidate() const { return asked(0) || asked(1); }
+  };
+
+  __device__ __forceinline__ Place place(int row, int word) const {
+    const int block = 32 * word + (int)(threadIdx.x % 32);
+    Place at;
+    at.keys = block < seen ? tokens_of_block(p.live_k, batch, block, p.len_kv).count() : 0;
+    at.sink = p.sinks && p.sinks[word] >> threadIdx.x % 32 & 1;
+    at.near = false;
+#pragma unroll
+    for (int r = 0; r < kListRows; ++r) {
+      const bool there = row + r < p.rows && at.keys;
+      const int first = first_key(row + r), last = last_key(row + r);
+      at.visible[r] = there && (!p.causal || block * kKvBlock <= last);
+      at.whole[r] = there && (!p.causal || min(block * kKvBlock + kKvBlock, p.len_kv) - 1 <= first);
+      at.near |= at.visible[r] && p.neighbours >= 0 && block >= first / kKvBlock - p.neighbours && block <= last / kKvBlock + p.neighbours;
+    }
+    return at;
+  }
+
+  // What decides about the blocks in question.
+  struct Line {
+    float lse[kListRows];  // log2 of the sum of 2^score over the row's blocks in question
+    float threshold;       // kSol, kMass: a block's weight is above it
+    u32 smallest;          // kTopk, kCdf: a block's weight, ordered, is not below it
+    bool all;              // a score is NaN: every block is above
+  };
+
+  // A list's weights, ordered; 0 where the block is not in question. The warp's own memory.
+  __device__ __forceinline__ u32* ordered_weights() const {
+    return reinterpret_cast<u32*>(strip_scores) + (i64)(C::kRows + threadIdx.x / 32) * p.pitch;
+  }
+  __device__ __forceinline__ bool by_rank() const { return p.selection == kTopk || p.selection == kCdf; }
+
+  // log2 of the block's share of the rows' softmaxes, summed
+  __device__ __forceinline__ float weight(const Place& at, const Line& line, const float* const (&score)[kListRows], int block) const {
+    float of_row[kListRows];
+#pragma unroll
+    for (int r = 0; r < kListRows; ++r) of_row[r] = at.asked(r) ? score[r][block] - line.lse[r] : -kInf;
+    return log2_sum(of_row[0], of_row[1]);
+  }
+
+  __device__ __forceinline__ Line draw_line(int row, const float* const (&score)[kListRows], int words) const {
+    const int lane = threadIdx.x % 32;
+    Line line{{-kInf, -kInf}, 0.0f, 0, false};
+    float top[kListRows] = {-kInf, -kInf}, sum[kListRows] = {}, asked[kListRows] = {}, candidates = 0.0f;
+#pragma unroll 2
+    for (int w = 0; w < words; ++w) {
+      const Place at = place(row, w);
+      candidates += at.candidate();
+#pragma unroll
+      for (int r = 0; r < kListRows; ++r) {
+        if (!at.asked(r)) continue;
+        const float x = score[r][32 * w + lane], higher = fmaxf(top[r], x);
+        sum[r] = fmaf(sum[r], exp2_approx(top[r] - higher), exp2_approx(x - higher));
+        top[r] = higher, asked[r] += 1.0f;
+      }
+    }
+    float of_row[kListRows];
+    const float given = p.thresholds ? p.thresholds[head] : (float)p.threshold;
+#pragma unroll
+    for (int r = 0; r < kListRows; ++r) {
+      const float highest = warp_max(top[r]);
+      const float all = warp_sum(top[r] == -kInf && sum[r] == 0.0f ? 0.0f : sum[r] * exp2_approx(top[r] - highest));
+      const float blocks = warp_sum(asked[r]);
+      line.lse[r] = blocks > 0.0f ? highest + log2_approx(all) : -kInf;
+      line.all |= !(line.lse[r] < kInf);
+      of_row[r] = row + r >= p.rows      ? -kInf
+                  : p.selection == kMass ? log2_approx(given / fmaxf(blocks, 1.0f))
+                                         : given * shared.spread[row + r - row0] - line.lse[r];
+    }
+    line.threshold = log2_sum(of_row[0], of_row[1]);
+    const float in_question = warp_sum(candidates);
+    if (by_rank()) line.smallest = smallest_of_largest(row, line, score, words, in_question);
+    return line;
+  }
+
+  // The smallest weight, ordered, such that the weights above it do not reach the budget: a number of blocks, or a share of the sum.
+  __device__ __forceinline__ u32 smallest_of_largest(
+      int row, const Line& line, const float* const (&score)[kListRows], int words, float candidates) const {
+    const int lane = threadIdx.x % 32;
+    u32* const weights = ordered_weights() + lane;
+    u32 low = 0, high = 0;
+    for (int w = 0; w < words; ++w) {
+      const Place at = place(row, w);
+      const u32 x = at.candidate() ? ordered(weight(at, line, score, 32 * w + lane)) : 0u;
+      weights[32 * w] = x, high = max(high, x);
+    }
+#pragma unroll
+    for (int other = 1; other < 32; other *= 2) high = max(high, __shfl_xor_sync(kAllLanes, high, other));
+    const bool count = p.selection == kTopk;
+    const auto above = [&](u32 least) {
+      float sum = 0.0f;
+#pragma unroll 8
+      for (int w = 0; w < words; ++w) {
+        const u32 x = weights[32 * w];
+        if (x > least) sum += count ? 1.0f : exp2_approx(from_ordered(x));
+      }
+      return warp_sum(sum);
+    };
+    const double share = p.thresholds ? (double)p.thresholds[head] : p.threshold;
+    const float number = fmaxf(fminf((float)rint(share * candidates), candidates - (share < 1.0 ? 1.0f : 0.0f)), 1.0f);
+    const float budget = count ? number : (float)share * above(0);
+    if (!(budget > 0.0f)) return 0xFFFFFFFFu;
+    while (high - low > 1) {
+      const u32 middle = low + (high - low) / 2;
+      const float found = above(middle);
+      if (count && found == budget) return middle + 1;
+      (found < budget ? high : low) = middle;
+    }
+    return high;
+  }
+
+  // The blocks of a list, a warp's work: its bits, and the weights of the others in the place of their scores.
+  __device__ __forceinline__ void choose(int list) {
+    const int lane = threadIdx.x % 32, row = row0 + list * kListRows, number = row / kListRows, words = (seen + 31) / 32;
+    float* const own = strip_scores + (i64)list * kListRows * p.pitch;
+    const float* const score[kListRows] = {own, own + p.pitch};
+    u32* const bits = p.lists + ((i64)bh * p.lists_of_head + number) * 2 * p.words;
+    Line line{};
+    if (p.selection != kStatic) line = draw_line(row, score, words);
+    const bool everything = p.query_sinks && p.query_sinks[number / 32] >> number % 32 & 1;
+    const u8* const mask = p.block_mask ? p.block_mask + batch * p.mask_stride_b + head * p.mask_stride_h + (i64)number * p.blocks : nullptr;
+    float top[kListRows] = {-kInf, -kInf};
+    int exact_blocks = 0;
+    for (int w = 0; w < p.words; ++w) {
+      const Place at = place(row, w);
+      const bool visible = at.visible[0] || at.visible[1], second = row + 1 < p.rows;
+      const bool cut = at.visible[0] && !at.whole[0] || at.visible[1] && !at.whole[1];  // by the diagonal: it can't be in a tail
+      bool exact = visible && (at.sink || at.near || everything);
+      if (p.selection == kStatic) {
+        exact |= visible && mask[32 * w + lane];
+      } else if (w < words) {
+        exact |= cut;
+        if (at.candidate())
+          exact |= line.all || (by_rank() ? ordered_weights()[32 * w + lane] >= line.smallest
+                                          : !(weight(at, line, score, 32 * w + lane) <= line.threshold));
+      }
+      const bool uneven = 32 * w + lane < p.blocks && (at.keys < kKvBlock || !at.whole[0] || (second && !at.whole[1]));
+      const u32 exact_bits = __ballot_sync(kAllLanes, exact), uneven_bits = __ballot_sync(kAllLanes, uneven);
+      if (lane == 0) bits[w] = exact_bits, bits[p.words + w] = uneven_bits;
+      exact_blocks += __popc(exact_bits);
+      if (p.tail && w < words && !exact)
+#pragma unroll
+        for (int r = 0; r < kListRows; ++r)
+          if (at.whole[r]) top[r] = fmaxf(top[r], score[r][32 * w + lane]);
+    }
+    if (lane == 0) atomicAdd(p.exact_blocks, (u64)exact_blocks);
+    if (!p.tail) return;
+    __syncwarp();  // the bits are stored
+    float sum[kListRows] = {};
+#pragma unroll
+    for (int r = 0; r < kListRows; ++r) top[r] = warp_max(top[r]);
+#pragma unroll 2
+    for (int w = 0; w < words; ++w) {
+      const Place at = place(row, w);
+      const bool exact = bits[w] >> lane & 1;
+#pragma unroll
+      for (int r = 0; r < kListRows; ++r) {
+        float* const x = own + r * p.pitch + 32 * w + lane;
+        *x = at.whole[r] && !exact ? exp2_approx(*x - top[r]) : 0.0f;
+        sum[r] = fmaf(*x, (float)at.keys, sum[r]);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kListRows; ++r) {
+      const float l = warp_sum(sum[r]);
+      if (lane > 0 || row + r >= p.rows) continue;
+      float* const state = tail_of(row + r - row0);
+      state[0] = top[r], state[1] = l;
+      shared.has_tail[row + r - row0] = top[r] > -kInf;
+    }
+  }
+};
+
+template <class C>
+__device__ __forceinline__ void route_blocks(const RouteParams& p) {
+  extern __shared__ __align__(128) u8 stages[];
+  Router<C> router(p, *reinterpret_cast<RouteShared<C>*>(stages));
+  for (int number = blockIdx.x; number < p.strips * p.bh_count; number += p.ctas) router.strip(number);
+}
+
+}  // namespace sage

@@ -1,0 +1,155 @@
+"""The router's device code without a GPU, emulated lane by lane, against the algorithm in fp64."""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import routing
+import torch
+from emulated_card import needs_compiler
+from lane_compiler import compiled
+
+from sageattention.backends.cuda import driver, host, route
+from sageattention.backends.sparse_reference import geometry_of, selections
+from sageattention.device.capability import Capability
+from sageattention.kernels.table import center_entry, pool_entry, route_entry
+from sageattention.numerics import block_bits
+from sageattention.numerics.sparse_geometry import BlockView
+from sageattention.planning.problem import Problem
+from sageattention.planning.sparse_problem import SparseProblem
+
+pytestmark = needs_compiler
+KEYWORDS = inspect.signature(SparseProblem.from_call).parameters
+TOKENS, BLOCKS, LISTS = 1000, 16, 8
+ORDER = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(1)).int()
+KEYS = torch.arange(TOKENS).expand(2, -1) % 700 < torch.tensor([[690], [300]])
+LENGTHS = torch.tensor([[64, 0, 10, 64, 63, 1, 64, 64] * 2, [64] * 16], dtype=torch.int32)
+TAUS, KEEPS = torch.tensor([0.5, 1.0, 1.5, 2.0]), torch.tensor([0.0, 0.1, 0.35, 1.0])
+
+
+class Card:
+    """The router's kernels of one compiled head dimension, on the host."""
+
+    def __init__(self, head_dim: int, folder):
+        self.head_dim = head_dim
+        self.entries = {e.symbol: e for e in (entry(head_dim) for entry in (pool_entry, center_entry, route_entry))}
+        functions = "".join(
+            f'extern "C" void {e.symbol}(const {e.params.__name__}* p, unsigned blocks) '
+            f"{{ run_grid(blocks, {e.threads}, [&] {{ {e.expression}(*p); }}); }}\n"
+            for e in self.entries.values()
+        )
+        self.library = compiled(90, folder, ("kernel/route_blocks.cuh",), functions)
+        self.plan = SimpleNamespace(
+            head_dim=head_dim, images=(None, SimpleNamespace(arch="sm_90a")), variant=SimpleNamespace(name="a variant")
+        )
+
+    def issue(self, device: int, chains: list) -> None:
+        for symbol, x, _, _, params, _ in (launch for chain in chains for launch in chain):
+            assert len(params) == ctypes.sizeof(self.entries[symbol].params)
+            getattr(self.library, symbol)(ctypes.create_string_buffer(params, len(params)), ctypes.c_uint(x))
+
+
+@pytest.fixture(scope="module", params=[64, 128, 256])
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Card:
+    return Card(request.param, tmp_path_factory.mktemp("route"))
+
+
+@pytest.fixture
+def card(built: Card, monkeypatch: pytest.MonkeyPatch) -> Card:
+    monkeypatch.setattr(route.capability, "of_device", lambda *device: Capability("cuda", 90, 2, name="a card"))
+    monkeypatch.setattr(driver, "kernel", lambda index, image, symbol, variant: symbol)
+    monkeypatch.setattr(host, "issue", built.issue)
+    return built
+
+
+def tensors(head_dim: int, len_q: int = TOKENS, len_kv: int = TOKENS, dtype: torch.dtype = torch.bfloat16, batch: int = 2, heads: int = 4):
+    g = torch.Generator().manual_seed(0)
+    return tuple(
+        (torch.randn(batch, h, n, head_dim, generator=g) + torch.randn(batch, h, -(-n // 100), head_dim, generator=g)
+         .repeat_interleave(100, 2)[:, :, :n]).to(dtype)
+        for h, n in ((heads, len_q), (heads // 2, len_kv), (heads // 2, len_kv))
+    )  # fmt: skip
+
+
+def routed(card: Card, q, k, v, *, is_causal: bool = False, sm_scale: float | None = None, **given):
+    """What the kernels give for a call of `sageattn_sparse` in HND, its problem and tensors; results start as NaN."""
+    dense = Problem.from_tensors(q, k, v, is_causal=is_causal, sm_scale=sm_scale, return_lse=True)
+    rest = {"selection": "sol", "similarity": 0.0, "q_block": 128, "tail": True, "sinks": (), "query_sinks": ()}
+    blank = {name: None for name in KEYWORDS if name not in ("problem", "q")}
+    sparse, own = SparseProblem.from_call(dense, q, **{**blank, **rest, **given})
+    view = BlockView(q.shape[2], k.shape[2], geometry_of(sparse, own, 128), q.device)
+    exact = torch.zeros((), dtype=torch.int64)
+    empty, route.torch.empty = torch.empty, lambda *size, **form: poisoned(empty(*size, **form))
+    try:
+        found = route.fused(q, k, v, sparse, own, card.plan, view, exact)
+    finally:
+        route.torch.empty = empty
+    return found, sparse, own, view, exact
+
+
+def poisoned(t: torch.Tensor) -> torch.Tensor:
+    t.view(torch.uint8).fill_(0xFF) if t.numel() else None
+    return t
+
+
+CALLS = {
+    "sol": {},
+    "mass": {"selection": "mass", "tau": 1.2},
+    "topk": {"selection": "topk", "keep": 0.25},
+    "cdf": {"selection": "cdf", "keep": 0.6},
+    "static": {"selection": "static", "block_mask": torch.rand(2, 4, LISTS, BLOCKS, generator=torch.Generator().manual_seed(3)) < 0.3},
+    "one mask for all": {"selection": "static", "neighbours": 1, "block_mask": torch.eye(LISTS, BLOCKS)[None, None].bool()},
+}
+AROUND = {
+    "plain": {},
+    "no tail": {"tail": False},
+    "sinks": {"sinks": [(0, 70), (500, 501)], "query_sinks": (900, 1000)},
+    "order": {"order": ORDER, "sinks": 3, "neighbours": 0},
+    "key mask": {"key_mask": KEYS, "neighbours": -1},
+    "padded tiles": {"block_len": LENGTHS, "sinks": 64},
+    "causal": {"is_causal": True, "sinks": 10},
+    "scale": {"sm_scale": -0.05},
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("call", CALLS)
+def test_route(card: Card, call: str, around: str) -> None:
+    given = CALLS[call] | AROUND[around]
+    q, k, v = tensors(card.head_dim - 8 * (around == "plain"))
+    found, sparse, own, view, exact = routed(card, q, k, v, **given)
+    share = routing.check(
+        found, q, k, v, selections(sparse, own), view.geometry, tail=sparse.tail, block_mask=own.block_mask, sm_scale=sparse.problem.sm_scale
+    )  # fmt: skip
+    assert exact == block_bits.unpack(found.lists[..., 0, :], view.n).sum()
+    assert exact.item() / route.visible_blocks(sparse) == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (64, 64), (130, 1000), (1000, 130), (65, 2100), (2200, 70)], ids=str)
+@pytest.mark.parametrize("given", [{}, {"selection": "topk", "keep": 0.2}, {"is_causal": True, "q_start": 0}, {"q_start": 100}], ids=str)
+def test_lengths(card: Card, lengths: tuple[int, int], given: dict) -> None:
+    q, k, v = tensors(card.head_dim, *lengths, batch=1, heads=2)
+    found, sparse, own, view, _ = routed(card, q, k, v, **given)
+    routing.check(found, q, k, v, selections(sparse, own), view.geometry, tail=True, sm_scale=sparse.problem.sm_scale)
+
+
+@pytest.mark.parametrize("given", [{"tau": TAUS}, {"selection": "mass", "tau": TAUS}, {"selection": "topk", "keep": KEEPS}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_thresholds_of_heads(card: Card, dtype: torch.dtype, given: dict) -> None:
+    q, k, v = (t[..., ::2].repeat(1, 1, 1, 2)[..., 1 : card.head_dim] for t in tensors(card.head_dim, dtype=dtype))  # odd rows
+    q, k, v = (t[..., : card.head_dim - 1] for t in (q, k, v))
+    found, sparse, own, view, _ = routed(card, q, k, v, **given)
+    routing.check(found, q, k, v, selections(sparse, own), view.geometry, tail=True, sm_scale=sparse.problem.sm_scale)
+
+
+@pytest.mark.parametrize("call", [c for c in CALLS if "mask" not in c and c != "static"])
+def test_nan_selects_what_it_meets(card: Card, call: str) -> None:
+    q, k, v = tensors(card.head_dim, batch=1)
+    q[0, 1, 300] = float("nan")  # its block of rows
+    k[0, 1, 5] = float("nan")  # every block of its KV head
+    found, _, _, view, _ = routed(card, q, k, v, **CALLS[call])
+    exact = block_bits.unpack(found.lists[..., 0, :], view.n)
+    assert exact[0, 1, 2].all() and exact[0, 2:].all() and not exact[0, 0].all(-1).any()

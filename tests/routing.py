@@ -1,0 +1,45 @@
+"""What a router on the device gives, against the algorithm in fp64: for tests on emulated and on real cards."""
+
+from __future__ import annotations
+
+import torch
+
+from sageattention.backends.cuda.route import TAIL_HEAD, Routed
+from sageattention.numerics import block_bits
+from sageattention.numerics.block_selection import Selection
+from sageattention.numerics.sparse import route, undecided
+from sageattention.numerics.sparse_geometry import BlockView, Geometry
+
+
+def check(
+    routed: Routed, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rules: list[Selection], geometry: Geometry, *, tail: bool,
+    block_mask: torch.Tensor | None = None, sm_scale: float | None = None,
+) -> float:  # fmt: skip
+    """Tensors are [B, H, N, D], all finite. Returns the share of the visible blocks that are exact."""
+    view, d = BlockView(q.shape[2], k.shape[2], geometry, q.device), q.shape[3]
+    expected = route(q, k, v, rules, geometry, tail=tail, block_mask=block_mask, sm_scale=sm_scale)
+    exact, wanted = (block_bits.unpack(bits, view.n) for bits in (routed.lists[..., 0, :], expected.bits))
+    assert torch.equal(routed.lists[..., 0, :], block_bits.pack(exact)), "bits beyond the last block"
+    differ = exact ^ wanted
+    if block_mask is None:
+        assert not (differ & ~undecided(q, k, v, rules, geometry, sm_scale=sm_scale)).any()
+    else:
+        assert not differ.any()
+    uneven = block_bits.unpack(routed.lists[..., 1, :], view.n)
+    for b in range(q.shape[0]):
+        live = view.live_keys(b)
+        live = torch.ones(k.shape[2], dtype=torch.bool, device=q.device) if live is None else live
+        filled = torch.nn.functional.pad(live, (0, -live.numel() % 64)).view(-1, 64).all(1)
+        assert torch.equal(uneven[b] & exact[b], view.of_lists(~(view.whole & filled)) & exact[b])
+    torch.testing.assert_close(routed.k_mean[..., :d].double(), expected.k_shift, rtol=1e-5, atol=1e-5)
+    assert not routed.k_mean[..., d:].any()
+    assert (routed.tail is None) == (not tail)
+    if tail:
+        same = ~differ.any(-1).repeat_interleave(view.rows, -1)[..., : view.m]
+        m, l, o = routed.tail[..., 0], routed.tail[..., 1], routed.tail[..., TAIL_HEAD:]
+        assert not o[..., d:].any()
+        torch.testing.assert_close(m[same].double(), expected.tail.m[same], rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(l[same].double(), expected.tail.l[same], rtol=1e-4, atol=1e-5)
+        size = v.double().abs().max() * expected.tail.l[same].sum().clamp_min(1)
+        torch.testing.assert_close(o[same][..., :d].double() / size, expected.tail.o[same] / size, rtol=1e-4, atol=1e-5)
+    return wanted.double().sum().item() / max(1, (view.of_lists(view.visible).sum() * q.shape[0] * q.shape[1]).item())
