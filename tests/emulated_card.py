@@ -24,7 +24,7 @@ each_variant = pytest.mark.parametrize("variant", [name for name, _ in MMA.value
 
 
 class Lanes:
-    """A card that runs on the host: an architecture's quantisers and mma.sync attention of one head dimension."""
+    """A card that runs on the host: an architecture's quantisers, router and mma.sync attention of one head dimension."""
 
     def __init__(self, arch: int, head_dim: int, folder: Path):
         self.capability, self.head_dim = Capability("cuda", arch, 2, "none", "host"), head_dim
@@ -35,7 +35,7 @@ class Lanes:
             f"{{ run_grid(blocks, {e.threads}, [&] {{ {e.expression}(*p); }}); }}\n"
             for e in self.entries.values()
         )
-        self.library = compiled(arch, folder, ("kernel/quantize.cuh", "kernel/attend_mma.cuh"), functions)
+        self.library = compiled(arch, folder, ("kernel/quantize.cuh", "kernel/route_blocks.cuh", "kernel/attend_mma.cuh"), functions)
 
     def launch(self, device: int, stream: int, launches: tuple) -> None:
         for symbol, x, _, _, params, _ in launches:

@@ -38,7 +38,8 @@ struct BlockSum {
 
   // rows: of the (batch, head), stride_n elements apart; order: the row at each position, or null.
   template <int kDtype, bool kVectors>
-  __device__ __forceinline__ void add(const void* rows, i64 stride_n, const i32* order, int block, const BlockTokens& tokens, int head_dim) {
+  __device__ __forceinline__ void add(const void* rows, i64 stride_n, const i32* order, int block, const BlockTokens& tokens,
+                                      int head_dim) {
     constexpr int kInFlight = kDtype == kFloat32 ? 4 : 8;
     const int lane = threadIdx.x % 32, channel = lane % kLanes * kChunk;
     const u8* const from = static_cast<const u8*>(rows);
@@ -69,13 +70,13 @@ struct BlockSum {
   }
 
   // The same, of a tensor.
-  __device__ __forceinline__ void add(
-      const Tokens& t, int batch, int head, i32 dtype, i32 vectorized, const i32* order, int block, const BlockTokens& tokens, int head_dim) {
+  __device__ __forceinline__ void add(const Tokens& t, int batch, int head, i32 dtype, i32 vectorized, const i32* order, int block,
+                                      const BlockTokens& tokens, int head_dim) {
     const i64 first = batch * t.stride_b + head * t.stride_h;
     with_access(dtype, vectorized, [&](auto type, auto vectors) {
       constexpr int kDtype = decltype(type)::value;
-      add<kDtype, decltype(vectors)::value>(
-          static_cast<const u8*>(t.data) + first * kElementBytes<kDtype>, t.stride_n, order, block, tokens, head_dim);
+      add<kDtype, decltype(vectors)::value>(static_cast<const u8*>(t.data) + first * kElementBytes<kDtype>, t.stride_n, order, block,
+                                            tokens, head_dim);
     });
   }
 };
@@ -96,38 +97,45 @@ __device__ __forceinline__ void pool_keys_values(const PoolParams& p) {
   float* const to = (values ? p.v_sum : p.k_mean) + ((i64)bh * p.blocks + block) * kHeadDim + lane * kChunk;
 #pragma unroll
   for (int e = 0; e < kChunk; e += 4)
-    *reinterpret_cast<float4*>(to + e) =
-        float4{s.sum[e] * factor, s.sum[e + 1] * factor, s.sum[e + 2] * factor, s.sum[e + 3] * factor};
+    *reinterpret_cast<float4*>(to + e) = float4{s.sum[e] * factor, s.sum[e + 1] * factor, s.sum[e + 2] * factor, s.sum[e + 3] * factor};
 }
 
 // A CTA has one (batch, KV head): the mean of its block means, and the mean square of what is left of them; empty blocks take no part.
 template <int kHeadDim>
 __device__ __forceinline__ void center_keys(const PoolParams& p) {
-  constexpr int kSlices = kCenterThreads / kHeadDim;  // threads of a channel
-  __shared__ float partial[2][kCenterThreads];
-  const int bh = blockIdx.x, channel = threadIdx.x % kHeadDim, slice = threadIdx.x / kHeadDim;
-  const float* const mean = p.k_mean + (i64)bh * p.blocks * kHeadDim + channel;
-  // {Σ term(block mean), blocks} over the blocks that are not empty
-  const auto over_blocks = [&](auto term) {
-    float sum = 0.0f;
+  constexpr int kLanes = kHeadDim / 4, kSlices = kCenterThreads / kLanes;  // threads of a row; rows at a time
+  __shared__ float4 partial[kSlices][kLanes];
+  __shared__ int partial_used[kSlices];
+  const int bh = blockIdx.x, lane = threadIdx.x % kLanes, slice = threadIdx.x / kLanes;
+  const float4* const mean = reinterpret_cast<const float4*>(p.k_mean + (i64)bh * p.blocks * kHeadDim) + lane;
+  // The mean of term(block mean) over the blocks that are not empty.
+  const auto mean_of = [&](auto term) {
+    float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
     int used = 0;
 #pragma unroll 8
     for (int block = slice; block < p.blocks; block += kSlices) {
-      const float x = mean[(i64)block * kHeadDim];
-      const bool empty = p.live.bits && !tokens_of_block(p.live, bh / p.heads, block, p.len).count();
-      if (!empty) sum += term(x), ++used;
+      const float4 x = mean[block * kLanes];
+      if (p.live.bits && !tokens_of_block(p.live, bh / p.heads, block, p.len).count()) continue;
+      sum.x += term(x.x, 0), sum.y += term(x.y, 1), sum.z += term(x.z, 2), sum.w += term(x.w, 3), ++used;
     }
-    partial[0][threadIdx.x] = sum, partial[1][threadIdx.x] = (float)used;
+    partial[slice][lane] = sum;
+    if (lane == 0) partial_used[slice] = used;
     __syncthreads();  // the partial results are stored
-    float2 all{0.0f, 0.0f};
-    for (int i = 0; i < kSlices; ++i) all.x += partial[0][i * kHeadDim + channel], all.y += partial[1][i * kHeadDim + channel];
+    sum = float4{0.0f, 0.0f, 0.0f, 0.0f}, used = 0;
+    for (int i = 0; i < kSlices; ++i) {
+      const float4 x = partial[i][lane];
+      sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w, used += partial_used[i];
+    }
     __syncthreads();  // … and read
-    return all;
+    const float factor = 1.0f / max(used, 1);
+    return float4{sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
   };
-  const float2 means = over_blocks([](float x) { return x; });
-  const float shift = means.x / fmaxf(means.y, 1.0f);
-  const float2 squares = over_blocks([&](float x) { return (x - shift) * (x - shift); });
-  if (slice == 0) p.k_shift[bh * kHeadDim + channel] = shift, p.k_var[bh * kHeadDim + channel] = squares.x / fmaxf(squares.y, 1.0f);
+  const float4 means = mean_of([](float x, int) { return x; });
+  const float shift[4] = {means.x, means.y, means.z, means.w};
+  const float4 squares = mean_of([&](float x, int i) { return (x - shift[i]) * (x - shift[i]); });
+  if (slice > 0) return;
+  reinterpret_cast<float4*>(p.k_shift + bh * kHeadDim)[lane] = means;
+  reinterpret_cast<float4*>(p.k_var + bh * kHeadDim)[lane] = squares;
 }
 
 }  // namespace sage

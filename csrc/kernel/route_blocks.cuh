@@ -26,13 +26,19 @@ struct RouteConfig {
 
 template <class C>
 struct RouteShared {
-  union {
-    alignas(16) float q[C::kHeadDim][C::kRowStride];      // the strip's means, while scores are computed
-    alignas(16) float p[2][C::kDepth][C::kRowStride];     // weights, two steps of them, while V is summed up
+  struct Products {
+    union {
+      alignas(16) float q[C::kHeadDim][C::kRowStride];   // the strip's means, while scores are computed
+      alignas(16) float p[2][C::kDepth][C::kRowStride];  // weights, two steps of them, while V is summed up
+    };
+    alignas(16) float columns[2][C::kDepth][C::kColumnStride];
   };
-  alignas(16) float columns[2][C::kDepth][C::kColumnStride];
+  union {
+    Products products;
+    u32 weights[sizeof(Products) / 4];  // while lists are chosen
+  };
   alignas(16) float k_shift[C::kHeadDim];
-  float spread[C::kRows];    // of the row's scores, for kSol
+  float spread[C::kRows];  // of the row's scores, for kSol
   bool has_tail[C::kRows];
 };
 
@@ -89,8 +95,8 @@ struct Router {
       __syncthreads();  // the means are stored
       scores();
     }
-    for (int list = threadIdx.x / 32; list < C::kRows / kListRows; list += kRouteWarps)
-      if (row0 + list * kListRows < p.rows) choose(list);
+#pragma unroll 1
+    for (int row = row0 + threadIdx.x / 32 * kListRows; row < min(row0 + C::kRows, p.rows); row += kRouteWarps * kListRows) choose(row);
     if (p.tail) {
       __syncthreads();  // the weights are stored
       sum_values();
@@ -119,7 +125,7 @@ struct Router {
       for (int other = 1; other < Sum::kLanes; other *= 2) square += __shfl_xor_sync(kAllLanes, square, other);
       if (lane < Sum::kLanes)
 #pragma unroll
-        for (int e = 0; e < kChunk; ++e) shared.q[channel + e][r] = s.sum[e];
+        for (int e = 0; e < kChunk; ++e) shared.products.q[channel + e][r] = s.sum[e];
       if (lane == 0) shared.spread[r] = sqrtf(fmaf(square, p.scale * p.scale, kTinySpread));
     }
   }
@@ -185,47 +191,46 @@ struct Router {
     constexpr int kSteps = C::kHeadDim / C::kDepth, kAcross = C::kDepth / 4;
     const float* const k_mean = p.k_mean + (i64)bh_kv * p.blocks * C::kHeadDim;
     Sums sums = {};
-    in_steps(
-        (seen + C::kColumns - 1) / C::kColumns * kSteps,
-        [&](int step) {
-          Pieces x;
+    in_steps((seen + C::kColumns - 1) / C::kColumns * kSteps,
+             [&](int step) {
+               Pieces x;
 #pragma unroll
-          for (int i = 0; i < C::kColumnPieces; ++i) {
-            const int piece = threadIdx.x + i * kRouteThreads;
-            const int block = step / kSteps * C::kColumns + piece / kAcross, d = step % kSteps * C::kDepth + piece % kAcross * 4;
-            x.column[i] = float4{0.0f, 0.0f, 0.0f, 0.0f};
-            if (block < seen) {
-              const float4 mean = *reinterpret_cast<const float4*>(k_mean + block * C::kHeadDim + d);
-              const float4 shift = *reinterpret_cast<const float4*>(shared.k_shift + d);
-              x.column[i] = float4{mean.x - shift.x, mean.y - shift.y, mean.z - shift.z, mean.w - shift.w};
-            }
-          }
-          return x;
-        },
-        [&](int step, const Pieces& x) {
+               for (int i = 0; i < C::kColumnPieces; ++i) {
+                 const int piece = threadIdx.x + i * kRouteThreads;
+                 const int block = step / kSteps * C::kColumns + piece / kAcross, d = step % kSteps * C::kDepth + piece % kAcross * 4;
+                 x.column[i] = float4{0.0f, 0.0f, 0.0f, 0.0f};
+                 if (block < seen) {
+                   const float4 mean = *reinterpret_cast<const float4*>(k_mean + block * C::kHeadDim + d);
+                   const float4 shift = *reinterpret_cast<const float4*>(shared.k_shift + d);
+                   x.column[i] = float4{mean.x - shift.x, mean.y - shift.y, mean.z - shift.z, mean.w - shift.w};
+                 }
+               }
+               return x;
+             },
+             [&](int step, const Pieces& x) {
 #pragma unroll
-          for (int i = 0; i < C::kColumnPieces; ++i) {
-            const int piece = threadIdx.x + i * kRouteThreads, column = piece / kAcross, d = piece % kAcross * 4;
-            auto* const to = shared.columns[step % 2];
-            to[d][column] = x.column[i].x, to[d + 1][column] = x.column[i].y;
-            to[d + 2][column] = x.column[i].z, to[d + 3][column] = x.column[i].w;
-          }
-        },
-        [&](int step) {
-          multiply(shared.q[step % kSteps * C::kDepth], shared.columns[step % 2][0], sums);
-          if (step % kSteps < kSteps - 1) return;
+               for (int i = 0; i < C::kColumnPieces; ++i) {
+                 const int piece = threadIdx.x + i * kRouteThreads, column = piece / kAcross, d = piece % kAcross * 4;
+                 auto* const to = shared.products.columns[step % 2];
+                 to[d][column] = x.column[i].x, to[d + 1][column] = x.column[i].y;
+                 to[d + 2][column] = x.column[i].z, to[d + 3][column] = x.column[i].w;
+               }
+             },
+             [&](int step) {
+               multiply(shared.products.q[step % kSteps * C::kDepth], shared.products.columns[step % 2][0], sums);
+               if (step % kSteps < kSteps - 1) return;
 #pragma unroll
-          for (int r = 0; r < C::kThreadRows; ++r)
+               for (int r = 0; r < C::kThreadRows; ++r)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              const int column = step / kSteps * C::kColumns + thread_column() + 32 * i;
-              float* const x = sums[r] + 4 * i;
-              if (column < p.pitch)
-                *reinterpret_cast<float4*>(strip_scores + (i64)(thread_row() + r) * p.pitch + column) =
-                    float4{x[0] * p.scale, x[1] * p.scale, x[2] * p.scale, x[3] * p.scale};
-              x[0] = x[1] = x[2] = x[3] = 0.0f;
-            }
-        });
+                 for (int i = 0; i < 2; ++i) {
+                   const int column = step / kSteps * C::kColumns + thread_column() + 32 * i;
+                   float* const x = sums[r] + 4 * i;
+                   if (column < p.pitch)
+                     *reinterpret_cast<float4*>(strip_scores + (i64)(thread_row() + r) * p.pitch + column) =
+                         float4{x[0] * p.scale, x[1] * p.scale, x[2] * p.scale, x[3] * p.scale};
+                   x[0] = x[1] = x[2] = x[3] = 0.0f;
+                 }
+             });
   }
 
   // tail O = weights · sums of V
@@ -238,38 +243,37 @@ struct Router {
 #pragma unroll 1
     for (int channel0 = 0; channel0 < C::kHeadDim; channel0 += kWidth) {
       Sums sums = {};
-      in_steps(
-          (seen + C::kDepth - 1) / C::kDepth,
-          [&](int step) {
-            Pieces x;
-            if (threadIdx.x < C::kRowPieces)
-              x.row = *reinterpret_cast<const float4*>(
-                  strip_scores + (i64)(threadIdx.x / kAcross) * p.pitch + step * C::kDepth + threadIdx.x % kAcross * 4);
+      in_steps((seen + C::kDepth - 1) / C::kDepth,
+               [&](int step) {
+                 Pieces x;
+                 if (threadIdx.x < C::kRowPieces)
+                   x.row = *reinterpret_cast<const float4*>(strip_scores + (i64)(threadIdx.x / kAcross) * p.pitch + step * C::kDepth +
+                                                            threadIdx.x % kAcross * 4);
 #pragma unroll
-            for (int i = 0; i < C::kColumnPieces; ++i) {
-              const int piece = threadIdx.x + i * kRouteThreads, block = step * C::kDepth + piece / kOfRow;
-              x.column[i] = float4{0.0f, 0.0f, 0.0f, 0.0f};
-              if (piece / kOfRow < C::kDepth && block < seen)
-                x.column[i] = *reinterpret_cast<const float4*>(v_sum + block * C::kHeadDim + channel0 + piece % kOfRow * 4);
-            }
-            return x;
-          },
-          [&](int step, const Pieces& x) {
-            if (threadIdx.x < C::kRowPieces) {
-              const int row = threadIdx.x / kAcross, k = threadIdx.x % kAcross * 4;
-              auto* const to = shared.p[step % 2];
-              to[k][row] = x.row.x, to[k + 1][row] = x.row.y, to[k + 2][row] = x.row.z, to[k + 3][row] = x.row.w;
-            }
+                 for (int i = 0; i < C::kColumnPieces; ++i) {
+                   const int piece = threadIdx.x + i * kRouteThreads, block = step * C::kDepth + piece / kOfRow;
+                   x.column[i] = float4{0.0f, 0.0f, 0.0f, 0.0f};
+                   if (piece / kOfRow < C::kDepth && block < seen)
+                     x.column[i] = *reinterpret_cast<const float4*>(v_sum + block * C::kHeadDim + channel0 + piece % kOfRow * 4);
+                 }
+                 return x;
+               },
+               [&](int step, const Pieces& x) {
+                 if (threadIdx.x < C::kRowPieces) {
+                   const int row = threadIdx.x / kAcross, k = threadIdx.x % kAcross * 4;
+                   auto* const to = shared.products.p[step % 2];
+                   to[k][row] = x.row.x, to[k + 1][row] = x.row.y, to[k + 2][row] = x.row.z, to[k + 3][row] = x.row.w;
+                 }
 #pragma unroll
-            for (int i = 0; i < C::kColumnPieces; ++i) {
-              const int piece = threadIdx.x + i * kRouteThreads;
-              if (piece / kOfRow < C::kDepth)
-                *reinterpret_cast<float4*>(&shared.columns[step % 2][piece / kOfRow][piece % kOfRow * 4]) = x.column[i];
-            }
-          },
-          [&](int step) {
-            if (thread_column() < kWidth) multiply(shared.p[step % 2][0], shared.columns[step % 2][0], sums);
-          });
+                 for (int i = 0; i < C::kColumnPieces; ++i) {
+                   const int piece = threadIdx.x + i * kRouteThreads;
+                   if (piece / kOfRow < C::kDepth)
+                     *reinterpret_cast<float4*>(&shared.products.columns[step % 2][piece / kOfRow][piece % kOfRow * 4]) = x.column[i];
+                 }
+               },
+               [&](int step) {
+                 if (thread_column() < kWidth) multiply(shared.products.p[step % 2][0], shared.products.columns[step % 2][0], sums);
+               });
       if (thread_column() >= kWidth) continue;
 #pragma unroll
       for (int r = 0; r < C::kThreadRows; ++r) {
@@ -279,8 +283,7 @@ struct Router {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float* const x = sums[r] + 4 * i;
-          *reinterpret_cast<float4*>(to + 32 * i) =
-              shared.has_tail[row] ? float4{x[0], x[1], x[2], x[3]} : float4{0.0f, 0.0f, 0.0f, 0.0f};
+          *reinterpret_cast<float4*>(to + 32 * i) = shared.has_tail[row] ? float4{x[0], x[1], x[2], x[3]} : float4{0.0f, 0.0f, 0.0f, 0.0f};
         }
       }
     }
@@ -290,32 +293,71 @@ struct Router {
 
   // --- lists ----------------------------------------------------------------------------------------------------------------------
 
-  // What a list of the two row blocks from `row` on may do with a lane's KV block.
-  struct Place {
-    int keys;                // that exist
-    bool visible[kListRows];  // any of the row's queries sees any of its keys
-    bool whole[kListRows];    // all of them see all keys
-    bool sink, near;
-
-    __device__ __forceinline__ bool asked(int r) const { return visible[r] && !sink; }
-    __device__ __forceinline__ bool candidate() const { return asked(0) || asked(1); }
+  // Where a list's rows, the two row blocks from `row` on, stand to the KV blocks: half-open ranges from block 0 on, empty for a row that
+  // is not there.
+  struct List {
+    int row, number;
+    int visible[kListRows];  // any of the row's queries sees any of the block's keys
+    int whole[kListRows];    // all of them see all keys
+    int near_first, near_last;
+    float* scores;  // of the first row
   };
 
-  __device__ __forceinline__ Place place(int row, int word) const {
-    const int block = 32 * word + (int)(threadIdx.x % 32);
-    Place at;
-    at.keys = block < seen ? tokens_of_block(p.live_k, batch, block, p.len_kv).count() : 0;
-    at.sink = p.sinks && p.sinks[word] >> threadIdx.x % 32 & 1;
-    at.near = false;
+  __device__ __forceinline__ List list_of(int row) const {
+    List list{row, row / kListRows, {0, 0}, {0, 0}, 1, 0, strip_scores + (i64)(row - row0) * p.pitch};
 #pragma unroll
     for (int r = 0; r < kListRows; ++r) {
-      const bool there = row + r < p.rows && at.keys;
+      if (row + r >= p.rows) continue;
       const int first = first_key(row + r), last = last_key(row + r);
-      at.visible[r] = there && (!p.causal || block * kKvBlock <= last);
-      at.whole[r] = there && (!p.causal || min(block * kKvBlock + kKvBlock, p.len_kv) - 1 <= first);
-      at.near |= at.visible[r] && p.neighbours >= 0 && block >= first / kKvBlock - p.neighbours && block <= last / kKvBlock + p.neighbours;
+      list.visible[r] = p.causal ? min(p.blocks, last / kKvBlock + 1) : p.blocks;
+      list.whole[r] = p.causal && first < p.len_kv - 1 ? (first + 1) / kKvBlock : p.blocks;
+      if (p.neighbours < 0) continue;
+      if (r == 0) list.near_first = first / kKvBlock - p.neighbours;
+      list.near_last = last / kKvBlock + p.neighbours;
     }
+    return list;
+  }
+
+  // The keys of a block that exist.
+  __device__ __forceinline__ int keys_of(int block) const {
+    return block < p.blocks ? tokens_of_block(p.live_k, batch, block, p.len_kv).count() : 0;
+  }
+
+  // A lane's block of a list's word.
+  struct Place {
+    int block, keys;
+    bool visible, sink;
+    bool asked[kListRows];  // the row's score is in question
+
+    __device__ __forceinline__ bool candidate() const { return asked[0] || asked[1]; }
+  };
+
+  __device__ __forceinline__ Place place(const List& list, int word) const {
+    Place at;
+    at.block = 32 * word + (int)(threadIdx.x % 32), at.keys = keys_of(at.block);
+    at.visible = at.keys && at.block < max(list.visible[0], list.visible[1]);
+    at.sink = p.sinks && p.sinks[word] >> threadIdx.x % 32 & 1;
+#pragma unroll
+    for (int r = 0; r < kListRows; ++r) at.asked[r] = at.keys && at.block < list.visible[r] && !at.sink;
     return at;
+  }
+
+  // body(word, the lane's scores) for the words of all blocks that are seen; memory is far, so eight words' scores are under way at once.
+  template <class Body>
+  __device__ __forceinline__ void each_word(const List& list, Body body) const {
+    constexpr int kInFlight = 8;
+    const int words = (seen + 31) / 32;
+    const float* const from = list.scores + threadIdx.x % 32;
+#pragma unroll 1
+    for (int word = 0; word < words; word += kInFlight) {
+      float x[kInFlight][kListRows] = {};
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i)
+        if (p.scratch && word + i < words) x[i][0] = from[32 * (word + i)], x[i][1] = from[p.pitch + 32 * (word + i)];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i)
+        if (word + i < words) body(word + i, x[i]);
+    }
   }
 
   // What decides about the blocks in question.
@@ -326,69 +368,67 @@ struct Router {
     bool all;              // a score is NaN: every block is above
   };
 
-  // A list's weights, ordered; 0 where the block is not in question. The warp's own memory.
+  // log2 of the block's shares of the rows' softmaxes, summed
+  __device__ __forceinline__ float weight(const Place& at, const Line& line, const float (&score)[kListRows]) const {
+    return log2_sum(at.asked[0] ? score[0] - line.lse[0] : -kInf, at.asked[1] ? score[1] - line.lse[1] : -kInf);
+  }
+
+  // A list's weights, ordered; 0 where the block is not in question. Each warp has its own, in shared memory where they fit.
   __device__ __forceinline__ u32* ordered_weights() const {
-    return reinterpret_cast<u32*>(strip_scores) + (i64)(C::kRows + threadIdx.x / 32) * p.pitch;
+    const int warp = threadIdx.x / 32, size = kRouteWarps * p.pitch;
+    u32* const far = reinterpret_cast<u32*>(strip_scores + (i64)C::kRows * p.pitch);
+    return (size * 4 <= (int)sizeof(shared.weights) ? shared.weights : far) + warp * p.pitch;
   }
   __device__ __forceinline__ bool by_rank() const { return p.selection == kTopk || p.selection == kCdf; }
 
-  // log2 of the block's share of the rows' softmaxes, summed
-  __device__ __forceinline__ float weight(const Place& at, const Line& line, const float* const (&score)[kListRows], int block) const {
-    float of_row[kListRows];
-#pragma unroll
-    for (int r = 0; r < kListRows; ++r) of_row[r] = at.asked(r) ? score[r][block] - line.lse[r] : -kInf;
-    return log2_sum(of_row[0], of_row[1]);
-  }
-
-  __device__ __forceinline__ Line draw_line(int row, const float* const (&score)[kListRows], int words) const {
-    const int lane = threadIdx.x % 32;
+  __device__ __forceinline__ Line draw_line(const List& list) const {
     Line line{{-kInf, -kInf}, 0.0f, 0, false};
-    float top[kListRows] = {-kInf, -kInf}, sum[kListRows] = {}, asked[kListRows] = {}, candidates = 0.0f;
-#pragma unroll 2
-    for (int w = 0; w < words; ++w) {
-      const Place at = place(row, w);
+    float top[kListRows] = {-kInf, -kInf}, sum[kListRows] = {};
+    int asked[kListRows] = {}, candidates = 0;
+    each_word(list, [&](int word, const float (&score)[kListRows]) {
+      const Place at = place(list, word);
       candidates += at.candidate();
 #pragma unroll
       for (int r = 0; r < kListRows; ++r) {
-        if (!at.asked(r)) continue;
-        const float x = score[r][32 * w + lane], higher = fmaxf(top[r], x);
-        sum[r] = fmaf(sum[r], exp2_approx(top[r] - higher), exp2_approx(x - higher));
-        top[r] = higher, asked[r] += 1.0f;
+        if (!at.asked[r]) continue;
+        const float higher = fmaxf(top[r], score[r]);
+        sum[r] = fmaf(sum[r], exp2_approx(top[r] - higher), exp2_approx(score[r] - higher));
+        top[r] = higher, ++asked[r];
       }
-    }
+    });
     float of_row[kListRows];
     const float given = p.thresholds ? p.thresholds[head] : (float)p.threshold;
 #pragma unroll
     for (int r = 0; r < kListRows; ++r) {
-      const float highest = warp_max(top[r]);
-      const float all = warp_sum(top[r] == -kInf && sum[r] == 0.0f ? 0.0f : sum[r] * exp2_approx(top[r] - highest));
-      const float blocks = warp_sum(asked[r]);
+      const float highest = warp_max(top[r]), blocks = warp_sum((float)asked[r]);
+      const float all = warp_sum(asked[r] ? sum[r] * exp2_approx(top[r] - highest) : 0.0f);
       line.lse[r] = blocks > 0.0f ? highest + log2_approx(all) : -kInf;
       line.all |= !(line.lse[r] < kInf);
-      of_row[r] = row + r >= p.rows      ? -kInf
+      of_row[r] = list.row + r >= p.rows ? -kInf
                   : p.selection == kMass ? log2_approx(given / fmaxf(blocks, 1.0f))
-                                         : given * shared.spread[row + r - row0] - line.lse[r];
+                                         : given * shared.spread[list.row + r - row0] - line.lse[r];
     }
     line.threshold = log2_sum(of_row[0], of_row[1]);
-    const float in_question = warp_sum(candidates);
-    if (by_rank()) line.smallest = smallest_of_largest(row, line, score, words, in_question);
+    if (by_rank()) line.smallest = smallest_of_largest(list, line, warp_sum((float)candidates));
     return line;
   }
 
-  // The smallest weight, ordered, such that the weights above it do not reach the budget: a number of blocks, or a share of the sum.
-  __device__ __forceinline__ u32 smallest_of_largest(
-      int row, const Line& line, const float* const (&score)[kListRows], int words, float candidates) const {
-    const int lane = threadIdx.x % 32;
-    u32* const weights = ordered_weights() + lane;
-    u32 low = 0, high = 0;
-    for (int w = 0; w < words; ++w) {
-      const Place at = place(row, w);
-      const u32 x = at.candidate() ? ordered(weight(at, line, score, 32 * w + lane)) : 0u;
-      weights[32 * w] = x, high = max(high, x);
-    }
+  // The smallest weight, ordered, such that the weights above it do not reach the budget: a number of blocks, or a share of their sum.
+  __device__ __forceinline__ u32 smallest_of_largest(const List& list, const Line& line, float candidates) const {
+    u32* const weights = ordered_weights() + threadIdx.x % 32;  // the lane's own
+    u32 low = 0xFFFFFFFFu, high = 0;
+    each_word(list, [&](int word, const float (&score)[kListRows]) {
+      const Place at = place(list, word);
+      const u32 x = at.candidate() ? ordered(weight(at, line, score)) : 0u;
+      weights[32 * word] = x, high = max(high, x);
+      if (x) low = min(low, x);
+    });
 #pragma unroll
-    for (int other = 1; other < 32; other *= 2) high = max(high, __shfl_xor_sync(kAllLanes, high, other));
+    for (int other = 1; other < 32; other *= 2)
+      high = max(high, __shfl_xor_sync(kAllLanes, high, other)), low = min(low, __shfl_xor_sync(kAllLanes, low, other));
+    if (!high) return high;
     const bool count = p.selection == kTopk;
+    const int words = (seen + 31) / 32;
     const auto above = [&](u32 least) {
       float sum = 0.0f;
 #pragma unroll 8
@@ -402,7 +442,7 @@ struct Router {
     const float number = fmaxf(fminf((float)rint(share * candidates), candidates - (share < 1.0 ? 1.0f : 0.0f)), 1.0f);
     const float budget = count ? number : (float)share * above(0);
     if (!(budget > 0.0f)) return 0xFFFFFFFFu;
-    while (high - low > 1) {
+    for (--low; high - low > 1;) {  // all weights are above `low`, none above `high`
       const u32 middle = low + (high - low) / 2;
       const float found = above(middle);
       if (count && found == budget) return middle + 1;
@@ -411,64 +451,69 @@ struct Router {
     return high;
   }
 
-  // The blocks of a list, a warp's work: its bits, and the weights of the others in the place of their scores.
-  __device__ __forceinline__ void choose(int list) {
-    const int lane = threadIdx.x % 32, row = row0 + list * kListRows, number = row / kListRows, words = (seen + 31) / 32;
-    float* const own = strip_scores + (i64)list * kListRows * p.pitch;
-    const float* const score[kListRows] = {own, own + p.pitch};
-    u32* const bits = p.lists + ((i64)bh * p.lists_of_head + number) * 2 * p.words;
-    Line line{};
-    if (p.selection != kStatic) line = draw_line(row, score, words);
-    const bool everything = p.query_sinks && p.query_sinks[number / 32] >> number % 32 & 1;
-    const u8* const mask = p.block_mask ? p.block_mask + batch * p.mask_stride_b + head * p.mask_stride_h + (i64)number * p.blocks : nullptr;
+  // A list, a warp's work: its bits, and the weights of the blocks that are left out in the place of their scores.
+  __device__ __forceinline__ void choose(int row) const {
+    const int lane = threadIdx.x % 32;
+    const List list = list_of(row);
+    const bool second = row + 1 < p.rows, scored = p.selection != kStatic;
+    const Line line = scored ? draw_line(list) : Line{};
+    const u32* const weights = ordered_weights() + lane;
+    const bool everything = p.query_sinks && p.query_sinks[list.number / 32] >> list.number % 32 & 1;
+    const u8* const mask = p.block_mask + batch * p.mask_stride_b + head * p.mask_stride_h + (i64)list.number * p.blocks;
+    u32* const bits = p.lists + ((i64)bh * p.lists_of_head + list.number) * 2 * p.words;
     float top[kListRows] = {-kInf, -kInf};
     int exact_blocks = 0;
-    for (int w = 0; w < p.words; ++w) {
-      const Place at = place(row, w);
-      const bool visible = at.visible[0] || at.visible[1], second = row + 1 < p.rows;
-      const bool cut = at.visible[0] && !at.whole[0] || at.visible[1] && !at.whole[1];  // by the diagonal: it can't be in a tail
-      bool exact = visible && (at.sink || at.near || everything);
-      if (p.selection == kStatic) {
-        exact |= visible && mask[32 * w + lane];
-      } else if (w < words) {
-        exact |= cut;
-        if (at.candidate())
-          exact |= line.all || (by_rank() ? ordered_weights()[32 * w + lane] >= line.smallest
-                                          : !(weight(at, line, score, 32 * w + lane) <= line.threshold));
-      }
-      const bool uneven = 32 * w + lane < p.blocks && (at.keys < kKvBlock || !at.whole[0] || (second && !at.whole[1]));
-      const u32 exact_bits = __ballot_sync(kAllLanes, exact), uneven_bits = __ballot_sync(kAllLanes, uneven);
-      if (lane == 0) bits[w] = exact_bits, bits[p.words + w] = uneven_bits;
+    each_word(list, [&](int word, const float (&score)[kListRows]) {
+      const Place at = place(list, word);
+      // A block that the diagonal cuts can't be in a tail.
+      const bool cut = at.block >= list.whole[0] || (second && at.block >= list.whole[1]);
+      const bool near = at.block >= list.near_first && at.block <= list.near_last;
+      bool exact = at.sink || near || everything;
+      if (!scored)
+        exact |= at.visible && mask[at.block];
+      else if (!exact)
+        exact = cut || line.all || (by_rank() ? weights[32 * word] >= line.smallest : !(weight(at, line, score) <= line.threshold));
+      exact &= at.visible;
+      const u32 exact_bits = __ballot_sync(kAllLanes, exact);
+      const u32 uneven_bits = __ballot_sync(kAllLanes, at.block < p.blocks && (at.keys < kKvBlock || cut));
+      if (lane == 0) bits[word] = exact_bits, bits[p.words + word] = uneven_bits;
       exact_blocks += __popc(exact_bits);
-      if (p.tail && w < words && !exact)
+      if (!p.tail) return;
 #pragma unroll
-        for (int r = 0; r < kListRows; ++r)
-          if (at.whole[r]) top[r] = fmaxf(top[r], score[r][32 * w + lane]);
-    }
+      for (int r = 0; r < kListRows; ++r)
+        if (at.keys && at.block < list.whole[r] && !exact)
+          top[r] = fmaxf(top[r], score[r]);
+        else
+          list.scores[r * p.pitch + at.block] = -kInf;
+    });
+    for (int word = (seen + 31) / 32 + lane; word < p.words; word += 32) bits[word] = bits[p.words + word] = 0;
     if (lane == 0) atomicAdd(p.exact_blocks, (u64)exact_blocks);
-    if (!p.tail) return;
-    __syncwarp();  // the bits are stored
-    float sum[kListRows] = {};
+    if (p.tail) weigh(list, top);
+  }
+
+  // Scores of what is left out → weights, and the state they begin with.
+  __device__ __forceinline__ void weigh(const List& list, float (&top)[kListRows]) const {
+    const int lane = threadIdx.x % 32;
+    float sum[kListRows] = {}, base[kListRows];
 #pragma unroll
-    for (int r = 0; r < kListRows; ++r) top[r] = warp_max(top[r]);
-#pragma unroll 2
-    for (int w = 0; w < words; ++w) {
-      const Place at = place(row, w);
-      const bool exact = bits[w] >> lane & 1;
+    for (int r = 0; r < kListRows; ++r) top[r] = warp_max(top[r]), base[r] = top[r] > -kInf ? top[r] : 0.0f;
+    each_word(list, [&](int word, const float (&score)[kListRows]) {
+      const int block = 32 * word + lane;
+      const float keys = (float)keys_of(block);
 #pragma unroll
       for (int r = 0; r < kListRows; ++r) {
-        float* const x = own + r * p.pitch + 32 * w + lane;
-        *x = at.whole[r] && !exact ? exp2_approx(*x - top[r]) : 0.0f;
-        sum[r] = fmaf(*x, (float)at.keys, sum[r]);
+        const float x = exp2_approx(score[r] - base[r]);
+        list.scores[r * p.pitch + block] = x;
+        sum[r] = fmaf(x, keys, sum[r]);
       }
-    }
+    });
 #pragma unroll
     for (int r = 0; r < kListRows; ++r) {
       const float l = warp_sum(sum[r]);
-      if (lane > 0 || row + r >= p.rows) continue;
-      float* const state = tail_of(row + r - row0);
+      if (lane > 0 || list.row + r >= p.rows) continue;
+      float* const state = tail_of(list.row + r - row0);
       state[0] = top[r], state[1] = l;
-      shared.has_tail[row + r - row0] = top[r] > -kInf;
+      shared.has_tail[list.row + r - row0] = top[r] > -kInf;
     }
   }
 };

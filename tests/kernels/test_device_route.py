@@ -30,6 +30,13 @@ LENGTHS = torch.tensor([[64, 0, 10, 64, 63, 1, 64, 64] * 2, [64] * 16], dtype=to
 TAUS, KEEPS = torch.tensor([0.5, 1.0, 1.5, 2.0]), torch.tensor([0.0, 0.1, 0.35, 1.0])
 
 
+class RoutedPlan:
+    """What the router reads of a `CudaPlan`."""
+
+    def __init__(self, head_dim: int):
+        self.head_dim, self.images, self.variant = head_dim, (None, SimpleNamespace(arch="sm_90a")), SimpleNamespace(name="a variant")
+
+
 class Card:
     """The router's kernels of one compiled head dimension, on the host."""
 
@@ -42,9 +49,7 @@ class Card:
             for e in self.entries.values()
         )
         self.library = compiled(90, folder, ("kernel/route_blocks.cuh",), functions)
-        self.plan = SimpleNamespace(
-            head_dim=head_dim, images=(None, SimpleNamespace(arch="sm_90a")), variant=SimpleNamespace(name="a variant")
-        )
+        self.plan = RoutedPlan(head_dim)
 
     def issue(self, device: int, chains: list) -> None:
         for symbol, x, _, _, params, _ in (launch for chain in chains for launch in chain):

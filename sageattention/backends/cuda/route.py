@@ -6,6 +6,8 @@ no kernel has.
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -92,19 +94,14 @@ def fused(
         exact: int64, one number, to which the exact blocks are added.
     """
     p, d, device = sparse.problem, plan.head_dim, q.device
-    pool, center, choose = _kernels(p.device_index, plan)
-    sizes, bh_kv, bh = Sizes.of(sparse, d), p.batch * p.heads_kv, p.batch * p.heads_q
-    strips = -(-view.m // ROUTE_ROWS[d])
-    ctas = min(strips * bh, RESIDENT * capability.of_device(p.device, p.device_index).multiprocessors)
-    if sizes.strip:
-        ctas = max(1, min(ctas, SCRATCH_LIMIT // sizes.strip))
+    r = _plan_of(sparse, plan)
     words, live, live_q = block_bits.words(view.n), _packed(view.live_keys, p.batch), _packed(view.live_queries, p.batch)
     lists = torch.empty(p.batch, p.heads_q, view.lists, 2, words, dtype=torch.int32, device=device)
     k_mean = torch.empty(p.batch, p.heads_kv, d, dtype=torch.float32, device=device)
     tail = torch.empty(p.batch, p.heads_q, view.m, TAIL_HEAD + d, dtype=torch.float32, device=device) if sparse.tail else None
     k_var = torch.empty_like(k_mean)
-    pooled = torch.empty(1 + sparse.tail, bh_kv, view.n, d, dtype=torch.float32, device=device)
-    scratch = torch.empty(ctas * sizes.strip, dtype=torch.uint8, device=device)
+    pooled = torch.empty(1 + sparse.tail, p.batch * p.heads_kv, view.n, d, dtype=torch.float32, device=device)
+    scratch = torch.empty(r.ctas * r.strip_bytes, dtype=torch.uint8, device=device)
     sinks = block_bits.pack(view.sinks) if sparse.sinks else None
     query_sinks = block_bits.pack(view.query_sinks[:, 0]) if sparse.query_sinks else None
     mask = None if tensors.block_mask is None else tensors.block_mask.contiguous()
@@ -114,30 +111,28 @@ def fused(
     v_sums, order = pooled[1].data_ptr() if sparse.tail else 0, _address(tensors.order)
     q_strides, k_strides, v_strides = (strides(t, p.layout) for t in (q, k, v))
     live_keys = _live_rows(live)
-    pooling = _pack_pool(
-        k_at, *(of_pool := _pool_constants(
-            *k_strides, *v_strides, *live_keys, bh_kv, p.heads_kv, p.len_kv, p.head_dim, view.n, DTYPES[p.dtype],
-            host.vectors(p, (k_at | v_at) % 16, k_strides, v_strides),
-        ))[:1], v_at if sparse.tail else 0, of_pool[1], k_means, v_sums, k_mean.data_ptr(), k_var.data_ptr(), order, _address(live),
-        of_pool[2],
+    of_k, of_v, of_pool = _pool_constants(
+        *k_strides, *v_strides, *live_keys, p.batch * p.heads_kv, p.heads_kv, p.len_kv, p.head_dim, view.n, DTYPES[p.dtype],
+        host.rows_vectorized(p, (k_at | v_at) % 16, k_strides, v_strides),
     )  # fmt: skip
+    pooling = _pack_pool(
+        k_at, of_k, v_at if sparse.tail else 0, of_v, k_means, v_sums, k_mean.data_ptr(), k_var.data_ptr(), order, _address(live), of_pool
+    )
     of_q, of_live_q, of_live, of_mask, threshold, rest = _route_constants(
-        *q_strides, *_live_rows(live_q), *live_keys, *_mask_strides(mask), sparse.tau or sparse.keep, bh, p.heads_q,
-        p.heads_q // p.heads_kv, p.len_q, p.len_kv, p.head_dim, DTYPES[p.dtype], host.vectors(p, q_at % 16, q_strides), view.m,
-        view.lists, view.n, words, _pitch(view.n), strips, ctas, SELECTIONS[sparse.selection], p.causal, view.start,
-        -1 if sparse.neighbours is None or sparse.q_start is None else sparse.neighbours,
-        max(-FINITE_MAX, min(p.sm_scale * LOG2E, FINITE_MAX)),
+        *q_strides, *_live_rows(live_q), *live_keys, *_mask_strides(mask), sparse.tau or sparse.keep, p.batch * p.heads_q, p.heads_q,
+        p.heads_q // p.heads_kv, p.len_q, p.len_kv, p.head_dim, DTYPES[p.dtype], host.rows_vectorized(p, q_at % 16, q_strides), view.m,
+        view.lists, view.n, words, _pitch(view.n), r.strips, r.ctas, SELECTIONS[sparse.selection], p.causal, view.start, r.neighbours,
+        r.scale,
     )  # fmt: skip
     routing = _pack_route(
         q_at, of_q, k_means, v_sums, k_mean.data_ptr(), k_var.data_ptr(), order, _address(live_q), of_live_q, _address(live), of_live,
-        _address(sinks), _address(query_sinks), _address(mask), of_mask, _address(thresholds), threshold, scratch.data_ptr(),
-        lists.data_ptr(), _address(tail), exact.data_ptr(), rest,
+        _address(sinks), _address(query_sinks), _address(mask), of_mask, _address(thresholds), threshold,
+        scratch.data_ptr() if r.strip_bytes else 0, lists.data_ptr(), _address(tail), exact.data_ptr(), rest,
     )  # fmt: skip
-    tasks = bh_kv * view.n * (1 + sparse.tail)
     launches = (
-        (pool, -(-tasks // (POOL_THREADS // 32)), 1, 1, pooling, False),
-        (center, bh_kv, 1, 1, pooling, False),
-        (choose, ctas, 1, 1, routing, False),
+        (r.pool, r.pool_ctas, 1, 1, pooling, False),
+        (r.center, p.batch * p.heads_kv, 1, 1, pooling, False),
+        (r.choose, r.ctas, 1, 1, routing, False),
     )
     host.issue(p.device_index, [launches])
     return Routed(lists, live, k_mean, tail)
@@ -171,14 +166,38 @@ def visible_blocks(sparse: SparseProblem) -> int:
     return p.batch * p.heads_q * sum(min(blocks, (start + row) // KV_BLOCK + 1) for row in last)
 
 
-def _kernels(index: int, plan: CudaPlan) -> tuple[Kernel, Kernel, Kernel]:
-    """The router's, of the attention kernel's target."""
-    target, d = plan.images[1].arch, plan.head_dim
-    image = next(i for i in IMAGES if i.name == ROUTE and i.arch == target)
+@dataclass(frozen=True)
+class RoutePlan:
+    """What a problem decides of the router's launches."""
+
+    pool: Kernel
+    center: Kernel
+    choose: Kernel
+    pool_ctas: int
+    strips: int  # of a head
+    ctas: int  # that take strips
+    strip_bytes: int  # of scratch, for each of these
+    neighbours: int
+    scale: float
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_of(sparse: SparseProblem, plan: CudaPlan) -> RoutePlan:
+    p, d = sparse.problem, plan.head_dim
+    image = next(i for i in IMAGES if i.name == ROUTE and i.arch == plan.images[1].arch)
     pool, center, choose = (
-        driver.kernel(index, image, entry(d).symbol, plan.variant.name) for entry in (pool_entry, center_entry, route_entry)
+        driver.kernel(p.device_index, image, entry(d).symbol, plan.variant.name) for entry in (pool_entry, center_entry, route_entry)
     )
-    return pool, center, choose
+    strip_bytes, strips = Sizes.of(sparse, d).strip, -(-count_blocks(p.len_q) // ROUTE_ROWS[d])
+    ctas = min(strips * p.batch * p.heads_q, RESIDENT * capability.of_device(p.device, p.device_index).multiprocessors)
+    if strip_bytes:
+        ctas = max(1, min(ctas, SCRATCH_LIMIT // strip_bytes))
+    pooled = p.batch * p.heads_kv * count_blocks(p.len_kv) * (1 + sparse.tail)
+    return RoutePlan(
+        pool, center, choose, -(-pooled // (POOL_THREADS // 32)), strips, ctas, strip_bytes,
+        -1 if sparse.neighbours is None or sparse.q_start is None else sparse.neighbours,
+        max(-FINITE_MAX, min(p.sm_scale * LOG2E, FINITE_MAX)),
+    )  # fmt: skip
 
 
 def _pitch(blocks: int) -> int:
