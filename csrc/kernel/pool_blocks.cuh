@@ -92,8 +92,15 @@ __device__ __forceinline__ void pool_keys_values(const PoolParams& p) {
   const BlockTokens tokens = tokens_of_block(p.live, bh / p.heads, block, p.len);
   Sum s;
   s.add(values ? p.v : p.k, bh / p.heads, bh % p.heads, p.dtype, p.vectorized, p.order, block, tokens, p.head_dim);
+  const int count = tokens.count();
+  if (!values && bh % p.heads == 0) {
+    float* const counts = p.counts + (i64)(bh / p.heads) * p.pitch;
+    if (lane == 0) counts[block] = (float)count;
+    if (block == p.blocks - 1)
+      for (int beyond = p.blocks + lane; beyond < p.pitch; beyond += 32) counts[beyond] = 0.0f;
+  }
   if (lane >= Sum::kLanes) return;
-  const float factor = values ? 1.0f : 1.0f / max(tokens.count(), 1);
+  const float factor = values ? 1.0f : 1.0f / max(count, 1);
   float* const to = (values ? p.v_sum : p.k_mean) + ((i64)bh * p.blocks + block) * kHeadDim + lane * kChunk;
 #pragma unroll
   for (int e = 0; e < kChunk; e += 4)
@@ -105,29 +112,32 @@ template <int kHeadDim>
 __device__ __forceinline__ void center_keys(const PoolParams& p) {
   constexpr int kLanes = kHeadDim / 4, kSlices = kCenterThreads / kLanes;  // threads of a row; rows at a time
   __shared__ float4 partial[kSlices][kLanes];
-  __shared__ int partial_used[kSlices];
+  __shared__ float partial_used[kSlices];
   const int bh = blockIdx.x, lane = threadIdx.x % kLanes, slice = threadIdx.x / kLanes;
+  const float* const counts = p.counts + (i64)(bh / p.heads) * p.pitch;
   const float4* const mean = reinterpret_cast<const float4*>(p.k_mean + (i64)bh * p.blocks * kHeadDim) + lane;
   // The mean of term(block mean) over the blocks that are not empty.
   const auto mean_of = [&](auto term) {
     float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
-    int used = 0;
+    float used = 0.0f;
 #pragma unroll 8
     for (int block = slice; block < p.blocks; block += kSlices) {
       const float4 x = mean[block * kLanes];
-      if (p.live.bits && !tokens_of_block(p.live, bh / p.heads, block, p.len).count()) continue;
-      sum.x += term(x.x, 0), sum.y += term(x.y, 1), sum.z += term(x.z, 2), sum.w += term(x.w, 3), ++used;
+      const float weight = counts[block] > 0.0f ? 1.0f : 0.0f;
+      sum.x = fmaf(weight, term(x.x, 0), sum.x), sum.y = fmaf(weight, term(x.y, 1), sum.y);
+      sum.z = fmaf(weight, term(x.z, 2), sum.z), sum.w = fmaf(weight, term(x.w, 3), sum.w);
+      used += weight;
     }
     partial[slice][lane] = sum;
     if (lane == 0) partial_used[slice] = used;
     __syncthreads();  // the partial results are stored
-    sum = float4{0.0f, 0.0f, 0.0f, 0.0f}, used = 0;
+    sum = float4{0.0f, 0.0f, 0.0f, 0.0f}, used = 0.0f;
     for (int i = 0; i < kSlices; ++i) {
       const float4 x = partial[i][lane];
       sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w, used += partial_used[i];
     }
     __syncthreads();  // … and read
-    const float factor = 1.0f / max(used, 1);
+    const float factor = 1.0f / fmaxf(used, 1.0f);
     return float4{sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
   };
   const float4 means = mean_of([](float x, int) { return x; });

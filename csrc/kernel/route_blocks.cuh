@@ -11,7 +11,9 @@
 namespace sage {
 
 constexpr int kRouteThreads = 256, kRouteWarps = kRouteThreads / 32;
-constexpr int kListRows = 2;  // row blocks of a list
+constexpr int kListRows = 2;                        // row blocks of a list
+constexpr int kPitchWords = 4;                      // rows of scores are padded to so many words of blocks
+constexpr int kSharedWeights = kRouteWarps * 1792;  // a row of weights for each warp: of 114,688 keys
 
 template <int kHeadDim_>
 struct RouteConfig {
@@ -29,17 +31,17 @@ struct RouteShared {
   struct Products {
     union {
       alignas(16) float q[C::kHeadDim][C::kRowStride];   // the strip's means, while scores are computed
-      alignas(16) float p[2][C::kDepth][C::kRowStride];  // weights, two steps of them, while V is summed up
+      alignas(16) float p[2][C::kDepth][C::kRowStride];  // weights, two steps of them, while tails are summed up
     };
     alignas(16) float columns[2][C::kDepth][C::kColumnStride];
   };
   union {
     Products products;
-    u32 weights[sizeof(Products) / 4];  // while lists are chosen
+    u32 weights[kSharedWeights];  // while lists are chosen
   };
   alignas(16) float k_shift[C::kHeadDim];
   float spread[C::kRows];  // of the row's scores, for kSol
-  bool has_tail[C::kRows];
+  float top[C::kRows];     // the largest score of what is left out
 };
 
 template <class C>
@@ -47,11 +49,8 @@ constexpr int route_shared_bytes() {
   return sizeof(RouteShared<C>);
 }
 
-// log2(2^a + 2^b)
-__device__ __forceinline__ float log2_sum(float a, float b) {
-  const float top = fmaxf(a, b);
-  return fabsf(top) == kInf ? top : top + log2_approx(exp2_approx(a - top) + exp2_approx(b - top));
-}
+// log2(2^a + 2^b); NaN where both are infinite
+__device__ __forceinline__ float log2_sum(float a, float b) { return fmaxf(a, b) + log2_approx(1.0f + exp2_approx(-fabsf(a - b))); }
 
 // A number's bits, in the order of the numbers, all above 0.
 __device__ __forceinline__ u32 ordered(float x) {
@@ -98,8 +97,8 @@ struct Router {
 #pragma unroll 1
     for (int row = row0 + threadIdx.x / 32 * kListRows; row < min(row0 + C::kRows, p.rows); row += kRouteWarps * kListRows) choose(row);
     if (p.tail) {
-      __syncthreads();  // the weights are stored
-      sum_values();
+      __syncthreads();  // what is left out is marked
+      sum_up();
     }
     __syncthreads();  // shared memory and the scores are free
   }
@@ -112,7 +111,7 @@ struct Router {
     for (int r = threadIdx.x / 32; r < C::kRows; r += kRouteWarps) {
       Sum s;
       if (row0 + r < p.rows) {
-        const BlockTokens tokens = tokens_of_block(p.live_q, batch, row0 + r, p.len_q);
+        const BlockTokens tokens = tokens_of_block(p.live, batch, row0 + r, p.len_q);
         s.add(p.q, batch, head, p.dtype, p.vectorized, p.order, row0 + r, tokens, p.head_dim);
         const float factor = 1.0f / max(tokens.count(), 1);
 #pragma unroll
@@ -225,30 +224,39 @@ struct Router {
                  for (int i = 0; i < 2; ++i) {
                    const int column = step / kSteps * C::kColumns + thread_column() + 32 * i;
                    float* const x = sums[r] + 4 * i;
-                   if (column < p.pitch)
-                     *reinterpret_cast<float4*>(strip_scores + (i64)(thread_row() + r) * p.pitch + column) =
-                         float4{x[0] * p.scale, x[1] * p.scale, x[2] * p.scale, x[3] * p.scale};
+                   *reinterpret_cast<float4*>(strip_scores + (i64)(thread_row() + r) * p.pitch + column) =
+                       float4{x[0] * p.scale, x[1] * p.scale, x[2] * p.scale, x[3] * p.scale};
                    x[0] = x[1] = x[2] = x[3] = 0.0f;
                  }
              });
   }
 
-  // tail O = weights · sums of V
-  __device__ __forceinline__ void sum_values() {
+  // The tails of the strip's rows: m = the largest score of what is left out, weights 2^(score − m), l = weights · keys, O = weights · sums
+  // of V.
+  __device__ __forceinline__ void sum_up() {
     struct Pieces {
-      float4 row, column[C::kColumnPieces];
+      float4 score, keys, column[C::kColumnPieces];
     };
     constexpr int kAcross = C::kDepth / 4, kWidth = C::kHeadDim < C::kColumns ? C::kHeadDim : C::kColumns, kOfRow = kWidth / 4;
+    static_assert(kAcross == 4, "four lanes share a row of weights");
     const float* const v_sum = p.v_sum + (i64)bh_kv * p.blocks * C::kHeadDim;
+    // The thread's part of the weights: four columns of this row.
+    const int own_row = threadIdx.x / kAcross, own_column = threadIdx.x % kAcross * 4;
+    const bool weighs = threadIdx.x < C::kRowPieces;
+    const float* const scores = strip_scores + (i64)own_row * p.pitch + own_column;
+    const float* const counts = p.counts + (i64)batch * p.pitch + own_column;
+    const float top = weighs ? shared.top[own_row] : -kInf, base = top > -kInf ? top : 0.0f;
 #pragma unroll 1
     for (int channel0 = 0; channel0 < C::kHeadDim; channel0 += kWidth) {
       Sums sums = {};
+      float l = 0.0f;
       in_steps((seen + C::kDepth - 1) / C::kDepth,
                [&](int step) {
                  Pieces x;
-                 if (threadIdx.x < C::kRowPieces)
-                   x.row = *reinterpret_cast<const float4*>(strip_scores + (i64)(threadIdx.x / kAcross) * p.pitch + step * C::kDepth +
-                                                            threadIdx.x % kAcross * 4);
+                 if (weighs) {
+                   x.score = *reinterpret_cast<const float4*>(scores + step * C::kDepth);
+                   x.keys = *reinterpret_cast<const float4*>(counts + step * C::kDepth);
+                 }
 #pragma unroll
                  for (int i = 0; i < C::kColumnPieces; ++i) {
                    const int piece = threadIdx.x + i * kRouteThreads, block = step * C::kDepth + piece / kOfRow;
@@ -259,10 +267,13 @@ struct Router {
                  return x;
                },
                [&](int step, const Pieces& x) {
-                 if (threadIdx.x < C::kRowPieces) {
-                   const int row = threadIdx.x / kAcross, k = threadIdx.x % kAcross * 4;
-                   auto* const to = shared.products.p[step % 2];
-                   to[k][row] = x.row.x, to[k + 1][row] = x.row.y, to[k + 2][row] = x.row.z, to[k + 3][row] = x.row.w;
+                 if (weighs) {
+                   auto* const to = shared.products.p[step % 2] + own_column;
+                   const float weight[4] = {exp2_approx(x.score.x - base), exp2_approx(x.score.y - base), exp2_approx(x.score.z - base),
+                                            exp2_approx(x.score.w - base)};
+                   l = fmaf(weight[0], x.keys.x, fmaf(weight[1], x.keys.y, fmaf(weight[2], x.keys.z, fmaf(weight[3], x.keys.w, l))));
+#pragma unroll
+                   for (int k = 0; k < 4; ++k) to[k][own_row] = weight[k];
                  }
 #pragma unroll
                  for (int i = 0; i < C::kColumnPieces; ++i) {
@@ -274,16 +285,21 @@ struct Router {
                [&](int step) {
                  if (thread_column() < kWidth) multiply(shared.products.p[step % 2][0], shared.products.columns[step % 2][0], sums);
                });
+      if (weighs && channel0 == 0) {
+        l = row_sum(l);
+        if (threadIdx.x % kAcross == 0 && row0 + own_row < p.rows) tail_of(own_row)[0] = top, tail_of(own_row)[1] = l;
+      }
       if (thread_column() >= kWidth) continue;
 #pragma unroll
       for (int r = 0; r < C::kThreadRows; ++r) {
         const int row = thread_row() + r;
         if (row0 + row >= p.rows) continue;
         float* const to = tail_of(row) + 4 + channel0 + thread_column();
+        const bool empty = shared.top[row] == -kInf;  // its weights are 0, but V may be NaN
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float* const x = sums[r] + 4 * i;
-          *reinterpret_cast<float4*>(to + 32 * i) = shared.has_tail[row] ? float4{x[0], x[1], x[2], x[3]} : float4{0.0f, 0.0f, 0.0f, 0.0f};
+          *reinterpret_cast<float4*>(to + 32 * i) = empty ? float4{0.0f, 0.0f, 0.0f, 0.0f} : float4{x[0], x[1], x[2], x[3]};
         }
       }
     }
@@ -318,45 +334,40 @@ struct Router {
     return list;
   }
 
-  // The keys of a block that exist.
-  __device__ __forceinline__ int keys_of(int block) const {
-    return block < p.blocks ? tokens_of_block(p.live_k, batch, block, p.len_kv).count() : 0;
-  }
-
   // A lane's block of a list's word.
   struct Place {
-    int block, keys;
+    int block;
+    float keys;  // that exist
+    float score[kListRows];
     bool visible, sink;
     bool asked[kListRows];  // the row's score is in question
-
-    __device__ __forceinline__ bool candidate() const { return asked[0] || asked[1]; }
   };
 
-  __device__ __forceinline__ Place place(const List& list, int word) const {
-    Place at;
-    at.block = 32 * word + (int)(threadIdx.x % 32), at.keys = keys_of(at.block);
-    at.visible = at.keys && at.block < max(list.visible[0], list.visible[1]);
-    at.sink = p.sinks && p.sinks[word] >> threadIdx.x % 32 & 1;
-#pragma unroll
-    for (int r = 0; r < kListRows; ++r) at.asked[r] = at.keys && at.block < list.visible[r] && !at.sink;
-    return at;
-  }
-
-  // body(word, the lane's scores) for the words of all blocks that are seen; memory is far, so eight words' scores are under way at once.
+  // body(word, place) for all words of blocks that are seen, and as many more as fill the row. Memory is far: four words are under way at
+  // a time.
   template <class Body>
   __device__ __forceinline__ void each_word(const List& list, Body body) const {
-    constexpr int kInFlight = 8;
-    const int words = (seen + 31) / 32;
-    const float* const from = list.scores + threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, visible = max(list.visible[0], list.visible[1]);
+    const float *first = list.scores + lane, *second = first + p.pitch, *keys = p.counts + (i64)batch * p.pitch + lane;
 #pragma unroll 1
-    for (int word = 0; word < words; word += kInFlight) {
-      float x[kInFlight][kListRows] = {};
+    for (int word = 0; 32 * word < seen; word += kPitchWords) {
+      Place at[kPitchWords];
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i)
-        if (p.scratch && word + i < words) x[i][0] = from[32 * (word + i)], x[i][1] = from[p.pitch + 32 * (word + i)];
+      for (int i = 0; i < kPitchWords; ++i) {
+        at[i].keys = keys[32 * i];
+        at[i].score[0] = p.scratch ? first[32 * i] : 0.0f, at[i].score[1] = p.scratch ? second[32 * i] : 0.0f;
+      }
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i)
-        if (word + i < words) body(word + i, x[i]);
+      for (int i = 0; i < kPitchWords; ++i) {
+        const bool exists = at[i].keys > 0.0f;
+        at[i].block = 32 * (word + i) + lane;
+        at[i].sink = p.sinks && word + i < p.words && p.sinks[word + i] >> lane & 1;
+        at[i].visible = exists & (at[i].block < visible);
+#pragma unroll
+        for (int r = 0; r < kListRows; ++r) at[i].asked[r] = exists & (at[i].block < list.visible[r]) & !at[i].sink;
+        body(word + i, at[i]);
+      }
+      first += 32 * kPitchWords, second += 32 * kPitchWords, keys += 32 * kPitchWords;
     }
   }
 
@@ -368,32 +379,30 @@ struct Router {
     bool all;              // a score is NaN: every block is above
   };
 
-  // log2 of the block's shares of the rows' softmaxes, summed
-  __device__ __forceinline__ float weight(const Place& at, const Line& line, const float (&score)[kListRows]) const {
-    return log2_sum(at.asked[0] ? score[0] - line.lse[0] : -kInf, at.asked[1] ? score[1] - line.lse[1] : -kInf);
+  // log2 of the block's shares of the rows' softmaxes, summed; NaN where it is not in question.
+  __device__ __forceinline__ float weight(const Place& at, const Line& line) const {
+    return log2_sum(at.asked[0] ? at.score[0] - line.lse[0] : -kInf, at.asked[1] ? at.score[1] - line.lse[1] : -kInf);
   }
 
   // A list's weights, ordered; 0 where the block is not in question. Each warp has its own, in shared memory where they fit.
   __device__ __forceinline__ u32* ordered_weights() const {
     const int warp = threadIdx.x / 32, size = kRouteWarps * p.pitch;
     u32* const far = reinterpret_cast<u32*>(strip_scores + (i64)C::kRows * p.pitch);
-    return (size * 4 <= (int)sizeof(shared.weights) ? shared.weights : far) + warp * p.pitch;
+    return (size <= kSharedWeights ? shared.weights : far) + warp * p.pitch;
   }
   __device__ __forceinline__ bool by_rank() const { return p.selection == kTopk || p.selection == kCdf; }
 
   __device__ __forceinline__ Line draw_line(const List& list) const {
     Line line{{-kInf, -kInf}, 0.0f, 0, false};
-    float top[kListRows] = {-kInf, -kInf}, sum[kListRows] = {};
+    float top[kListRows] = {-kFiniteMax, -kFiniteMax}, sum[kListRows] = {};  // finite: a difference of infinities is NaN
     int asked[kListRows] = {}, candidates = 0;
-    each_word(list, [&](int word, const float (&score)[kListRows]) {
-      const Place at = place(list, word);
-      candidates += at.candidate();
+    each_word(list, [&](int, const Place& at) {
+      candidates += at.asked[0] | at.asked[1];
 #pragma unroll
       for (int r = 0; r < kListRows; ++r) {
-        if (!at.asked[r]) continue;
-        const float higher = fmaxf(top[r], score[r]);
-        sum[r] = fmaf(sum[r], exp2_approx(top[r] - higher), exp2_approx(score[r] - higher));
-        top[r] = higher, ++asked[r];
+        const float x = at.asked[r] ? at.score[r] : -kInf, higher = fmaxf(top[r], x);
+        sum[r] = fmaf(sum[r], exp2_approx(top[r] - higher), exp2_approx(x - higher));
+        top[r] = higher, asked[r] += at.asked[r];
       }
     });
     float of_row[kListRows];
@@ -401,14 +410,15 @@ struct Router {
 #pragma unroll
     for (int r = 0; r < kListRows; ++r) {
       const float highest = warp_max(top[r]), blocks = warp_sum((float)asked[r]);
-      const float all = warp_sum(asked[r] ? sum[r] * exp2_approx(top[r] - highest) : 0.0f);
+      const float all = warp_sum(sum[r] * exp2_approx(top[r] - highest));
       line.lse[r] = blocks > 0.0f ? highest + log2_approx(all) : -kInf;
       line.all |= !(line.lse[r] < kInf);
       of_row[r] = list.row + r >= p.rows ? -kInf
                   : p.selection == kMass ? log2_approx(given / fmaxf(blocks, 1.0f))
                                          : given * shared.spread[list.row + r - row0] - line.lse[r];
     }
-    line.threshold = log2_sum(of_row[0], of_row[1]);
+    const float higher = fmaxf(of_row[0], of_row[1]);
+    line.threshold = fabsf(higher) == kInf ? higher : log2_sum(of_row[0], of_row[1]);
     if (by_rank()) line.smallest = smallest_of_largest(list, line, warp_sum((float)candidates));
     return line;
   }
@@ -417,41 +427,50 @@ struct Router {
   __device__ __forceinline__ u32 smallest_of_largest(const List& list, const Line& line, float candidates) const {
     u32* const weights = ordered_weights() + threadIdx.x % 32;  // the lane's own
     u32 low = 0xFFFFFFFFu, high = 0;
-    each_word(list, [&](int word, const float (&score)[kListRows]) {
-      const Place at = place(list, word);
-      const u32 x = at.candidate() ? ordered(weight(at, line, score)) : 0u;
-      weights[32 * word] = x, high = max(high, x);
-      if (x) low = min(low, x);
+    each_word(list, [&](int word, const Place& at) {
+      const u32 x = at.asked[0] | at.asked[1] ? ordered(weight(at, line)) : 0u;
+      weights[32 * word] = x, high = max(high, x), low = min(low, x - 1);  // 0 − 1: none
     });
 #pragma unroll
     for (int other = 1; other < 32; other *= 2)
       high = max(high, __shfl_xor_sync(kAllLanes, high, other)), low = min(low, __shfl_xor_sync(kAllLanes, low, other));
-    if (!high) return high;
-    const bool count = p.selection == kTopk;
-    const int words = (seen + 31) / 32;
-    const auto above = [&](u32 least) {
-      float sum = 0.0f;
-#pragma unroll 8
-      for (int w = 0; w < words; ++w) {
-        const u32 x = weights[32 * w];
-        if (x > least) sum += count ? 1.0f : exp2_approx(from_ordered(x));
-      }
-      return warp_sum(sum);
-    };
+    if (!high) return high;  // there is none
     const double share = p.thresholds ? (double)p.thresholds[head] : p.threshold;
-    const float number = fmaxf(fminf((float)rint(share * candidates), candidates - (share < 1.0 ? 1.0f : 0.0f)), 1.0f);
-    const float budget = count ? number : (float)share * above(0);
+    if (p.selection == kTopk) {
+      const float number = fminf((float)rint(share * candidates), candidates - (share < 1.0 ? 1.0f : 0.0f));
+      return search(low, high, fmaxf(number, 1.0f), [&](u32 least) { return sum_above(weights, least, [](u32) { return 1.0f; }); });
+    }
+    const auto above = [&](u32 least) { return sum_above(weights, least, [](u32 x) { return exp2_approx(from_ordered(x)); }); };
+    return search(low, high, (float)share * above(0), above);
+  }
+
+  // The sum of value(x) over the weights above `least`, of all lanes.
+  template <class Value>
+  __device__ __forceinline__ float sum_above(const u32* weights, u32 least, Value value) const {
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int at = 0; at < seen; at += 32) {
+      const u32 x = weights[at];
+      sum += x > least ? value(x) : 0.0f;
+    }
+    return warp_sum(sum);
+  }
+
+  // The smallest x such that above(x) < budget. above(low) is all there is, above(high) is 0.
+  template <class Above>
+  __device__ __forceinline__ u32 search(u32 low, u32 high, float budget, Above above) const {
     if (!(budget > 0.0f)) return 0xFFFFFFFFu;
-    for (--low; high - low > 1;) {  // all weights are above `low`, none above `high`
+#pragma unroll 1
+    while (high - low > 1) {
       const u32 middle = low + (high - low) / 2;
       const float found = above(middle);
-      if (count && found == budget) return middle + 1;
+      if (p.selection == kTopk && found == budget) return middle + 1;  // these are as many as shall be
       (found < budget ? high : low) = middle;
     }
     return high;
   }
 
-  // A list, a warp's work: its bits, and the weights of the blocks that are left out in the place of their scores.
+  // A list, a warp's work: its bits, and −inf in the place of every score that is in no tail.
   __device__ __forceinline__ void choose(int row) const {
     const int lane = threadIdx.x % 32;
     const List list = list_of(row);
@@ -463,57 +482,34 @@ struct Router {
     u32* const bits = p.lists + ((i64)bh * p.lists_of_head + list.number) * 2 * p.words;
     float top[kListRows] = {-kInf, -kInf};
     int exact_blocks = 0;
-    each_word(list, [&](int word, const float (&score)[kListRows]) {
-      const Place at = place(list, word);
+    each_word(list, [&](int word, const Place& at) {
       // A block that the diagonal cuts can't be in a tail.
-      const bool cut = at.block >= list.whole[0] || (second && at.block >= list.whole[1]);
-      const bool near = at.block >= list.near_first && at.block <= list.near_last;
-      bool exact = at.sink || near || everything;
-      if (!scored)
+      const bool cut = (at.block >= list.whole[0]) | (second & (at.block >= list.whole[1]));
+      bool exact = at.sink | everything | ((at.block >= list.near_first) & (at.block <= list.near_last));
+      if (scored)
+        exact |= cut | line.all | (by_rank() ? weights[32 * word] >= line.smallest : !(weight(at, line) <= line.threshold));
+      else
         exact |= at.visible && mask[at.block];
-      else if (!exact)
-        exact = cut || line.all || (by_rank() ? weights[32 * word] >= line.smallest : !(weight(at, line, score) <= line.threshold));
       exact &= at.visible;
       const u32 exact_bits = __ballot_sync(kAllLanes, exact);
-      const u32 uneven_bits = __ballot_sync(kAllLanes, at.block < p.blocks && (at.keys < kKvBlock || cut));
-      if (lane == 0) bits[word] = exact_bits, bits[p.words + word] = uneven_bits;
+      const u32 uneven_bits = __ballot_sync(kAllLanes, (at.block < p.blocks) & ((at.keys < kKvBlock) | cut));
+      if (lane == 0 && word < p.words) bits[word] = exact_bits, bits[p.words + word] = uneven_bits;
       exact_blocks += __popc(exact_bits);
       if (!p.tail) return;
 #pragma unroll
-      for (int r = 0; r < kListRows; ++r)
-        if (at.keys && at.block < list.whole[r] && !exact)
-          top[r] = fmaxf(top[r], score[r]);
-        else
-          list.scores[r * p.pitch + at.block] = -kInf;
-    });
-    for (int word = (seen + 31) / 32 + lane; word < p.words; word += 32) bits[word] = bits[p.words + word] = 0;
-    if (lane == 0) atomicAdd(p.exact_blocks, (u64)exact_blocks);
-    if (p.tail) weigh(list, top);
-  }
-
-  // Scores of what is left out → weights, and the state they begin with.
-  __device__ __forceinline__ void weigh(const List& list, float (&top)[kListRows]) const {
-    const int lane = threadIdx.x % 32;
-    float sum[kListRows] = {}, base[kListRows];
-#pragma unroll
-    for (int r = 0; r < kListRows; ++r) top[r] = warp_max(top[r]), base[r] = top[r] > -kInf ? top[r] : 0.0f;
-    each_word(list, [&](int word, const float (&score)[kListRows]) {
-      const int block = 32 * word + lane;
-      const float keys = (float)keys_of(block);
-#pragma unroll
       for (int r = 0; r < kListRows; ++r) {
-        const float x = exp2_approx(score[r] - base[r]);
-        list.scores[r * p.pitch + block] = x;
-        sum[r] = fmaf(x, keys, sum[r]);
+        const bool left_out = (at.keys > 0.0f) & (at.block < list.whole[r]) & !exact;
+        top[r] = fmaxf(top[r], left_out ? at.score[r] : -kInf);
+        if (!left_out) list.scores[r * p.pitch + at.block] = -kInf;
       }
     });
+    for (int word = (seen + 31) / 32 + lane; word < p.words; word += 32) bits[word] = bits[p.words + word] = 0;  // beyond the diagonal
+    if (lane == 0) atomicAdd(p.exact_blocks, (u64)exact_blocks);
+    if (!p.tail) return;
 #pragma unroll
     for (int r = 0; r < kListRows; ++r) {
-      const float l = warp_sum(sum[r]);
-      if (lane > 0 || list.row + r >= p.rows) continue;
-      float* const state = tail_of(list.row + r - row0);
-      state[0] = top[r], state[1] = l;
-      shared.has_tail[list.row + r - row0] = top[r] > -kInf;
+      top[r] = warp_max(top[r]);
+      if (lane == 0) shared.top[row + r - row0] = top[r];
     }
   }
 };

@@ -53,8 +53,9 @@ class PoolParams(ctypes.Structure):
 
     _fields_ = [
         ("k", Tokens), ("v", Tokens),
-        ("k_mean", POINTER), ("v_sum", POINTER), ("k_shift", POINTER), ("k_var", POINTER), ("order", POINTER), ("live", LiveKeys),
-        ("bh_count", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32), ("blocks", c_int32),
+        ("k_mean", POINTER), ("v_sum", POINTER), ("k_shift", POINTER), ("k_var", POINTER), ("counts", POINTER), ("order", POINTER),
+        ("live", LiveKeys),
+        ("bh_count", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32), ("blocks", c_int32), ("pitch", c_int32),
         ("dtype", c_int32), ("vectorized", c_int32),
     ]  # fmt: skip
 
@@ -64,8 +65,8 @@ class RouteParams(ctypes.Structure):
 
     _fields_ = [
         ("q", Tokens),
-        ("k_mean", POINTER), ("v_sum", POINTER), ("k_shift", POINTER), ("k_var", POINTER), ("order", POINTER),
-        ("live_q", LiveKeys), ("live_k", LiveKeys), ("sinks", POINTER), ("query_sinks", POINTER),
+        ("k_mean", POINTER), ("v_sum", POINTER), ("k_shift", POINTER), ("k_var", POINTER), ("counts", POINTER), ("order", POINTER),
+        ("live", LiveKeys), ("sinks", POINTER), ("query_sinks", POINTER),
         ("block_mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64),
         ("thresholds", POINTER), ("threshold", c_double),
         ("scratch", POINTER), ("lists", POINTER), ("tail", POINTER), ("exact_blocks", POINTER),

@@ -29,6 +29,7 @@ from .launcher import Kernel
 
 LIST_ROWS = 128  # queries of a list
 TAIL_HEAD = 4  # numbers of a tail before O: m, l, two unused
+PITCH_BLOCKS = 32 * 4  # kPitchWords in csrc/kernel/route_blocks.cuh
 RESIDENT = 2  # CTAs of the router on a multiprocessor
 SCRATCH_LIMIT = 120 << 20  # bytes of scores at work
 _pack_pool, _pool_constants = packer(PoolParams)
@@ -101,6 +102,7 @@ def fused(
     tail = torch.empty(p.batch, p.heads_q, view.m, TAIL_HEAD + d, dtype=torch.float32, device=device) if sparse.tail else None
     k_var = torch.empty_like(k_mean)
     pooled = torch.empty(1 + sparse.tail, p.batch * p.heads_kv, view.n, d, dtype=torch.float32, device=device)
+    counts = torch.empty(p.batch, _pitch(view.n), dtype=torch.float32, device=device)
     scratch = torch.empty(r.ctas * r.strip_bytes, dtype=torch.uint8, device=device)
     sinks = block_bits.pack(view.sinks) if sparse.sinks else None
     query_sinks = block_bits.pack(view.query_sinks[:, 0]) if sparse.query_sinks else None
@@ -112,20 +114,21 @@ def fused(
     q_strides, k_strides, v_strides = (strides(t, p.layout) for t in (q, k, v))
     live_keys = _live_rows(live)
     of_k, of_v, of_pool = _pool_constants(
-        *k_strides, *v_strides, *live_keys, p.batch * p.heads_kv, p.heads_kv, p.len_kv, p.head_dim, view.n, DTYPES[p.dtype],
-        host.rows_vectorized(p, (k_at | v_at) % 16, k_strides, v_strides),
+        *k_strides, *v_strides, *live_keys, p.batch * p.heads_kv, p.heads_kv, p.len_kv, p.head_dim, view.n, _pitch(view.n),
+        DTYPES[p.dtype], host.rows_vectorized(p, (k_at | v_at) % 16, k_strides, v_strides),
     )  # fmt: skip
     pooling = _pack_pool(
-        k_at, of_k, v_at if sparse.tail else 0, of_v, k_means, v_sums, k_mean.data_ptr(), k_var.data_ptr(), order, _address(live), of_pool
-    )
-    of_q, of_live_q, of_live, of_mask, threshold, rest = _route_constants(
-        *q_strides, *_live_rows(live_q), *live_keys, *_mask_strides(mask), sparse.tau or sparse.keep, p.batch * p.heads_q, p.heads_q,
+        k_at, of_k, v_at if sparse.tail else 0, of_v, k_means, v_sums, k_mean.data_ptr(), k_var.data_ptr(), counts.data_ptr(), order,
+        _address(live), of_pool,
+    )  # fmt: skip
+    of_q, of_live, of_mask, threshold, rest = _route_constants(
+        *q_strides, *_live_rows(live_q), *_mask_strides(mask), sparse.tau or sparse.keep, p.batch * p.heads_q, p.heads_q,
         p.heads_q // p.heads_kv, p.len_q, p.len_kv, p.head_dim, DTYPES[p.dtype], host.rows_vectorized(p, q_at % 16, q_strides), view.m,
         view.lists, view.n, words, _pitch(view.n), r.strips, r.ctas, SELECTIONS[sparse.selection], p.causal, view.start, r.neighbours,
         r.scale,
     )  # fmt: skip
     routing = _pack_route(
-        q_at, of_q, k_means, v_sums, k_mean.data_ptr(), k_var.data_ptr(), order, _address(live_q), of_live_q, _address(live), of_live,
+        q_at, of_q, k_means, v_sums, k_mean.data_ptr(), k_var.data_ptr(), counts.data_ptr(), order, _address(live_q), of_live,
         _address(sinks), _address(query_sinks), _address(mask), of_mask, _address(thresholds), threshold,
         scratch.data_ptr() if r.strip_bytes else 0, lists.data_ptr(), _address(tail), exact.data_ptr(), rest,
     )  # fmt: skip
@@ -201,8 +204,8 @@ def _plan_of(sparse: SparseProblem, plan: CudaPlan) -> RoutePlan:
 
 
 def _pitch(blocks: int) -> int:
-    """Numbers of a row of scores: whole words of bits."""
-    return block_bits.words(blocks) * block_bits.WORD_BITS
+    """Numbers of a row of scores."""
+    return -(-blocks // PITCH_BLOCKS) * PITCH_BLOCKS
 
 
 def _packed(live_tokens, batch: int) -> torch.Tensor | None:
