@@ -2,13 +2,58 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any, NamedTuple
+
 import torch
 
+from sageattention.backends.cuda import route as device_route
 from sageattention.backends.cuda.route import TAIL_HEAD, Routed
+from sageattention.backends.sparse_reference import geometry_of, selections
 from sageattention.numerics import block_bits
 from sageattention.numerics.block_selection import Selection
 from sageattention.numerics.sparse import route, undecided
 from sageattention.numerics.sparse_geometry import BlockView, Geometry
+from sageattention.planning.problem import Problem
+from sageattention.planning.sparse_problem import SparseProblem, SparseTensors
+
+KEYWORDS = [name for name in inspect.signature(SparseProblem.from_call).parameters if name not in ("problem", "q")]
+DEFAULTS: dict[str, Any] = dict.fromkeys(KEYWORDS) | {
+    "selection": "sol", "similarity": 0.0, "q_block": 128, "tail": True, "sinks": (), "query_sinks": (),
+}  # fmt: skip
+
+
+class Call(NamedTuple):
+    """A checked call of `sageattn_sparse` on [B, H, N, D] tensors."""
+
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    sparse: SparseProblem
+    tensors: SparseTensors
+    view: BlockView
+
+    @classmethod
+    def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal=False, sm_scale=None, device=(), **given) -> Call:
+        """`device`: in place of the tensors' own, (type, index)."""
+        dense = Problem.from_tensors(q, k, v, is_causal=is_causal, sm_scale=sm_scale, return_lse=True)
+        if device:
+            dense = dense._replace(device=device[0], device_index=device[1])
+        sparse, tensors = SparseProblem.from_call(dense, q, **{**DEFAULTS, **given})
+        return cls((q, k, v), sparse, tensors, BlockView(q.shape[2], k.shape[2], geometry_of(sparse, tensors, 128), q.device))
+
+    def route(self, plan) -> tuple[Routed, torch.Tensor]:
+        """What the kernels give, and their number of exact blocks."""
+        exact = torch.zeros((), dtype=torch.int64, device=self.qkv[0].device)
+        return device_route.fused(*self.qkv, self.sparse, self.tensors, plan, self.view, exact), exact
+
+    def check(self, routed: Routed, exact: torch.Tensor) -> None:
+        """Hold it against the algorithm in fp64."""
+        p = self.sparse.problem
+        share = check(
+            routed, *self.qkv, selections(self.sparse, self.tensors), self.view.geometry, tail=self.sparse.tail,
+            block_mask=self.tensors.block_mask, sm_scale=p.sm_scale,
+        )  # fmt: skip
+        assert exact == block_bits.unpack(routed.lists[..., 0, :], self.view.n).sum()
+        assert abs(exact.item() / device_route.visible_blocks(self.sparse) - share) <= 0.01
 
 
 def check(

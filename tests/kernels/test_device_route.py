@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import ctypes
-import inspect
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import routing
 import torch
-from emulated_card import needs_compiler
+from emulated_card import install, lanes_of, needs_compiler
 from lane_compiler import compiled
+from routing import Call
 
-from sageattention.backends.cuda import driver, host, route
-from sageattention.backends.sparse_reference import geometry_of, selections
+from sageattention.backends import sparse_reference
+from sageattention.backends.cuda import driver, host, route, sparse
+from sageattention.cli.workloads import relative_l2
 from sageattention.device.capability import Capability
 from sageattention.kernels.table import center_entry, pool_entry, route_entry
 from sageattention.numerics import block_bits
-from sageattention.numerics.sparse_geometry import BlockView
 from sageattention.planning.problem import Problem
+from sageattention.planning.sparse_plan import sparse_plan
 from sageattention.planning.sparse_problem import SparseProblem
 
 pytestmark = needs_compiler
-KEYWORDS = inspect.signature(SparseProblem.from_call).parameters
 TOKENS, BLOCKS, LISTS = 1000, 16, 8
 ORDER = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(1)).int()
 KEYS = torch.arange(TOKENS).expand(2, -1) % 700 < torch.tensor([[690], [300]])
@@ -40,7 +41,7 @@ class RoutedPlan:
 class Card:
     """The router's kernels of one compiled head dimension, on the host."""
 
-    def __init__(self, head_dim: int, folder):
+    def __init__(self, head_dim: int, folder: Path):
         self.head_dim = head_dim
         self.entries = {e.symbol: e for e in (entry(head_dim) for entry in (pool_entry, center_entry, route_entry))}
         functions = "".join(
@@ -79,20 +80,14 @@ def tensors(head_dim: int, len_q: int = TOKENS, len_kv: int = TOKENS, dtype: tor
     )  # fmt: skip
 
 
-def routed(card: Card, q, k, v, *, is_causal: bool = False, sm_scale: float | None = None, **given):
-    """What the kernels give for a call of `sageattn_sparse` in HND, its problem and tensors; results start as NaN."""
-    dense = Problem.from_tensors(q, k, v, is_causal=is_causal, sm_scale=sm_scale, return_lse=True)
-    rest = {"selection": "sol", "similarity": 0.0, "q_block": 128, "tail": True, "sinks": (), "query_sinks": ()}
-    blank = {name: None for name in KEYWORDS if name not in ("problem", "q")}
-    sparse, own = SparseProblem.from_call(dense, q, **{**blank, **rest, **given})
-    view = BlockView(q.shape[2], k.shape[2], geometry_of(sparse, own, 128), q.device)
-    exact = torch.zeros((), dtype=torch.int64)
+def routed(card: Card, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given):
+    """A call and what the kernels give for it, in memory that was NaN."""
+    call = Call.of(q, k, v, **given)
     empty, route.torch.empty = torch.empty, lambda *size, **form: poisoned(empty(*size, **form))
     try:
-        found = route.fused(q, k, v, sparse, own, card.plan, view, exact)
+        return call, *call.route(card.plan)
     finally:
         route.torch.empty = empty
-    return found, sparse, own, view, exact
 
 
 def poisoned(t: torch.Tensor) -> torch.Tensor:
@@ -121,40 +116,64 @@ AROUND = {
 
 
 @pytest.mark.parametrize("around", AROUND)
-@pytest.mark.parametrize("call", CALLS)
-def test_route(card: Card, call: str, around: str) -> None:
-    given = CALLS[call] | AROUND[around]
-    q, k, v = tensors(card.head_dim - 8 * (around == "plain"))
-    found, sparse, own, view, exact = routed(card, q, k, v, **given)
-    share = routing.check(
-        found, q, k, v, selections(sparse, own), view.geometry, tail=sparse.tail, block_mask=own.block_mask, sm_scale=sparse.problem.sm_scale
-    )  # fmt: skip
-    assert exact == block_bits.unpack(found.lists[..., 0, :], view.n).sum()
-    assert exact.item() / route.visible_blocks(sparse) == pytest.approx(share, abs=0.01)
+@pytest.mark.parametrize("kind", CALLS)
+def test_route(card: Card, kind: str, around: str) -> None:
+    given = CALLS[kind] | AROUND[around]
+    call, found, exact = routed(card, *tensors(card.head_dim - 8 * (around == "plain")), **given)
+    call.check(found, exact)
 
 
 @pytest.mark.parametrize("lengths", [(1, 1), (64, 64), (130, 1000), (1000, 130), (65, 2100), (2200, 70)], ids=str)
 @pytest.mark.parametrize("given", [{}, {"selection": "topk", "keep": 0.2}, {"is_causal": True, "q_start": 0}, {"q_start": 100}], ids=str)
 def test_lengths(card: Card, lengths: tuple[int, int], given: dict) -> None:
-    q, k, v = tensors(card.head_dim, *lengths, batch=1, heads=2)
-    found, sparse, own, view, _ = routed(card, q, k, v, **given)
-    routing.check(found, q, k, v, selections(sparse, own), view.geometry, tail=True, sm_scale=sparse.problem.sm_scale)
+    call, found, exact = routed(card, *tensors(card.head_dim, *lengths, batch=1, heads=2), **given)
+    call.check(found, exact)
 
 
 @pytest.mark.parametrize("given", [{"tau": TAUS}, {"selection": "mass", "tau": TAUS}, {"selection": "topk", "keep": KEEPS}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_thresholds_of_heads(card: Card, dtype: torch.dtype, given: dict) -> None:
-    q, k, v = (t[..., ::2].repeat(1, 1, 1, 2)[..., 1 : card.head_dim] for t in tensors(card.head_dim, dtype=dtype))  # odd rows
-    q, k, v = (t[..., : card.head_dim - 1] for t in (q, k, v))
-    found, sparse, own, view, _ = routed(card, q, k, v, **given)
-    routing.check(found, q, k, v, selections(sparse, own), view.geometry, tail=True, sm_scale=sparse.problem.sm_scale)
+    q, k, v = (t[..., 1:] for t in tensors(card.head_dim, dtype=dtype))  # rows that are not aligned
+    call, found, exact = routed(card, q, k, v, **given)
+    call.check(found, exact)
 
 
-@pytest.mark.parametrize("call", [c for c in CALLS if "mask" not in c and c != "static"])
-def test_nan_selects_what_it_meets(card: Card, call: str) -> None:
+@pytest.mark.parametrize("kind", ["sol", "mass", "topk", "cdf"])
+def test_nan_selects_what_it_meets(card: Card, kind: str) -> None:
     q, k, v = tensors(card.head_dim, batch=1)
     q[0, 1, 300] = float("nan")  # its block of rows
     k[0, 1, 5] = float("nan")  # every block of its KV head
-    found, _, _, view, _ = routed(card, q, k, v, **CALLS[call])
-    exact = block_bits.unpack(found.lists[..., 0, :], view.n)
+    call, found, _ = routed(card, q, k, v, **CALLS[kind])
+    exact = block_bits.unpack(found.lists[..., 0, :], call.view.n)
     assert exact[0, 1, 2].all() and exact[0, 2:].all() and not exact[0, 0].all(-1).any()
+
+
+def test_more_blocks_than_shared_memory_holds_weights_of(card: Card) -> None:
+    q, k, v = tensors(card.head_dim, 128, 64 * 1900, batch=1, heads=2)
+    call, found, exact = routed(card, q, k, v, selection="topk", keep=0.1)
+    call.check(found, exact)
+
+
+EVERYTHING = {"tau": TAUS, "key_mask": KEYS, "block_len": LENGTHS, "order": ORDER, "sinks": 70}
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+@pytest.mark.parametrize("given", [EVERYTHING, CALLS["static"], {"selection": "cdf", "similarity": 1e-9}], ids=["sol", "static", "torch"])
+def test_a_call_in_parts(given: dict, layout: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A whole call on an emulated card, then cut as if it took too much memory: the same bits, and what the reference gives."""
+    lanes = install(monkeypatch, lanes_of(89, 128, tmp_path_factory.mktemp("lanes")))
+    monkeypatch.setattr(route.capability, "of_device", lambda *_: lanes.capability)
+    q, k, v = tensors(128)
+    if layout == "NHD":
+        q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+    dense = Problem.from_tensors(q, k, v, tensor_layout=layout, return_lse=True)
+    problem, own = SparseProblem.from_call(dense, q, **{**routing.DEFAULTS, **given})
+    expected = sparse_reference.run(q, k, v, problem, own)
+    problem = problem._replace(problem=dense._replace(device="cuda", device_index=0))
+    plan = sparse_plan(problem, lanes.capability, "sageattn_qk_int8_pv_fp16_cuda")
+    whole = sparse.run(q, k, v, problem, own, plan)
+    monkeypatch.setattr(sparse, "MEMORY_LIMIT", 0)
+    parts = sparse.run(q, k, v, problem, own, plan)
+    assert all(torch.equal(one, other) for one, other in zip(whole, parts))
+    assert relative_l2(whole.out, expected.out) <= 0.03 and abs(whole.share - expected.share) <= 1e-2
+    assert (whole.lse - expected.lse).abs().mean() <= 0.02

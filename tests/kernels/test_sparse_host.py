@@ -1,5 +1,4 @@
-"""What block-sparse calls hand to the attention, read back from the launches' arguments; on CPU tensors, nothing is launched, and the router
-is the reference."""
+"""What block-sparse calls, routed by the reference, hand to the attention: the launches' arguments, on CPU tensors; nothing is launched."""
 
 from __future__ import annotations
 

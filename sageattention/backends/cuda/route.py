@@ -1,4 +1,4 @@
-"""The router of block-sparse calls as kernels: blocks are pooled, the exact ones of each list chosen, the others summed up (docs/sparse.md).
+"""The router of block-sparse calls as kernels: blocks are pooled, the exact ones of each list chosen, the others summed up.
 
 `Routed` is what the attention kernels take. `fused` makes it in three launches; `from_reference` makes it of a `Route`, for the rules that
 no kernel has.
@@ -22,7 +22,6 @@ from ...numerics.pooling import count_blocks
 from ...numerics.sparse import Route
 from ...numerics.sparse_geometry import BlockView
 from ...planning.plan import CudaPlan
-from ...planning.problem import Problem
 from ...planning.sparse_problem import SparseProblem, SparseTensors
 from . import driver, host
 from .launcher import Kernel
