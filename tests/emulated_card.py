@@ -24,7 +24,7 @@ each_variant = pytest.mark.parametrize("variant", [name for name, _ in MMA.value
 
 
 class Lanes:
-    """A card that runs on the host: an architecture's quantisers and attention kernels of one head dimension.
+    """A card that runs on the host: an architecture's quantisers, router and attention kernels of one head dimension.
 
     wgmma: with Hopper's own attention instead of that by mma.sync.
     """
@@ -40,7 +40,7 @@ class Lanes:
             for e in self.entries.values()
         )
         sources = dict.fromkeys(k.source for k in KERNELS if k.built_for(target) and bool(k.arch) == wgmma)
-        self.library = compiled(arch, folder, ("kernel/quantize.cuh", *sources), functions)
+        self.library = compiled(arch, folder, ("kernel/quantize.cuh", "kernel/route_blocks.cuh", *sources), functions)
 
     def launch(self, device: int, stream: int, launches: tuple) -> None:
         for symbol, x, _, _, params, _ in launches:

@@ -44,6 +44,50 @@ struct ClassifyParams {
   i32 parts, part_words;  // CTAs of a band; words of a plane that each has
 };
 
+// First launches of a block-sparse call: block means of K, block sums of V.
+struct PoolParams {
+  Tokens k, v;       // v.data null: no sums of V
+  float* k_mean;     // [BH, blocks, D]: mean of each block's live keys, 0 where there is none
+  float* v_sum;      // [BH, blocks, D]
+  float* k_shift;    // [BH, D]: mean of the block means, empty blocks aside
+  float* k_var;      // [BH, D]: mean of (block mean − k_shift)²
+  float* counts;     // [batch, pitch]: live keys of each block, 0 beyond the last
+  const i32* order;  // as in QuantizeKParams
+  LiveKeys live;     // one row a batch
+  i32 bh_count, heads, len, head_dim, blocks, pitch;
+  i32 dtype, vectorized;
+};
+
+// Then the router: which blocks each list computes exactly, and what its rows' softmax begins with.
+struct RouteParams {
+  Tokens q;
+  const float* k_mean;  // as PoolParams has left them
+  const float* v_sum;
+  const float* k_shift;
+  const float* k_var;
+  const float* counts;
+  const i32* order;
+  LiveKeys live;           // the queries that count in their block's mean, one row a batch
+  const u32* sinks;        // [words]: KV blocks that are exact for every query; null: none
+  const u32* query_sinks;  // a bit a list: it computes every block; null: none
+  const u8* block_mask;    // [batch | 1, head | 1, lists, blocks], for kStatic
+  i64 mask_stride_b, mask_stride_h;
+  const float* thresholds;            // [heads]; null: threshold is everyone's
+  double threshold;                   // tau or keep
+  float* scratch;                     // [ctas, kRows + kRouteWarps, pitch]
+  u32* lists;                         // [batch, heads, lists, 2, words], see TileLists
+  float* tail;                        // as in AttendParams; null: what is left out counts nothing
+  u64* exact_blocks;                  // the number of bits set in the lists' first planes is added to it
+  i32 bh_count, heads, heads_per_kv;  // of query heads
+  i32 len_q, len_kv, head_dim;
+  i32 dtype, vectorized;
+  i32 rows, lists_of_head, blocks, words;  // rows: blocks of 64 queries; words: of a plane
+  i32 pitch, strips, ctas;                 // strips: of a head
+  i32 selection;                           // Selection
+  i32 causal, q_start, neighbours;         // neighbours −1: no such rule
+  float scale;                             // sm_scale · log2(e)
+};
+
 // First launch: statistics of V, K → tiles.
 struct QuantizeKParams {
   Tokens k, v;

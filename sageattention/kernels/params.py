@@ -10,7 +10,7 @@ import itertools
 import re
 import struct
 from collections.abc import Callable
-from ctypes import c_float, c_int32, c_int64, c_uint32, c_uint64
+from ctypes import c_double, c_float, c_int32, c_int64, c_uint32, c_uint64
 from typing import Any
 
 POINTER = c_uint64
@@ -46,6 +46,36 @@ class ClassifyParams(ctypes.Structure):
         ("heads", c_int32), ("bands", c_int32), ("len_q", c_int32), ("len_kv", c_int32),
         ("mask_kind", c_int32), ("causal", c_int32), ("vectors", c_int32), ("tile", c_int32),
         ("words", c_int32), ("live_words", c_int32), ("bias_len", c_int32), ("parts", c_int32), ("part_words", c_int32),
+    ]  # fmt: skip
+
+
+class PoolParams(ctypes.Structure):
+    """First launches of a block-sparse call: block means of K, block sums of V."""
+
+    _fields_ = [
+        ("k", Tokens), ("v", Tokens),
+        ("k_mean", POINTER), ("v_sum", POINTER), ("k_shift", POINTER), ("k_var", POINTER), ("counts", POINTER), ("order", POINTER),
+        ("live", LiveKeys),
+        ("bh_count", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32), ("blocks", c_int32), ("pitch", c_int32),
+        ("dtype", c_int32), ("vectorized", c_int32),
+    ]  # fmt: skip
+
+
+class RouteParams(ctypes.Structure):
+    """Then the router: lists of exact blocks, and the state in which each row's softmax begins."""
+
+    _fields_ = [
+        ("q", Tokens),
+        ("k_mean", POINTER), ("v_sum", POINTER), ("k_shift", POINTER), ("k_var", POINTER), ("counts", POINTER), ("order", POINTER),
+        ("live", LiveKeys), ("sinks", POINTER), ("query_sinks", POINTER),
+        ("block_mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64),
+        ("thresholds", POINTER), ("threshold", c_double),
+        ("scratch", POINTER), ("lists", POINTER), ("tail", POINTER), ("exact_blocks", POINTER),
+        ("bh_count", c_int32), ("heads", c_int32), ("heads_per_kv", c_int32),
+        ("len_q", c_int32), ("len_kv", c_int32), ("head_dim", c_int32), ("dtype", c_int32), ("vectorized", c_int32),
+        ("rows", c_int32), ("lists_of_head", c_int32), ("blocks", c_int32), ("words", c_int32),
+        ("pitch", c_int32), ("strips", c_int32), ("ctas", c_int32),
+        ("selection", c_int32), ("causal", c_int32), ("q_start", c_int32), ("neighbours", c_int32), ("scale", c_float),
     ]  # fmt: skip
 
 
@@ -145,7 +175,7 @@ def packer(struct_type: type[ctypes.Structure]) -> tuple[Callable[..., bytes], C
     `constants` takes the values of all other fields, in order, and gives the bytes between the pointers, run by run. `pack` takes
     pointers and runs in the order in which they lie in the struct.
     """
-    codes: dict[Any, str] = {c_uint64: "Q", c_int64: "q", c_int32: "i", c_uint32: "I", c_float: "f"}
+    codes: dict[Any, str] = {c_uint64: "Q", c_int64: "q", c_int32: "i", c_uint32: "I", c_float: "f", c_double: "d"}
 
     def letters(t: type[ctypes.Structure]) -> str:
         kinds = (field[1] for field in t._fields_)

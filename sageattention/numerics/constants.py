@@ -35,6 +35,7 @@ KV_TILE = 64
 KV_TILE_SM90 = {"fp16": 96, "fp8": 128}
 # Keys of a block of block-sparse attention.
 KV_BLOCK = 64
+TINY_SPREAD = 1e-6  # under the root of the spread by which "sol" draws its line
 # A "fragment" K scale covers the keys that one thread of an m16n8 accumulator holds of this many: 16, namely 2t and 2t + 1 of every
 # eight, t = lane mod 4. So a thread has one K scale a tile and takes its row maxima over integers. .0109 on normal inputs; two scales
 # a tile (8 keys each) give .0104 for twice the products.
@@ -57,6 +58,7 @@ MAX_WORDS = 1024
 
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}  # as the kernels' parameters number them
 MASK_KINDS = DTYPES | {"bool": 3}
+SELECTIONS = {"sol": 0, "topk": 1, "mass": 2, "cdf": 3, "static": 4}  # of the exact blocks, see `block_selection`
 # And an additive mask of one row for all queries as the pre-pass leaves it: fp32 in base 2, whole tiles of keys.
 BIAS_ROW = len(MASK_KINDS)
 
@@ -64,11 +66,12 @@ CPP: dict[str, int | float] = {
     "kInt8Max": INT8_MAX, "kE4m3Max": E4M3_MAX, "kLog2E4m3Max": math.log2(E4M3_MAX), "kLog2e": LOG2E, "kLn2": LN2, "kPreset": PRESET,
     "kFiniteMax": FINITE_MAX, "kAmaxMin": AMAX_MIN, "kKScaleFloor": K_SCALE_FLOOR, "kKvTile": KV_TILE,
     "kMaxKMeanTokens": K_MEAN_TOKENS, "kNegligibleBias": NEGLIGIBLE_BIAS, "kBandRows": BAND_ROWS, "kMaxWords": MAX_WORDS,
-    "kLineExcess": LINE_EXCESS, "kTailThreshold": TAIL_THRESHOLD, "kTailBoostLog2": TAIL_BOOST_LOG2,
+    "kKvBlock": KV_BLOCK, "kTinySpread": TINY_SPREAD, "kLineExcess": LINE_EXCESS, "kTailThreshold": TAIL_THRESHOLD, "kTailBoostLog2": TAIL_BOOST_LOG2,
 }  # fmt: skip
 CPP_ENUMS: dict[str, dict[str, int]] = {
     "Dtype": {f"k{name.capitalize()}": number for name, number in DTYPES.items()},
     "MaskKind": dict(zip(("kMaskF16", "kMaskBf16", "kMaskF32", "kMaskBool", "kMaskBiasRow"), (*MASK_KINDS.values(), BIAS_ROW))),
+    "Selection": {f"k{name.capitalize()}": number for name, number in SELECTIONS.items()},
 }
 
 

@@ -304,7 +304,7 @@ def bind(
 def bind_quantize(r: LaunchPlan, k: torch.Tensor, v: torch.Tensor, lists: Lists | None, unaligned: int) -> tuple[BoundQuantize, ...]:
     p = r.problem
     k_strides, v_strides = strides(k, p.layout), strides(v, p.layout)
-    vectors = _vectors(p, unaligned, k_strides, v_strides)
+    vectors = rows_vectorized(p, unaligned, k_strides, v_strides)
     live = lists.live_keys if lists else (0, 0, 0, 0)
     groups = []
     for first, bh_count in r.groups:
@@ -328,7 +328,7 @@ def bind_attend(
     elif mask is not None:
         mask_strides, kind = _mask_strides(mask), _MASK_KINDS[mask.dtype]
         pairs_at_once = r.len_kv % 2 == 0 and _runs_of(mask, 2, mask.data_ptr() % 16)
-    vectors = _vectors(p, unaligned, q_strides), _vectors(p, unaligned, out_strides)
+    vectors = rows_vectorized(p, unaligned, q_strides), rows_vectorized(p, unaligned, out_strides)
 
     def group(first: int, bh_count: int) -> BoundAttend:
         items = r.q_tiles * bh_count * heads_per_kv
@@ -348,7 +348,7 @@ def bind_attend(
     return tuple(group(*g) for g in r.groups)
 
 
-def _vectors(p: Problem, unaligned: int, *rows: tuple[int, int, int]) -> int:
+def rows_vectorized(p: Problem, unaligned: int, *rows: tuple[int, int, int]) -> int:
     """1 where rows can be moved in pieces of 16 bytes."""
     per_piece = 16 // (4 if p.dtype == "float32" else 2)
     return int(not unaligned and p.head_dim % 8 == 0 and not any(stride % per_piece for strides in rows for stride in strides))

@@ -91,7 +91,7 @@ def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False, sparse: 
     # Causal: nobody sees a key beyond the last query. Keys that were quantised before the queries were known are there all the same.
     len_kv = reachable(p.len_q, p.len_kv, p.causal and not one_group and not sparse)
     bh_total, tiles, tile_bytes = p.batch * p.heads_kv, -(-len_kv // plan.tile.block_n), names.tile_bytes(d)
-    bh_count = bh_total if one_group else plan.heads_per_group
+    bh_count = bh_total if one_group else min(bh_total, plan.heads_per_group)  # a part of a call has fewer
     groups = tuple((first, min(bh_count, bh_total - first)) for first in range(0, bh_total, bh_count))
     step = k_mean_stride(len_kv)
     keys_all = tiles * plan.tile.block_n
