@@ -18,7 +18,7 @@ struct MainloopFp16 : MainloopSm90<C> {
       Base::q_scale, Base::sQ, Base::p;
   static constexpr int kHeadDim = C::kHeadDim, kSteps = kHeadDim / 32;
   // Steps of Q·Kᵀ whose A fragments are in registers, as far as there are any left: shared memory then serves fewer reads.
-  static constexpr int kQStepsInRegs = kHeadDim == 64 ? 0 : 2;
+  static constexpr int kQStepsInRegs = kHeadDim == 128 ? 2 : 0;
   // Whether the exponentials come before the wait for P·V of the previous tile, and how many are chained by a false dependency: otherwise
   // the compiler schedules all exponentials before all conversions. Both chosen by measurement.
   static constexpr bool kExpBeforeWait = kHeadDim == 64;
@@ -60,7 +60,15 @@ struct MainloopFp16 : MainloopSm90<C> {
     warpgroup_fence_operand(o);
     wgmma_fence();
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) wgmma_f16(o, prob + 4 * c, v + (2 * c * Layout::kVPitch >> 4), true);
+    for (int c = 0; c < kChunks; ++c) {
+      const u64 keys = v + (2 * c * Layout::kVPitch >> 4);
+      if constexpr (kHeadDim == 256) {  // a wgmma has at most 256 columns: no room for the ones
+        wgmma_f16(registers<0, 64>(o), prob + 4 * c, keys, true);
+        wgmma_f16(registers<64, 68>(o), prob + 4 * c, keys + (128 * 16 >> 4), true);
+      } else {
+        wgmma_f16(o, prob + 4 * c, keys, true);
+      }
+    }
     wgmma_commit();
   }
 
