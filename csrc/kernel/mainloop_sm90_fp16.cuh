@@ -18,11 +18,11 @@ struct MainloopFp16 : MainloopSm90<C> {
       Base::q_scale, Base::sQ, Base::p;
   static constexpr int kHeadDim = C::kHeadDim, kSteps = kHeadDim / 32;
   // Steps of Q·Kᵀ whose A fragments are in registers, as far as there are any left: shared memory then serves fewer reads.
-  static constexpr int kQStepsInRegs = kHeadDim == 128 ? 2 : kHeadDim == 256 ? X_QREGS : 0;
+  static constexpr int kQStepsInRegs = kHeadDim == 128 ? 2 : kHeadDim == 256 ? 2 : 0;
   // Whether the exponentials come before the wait for P·V of the previous tile, and how many are chained by a false dependency: otherwise
   // the compiler schedules all exponentials before all conversions. Both chosen by measurement.
   static constexpr bool kExpBeforeWait = kHeadDim != 128;
-  static constexpr int kExpChain = kHeadDim == 64 ? 8 : kHeadDim == 256 ? X_CHAIN : 0;
+  static constexpr int kExpChain = kHeadDim == 64 ? 8 : kHeadDim == 256 ? 0 : 0;
 
   float o[C::kOutRegisters];
   float m_limit[2];              // [half]: a score above this rescales the row

@@ -11,20 +11,24 @@ namespace sage {
 template <class Layout_, WgmmaTile kWgmmaTile>
 struct WgmmaFp8WideConfig : WgmmaConfig<Layout_, kWgmmaTile> {
   using Layout = Layout_;
-  static constexpr int kStep = Layout::kTile, kStepsPerTile = 1, kScaleCount = kStep / Layout::kScaleKeys;
+  static constexpr int kStep = Layout::kTile, kScaleCount = kStep / Layout::kScaleKeys;
   static constexpr int kScoreRegisters = kStep / 2, kProbRegisters = kStep / 8;
-  static constexpr int kOutRegisters = Layout::kHeadDim / 2, kAccRegisters = 36;
-  static constexpr int kUnmaskedLeast = 2, kUnmaskedMultiple = 1, kGroupSteps = 1;
+  static constexpr int kOutRegisters = Layout::kHeadDim / 2;
+  static constexpr int kUnmaskedLeast = 2;
   static_assert(Layout::kTile == 128 && Layout::kHeadDim == 256 && Layout::kOnes && Layout::kVElementBytes == 1,
                 "steps, scales and accumulators are worked out for this tile");
 };
 
 template <class C>
-struct MainloopFp8Wide : MainloopFp8<C> {
-  using Base = MainloopFp8<C>;
+struct MainloopFp8Wide : SoftmaxFp8<C> {
+  using Base = SoftmaxFp8<C>;
   using typename Base::Layout, typename Base::Scores, typename Base::ProbFragments, typename Base::Scales;
   using Base::barrier, Base::tile, Base::mask_scores, Base::load_k_scales, Base::tile_number, Base::m_i, Base::ring, Base::sQ, Base::p;
-  using Base::o, Base::l_i, Base::m_p, Base::arrives, Base::release, Base::update_m_i, Base::begin_group, Base::lane_max;
+  using Base::begin_group, Base::l_i, Base::m_p, Base::o, Base::release, Base::update_m_i;
+  static constexpr int kHeadDim = C::kHeadDim;
+  using Half = i32[C::kScoreRegisters / 2];
+
+  // The registers of the scores; as bits of fp32 those of P·V of 64 channels, twice; and sums of P.
   struct Accumulators {
     Scores s;
     i32 sums[4];
@@ -38,14 +42,16 @@ struct MainloopFp8Wide : MainloopFp8<C> {
       warpgroup_fence_operand(s);
       warpgroup_fence_operand(sums);
     }
+    __device__ __forceinline__ Half& first() { return registers<0, C::kScoreRegisters / 2>(s); }
+    __device__ __forceinline__ Half& second() { return registers<C::kScoreRegisters / 2, C::kScoreRegisters / 2>(s); }
   };
-  static constexpr int kHeadDim = C::kHeadDim;
 
+  // False, which the compiler does not know: it then takes an accumulator's registers as they are, instead of new ones for each product.
   __device__ __forceinline__ bool never() const { return p.head_dim > kHeadDim; }
 
   // Issues S = Q·Kᵀ of keys kFirst … kFirst + 63 of the tile at `at`.
   template <int kFirst>
-  __device__ __forceinline__ void issue_scores(i32 (&s)[32], const Ring<C::kStages>& at) const {
+  __device__ __forceinline__ void issue_scores(Half& s, const Ring<C::kStages>& at) const {
     const u64 rows = wgmma_descriptor<C::kQPitch>(sQ);
     const u64 keys = wgmma_descriptor<Layout::kKPitch>(tile(at.stage)) + (kFirst * 16 >> 4);
     if (kFirst == 0) mbarrier_wait(barrier(at.stage) + kKFull, at.parity);
@@ -74,70 +80,77 @@ struct MainloopFp8Wide : MainloopFp8<C> {
     for (int i = 0; i < kCount; ++i) o[kFirst / 2 + i] = fmaf(__int_as_float(acc[i]), alpha[i % 4 / 2], o[kFirst / 2 + i]);
   }
 
-  // Adds P·V of the current tile to O. kNext: issues the scores of the next one as soon as registers are free.
+  // Adds P·V of the current tile to O. kNext: and computes the scores of the next one, as soon as registers are free.
   template <bool kNext>
   __device__ __forceinline__ void add_pv(const ProbFragments& prob, Accumulators& w) {
-    auto& a = registers<0, 32>(w.s);
-    auto& b = registers<32, 32>(w.s);
     float alpha[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) alpha[half] = exp2_approx(m_p[half] - m_i[half]);
     Ring<C::kStages> after = ring;
     after.advance();
-    // A wait is a loop, and the compiler issues no product of the next part before it.
-    const auto wait = [&] {
+    // A wait is a loop, before which the compiler issues nothing that stands behind it: an accumulator is promoted before it is used again.
+    const auto begin_part = [&] {
       mbarrier_wait(barrier(ring.stage) + kVFull, ring.parity);
+      wgmma_fence();
     };
-    wait();
-    wgmma_fence();
-    issue_pv<0>(a, prob);
+    begin_part();
+    issue_pv<0>(w.first(), prob);
     wgmma_commit();
     wgmma_fence();
-    issue_pv<64>(b, prob);
-    wgmma_commit();
-    wgmma_wait<1>();
-    promote<0>(a, alpha);
-    wait();
-    wgmma_fence();
-    issue_pv<128>(a, prob);
+    issue_pv<64>(w.second(), prob);
     wgmma_commit();
     wgmma_wait<1>();
-    promote<64>(b, alpha);
-    wait();
-    wgmma_fence();
-    issue_pv<192>(b, prob);
-    issue_pv<256>(w.sums, prob);
+    promote<0>(w.first(), alpha);
+    begin_part();
+    issue_pv<128>(w.first(), prob);
     wgmma_commit();
     wgmma_wait<1>();
-    promote<128>(a, alpha);
-    if constexpr (kNext) issue_scores<0>(a, after);
+    promote<64>(w.second(), alpha);
+    begin_part();
+    issue_pv<192>(w.second(), prob);
+    issue_pv<kHeadDim>(w.sums, prob);  // columns of ones
+    wgmma_commit();
+    wgmma_wait<1>();
+    promote<128>(w.first(), alpha);
+    if constexpr (kNext) issue_scores<0>(w.first(), after);
     wgmma_wait<kNext>();
-    promote<192>(b, alpha);
+    promote<192>(w.second(), alpha);
     warpgroup_fence_operand(w.sums);
 #pragma unroll
     for (int half = 0; half < 2; ++half) l_i[half] = fmaf(__int_as_float(w.sums[2 * half]), alpha[half], l_i[half]);
     release(kVEmpty, ring.stage);
-    if constexpr (kNext) {
-      issue_scores<64>(b, after);
-      load_k_scales(after.stage);
-      wgmma_wait<0>();
-    }
     ring = after;
+    if constexpr (kNext) {
+      issue_scores<64>(w.second(), ring);
+      load_k_scales(ring.stage);
+    }
   }
 
-  // Scores of the current tile, once they are there → P.
-  __device__ __forceinline__ void softmax(Scores& s, ProbFragments& prob) {
-    Scales scale;
-    float top[2];
+  // Waits for the scores of the current tile. scale: of them.
+  __device__ __forceinline__ void await_scores(Scores& s, Scales& scale) const {
+    wgmma_wait<0>();
     warpgroup_fence_operand(s);
     Base::template read_scales<0>(scale);
     release(kKEmpty, ring.stage);
+  }
+
+  // Scores of the current tile → P. Each tile is a promotion group.
+  __device__ __forceinline__ void softmax(Scores& s, ProbFragments& prob) {
+    Scales scale;
+    float top[2];
+    await_scores(s, scale);
     bool moves = false;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) top[half] = lane_max(s, scale, half), moves |= top[half] > m_i[half] + kLog2E4m3Max;
+    for (int half = 0; half < 2; ++half) top[half] = Base::lane_max(s, scale, half), moves |= top[half] > m_i[half] + kLog2E4m3Max;
     if (__any_sync(kAllLanes, moves)) update_m_i(top);
     begin_group(top);
     Base::template softmax_step<false>(s, scale, prob);
+  }
+
+  __device__ __forceinline__ void issue_all_scores(Accumulators& w) {
+    issue_scores<0>(w.first(), ring);
+    issue_scores<64>(w.second(), ring);
+    load_k_scales(ring.stage);
   }
 
   __device__ __forceinline__ void masked_tile() {
@@ -145,14 +158,10 @@ struct MainloopFp8Wide : MainloopFp8<C> {
     Scales scale;
     ProbFragments prob;
     float top[2];
-    issue_scores<0>(registers<0, 32>(w.s), ring), issue_scores<64>(registers<32, 32>(w.s), ring);
-    load_k_scales(ring.stage);
+    issue_all_scores(w);
     const int key0 = tile_number * C::kTile;
     const auto keys = Base::visible(key0);
-    wgmma_wait<0>();
-    Base::template read_scales<0>(scale);
-    warpgroup_fence_operand(w.s);
-    release(kKEmpty, ring.stage);
+    await_scores(w.s, scale);
     mask_scores(w.s, scale, keys, key0, top);
     if (__any_sync(kAllLanes, top[0] > m_i[0] + kLog2E4m3Max || top[1] > m_i[1] + kLog2E4m3Max)) update_m_i(top);
     m_p[0] = m_i[0], m_p[1] = m_i[1];
@@ -164,32 +173,21 @@ struct MainloopFp8Wide : MainloopFp8<C> {
   __device__ __forceinline__ void unmasked_tiles(int tiles) {
     Accumulators w;
     ProbFragments prob;
+    // The shuffles tell the compiler that all lanes have the same: it keeps them in uniform registers.
     tiles = __shfl_sync(kAllLanes, tiles, 0), ring.stage = __shfl_sync(kAllLanes, ring.stage, 0),
     ring.parity = __shfl_sync(kAllLanes, ring.parity, 0);
-    issue_scores<0>(registers<0, 32>(w.s), ring), issue_scores<64>(registers<32, 32>(w.s), ring);
-    load_k_scales(ring.stage);
-    wgmma_wait<0>();
+    issue_all_scores(w);
     softmax(w.s, prob);
     for (; tiles > 1; --tiles) {
       add_pv<true>(prob, w);
       softmax(w.s, prob);
     }
-#ifndef NOLAST
     add_pv<false>(prob, w);
-#endif
   }
 
   __device__ __forceinline__ void run(KvRange range, float (&l_out)[2]) {
-#pragma unroll
-    for (int i = 0; i < C::kOutRegisters; ++i) o[i] = 0.0f;
-    l_i[0] = l_i[1] = 0.0f;
-    arrives = opaque(elected());
-    m_i[0] = m_i[1] = Base::kNoScore;
-    if (Base::has_tail(range)) Base::load_tail(o, l_i, Base::kNoScore);
-    m_p[0] = m_i[0], m_p[1] = m_i[1];
-#ifndef NOMASK
+    Base::begin(range);
     for (int left = range.masked; left; --left) masked_tile();
-#endif
     if (range.unmasked) unmasked_tiles(range.unmasked);
     l_out[0] = l_i[0], l_out[1] = l_i[1];
   }

@@ -30,9 +30,10 @@ K_SCALE_SHIFT = 2.0**-16
 # A head's largest K scale counts as at least this where a row scale's bound is divided by it: it is 0 where all keys are alike. About
 # 2^-120, below every K scale but 0 (AMAX_MIN / (2 · 127 · D)).
 K_SCALE_FLOOR = 7.5e-37
-# Keys of a tile of the mma.sync kernels, and of Hopper's by type of P and V.
+# Keys of a tile of the mma.sync kernels, and of Hopper's by type of P and V, up to head_dim 128 and at 256.
 KV_TILE = 64
 KV_TILE_SM90 = {"fp16": 96, "fp8": 128}
+KV_TILE_SM90_WIDE = {"fp16": 64, "fp8": 128}
 # Keys of a block of block-sparse attention.
 KV_BLOCK = 64
 # A "fragment" K scale covers the keys that one thread of an m16n8 accumulator holds of this many: 16, namely 2t and 2t + 1 of every
