@@ -1,8 +1,8 @@
 // The same as mainloop_sm90_fp8.cuh for head_dim 256, where O takes 128 registers of a thread and an accumulator of its size has no room.
 //
 // P·V is computed 64 channels at a time, over a tile of 128 keys, by two accumulators in turns: while the tensor cores fill one, the other
-// is promoted to O. Their registers are those of the scores, which are P by then. So the warpgroup's own softmax overlaps with none of its
-// products; it overlaps with those of the other warpgroup, which take longer than it.
+// is promoted to O. Their registers are those of the scores, which are P by then. So a warpgroup's softmax overlaps with none of its own
+// products; it overlaps with those of the other warpgroup, which take longer than it: the two take turns.
 #pragma once
 #include "mainloop_sm90_fp8.cuh"
 
@@ -26,6 +26,7 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
   using Base::barrier, Base::tile, Base::mask_scores, Base::load_k_scales, Base::tile_number, Base::m_i, Base::ring, Base::sQ, Base::p;
   using Base::begin_group, Base::l_i, Base::m_p, Base::o, Base::release, Base::update_m_i;
   static constexpr int kHeadDim = C::kHeadDim;
+  static constexpr int kTurnBarrier = 3;  // and 4; 1 and 2 are each warpgroup's own
   using Half = i32[C::kScoreRegisters / 2];
 
   // The registers of the scores; as bits of fp32 those of P·V of 64 channels, twice; and sums of P.
@@ -48,6 +49,11 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
 
   // False, which the compiler does not know: it then takes an accumulator's registers as they are, instead of new ones for each product.
   __device__ __forceinline__ bool never() const { return p.head_dim > kHeadDim; }
+
+  // The warpgroups take turns at the tensor cores, so that one's softmax is under the other's products.
+  static __device__ __forceinline__ int warpgroup() { return special_tid_x() / 128 - 1; }
+  static __device__ __forceinline__ void await_turn() { named_barrier<128 * C::kConsumers>(kTurnBarrier + warpgroup()); }
+  static __device__ __forceinline__ void pass_turn() { named_barrier_arrive<128 * C::kConsumers>(kTurnBarrier + 1 - warpgroup()); }
 
   // Issues S = Q·Kᵀ of keys kFirst … kFirst + 63 of the tile at `at`.
   template <int kFirst>
@@ -85,7 +91,7 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
   __device__ __forceinline__ void add_pv(const ProbFragments& prob, Accumulators& w) {
     float alpha[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) alpha[half] = exp2_approx(m_p[half] - m_i[half]);
+    for (int half = 0; half < 2; ++half) alpha[half] = exp2_approx(m_p[half] - m_i[half]), m_p[half] = m_i[half];
     Ring<C::kStages> after = ring;
     after.advance();
     // A wait is a loop, before which the compiler issues nothing that stands behind it: an accumulator is promoted before it is used again.
@@ -93,6 +99,7 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
       mbarrier_wait(barrier(ring.stage) + kVFull, ring.parity);
       wgmma_fence();
     };
+    await_turn();
     begin_part();
     issue_pv<0>(w.first(), prob);
     wgmma_commit();
@@ -124,6 +131,7 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
       issue_scores<64>(w.second(), ring);
       load_k_scales(ring.stage);
     }
+    pass_turn();
   }
 
   // Waits for the scores of the current tile. scale: of them.
@@ -187,6 +195,7 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
 
   __device__ __forceinline__ void run(KvRange range, float (&l_out)[2]) {
     Base::begin(range);
+    if (Base::iteration == 0 && warpgroup() == 1) pass_turn();  // the other begins
     for (int left = range.masked; left; --left) masked_tile();
     if (range.unmasked) unmasked_tiles(range.unmasked);
     l_out[0] = l_i[0], l_out[1] = l_i[1];

@@ -84,6 +84,12 @@ __device__ __forceinline__ void named_barrier(int id) {
   asm volatile("bar.sync %0,%1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
+// Arrives at it, and does not wait.
+template <int kThreads>
+__device__ __forceinline__ void named_barrier_arrive(int id) {
+  asm volatile("bar.arrive %0,%1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+
 // An instruction names up to 68 accumulator registers one by one. W_n: the text "%0,…" of n of them; W_OUT_n: their operands.
 #define W_4 "%0,%1,%2,%3"
 #define W_8 "%0,%1,%2,%3,%4,%5,%6,%7"
