@@ -33,9 +33,10 @@ struct WgmmaConfig {
   static constexpr int kWorkBarriers = kBarriers + kStages * kBarrierPitch;
   static constexpr int kRotation = kWorkBarriers + 32, kWorkSlot0 = kRotation + 32 * 16;
   static constexpr int kWorkTileBytes = 48, kWorkSlotBytes = kWorkTileBytes + 2 * kHeadDim * 4;
+  static constexpr bool kHasRawQ = kHeadDim <= 128;  // beside KV tiles of head_dim 256 there is no room
   static constexpr int kRawQ = kWorkSlot0 + 2 * kWorkSlotBytes,
                        kRawQPitch = 2 * kHeadDim + 64;  // bytes of a row; + 64 avoids bank conflicts
-  static constexpr int kSharedBytes = kRawQ + kBlockM * kRawQPitch;
+  static constexpr int kSharedBytes = kRawQ + (kHasRawQ ? kBlockM * kRawQPitch : 0);
 
   static __device__ __forceinline__ u32 q_offset(int iteration, int warpgroup) {
     return (iteration % (u32)kQStages * kConsumers + warpgroup) * kQBytes;

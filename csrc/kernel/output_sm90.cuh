@@ -31,9 +31,9 @@ template <class C>
 __device__ __forceinline__ void store_output(const AttendParams& p, const float (&o)[C::kOutRegisters], const float (&l_i)[2],
                                              const float (&m_i)[2], u32 own) {
   constexpr int kHeadDim = C::kHeadDim;
+  constexpr int kHeld = kHeadDim <= 128 ? kHeadDim / 32 : 1;  // chunks whose scale and mean fit the registers beside O
   const int t = special_tid_x() % 4;
-  // Loads V's scale and mean first, to hide their latency.
-  float scale[kHeadDim / 32][kChunk], mean[kHeadDim / 32][kChunk] = {};
+  float scale[kHeld][kChunk], mean[kHeld][kChunk] = {};
   const auto take = [&](u32 from, float (&x)[kChunk]) {
 #pragma unroll
     for (int i = 0; i < kChunk; i += 4) {
@@ -41,12 +41,13 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
       x[i] = __uint_as_float(v.x), x[i + 1] = __uint_as_float(v.y), x[i + 2] = __uint_as_float(v.z), x[i + 3] = __uint_as_float(v.w);
     }
   };
-#pragma unroll
-  for (int c = 0; c < kHeadDim / 32; ++c) {
+  const auto take_chunk = [&](int c) {
     const u32 channels = C::channel_scales(own) + 4 * (32 * c + kChunk * t);
-    take(channels, scale[c]);
-    if constexpr (C::Layout::kVElementBytes == 1) take(channels + 4 * kHeadDim, mean[c]);
-  }
+    take(channels, scale[c % kHeld]);
+    if constexpr (C::Layout::kVElementBytes == 1) take(channels + 4 * kHeadDim, mean[c % kHeld]);
+  };
+#pragma unroll
+  for (int c = 0; c < kHeld; ++c) take_chunk(c);  // first, to hide their latency
   const RowCoord at = consumer_rows(own);
   const uint2 out = load_shared8(own + work::kOut);
   const i64 head = (i64)((u64)out.y << 32 | out.x);
@@ -65,12 +66,14 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
     }
 #pragma unroll
     for (int c = 0; c < kHeadDim / 32; ++c) {
+      if (c >= kHeld) take_chunk(c);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float y[kChunk];
 #pragma unroll
         for (int e = 0; e < kChunk; ++e)
-          y[e] = dequantize_o < C::kMask == Mask::list > (o[16 * c + e / 2 * 4 + 2 * half + e % 2], inverse[half], scale[c][e], mean[c][e]);
+          y[e] = dequantize_o < C::kMask == Mask::list >
+                 (o[16 * c + e / 2 * 4 + 2 * half + e % 2], inverse[half], scale[c % kHeld][e], mean[c % kHeld][e]);
         store8<kDtype, decltype(vectors)::value>(row[half], 32 * c + kChunk * t, width[half], y);
       }
     }

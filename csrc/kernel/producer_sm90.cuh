@@ -47,7 +47,7 @@ __device__ __forceinline__ void load_kv_tiles(const AttendParams& p, u32 shared)
 // Whether producer warp 1 copies raw Q ahead: 16-bit, rows 16-byte aligned and a multiple of 16 bytes.
 template <class C>
 __device__ __forceinline__ bool prefetches_raw_q(const AttendParams& p) {
-  return p.dtype != kFloat32 && p.q_vectorized;
+  return C::kHasRawQ && p.dtype != kFloat32 && p.q_vectorized;
 }
 
 // Producer warp 1: raw Q of the next work tile, so that no consumer waits for memory between two main loops.

@@ -70,7 +70,9 @@ __device__ __forceinline__ void quantize_q(const AttendParams& p, u32 shared, in
         if constexpr (kHeadDim == 64)
           store_shared8(to + at.g % 4 * C::kQPitch + at.g / 4 * 8, own[0], own[1]);
         else
-          store_shared16(to + at.g * C::kQPitch, own);
+#pragma unroll
+          for (int c = 0; c < kHeadDim / 128; ++c)
+            store_shared16(to + (8 * c + at.g) * C::kQPitch, {own[4 * c], own[4 * c + 1], own[4 * c + 2], own[4 * c + 3]});
       }
     }
   });

@@ -19,9 +19,11 @@ from .params import (
     RepairRowsParams,
     RouteParams,
 )
-from .wgmma import WGMMA_FP8, WGMMA_FP8_SPARSE, WGMMA_FP16, WGMMA_FP16_SPARSE
+from .wgmma import WGMMA_FP8, WGMMA_FP8_SPARSE, WGMMA_FP8_WIDE, WGMMA_FP16, WGMMA_FP16_SPARSE, WGMMA_FP16_WIDE
 
-KERNELS: tuple[KernelFamily, ...] = (WGMMA_FP16, MMA_FP16, MMA_FP8, WGMMA_FP8, MMA_INT8, WGMMA_FP16_SPARSE, WGMMA_FP8_SPARSE)
+KERNELS: tuple[KernelFamily, ...] = (
+    WGMMA_FP16, WGMMA_FP16_WIDE, MMA_FP16, MMA_FP8, WGMMA_FP8, WGMMA_FP8_WIDE, MMA_INT8, WGMMA_FP16_SPARSE, WGMMA_FP8_SPARSE,
+)  # fmt: skip
 
 QUANTIZE_V_THREADS = 128
 QUANTIZE_V_RESIDENT = 768  # threads whose registers fit a multiprocessor

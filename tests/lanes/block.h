@@ -43,6 +43,7 @@ inline void let_others_run();
 struct NamedBarrier {
   int arrived = 0;
   unsigned generation = 0;
+  inline bool arrive(int threads);  // whether it is the last of them
   inline void wait(int threads);
 };
 
@@ -72,11 +73,15 @@ inline void let_others_run() {
   swapcontext(&self->context, &scheduler);
 }
 
+inline bool NamedBarrier::arrive(int threads) {
+  if (++arrived < threads) return false;
+  arrived = 0, ++generation, ++block.progress;
+  return true;
+}
+
 inline void NamedBarrier::wait(int threads) {
   const unsigned own = generation;
-  if (++arrived == threads)
-    arrived = 0, ++generation, ++block.progress;
-  else
+  if (!arrive(threads))
     while (generation == own) let_others_run();
 }
 

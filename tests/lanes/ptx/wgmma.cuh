@@ -14,10 +14,12 @@ inline void wgmma_fence() {}
 inline void wgmma_commit() {}
 template <int kPending> void wgmma_wait() {}
 template <class T, int kCount> void warpgroup_fence_operand(T (&)[kCount]) {}
+template <int kFirst, int kCount, int kAll, class T> T (&registers(T (&d)[kAll]))[kCount] { return (T (&)[kCount])d[kFirst]; }
 inline void fence_async_proxy() {}
 template <int kCount> void setmaxnreg_dec() {}
 template <int kCount> void setmaxnreg_inc() {}
 template <int kThreads> void named_barrier(int id) { block.barriers[id].wait(kThreads); }
+template <int kThreads> void named_barrier_arrive(int id) { block.barriers[id].arrive(kThreads); }
 
 constexpr int kWgmmaBytes = 32;  // of a row along k
 
@@ -64,4 +66,5 @@ template <int kRegisters> void wgmma_s8(i32 (&d)[kRegisters], u64 a, u64 b, bool
 template <int kRegisters> void wgmma_s8(i32 (&d)[kRegisters], const u32* a, u64 b, bool add) { wgmma<u8>(d, kRegisters, a, 0, b, add, signed_byte); }
 template <int kRegisters> void wgmma_f16(float (&d)[kRegisters], const u32* a, u64 b, bool add) { wgmma<u16>(d, kRegisters, a, 0, b, add, half); }
 template <int kRegisters> void wgmma_e4m3(float (&d)[kRegisters], const u32* a, u64 b, bool add) { wgmma<u8>(d, kRegisters, a, 0, b, add, e4m3_value); }
+template <int kRegisters> void wgmma_e4m3(i32 (&d)[kRegisters], const u32* a, u64 b, bool add) { wgmma<u8>((float*)d, kRegisters, a, 0, b, add, e4m3_value); }
 }  // namespace sage
