@@ -26,7 +26,7 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
   using Base::barrier, Base::tile, Base::mask_scores, Base::load_k_scales, Base::tile_number, Base::m_i, Base::ring, Base::sQ, Base::p;
   using Base::begin_group, Base::l_i, Base::m_p, Base::o, Base::release, Base::update_m_i;
   static constexpr int kHeadDim = C::kHeadDim;
-  static constexpr int kTurnBarrier = 3;  // and 4; 1 and 2 are each warpgroup's own
+  static constexpr int kTurnBarrier = 3, kTurnThreads = 128 * C::kConsumers;  // one for each warpgroup; 1 and 2 are for its own threads
   using Half = i32[C::kScoreRegisters / 2];
 
   // The registers of the scores; as bits of fp32 those of P·V of 64 channels, twice; and sums of P.
@@ -52,8 +52,8 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
 
   // The warpgroups take turns at the tensor cores, so that one's softmax is under the other's products.
   static __device__ __forceinline__ int warpgroup() { return special_tid_x() / 128 - 1; }
-  static __device__ __forceinline__ void await_turn() { named_barrier<128 * C::kConsumers>(kTurnBarrier + warpgroup()); }
-  static __device__ __forceinline__ void pass_turn() { named_barrier_arrive<128 * C::kConsumers>(kTurnBarrier + 1 - warpgroup()); }
+  static __device__ __forceinline__ void await_turn() { named_barrier<kTurnThreads>(kTurnBarrier + warpgroup()); }
+  static __device__ __forceinline__ void pass_turn() { named_barrier_arrive<kTurnThreads>(true, kTurnBarrier + 1 - warpgroup()); }
 
   // Issues S = Q·Kᵀ of keys kFirst … kFirst + 63 of the tile at `at`.
   template <int kFirst>
@@ -195,7 +195,8 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
 
   __device__ __forceinline__ void run(KvRange range, float (&l_out)[2]) {
     Base::begin(range);
-    if (Base::iteration == 0 && warpgroup() == 1) pass_turn();  // the other begins
+    // The first warpgroup has the first turn. With the barrier's number from warpgroup(), no descriptor stays in uniform registers.
+    named_barrier_arrive<kTurnThreads>(Base::iteration == 0 && warpgroup() == 1, kTurnBarrier);
     for (int left = range.masked; left; --left) masked_tile();
     if (range.unmasked) unmasked_tiles(range.unmasked);
     l_out[0] = l_i[0], l_out[1] = l_i[1];
