@@ -53,7 +53,7 @@ __device__ __forceinline__ void warpgroup_fence_operand(float (&d)[kCount]) {
 template <int kFirst, int kCount, int kAll, class T>
 __device__ __forceinline__ T (&registers(T (&d)[kAll]))[kCount] {
   static_assert(kFirst + kCount <= kAll, "within the array");
-  return reinterpret_cast<T (&)[kCount]>(d[kFirst]);
+  return reinterpret_cast<T(&)[kCount]>(d[kFirst]);
 }
 
 // Makes ordinary stores to shared memory visible to wgmma and to bulk copies.
