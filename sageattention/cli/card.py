@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import Unsupported
 from . import bench, check, doctor
 from .candidates import chosen_device
 from .text import table
@@ -89,6 +90,10 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
     else:
         out = Path(args.out)
+        try:
+            out.touch()  # now, not after minutes of measuring
+        except OSError as error:
+            raise Unsupported("--out", f"{out} can't be written ({error.strerror}); name another file") from error
         found = report(device, quick=args.quick, save=lambda known: out.write_text(json.dumps(known, indent=2), encoding="utf-8"))
         print(summary(found))
         print(f'\nWritten to {out.resolve()}. Please attach it to an issue of the form "My card"; your home folder is "~" in it.')

@@ -80,6 +80,14 @@ def test_what_is_known_before_python_ends_is_in_the_file(steps: None, file: Path
     assert found["check"] == CHECKED and "bench" not in found
 
 
+def test_a_file_that_cannot_be_written_is_told_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "facts", lambda: pytest.fail("ran"))
+    assert cli.main(["card", "--device", "cpu", "--out", str(tmp_path / "nowhere" / "card.json")]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("home", ["/home/jane", "C:\\Users\\Jane"])
 def test_the_users_name_is_not_in_it(home: str, steps: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(card.Path, "home", classmethod(lambda cls: Path(home)))
