@@ -56,8 +56,8 @@ def without_home(value: Any) -> Any:
         return {key: without_home(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_home(item) for item in value]
-    if isinstance(value, str):
-        home = Path.home()
+    home = Path.home()
+    if isinstance(value, str) and home != home.parent:  # some services live in "/"
         return value.replace(str(home), "~").replace(home.as_posix(), "~")
     return value
 

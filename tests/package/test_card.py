@@ -99,6 +99,11 @@ def test_the_users_name_is_not_in_it(home: str, steps: None, monkeypatch: pytest
     assert found["count"] == 1
 
 
+def test_a_home_that_is_the_root_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card.Path, "home", classmethod(lambda cls: Path("/")))
+    assert card.without_home(["/opt/ComfyUI", 1, None]) == ["/opt/ComfyUI", 1, None]
+
+
 def test_a_failing_check_is_the_exit_code(steps: None, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "findings", lambda device, quick: CHECKED | {"ok": False, "wrong": 1})
     assert cli.main(["card", "--device", "cpu", "--out", str(file)]) == 1
