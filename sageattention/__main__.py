@@ -1,4 +1,4 @@
-"""`python -m sageattention doctor | check | bench | explain`. `doctor` runs without torch; the others say that they need it.
+"""`python -m sageattention doctor | check | bench | explain | card`. `doctor` runs without torch; the others say that they need it.
 
 `python path/to/sageattention doctor` is the same for a Python that does not look into the current folder: the embedded one of
 ComfyUI's portable build.
@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     )
     bench = commands.add_parser("bench", help="the ready variants' speed and memory beside torch's SDPA backends")
     explain = commands.add_parser("explain", help="which variant a call gets on this machine, and why not another")
+    card = commands.add_parser("card", help="doctor, check and bench in one JSON file, to send with a report")
     check.add_argument("--quick", action="store_true", help="only the input kinds: no masks, head dimensions, GQA")
     check.add_argument("--device", help="a torch device such as cuda:1 or cpu; default: cuda where there is one")
     check.add_argument("--variants", type=_names, help="comma-separated names; default: every ready one")
@@ -48,7 +49,10 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--variant", default="auto", help="a variant's name; default: auto")
     explain.add_argument("--pv-accum-dtype", default="", help="the accumulator asked for")
     explain.add_argument("--device", help="a torch device such as cuda:1 or cpu; default: cuda where there is one")
-    for command in (doctor, check, bench, explain):
+    card.add_argument("--quick", action="store_true", help="check without masks and call forms, bench on the two quick shapes")
+    card.add_argument("--device", help="a torch device such as cuda:1 or cpu; default: cuda where there is one")
+    card.add_argument("--out", metavar="FILE", default="sageattention-card.json", help="where to (sageattention-card.json)")
+    for command in (doctor, check, bench, explain, card):
         command.add_argument("--json", action="store_true", help="machine-readable output")
     return top
 

@@ -1,5 +1,5 @@
 """Hopper's own attention kernels without a GPU: scheduler, producers, main loops and epilogues of a CTA, its products by wgmma and its
-barriers emulated lane by lane (tests/lanes). What an asynchronous product needs to be waited for is not emulated: a GPU tells.
+barriers emulated lane by lane (tests/lanes). Products are computed when they are waited for.
 """
 
 from __future__ import annotations

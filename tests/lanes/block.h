@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <vector>
 
@@ -36,6 +37,7 @@ struct Warp {
   int arrived = 0;
   unsigned generation = 0;
   void* argument[32];
+  std::deque<std::vector<std::function<void()>>> products{1};  // asynchronous ones, by group; the last group is not committed
 };
 
 inline void let_others_run();
