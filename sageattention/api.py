@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
+LSE_LAYOUTS = ("HN", "NH")
 QK_QUANT_GRAN = ("per_warp", "per_thread")
 PV_ACCUM_DTYPES = tuple(dict.fromkeys(accum for variant in VARIANTS.values() for accum in variant.accum))
 
@@ -195,23 +196,32 @@ def sageattn_varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
     max_seqlen_q: int, max_seqlen_k: int, is_causal: bool = False, sm_scale: float | None = None, smooth_k: bool = True,
     *,
+    return_lse: bool = False, lse_layout: str = "HN", variant: str = "auto", pv_accum_dtype: str | None = None,
     dropout_p: float = 0.0, scale: float | None = None, softmax_scale: float | None = None, causal: bool | None = None,
     enable_gqa: bool = False, window_size: tuple[int, int] | None = None, softcap: float | None = None,
     alibi_slopes: torch.Tensor | None = None, deterministic: bool = False, return_softmax: bool = False, return_attn_probs: bool = False,
-) -> torch.Tensor:  # fmt: skip
+) -> Output:  # fmt: skip
     """Attention over sequences of different lengths, packed along the tokens.
 
     Args:
         q: [total_q, Hq, D]; k, v: [total_k, Hkv, D].
-        cu_seqlens_q, cu_seqlens_k: int32 or int64 [batch + 1], the cumulative lengths, starting with 0. A tensor's values are checked
-            when it is first seen, and after it was written to, which waits for the GPU; so reuse it from layer to layer. torch does not
-            tell of writes through `.data` or a NumPy array: offsets that are changed so are not checked again, and have to be right.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 [batch + 1], the cumulative lengths, starting with 0. The CUDA variants read them on the
+            device alone: they cut off what lies outside the tensors or beyond the longest length, and a CUDA graph can be replayed with
+            other offsets. The other variants check a tensor's values when it is first seen, and after it was written to, which waits for
+            the GPU.
         max_seqlen_q, max_seqlen_k: the longest sequence's length, or more.
         causal: as `is_causal`; cu_seqlens_q and cu_seqlens_k have to be one tensor.
+        lse_layout: of the log-sum-exps, "HN" or "NH".
+        variant: as in `sageattn`. "auto" may take PyTorch's own attention for packed sequences, where this release has one. Where nothing
+            reads them in place PyTorch computes them one by one, and says so once.
 
     Returns:
-        [total_q, Hq, D]. A sequence without keys gives zeros.
+        out [total_q, Hq, D]; with `return_lse` (out, lse fp32 [Hq, total_q] or [total_q, Hq], natural log). A sequence without keys gives
+        zeros and log-sum-exps of −inf. Tokens that belong to no sequence are not written by the CUDA variants.
     """
+    _check_choice("lse_layout", lse_layout, LSE_LAYOUTS)
+    if pv_accum_dtype is not None:
+        _check_choice("pv_accum_dtype", pv_accum_dtype, PV_ACCUM_DTYPES)
     is_causal, sm_scale = neutral.settle(
         q, k, "packed", is_causal, sm_scale,
         scale, softmax_scale, causal, dropout_p, enable_gqa, window_size, softcap, alibi_slopes, deterministic,
@@ -222,9 +232,25 @@ def sageattn_varlen(
     if is_traced(q):
         from . import torch_library
 
-        call_operator = torch_library.varlen_untraced if torch_library.compiled_with_grad(q, k, v) else torch_library.varlen
-        return call_operator(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, sm_scale)
-    return _dispatch().run_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, sm_scale=sm_scale)
+        untraced = torch_library.compiled_with_grad(q, k, v)
+        if return_lse:
+            call_operator = torch_library.varlen_lse_untraced if untraced else torch_library.varlen_lse
+        else:
+            call_operator = torch_library.varlen_untraced if untraced else torch_library.varlen
+        result = call_operator(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, sm_scale, variant, pv_accum_dtype or ""
+        )
+        out, lse = result if return_lse else (result, None)
+    else:
+        from . import packed_dispatch
+
+        out, lse = packed_dispatch.compute(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, sm_scale=sm_scale, return_lse=return_lse,
+            variant=variant, accum=pv_accum_dtype or "",
+        )  # fmt: skip
+    if lse is None:
+        return out
+    return out, lse if lse_layout == "HN" else lse.t()
 
 
 def prepare(

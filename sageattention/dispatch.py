@@ -15,7 +15,6 @@ from . import settings
 from .backends import emulation, sdpa
 from .backends.call import Backend, KernelBackend, PreparedCall, QuantizedKV, Result, empty_result
 from .errors import KernelMissing, TorchOnly, Unsupported
-from .planning import varlen
 from .planning.here import plan_for, plan_without, warn_once
 from .planning.plan import KernelPlan, Plan
 from .planning.problem import Problem, facts
@@ -52,8 +51,7 @@ class Call(PreparedCall[Plan]):
             KernelMissing: the kernel of a variant that was asked for by name.
         """
         result = self.attempt(release) or self._compute()
-        if self.plan.variant.name not in _ran:
-            _say_what_runs(self.plan)
+        say_what_runs(self.plan)
         return result
 
     def attempt(self, release: Callable[[], object] | None = None) -> Result | None:
@@ -90,18 +88,20 @@ class Call(PreparedCall[Plan]):
             result = self._compute()
             _compiled.add(kernels)
             return result
-        kv = _kernel_backend(plan.variant).quantize(self.k, self.v, problem, plan, mask)
+        kv = kernel_backend(plan.variant).quantize(self.k, self.v, problem, plan, mask)
         del self.k, self.v
         release()
-        return _kernel_backend(plan.variant).attend(q, kv, problem, mask)
+        return kernel_backend(plan.variant).attend(q, kv, problem, mask)
 
 
 _ran: set[str] = set()  # variants
 _compiled: set[tuple[Any, ...]] = set()  # kernels that ran once, by all that they are compiled for
 
 
-def _say_what_runs(chosen: Plan) -> None:
+def say_what_runs(chosen: Plan) -> None:
     """One line at a variant's first call: where a start flag or another program calls, nothing else tells what runs."""
+    if chosen.variant.name in _ran:
+        return
     _ran.add(chosen.variant.name)
     LOG.info("sageattention: attention runs on %s: %s", chosen.variant.name, chosen.reason)
 
@@ -111,10 +111,10 @@ _BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "reference": emulation}
 
 
 def _backend(variant: Variant) -> Backend:
-    return _BACKENDS.get(variant.backend) or _kernel_backend(variant)
+    return _BACKENDS.get(variant.backend) or kernel_backend(variant)
 
 
-def _kernel_backend(variant: Variant) -> KernelBackend:
+def kernel_backend(variant: Variant) -> KernelBackend:
     known: Any = _BACKENDS.get(variant.backend)
     if known is None:
         try:
@@ -224,33 +224,6 @@ def _four_dims(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
 
 
-def run_varlen(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    is_causal: bool,
-    sm_scale: float | None,
-) -> torch.Tensor:
-    """`sageattn_varlen`: through the Triton variant, the one that reads packed sequences in place."""
-    problem = Problem.from_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, sm_scale=sm_scale)
-    chosen = plan_for(problem, TRITON_FP16.name)
-    varlen.check("cu_seqlens_q", cu_seqlens_q, "q", q.shape[0], "max_seqlen_q", problem.len_q)
-    varlen.check("cu_seqlens_k", cu_seqlens_k, "k", k.shape[0], "max_seqlen_k", problem.len_kv)
-    if problem.empty:
-        return torch.zeros_like(q, memory_format=torch.contiguous_format)
-    triton: Any = _kernel_backend(TRITON_FP16)
-    offsets = triton.Packed(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())  # the kernels know no strides of theirs
-    out = triton.run_packed(q, k, v, offsets, problem, chosen)
-    if chosen.variant.name not in _ran:
-        _say_what_runs(chosen)
-    return out
-
-
 def _refuse_transforms(name: str) -> None:
     if transformed():
         raise Unsupported(name, "is under torch.jit.trace or a transform of torch.func, which can't follow a call in halves; call sageattn")
@@ -270,7 +243,7 @@ def quantize_kv(
     if not isinstance(chosen, KernelPlan):
         raise Unsupported("variant", f"{chosen.variant.name} ({chosen.reason}) keeps no quantised K and V; name one that does")
     mask = None if key_mask is None else key_mask[:, None, None]
-    kv = _kernel_backend(chosen.variant).quantize(k, v, problem, chosen, mask)
+    kv = kernel_backend(chosen.variant).quantize(k, v, problem, chosen, mask)
     return replace(kv, made_on=torch.cuda.current_stream(k.device)) if k.is_cuda else kv
 
 
@@ -293,4 +266,4 @@ def attend(
     kv = replace(kv, plan=plan_for(problem, kv.plan.variant.name, kv.plan.accum))  # this mask's kernel
     if kv.made_on is not None:
         kv.join(torch.cuda.current_stream(q.device))
-    return _kernel_backend(kv.plan.variant).attend(q, kv, problem, _four_dims(attn_mask))
+    return kernel_backend(kv.plan.variant).attend(q, kv, problem, _four_dims(attn_mask))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import dispatch, sparse_dispatch, torch_internals
+from . import dispatch, packed_dispatch, sparse_dispatch, torch_internals
 from .backends.call import Result
 from .layout import AXES
 from .planning.sparse_problem import token_ranges
@@ -26,7 +26,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _CALL = "Tensor q, Tensor k, Tensor v, Tensor? mask, str layout, bool causal, float? sm_scale, str variant, str accum"
 _VARLEN = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-    "bool causal, float? sm_scale"
+    "bool causal, float? sm_scale, str variant, str accum"
 )
 _SPARSE = (
     "Tensor q, Tensor k, Tensor v, str layout, bool causal, float? sm_scale, str variant, str selection, float? tau, "
@@ -81,17 +81,35 @@ def _fake_attention_lse(
 
 def _varlen(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, causal: bool, sm_scale: float | None,
+    max_seqlen_q: int, max_seqlen_k: int, causal: bool, sm_scale: float | None, variant: str, accum: str,
 ) -> torch.Tensor:  # fmt: skip
-    out = dispatch.run_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=causal, sm_scale=sm_scale)
+    out, _ = packed_dispatch.compute(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=causal, sm_scale=sm_scale, return_lse=False,
+        variant=variant, accum=accum,
+    )  # fmt: skip
     return out.contiguous()
 
 
-def _fake_varlen(
+def _varlen_lse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, causal: bool, sm_scale: float | None,
-) -> torch.Tensor:  # fmt: skip
+    max_seqlen_q: int, max_seqlen_k: int, causal: bool, sm_scale: float | None, variant: str, accum: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    out, lse = packed_dispatch.compute(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=causal, sm_scale=sm_scale, return_lse=True,
+        variant=variant, accum=accum,
+    )  # fmt: skip
+    assert lse is not None  # asked for
+    return out.contiguous(), lse.contiguous()
+
+
+def _fake_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, *arguments: Any
+) -> torch.Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _fake_varlen_lse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 def sparse_call(
@@ -169,6 +187,7 @@ for _name, _schema, _impl, _fake in (
     ("attention", f"({_CALL}) -> Tensor", _attention, _fake_attention),
     ("attention_lse", f"({_CALL}) -> (Tensor, Tensor)", _attention_lse, _fake_attention_lse),
     ("varlen", f"({_VARLEN}) -> Tensor", _varlen, _fake_varlen),
+    ("varlen_lse", f"({_VARLEN}) -> (Tensor, Tensor)", _varlen_lse, _fake_varlen_lse),
     ("sparse", f"({_SPARSE}) -> (Tensor, Tensor, Tensor)", _sparse, _fake_sparse),
 ):
     _library.define(_name + _schema, tags=_TAGS)
@@ -179,8 +198,9 @@ for _name, _schema, _impl, _fake in (
 attention = getattr(torch.ops, NAMESPACE).attention.default
 attention_lse = getattr(torch.ops, NAMESPACE).attention_lse.default
 varlen = getattr(torch.ops, NAMESPACE).varlen.default
+varlen_lse = getattr(torch.ops, NAMESPACE).varlen_lse.default
 sparse = getattr(torch.ops, NAMESPACE).sparse.default
 # What `compiled_with_grad` calls run instead.
-attention_untraced, attention_lse_untraced, varlen_untraced, sparse_untraced = map(
-    torch.compiler.disable, (_attention, _attention_lse, _varlen, _sparse)
+attention_untraced, attention_lse_untraced, varlen_untraced, varlen_lse_untraced, sparse_untraced = map(
+    torch.compiler.disable, (_attention, _attention_lse, _varlen, _varlen_lse, _sparse)
 )

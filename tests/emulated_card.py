@@ -13,7 +13,7 @@ from sageattention.backends.cuda import driver, host, workspace
 from sageattention.device.capability import Capability
 from sageattention.kernels import binaries, store
 from sageattention.kernels.architectures import ARCHITECTURES
-from sageattention.kernels.table import CLASSIFY, IMAGES, KERNELS
+from sageattention.kernels.table import CLASSIFY, IMAGES, KERNELS, PLACE_SEQUENCES
 from sageattention.planning.problem import Problem
 from sageattention.variants import VARIANTS
 
@@ -33,7 +33,7 @@ class Lanes:
         self.capability, self.head_dim = Capability("cuda", arch, 2, "none", "host"), head_dim
         target, left_out = ARCHITECTURES[arch].target, {k.attend_image(head_dim) for k in KERNELS if bool(k.arch) != wgmma}
         chosen = [e for i in IMAGES if i.arch == target and i.name not in left_out for e in i.entries]
-        self.entries = {entry.symbol: entry for entry in chosen if f"_d{head_dim}" in entry.symbol or entry is CLASSIFY}
+        self.entries = {entry.symbol: entry for entry in chosen if f"_d{head_dim}" in entry.symbol or entry in (CLASSIFY, PLACE_SEQUENCES)}
         functions = "".join(
             f'extern "C" void {e.symbol}(const {e.params.__name__}* p, unsigned blocks) '
             f"{{ run_grid(blocks, {e.threads}, [&] {{ {e.expression}(*p); }}); }}\n"
@@ -65,7 +65,7 @@ def install(monkeypatch: pytest.MonkeyPatch, lanes: Lanes) -> Lanes:
     monkeypatch.setattr(store, "missing", lambda image: "")
     monkeypatch.setattr(workspace.capability, "of_device", lambda *_: lanes.capability)
     monkeypatch.setattr(driver, "kernel", lambda index, image, symbol, variant: symbol)
-    monkeypatch.setattr(host, "issue", lambda device, chains: [lanes.launch(device, 0, chain) for chain in chains])
+    monkeypatch.setattr(host, "issue", lambda device, chains, first=(): [lanes.launch(device, 0, part) for part in (first, *chains)])
     return lanes
 
 

@@ -6,6 +6,9 @@
 
 namespace sage {
 
+// At compile time, which keys the quantisers find: all of a dense call, those that are live, or those of one of several packed sequences.
+enum class Keys { all, live, packed };
+
 struct LiveRows {
   const LiveKeys& live;  // a kernel parameter, so it takes no registers
   const u32* bits;       // of the head; null: every key is live

@@ -7,11 +7,16 @@
 
 namespace sage {
 
+// At compile time, what hides keys.
 enum class Mask {
   none,
   causal,
-  list
-};  // at compile time; list: KV tiles from lists (a dense mask, perhaps causal as well, or block-sparse)
+  list,   // KV tiles from lists (a dense mask, perhaps causal as well, or block-sparse)
+  packed  // packed sequences, perhaps causal
+};
+
+template <Mask kMask>
+constexpr bool kCausalAtRunTime = kMask == Mask::list || kMask == Mask::packed;
 
 // Natural-log bias → base 2. A finite bias stays finite: only −inf masks out.
 __device__ __forceinline__ float bias_to_base2(float bias) {

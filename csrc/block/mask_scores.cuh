@@ -15,7 +15,8 @@ __device__ __forceinline__ KeyBits<kKeys> visible_keys(const AttendParams& p, Ti
   KeyBits<kKeys> keys;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    keys.below(half, (kMask != Mask::none && causal ? min(row[half] + 1, p.len_kv) : p.len_kv) - key0);
+    const int len_kv = kMask == Mask::packed ? tile().span.len_kv : p.len_kv;
+    keys.below(half, (kMask != Mask::none && causal ? min(row[half] + 1, len_kv) : len_kv) - key0);
     if (kMask == Mask::list && p.kept && key0 < p.len_kv) {
       const WorkTile at = tile();
       keys.keep(half, p.kept + at.batch * p.kept_stride_b + at.head * p.kept_stride_h + min(row[half], p.len_q - 1) * p.kept_stride_q +

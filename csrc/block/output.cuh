@@ -14,10 +14,11 @@ __device__ __forceinline__ float log_sum_exp(float l, float m, float shift) {
   return l > 0.0f ? shift + (m + log2_approx(l)) * kLn2 : -kInf;
 }
 
-// An element of O; scale, mean: of its channel of V. A row without keys gets 0.
-template <bool kMayBeEmpty>
+// An element of O; scale, mean: of its channel of V. A row without keys gets 0, whatever the scale of V is then.
+template <Mask kMask>
 __device__ __forceinline__ float dequantize_o(float o, float inverse, float scale, float mean) {
-  return fmaf(o * inverse, scale, kMayBeEmpty && !(inverse > 0.0f) ? 0.0f : mean);
+  if (kMask == Mask::packed) return inverse > 0.0f ? fmaf(o * inverse, scale, mean) : 0.0f;
+  return fmaf(o * inverse, scale, kMask == Mask::list && !(inverse > 0.0f) ? 0.0f : mean);
 }
 
 // The initial state {m, l, unused, unused, O[D]} of the 64 queries that `row` is one of.

@@ -4,14 +4,14 @@
 #include "../common/warp.cuh"
 #include "../kernel/params.cuh"
 #include "../ptx/special.cuh"
-#include "mask.cuh"
+#include "work_tile.cuh"
 
 namespace sage {
 
 // The token at position `row` of the sequence, for Q and the output.
 template <Mask kMask>
-__device__ __forceinline__ int token_of(const AttendParams& p, int row) {
-  return kMask == Mask::list && p.order ? p.order[row] : row;
+__device__ __forceinline__ int token_of(const AttendParams& p, const Span& span, int row) {
+  return kMask == Mask::list && p.order ? p.order[row] : span.token0 + row;
 }
 
 struct TileList {

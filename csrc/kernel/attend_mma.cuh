@@ -146,7 +146,7 @@ __device__ __forceinline__ void scores(u32 (&s)[C::kRowTiles][kScoreNTiles][4], 
 // meanwhile.
 template <class C>
 __device__ __forceinline__ RowCoord warp_rows(const AttendParams& p) {
-  return {work_tile<C::kMask>(p, special_ctaid_x(), C::kBlockM), special_tid_x(), 16 * C::kRowTiles};
+  return {work_tile<C::kMask, kKvTile>(p, special_ctaid_x(), C::kBlockM), special_tid_x(), 16 * C::kRowTiles};
 }
 
 // Loads, rotates and quantises the warp's rows of Q. Needs nothing of the previous launches before grid_dependency_wait().
@@ -154,14 +154,14 @@ template <class C>
 __device__ __forceinline__ void quantize_q(const AttendParams& p, QFragments<C>& q_frags) {
   constexpr int kHeadDim = C::kHeadDim;
   const RowCoord at = warp_rows<C>(p);
-  const auto token = [&](int row) { return token_of<C::kMask>(p, row); };
+  const auto token = [&](int row) { return token_of<C::kMask>(p, at.tile.span, row); };
   float x[C::kRowTiles][2][kHeadDim / 4], scale[C::kRowTiles][2];
   with_access(p.dtype, p.q_vectorized, [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
     const u8* head =
         static_cast<const u8*>(p.q.data) + (at.tile.batch * p.q.stride_b + at.tile.head * p.q.stride_h) * kElementBytes<kDtype>;
-    load_rows<kHeadDim, C::kRowTiles, kDtype, decltype(vectors)::value>(head, token, p.q.stride_n, at.row(0, 0), p.len_q, at.t, p.head_dim,
-                                                                        x);
+    load_rows<kHeadDim, C::kRowTiles, kDtype, decltype(vectors)::value>(head, token, p.q.stride_n, at.row(0, 0), at.tile.span.len_q, at.t,
+                                                                        p.head_dim, x);
   });
   if (p.lse) {  // stores what LSE loses by k_mean in LSE's place, to free registers for the main loop
     grid_dependency_wait();
@@ -169,7 +169,7 @@ __device__ __forceinline__ void quantize_q(const AttendParams& p, QFragments<C>&
     for (int i = 0; i < 2 * C::kRowTiles; ++i) {
       const int row = at.row(i / 2, i % 2);
       const float score = k_mean_score<kHeadDim>(x[i / 2][i % 2], p.k_mean + at.tile.bh * kHeadDim, at.t, p.sm_scale);
-      if (row < p.len_q && at.t == 0) *at.lse(p, token(row)) = score;
+      if (at.has(row) && at.t == 0) *at.lse(p, token(row)) = score;
     }
   }
 #pragma unroll
@@ -199,8 +199,8 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
     const int r = i / 2, half = i % 2, row = at.row(r, half);
     const float sum = row_sum(softmax.l_i[r][half]);
     inverse[r][half] = inverse_sum(sum, p.inv_v_max);
-    if (p.lse && at.t == 0 && row < p.len_q) {
-      float* lse = at.lse(p, token_of<C::kMask>(p, row));
+    if (p.lse && at.t == 0 && at.has(row)) {
+      float* lse = at.lse(p, token_of<C::kMask>(p, at.tile.span, row));
       *lse = log_sum_exp(sum, m_i[r][half], *lse);
     }
   }
@@ -224,7 +224,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
 #pragma unroll
       for (int e = 0; e < kChunk; ++e) {
         float& value = o[i / 2][4 * c + e / 2][2 * (i % 2) + e % 2];
-        value = dequantize_o < C::kMask == Mask::list > (value, inverse[i / 2][i % 2], channel_scale[e], mean[e]);
+        value = dequantize_o<C::kMask>(value, inverse[i / 2][i % 2], channel_scale[e], mean[e]);
       }
   }
   with_access(p.dtype, p.out_vectorized, [&](auto type, auto vectors) {
@@ -233,10 +233,10 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
 #pragma unroll
     for (int i = 0; i < 2 * C::kRowTiles; ++i) {
       const int r = i / 2, half = i % 2, row = at.row(r, half);
-      if (row >= p.len_q) continue;
-      u8* to = static_cast<u8*>(p.out) +
-               (at.tile.batch * p.out_stride_b + at.tile.head * p.out_stride_h + token_of<C::kMask>(p, row) * p.out_stride_n) *
-                   kElementBytes<kDtype>;
+      if (!at.has(row)) continue;
+      u8* to = static_cast<u8*>(p.out) + (at.tile.batch * p.out_stride_b + at.tile.head * p.out_stride_h +
+                                          token_of<C::kMask>(p, at.tile.span, row) * p.out_stride_n) *
+                                             kElementBytes<kDtype>;
 #pragma unroll
       for (int c = 0; c < C::kHeadDim / 32; ++c) {
         float y[kChunk];
@@ -284,9 +284,10 @@ struct Mainloop {
     } else if (C::kMask == Mask::list && p.mask_kind != kMaskBool) {
       add_bias<kScoreNTiles>(p, at.tile, row, key0, at.t, score);
     }
+    const int len_kv = at.tile.span.len_kv;
     int limit[2];  // without a list keys are compared with a limit, which takes fewer registers
 #pragma unroll
-    for (int half = 0; half < 2; ++half) limit[half] = (causal ? min(row[half] + 1, p.len_kv) : p.len_kv) - key0 - 2 * at.t;
+    for (int half = 0; half < 2; ++half) limit[half] = (causal ? min(row[half] + 1, len_kv) : len_kv) - key0 - 2 * at.t;
     hide_keys<kScoreNTiles>(
         score, [&](int half, int j, int e) { return C::kMask == Mask::list ? keys.sees(half, j, e) : 8 * j + e < limit[half]; }, top);
   }
@@ -441,13 +442,14 @@ constexpr int attend_shared_bytes() {
 template <class C>
 __device__ void attend_mma(const AttendParams& p) {
   extern __shared__ __align__(128) u8 stages[];
+  if (C::kMask == Mask::packed && (int)blockIdx.x >= count_work_tiles<C::kMask>(p)) return;
   Mainloop<C> mainloop{p};
   mainloop.thread16 = 16 * threadIdx.x;
-  mainloop.causal = C::kMask == Mask::causal || (C::kMask == Mask::list && p.causal);
+  mainloop.causal = C::kMask == Mask::causal || (kCausalAtRunTime<C::kMask> && p.causal);
 
   const RowCoord at = warp_rows<C>(p);
   mainloop.q_frags.bind(shared_address(stages) + C::Pipeline::kBytes, mainloop.thread16);
-  const auto start = [&](auto next) { mainloop.pipeline.start(shared_address(stages), p.kv, at.tile.bh * p.kv_tiles, next); };
+  const auto start = [&](auto next) { mainloop.pipeline.start(shared_address(stages), p.kv, at.tile.span.kv_tile0, next); };
   if constexpr (C::kMask == Mask::list) {
     const auto list = [&] {
       const WorkTile tile = warp_rows<C>(p).tile;
@@ -461,7 +463,7 @@ __device__ void attend_mma(const AttendParams& p) {
     if (p.tail) mainloop.load_tail();
     mainloop.run_list(list().count(), ahead, load);
   } else {
-    auto [seen, full] = count_kv_tiles<kKvTile>(p, at.tile.row0, C::kBlockM, mainloop.causal);
+    auto [seen, full] = count_kv_tiles<kKvTile>(at.tile, C::kBlockM, mainloop.causal);
     full = opaque(full);
     quantize_q<C>(p, mainloop.q_frags);
     int next = seen;

@@ -54,7 +54,7 @@ __device__ __forceinline__ void attend_block(const AttendParams& p) {
     // The shuffle tells the compiler that sQ is warp-uniform: descriptors are then computed in uniform registers.
     const u32 sQ = __shfl_sync(kAllLanes, shared + C::q_offset(0, special_tid_x() / 128 - 1), 0);
     Mainloop<C> mainloop{p, shared, sQ};
-    mainloop.causal = C::kMask == Mask::causal || (C::kMask == Mask::list && p.causal);
+    mainloop.causal = C::kMask == Mask::causal || (kCausalAtRunTime<C::kMask> && p.causal);
     for (mainloop.iteration = 0;; ++mainloop.iteration) {
       mbarrier_wait(shared + C::kWorkBarriers + kWorkFull, mainloop.iteration & 1);
       const KvRange range(shared + C::work_slot(mainloop.iteration));

@@ -32,7 +32,7 @@ struct WgmmaConfig {
   // the barriers of work tiles; the rotation's matrix; two slots of {work tile, V's scale and mean per channel}; Q as in memory.
   static constexpr int kWorkBarriers = kBarriers + kStages * kBarrierPitch;
   static constexpr int kRotation = kWorkBarriers + 32, kWorkSlot0 = kRotation + 32 * 16;
-  static constexpr int kWorkTileBytes = 48, kWorkSlotBytes = kWorkTileBytes + 2 * kHeadDim * 4;
+  static constexpr int kWorkTileBytes = kMask == Mask::packed ? 64 : 48, kWorkSlotBytes = kWorkTileBytes + 2 * kHeadDim * 4;
   static constexpr bool kHasRawQ = kHeadDim <= 128;  // beside KV tiles of head_dim 256 there is no room
   static constexpr int kRawQ = kWorkSlot0 + 2 * kWorkSlotBytes,
                        kRawQPitch = 2 * kHeadDim + 64;  // bytes of a row; + 64 avoids bank conflicts

@@ -61,7 +61,7 @@ struct MainloopSm90 {
   // Loads the initial softmax state of the warpgroup's 64 queries: m_i, l, O. no_score: m_i where the state is empty.
   __device__ __forceinline__ void load_tail(float (&o)[C::kOutRegisters], float (&l)[2], float no_score) {
     const u32 slot = shared + C::work_slot(iteration);
-    const WorkTile tile = load_work_tile(slot);
+    const WorkTile tile = load_work_tile<C>(p, slot);
     const int t = special_tid_x() % 4;
     const float* state = initial_state<kHeadDim>(p, tile, tile.row0 + (special_tid_x() / 128 - 1) * 64);
     const float p_max = exp2_approx(p.log2_p_max), sum = state[1];
@@ -90,7 +90,7 @@ struct MainloopSm90 {
     row[0] = row0 + thread % 32 / 4, row[1] = row[0] + 8;
   }
 
-  __device__ __forceinline__ WorkTile work_tile() const { return load_work_tile(shared + C::work_slot(iteration)); }
+  __device__ __forceinline__ WorkTile work_tile() const { return load_work_tile<C>(p, shared + C::work_slot(iteration)); }
 
   // The keys from key0 on that the lane's rows see.
   __device__ __forceinline__ Keys visible(int key0) const {

@@ -266,8 +266,13 @@ struct MainloopFp8 : SoftmaxFp8<C> {
     masked_step<0>(s);
     if constexpr (kStepsPerTile == 2) {
       bool reached = true;
-      if constexpr (C::kMask == Mask::causal)  // whether any query of the warpgroup reaches the second half of the keys
-        reached = __any_sync(kAllLanes, tile_number * C::kTile + C::kStep <= Base::last_row());
+      // Whether any query of the warpgroup sees a key of the second half.
+      if constexpr (C::kMask == Mask::causal || C::kMask == Mask::packed) {
+        const int key0 = tile_number * C::kTile + C::kStep;
+        reached = C::kMask == Mask::causal || key0 < Base::work_tile().span.len_kv;
+        if (Base::causal) reached = reached && key0 <= Base::last_row();
+        reached = __any_sync(kAllLanes, reached);
+      }
       if (reached)
         masked_step<1>(s);
       else

@@ -12,7 +12,7 @@ __device__ __forceinline__ void store_lse(const AttendParams& p, const RowCoord&
   grid_dependency_wait();
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
-    const int row = token_of<C::kMask>(p, min(at.row(half), p.len_q - 1));
+    const int row = token_of<C::kMask>(p, at.tile.span, min(at.row(half), at.tile.span.len_q - 1));
     const i64 offset = at.tile.batch * p.q.stride_b + at.tile.head * p.q.stride_h + row * p.q.stride_n;
     float shift;
     with_dtype(p.dtype, [&](auto type) {
@@ -21,7 +21,7 @@ __device__ __forceinline__ void store_lse(const AttendParams& p, const RowCoord&
       shift = k_mean_score<kDtype>(q, p.head_dim, p.k_mean + at.tile.bh * C::kHeadDim, at.t, p.sm_scale);
     });
     const float sum = half ? l_i[1] : l_i[0], m = half ? m_i[1] : m_i[0];  // selected without an index: they are registers
-    if (at.t == 0 && at.row(half) < p.len_q) *at.lse(p, row) = log_sum_exp(sum, m, shift);
+    if (at.t == 0 && at.has(at.row(half))) *at.lse(p, row) = log_sum_exp(sum, m, shift);
   }
 }
 
@@ -48,7 +48,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
   };
 #pragma unroll
   for (int c = 0; c < kHeld; ++c) take_chunk(c);  // first, to hide their latency
-  const RowCoord at = consumer_rows(own);
+  const RowCoord at = consumer_rows<C>(p, own);
   const uint2 out = load_shared8(own + work::kOut);
   const i64 head = (i64)((u64)out.y << 32 | out.x);
   const float inverse[2] = {inverse_sum(l_i[0], p.inv_v_max), inverse_sum(l_i[1], p.inv_v_max)};
@@ -58,11 +58,11 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
     int width[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      row[half] =
-          static_cast<u8*>(p.out) +
-          (head + (C::kMask == Mask::list ? token_of<C::kMask>(p, min(at.row(half), p.len_q - 1)) : at.row(half)) * p.out_stride_n) *
-              kElementBytes<kDtype>;
-      width[half] = at.row(half) < p.len_q ? p.head_dim : 0;
+      row[half] = static_cast<u8*>(p.out) +
+                  (head + (C::kMask == Mask::list ? token_of<C::kMask>(p, at.tile.span, min(at.row(half), p.len_q - 1)) : at.row(half)) *
+                              p.out_stride_n) *
+                      kElementBytes<kDtype>;
+      width[half] = at.has(at.row(half)) ? p.head_dim : 0;
     }
 #pragma unroll
     for (int c = 0; c < kHeadDim / 32; ++c) {
@@ -72,8 +72,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
         float y[kChunk];
 #pragma unroll
         for (int e = 0; e < kChunk; ++e)
-          y[e] = dequantize_o < C::kMask ==
-                 Mask::list > (o[16 * c + e / 2 * 4 + 2 * half + e % 2], inverse[half], scale[c % kHeld][e], mean[c % kHeld][e]);
+          y[e] = dequantize_o<C::kMask>(o[16 * c + e / 2 * 4 + 2 * half + e % 2], inverse[half], scale[c % kHeld][e], mean[c % kHeld][e]);
         store8<kDtype, decltype(vectors)::value>(row[half], 32 * c + kChunk * t, width[half], y);
       }
     }

@@ -28,6 +28,39 @@ struct LiveKeys {
   i32 rows, words;
 };
 
+// A sequence of a packed call: where its tokens lie in the packed tensors, and its place among the sequences that are computed at once.
+struct Sequence {
+  i32 q_start, q_len, k_start, k_len;
+  i32 q_block;  // number of its first block of queries,
+  i32 kv_tile;  // of its first KV tile of a head,
+  i32 run;      // of its first run of keys
+  i32 number;
+};
+
+// The sequences that a packed launch computes at once. Written on the device, so that cu_seqlens may change between replays of a graph.
+struct PackedSequences {
+  const Sequence* sequences;  // by number; null: the call is not packed
+  const i32* q_blocks;        // the sequence of each block of queries
+  const i32* runs;            // the sequence of each run of keys
+  const i32* counts;          // {blocks of queries, runs of keys}
+};
+
+// Launch before the others of a packed call, a CTA for each `sequences_per_group` sequences.
+struct PlaceSequencesParams {
+  const void* cu_seqlens_q;  // [batch + 1]
+  const void* cu_seqlens_k;
+  Sequence* sequences;  // [batch]
+  i32* q_blocks;        // [groups, max_q_blocks]
+  i32* runs;            // [groups, max_runs]
+  i32* counts;          // [groups, 2]
+  i32 batch, sequences_per_group;
+  i32 wide_q, wide_k;                        // 1: offsets of 64 bits
+  i32 total_q, total_k;                      // tokens of the packed tensors
+  i32 max_len_q, max_len_k;                  // the rest of a longer sequence is left out
+  i32 block_m, tile, run_keys;               // queries of a block; keys of a KV tile, of a run
+  i32 max_q_blocks, max_kv_tiles, max_runs;  // of a group: sequences that do not fit are left out
+};
+
 // Launch before the others, where there is a dense mask: reads it once.
 struct ClassifyParams {
   const void* mask;  // [batches, heads, len_q, len_kv] by strides, 0 where it broadcasts
@@ -100,6 +133,7 @@ struct QuantizeKParams {
   i32* v_stats_live;       // [BH, v_chunks]: live keys of each chunk
   i32* split_kv_ready;     // [split_kv_flags]: set to 0
   const i32* order;        // [len]: the token at each position of the sequence; null: in memory order
+  PackedSequences packed;
   LiveKeys live;
   i32 bh_first, bh_count, heads, len, head_dim;
   i32 dtype;                                // Dtype
@@ -125,11 +159,13 @@ struct QuantizeVParams {
   i32* v_quant_sum;              // [BH, D]: the sum of quantised V in 1/kQuantSumUnits, to correct the mean by
   float* live_keys;              // [BH]: the number of live keys, at least 1
   const i32* order;              // as in QuantizeKParams
+  PackedSequences packed;
   LiveKeys live;
   i32 bh_first, bh_count, heads, len, head_dim;
   i32 dtype, vectorized;
   i32 k_ctas_per_head, v_chunks;
   i32 kv_tiles, ctas_per_head;  // a CTA takes ⌈units / ctas_per_head⌉ consecutive units of the keys that a warp transposes at once
+  i32 run_keys;                 // keys of a packed run
   i32 subtract_v_mean;          // 1: subtract V's channel means
   float v_max;                  // quantised value of a channel's largest |V − mean|
 };
@@ -151,18 +187,19 @@ struct AttendParams {
   i64 mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k;
   const u32* kept;  // a bool mask in bits, [B, H, Nq, words] by strides in words, 0 where it broadcasts
   i64 kept_stride_b, kept_stride_h, kept_stride_q;
-  TileLists lists;    // Mask::list only
-  const i32* order;   // Mask::list only: the order of queries and output, as in QuantizeKParams
-  const float* tail;  // [B, H, ⌈Nq / 64⌉, 4 + D]: initial softmax state of 64 queries, {m, l, unused, unused, O}; or null
-  void* out;          // as q
+  TileLists lists;         // Mask::list only
+  const i32* order;        // Mask::list only: the order of queries and output, as in QuantizeKParams
+  const float* tail;       // [B, H, ⌈Nq / 64⌉, 4 + D]: initial softmax state of 64 queries, {m, l, unused, unused, O}; or null
+  PackedSequences packed;  // Mask::packed only
+  void* out;               // as q
   i64 out_stride_b, out_stride_h, out_stride_n;
-  float* lse;                                      // [B, H, Nq] or null
+  float* lse;                                      // [B, H, Nq], of packed sequences [H, total_q]; or null
   i32 bh_first, bh_count, heads_kv, heads_per_kv;  // heads_per_kv: query heads per kv head
-  i32 len_q, len_kv, head_dim;
+  i32 len_q, len_kv, head_dim;                     // Mask::packed: len_q is total_q
   i32 dtype, q_vectorized, out_vectorized;
   i32 causal;                                       // 1: key ≤ query index (also with a dense mask)
   i32 mask_kind;                                    // MaskKind
-  i32 kv_tiles, q_tiles;                            // of the layout's keys; of a CTA's queries
+  i32 kv_tiles, q_tiles;                            // of the layout's keys; of a CTA's queries (Mask::packed: at most so many)
   i32 full_waves;                                   // whole work tiles of each CTA before the remainder is split
   u32 rcp_q_tiles, rcp_heads_per_kv, rcp_heads_kv;  // (2^32 − 1) / divisor, for fast_divmod
   float score_scale;                                // |sm_scale|·log2(e)·4D / 127
@@ -174,6 +211,9 @@ struct AttendParams {
   float rescale_threshold;  // base 2: a row maximum may exceed that of the last rescaling by this
   i32 mask_pairs;           // 1: two consecutive elements of a row are one aligned load
 };
+
+// ⌈n / d⌉ for n ≥ 0.
+__device__ __forceinline__ int ceil_div(int n, int d) { return (n + d - 1) / d; }
 
 // n / d and n % d for 0 ≤ n, d < 2^31; rcp = (2^32 − 1) / d. A division takes forty instructions.
 struct DivMod {

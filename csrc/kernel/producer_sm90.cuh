@@ -29,10 +29,10 @@ __device__ __forceinline__ void load_kv_tiles(const AttendParams& p, u32 shared)
     };
     int left = range.masked + range.unmasked;
     const int first = (int)load_shared(at + work::kFirst);
-    const u8* tiles = p.kv + (i64)load_shared(at + work::kBh) * p.kv_tiles * Layout::kTileBytes;
+    const u8* tiles = p.kv + (i64)load_work_tile<C>(p, at).span.kv_tile0 * Layout::kTileBytes;
     if constexpr (C::kMask == Mask::list) {
       const auto load = [&](int w) {
-        const WorkTile tile = load_work_tile(at);
+        const WorkTile tile = load_work_tile<C>(p, at);
         return TileList(p.lists, tile.batch, tile.head, tile.row0, C::kBlockM, p.len_q).word(w);
       };
       ListCursor cursor;
@@ -60,16 +60,16 @@ __device__ __forceinline__ void load_raw_q(const AttendParams& p, u32 shared) {
     const u32 own = shared + C::work_slot(iteration);
     const bool valid = KvRange(own).flags & kWorkValid;
     if (valid && prefetches_raw_q<C>(p)) {
-      const auto [bh, batch, head, row0] = load_work_tile(own);
+      const auto [bh, batch, head, row0, span] = load_work_tile<C>(p, own);
       const int channel = lane % kPieces * kChunk, row = lane / kPieces;
       const u8* from = static_cast<const u8*>(p.q.data) + (batch * p.q.stride_b + head * p.q.stride_h + channel) * 2;
       const u32 to = shared + C::kRawQ + row * C::kRawQPitch + 2 * channel;
       // Rows beyond the end are not copied: garbage in their place affects no other row.
-      const int rows = channel < p.head_dim ? min(C::kBlockM, p.len_q - row0) - row : 0;
+      const int rows = channel < p.head_dim ? min(C::kBlockM, span.len_q - row0) - row : 0;
       if (C::kMask == Mask::list && p.order) {
         for (int i = 0; i < rows; i += kRows) cp_async16(to + i * C::kRawQPitch, from + 2 * (i64)p.order[row0 + row + i] * p.q.stride_n);
       } else {
-        from += 2 * (row0 + row) * p.q.stride_n;
+        from += 2 * (span.token0 + row0 + row) * p.q.stride_n;
 #pragma unroll 4
         for (int i = 0; i < rows; i += kRows, from += 2 * kRows * p.q.stride_n) cp_async16(to + i * C::kRawQPitch, from);
       }

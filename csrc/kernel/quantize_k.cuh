@@ -11,6 +11,7 @@
 #include "../layout/core_matrix.cuh"
 #include "../layout/fragment.cuh"
 #include "../block/live_keys.cuh"
+#include "../block/packed.cuh"
 #include "../block/rotate.cuh"
 #include "../ptx/grid.cuh"
 #include "params.cuh"
@@ -299,10 +300,10 @@ __device__ __forceinline__ int find_samples(const QuantizeKParams& p, const Live
   return shared.live_samples;
 }
 
-// kLiveMask: p.live may say that some keys are not live.
+// kLiveMask: p.live may say that some keys are not live. Stores the largest K scale at `scale_partial`.
 template <class Layout, int kDtype, bool kVectors, bool kLiveMask>
 __device__ __forceinline__ void quantize_cta(const QuantizeKParams& p, const u8* k, const LiveRows& live, int bh, int cta,
-                                             QuantizeKShared<Layout>& shared) {
+                                             float* scale_partial, QuantizeKShared<Layout>& shared) {
   constexpr int kHeadDim = Layout::kHeadDim, kKeys = Layout::kScaleKeys, kBlocksPerTile = Layout::kTile / kKeys;
   using Rotate = typename RotateKOf<kMma16 && kDtype != kFloat32, Layout, kDtype>::Type;
   // Loads the next scale block while this one is rotated, where the registers allow it.
@@ -360,7 +361,7 @@ __device__ __forceinline__ void quantize_cta(const QuantizeKParams& p, const u8*
     top = fmaxf(top, rotate_k.quantize(raw, counts, load_next, scale_block, p.tile_bytes, shared, out));
   }
   top = row_max(top);
-  if (threadIdx.x == 0) p.k_scale_partial[blockIdx.x - p.bh_count * p.v_chunks] = top;
+  if (threadIdx.x == 0) *scale_partial = top;
 }
 
 // Counts the live keys of [first, first + count) into *total; returns the first of them relative to `first`, −1 if there is none. A
@@ -380,16 +381,10 @@ __device__ __forceinline__ int count_live(const LiveRows& live, int first, int c
   return substitute;
 }
 
-// Layout: of either size of V's elements. kLiveMask: p.live may say that some keys are not live, p.order where tokens lie.
+// A dense launch's CTA number `block`, once the previous launch is complete.
 template <class Layout, bool kLiveMask>
-__device__ void quantize_k(const QuantizeKParams& p) {
-  __shared__ QuantizeKShared<Layout> shared;
-  const int stats_ctas = p.bh_count * p.v_chunks, block = blockIdx.x;
-  grid_dependency_wait();
-  if (block == 0) {
-    for (int i = threadIdx.x; i < p.split_kv_flags; i += QuantizeKShared<Layout>::kThreads) p.split_kv_ready[i] = 0;
-    __syncthreads();  // thread 0 publishes all of them below
-  }
+__device__ __forceinline__ void quantize_k_block(const QuantizeKParams& p, int block, QuantizeKShared<Layout>& shared) {
+  const int stats_ctas = p.bh_count * p.v_chunks;
   if (threadIdx.x == 0) {
     if (block < stats_ctas) p.v_stats_ready[block] = 0;
     __threadfence();  // no CTA of the next launch starts before all CTAs of this one have come here
@@ -405,7 +400,7 @@ __device__ void quantize_k(const QuantizeKParams& p) {
     if (block >= stats_ctas) {
       const int cta = block - stats_ctas, bh = cta / p.ctas_per_head;
       quantize_cta<Layout, kDtype, decltype(vectors)::value, kLiveMask>(p, head_of(p.k, bh), live_of(bh), bh, cta - bh * p.ctas_per_head,
-                                                                        shared);
+                                                                        p.k_scale_partial + cta, shared);
     } else {
       const int bh = block / p.v_chunks, first = block % p.v_chunks * p.v_chunk_tokens;
       const i64 row_bytes = p.v.stride_n * kElementBytes<kDtype>;
@@ -442,6 +437,47 @@ __device__ void quantize_k(const QuantizeKParams& p) {
     else
       body(type, Constant<0>{});
   });
+}
+
+// The launch of one sequence, as which the CTA works, and its number there. p.v_chunks and p.ctas_per_head count the runs that there may be
+// of each head; a run is a chunk of V's statistics and a CTA's share of K. Returns false if there is nothing to do.
+template <class Layout>
+__device__ __forceinline__ bool narrow_to_sequence(QuantizeKParams& p, int& block) {
+  const int heads = p.bh_count, stats_ctas = heads * p.v_chunks, kind = block >= stats_ctas;
+  PackedRun run;
+  if (!run.find(p.packed, block - kind * stats_ctas, p.v_chunks, p.v_chunk_tokens)) return false;
+  p.k.data = run.tokens(p.k, p.dtype), p.v.data = run.tokens(p.v, p.dtype);
+  p.kv = run.tiles(p.kv, heads, p.tile_bytes);
+  p.k_mean = run.of_sequence(p.k_mean, heads, Layout::kHeadDim), p.v_quant_sum = run.of_sequence(p.v_quant_sum, heads, Layout::kHeadDim);
+  p.k_scale_partial = run.of_runs(p.k_scale_partial, heads), p.v_stats_ready = run.of_runs(p.v_stats_ready, heads);
+  p.v_stats = run.of_runs(p.v_stats, heads, 3 * Layout::kHeadDim);
+  p.len = run.sequence.k_len, p.kv_tiles = ceil_div(p.len, Layout::kTile), p.v_chunks = p.ctas_per_head = run.parts;
+  p.k_mean_step = ceil_div(p.len, kMaxKMeanTokens), p.k_mean_samples = ceil_div(p.len, p.k_mean_step);
+  block = (kind * heads + run.head) * run.parts + run.part;
+  return true;
+}
+
+// Layout: of either size of V's elements. Keys::live: p.live may say that some keys are not live, p.order where tokens lie.
+template <class Layout, Keys kKeys>
+__device__ void quantize_k(const QuantizeKParams& p) {
+  __shared__ QuantizeKShared<Layout> shared;
+  const int block = blockIdx.x;
+  grid_dependency_wait();
+  if (block == 0) {
+    for (int i = threadIdx.x; i < p.split_kv_flags; i += QuantizeKShared<Layout>::kThreads) p.split_kv_ready[i] = 0;
+    __syncthreads();  // thread 0 publishes all of them when it lets the next launch start
+  }
+  if constexpr (kKeys == Keys::packed) {
+    __shared__ SequenceLaunch<QuantizeKParams> own;
+    if (threadIdx.x == 0) {
+      own.params = p, own.block = block;
+      own.any = narrow_to_sequence<Layout>(own.params, own.block);
+    }
+    __syncthreads();  // it is complete
+    if (own.any) quantize_k_block<Layout, false>(own.params, own.block, shared);
+  } else {
+    quantize_k_block<Layout, kKeys == Keys::live>(p, block, shared);
+  }
 }
 
 }  // namespace sage

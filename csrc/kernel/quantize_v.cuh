@@ -7,6 +7,7 @@
 #include "../layout/core_matrix.cuh"
 #include "../layout/fragment.cuh"
 #include "../block/live_keys.cuh"
+#include "../block/packed.cuh"
 #include "../common/tensor.cuh"
 #include "../block/rotate.cuh"
 #include "../common/pv_type.cuh"
@@ -92,9 +93,10 @@ __device__ __forceinline__ void reduce_v_stats(const QuantizeVParams& p, int bh,
 
 // Reduces K's largest scale, in each head's first CTA. That CTA waits for the whole K launch, so waiting for this launch implies waiting
 // for that one.
-__device__ __forceinline__ void reduce_k_scale(const QuantizeVParams& p) {
-  const int bh = special_ctaid_x() / p.ctas_per_head;
-  if (special_ctaid_x() % p.ctas_per_head != 0 || special_tid_x() >= 32) return;
+template <class Block>
+__device__ __forceinline__ void reduce_k_scale(const QuantizeVParams& p, Block block) {
+  const int bh = block() / p.ctas_per_head;
+  if (block() % p.ctas_per_head != 0 || special_tid_x() >= 32) return;
   grid_dependency_wait();
   float top = 0.0f;
   for (int r = special_tid_x(); r < p.k_ctas_per_head; r += 32) top = fmaxf(top, p.k_scale_partial[bh * p.k_ctas_per_head + r]);
@@ -259,32 +261,66 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
   }
 }
 
-// Adds the CTA's channel sums of quantised V to the head's: integers, so any order gives the same bits. Reads the special registers again
-// because the loops before leave no registers for the head's number.
-template <class Layout>
-__device__ __forceinline__ void store_quant_sums(const QuantizeVParams& p, const QuantizeVShared<Layout>& shared) {
+// Adds the CTA's channel sums of quantised V to the head's: integers, so any order gives the same bits.
+template <class Layout, class Block>
+__device__ __forceinline__ void store_quant_sums(const QuantizeVParams& p, Block block, const QuantizeVShared<Layout>& shared) {
   __syncthreads();  // every warp has added its units
-  const int bh = special_ctaid_x() / p.ctas_per_head;
+  const int bh = block() / p.ctas_per_head;
   for (int c = special_tid_x(); c < Layout::kHeadDim; c += kQuantizeVThreads)
     if (shared.mean_subtracted[c])
       atomicAdd(p.v_quant_sum + bh * Layout::kHeadDim + c,
                 shared.quant_sum[0][c] + shared.quant_sum[1][c] + shared.quant_sum[2][c] + shared.quant_sum[3][c]);
 }
 
-// kLiveMask: p.live says which keys are live, or p.order where they lie.
-template <class Layout, PvType kPvType, bool kLiveMask>
-__device__ void quantize_v(const QuantizeVParams& p) {
-  static_assert(kVElementBytes<kPvType> == Layout::kVElementBytes, "the layout's elements are of another size");
-  __shared__ QuantizeVShared<Layout> shared;
-  const int bh = blockIdx.x / p.ctas_per_head, cta = blockIdx.x % p.ctas_per_head;
-  grid_launch_dependents();
+// A dense launch's CTA number block().
+template <class Layout, PvType kPvType, bool kLiveMask, class Block>
+__device__ __forceinline__ void quantize_v_block(const QuantizeVParams& p, Block block, QuantizeVShared<Layout>& shared) {
+  const int bh = block() / p.ctas_per_head, cta = block() % p.ctas_per_head;
   reduce_v_stats<Layout, kLiveMask>(p, bh, cta == 0, shared);
-  if constexpr (!kProgrammaticLaunch) reduce_k_scale(p);  // before the loops, where it costs no registers
+  if constexpr (!kProgrammaticLaunch) reduce_k_scale(p, block);  // before the loops, where it costs no registers
   with_access(p.dtype, p.vectorized, [&](auto type, auto vectors) {
     quantize_cta<Layout, kPvType, decltype(type)::value, decltype(vectors)::value, kLiveMask>(p, bh, cta, shared);
   });
-  if constexpr (kPvType != PvType::fp16) store_quant_sums(p, shared);  // attention corrects V's mean by them
-  if constexpr (kProgrammaticLaunch) reduce_k_scale(p);
+  if constexpr (kPvType != PvType::fp16) store_quant_sums(p, block, shared);  // attention corrects V's mean by them
+  if constexpr (kProgrammaticLaunch) reduce_k_scale(p, block);
+}
+
+// As narrow_to_sequence() of the first launch, whose runs these are; p.run_keys.
+template <class Layout>
+__device__ __forceinline__ bool narrow_to_sequence(QuantizeVParams& p, int& block) {
+  const int heads = p.bh_count;
+  PackedRun run;
+  if (!run.find(p.packed, block, p.v_chunks, p.run_keys)) return false;
+  p.v.data = run.tokens(p.v, p.dtype);
+  p.kv = run.tiles(p.kv, heads, Layout::kTileBytes);
+  p.k_scale_partial = run.of_runs(p.k_scale_partial, heads), p.v_stats_ready = run.of_runs(p.v_stats_ready, heads);
+  p.v_stats = run.of_runs(p.v_stats, heads, 3 * Layout::kHeadDim);
+  p.k_scale_max = run.of_sequence(p.k_scale_max, heads), p.live_keys = run.of_sequence(p.live_keys, heads);
+  p.v_amax = run.of_sequence(p.v_amax, heads, Layout::kHeadDim), p.v_mean = run.of_sequence(p.v_mean, heads, Layout::kHeadDim);
+  p.v_quant_sum = run.of_sequence(p.v_quant_sum, heads, Layout::kHeadDim);
+  p.len = run.sequence.k_len, p.kv_tiles = ceil_div(p.len, Layout::kTile);
+  p.k_ctas_per_head = p.v_chunks = p.ctas_per_head = run.parts;
+  block = run.head * run.parts + run.part;
+  return true;
+}
+
+// Keys::live: p.live says which keys are live, or p.order where they lie.
+template <class Layout, PvType kPvType, Keys kKeys>
+__device__ void quantize_v(const QuantizeVParams& p) {
+  static_assert(kVElementBytes<kPvType> == Layout::kVElementBytes, "the layout's elements are of another size");
+  __shared__ QuantizeVShared<Layout> shared;
+  grid_launch_dependents();
+  if constexpr (kKeys == Keys::packed) {
+    __shared__ SequenceLaunch<QuantizeVParams> own;
+    if (threadIdx.x == 0) {
+      own.params = p, own.block = blockIdx.x;
+      own.any = narrow_to_sequence<Layout>(own.params, own.block);
+    }
+    __syncthreads();  // it is complete
+    if (own.any) quantize_v_block<Layout, kPvType, false>(own.params, [&] { return own.block; }, shared);
+  } else {  // reads the special register again because the loops leave no registers for the CTA's number
+    quantize_v_block<Layout, kPvType, kKeys == Keys::live>(p, [] { return special_ctaid_x(); }, shared);
+  }
 }
 
 }  // namespace sage

@@ -22,19 +22,19 @@ __device__ __forceinline__ void read_raw_q(u32 shared, const RowCoord& at, int h
 template <class C>
 __device__ __forceinline__ void quantize_q(const AttendParams& p, u32 shared, int iteration, float (&scale)[2]) {
   constexpr int kHeadDim = C::kHeadDim;
-  const RowCoord at = consumer_rows(shared + C::work_slot(iteration));
+  const RowCoord at = consumer_rows<C>(p, shared + C::work_slot(iteration));
   with_dtype(p.dtype, [&](auto type) {
     constexpr int kDtype = decltype(type)::value;
     const u8* head =
         static_cast<const u8*>(p.q.data) + (at.tile.batch * p.q.stride_b + at.tile.head * p.q.stride_h) * kElementBytes<kDtype>;
-    const auto token = [&](int row) { return token_of<C::kMask>(p, row); };
+    const auto token = [&](int row) { return token_of<C::kMask>(p, at.tile.span, row); };
     Raw8<kDtype> raw[2][kHeadDim / 32];
     if (kDtype != kFloat32 && prefetches_raw_q<C>(p))
       read_raw_q<C>(shared, at, p.head_dim, raw);
     else if (p.q_vectorized)
-      load_raw<kHeadDim, 2, kDtype, true>(head, token, p.q.stride_n, at.row(0), p.len_q, at.t, p.head_dim, raw);
+      load_raw<kHeadDim, 2, kDtype, true>(head, token, p.q.stride_n, at.row(0), at.tile.span.len_q, at.t, p.head_dim, raw);
     else
-      load_raw<kHeadDim, 2, kDtype, false>(head, token, p.q.stride_n, at.row(0), p.len_q, at.t, p.head_dim, raw);
+      load_raw<kHeadDim, 2, kDtype, false>(head, token, p.q.stride_n, at.row(0), at.tile.span.len_q, at.t, p.head_dim, raw);
     __syncwarp();
     mbarrier_arrive(elected(), shared + C::kWorkBarriers + kWorkEmpty);
     const u32 row0 = shared + C::q_offset(iteration, at.warp / 4) + 16 * (at.warp % 4) * 16;

@@ -24,8 +24,9 @@ enum WorkFlag : u32 {
 //   32  out: the head's offset in the output, in elements, 64 bits
 //   40  first: position of the first KV tile in the work tile's list (Mask::list) or its number
 //   44  partial: number of the partial result that it writes or joins
+//   48  span, of packed sequences: token0, len_q, len_kv, kv_tile0
 namespace work {  // byte offsets
-constexpr u32 kMaxScale = 12, kBh = 16, kRow0 = 28, kOut = 32, kFirst = 40, kPartial = 44;
+constexpr u32 kMaxScale = 12, kBh = 16, kRow0 = 28, kOut = 32, kFirst = 40, kPartial = 44, kSpan = 48;
 }
 
 // Numbers of a work tile's KV tiles, and its flags. The shuffles tell the compiler that the values are warp-uniform.
@@ -62,8 +63,8 @@ struct Scheduler {
         work_idx = __shfl_sync(kAllLanes, work_idx, 0);
       }
       ++iteration;
-      const int work_count = p.q_tiles * p.bh_count * p.heads_per_kv, whole = p.full_waves * blocks;
-      if (work_idx >= whole) {
+      const int work_count = count_work_tiles<C::kMask>(p), whole = p.full_waves * blocks;
+      if (C::kMask != Mask::packed && work_idx >= whole) {
         // Shares are taken from the last to the first: a CTA that waits for a partial result waits for one whose share was taken earlier,
         // so that there is no deadlock even if few CTAs are resident.
         share = blocks - 1 - (work_idx - whole);
@@ -84,9 +85,12 @@ struct Scheduler {
       from = at - own * blocks, to = min(end - own * blocks, blocks), work_idx = p.full_waves * blocks + own, at += to - from;
       flags |= (from > 0 ? kWritesPartial : 0u) | (to < blocks ? kJoinsPartial : 0u);
     }
-    const WorkTile tile = work_tile<C::kMask>(p, work_idx, C::kBlockM);
-    const i64 out = tile.batch * p.out_stride_b + tile.head * p.out_stride_h;
+    const WorkTile tile = work_tile<C::kMask, C::kTile>(p, work_idx, C::kBlockM);
+    const i64 out = tile.batch * p.out_stride_b + tile.head * p.out_stride_h + tile.span.token0 * p.out_stride_n;
     if (elected()) {
+      if constexpr (C::kMask == Mask::packed)
+        store_shared16(to_shared + work::kSpan,
+                       {(u32)tile.span.token0, (u32)tile.span.len_q, (u32)tile.span.len_kv, (u32)tile.span.kv_tile0});
       store_shared16(to_shared + work::kBh, {(u32)tile.bh, (u32)tile.batch, (u32)tile.head, (u32)tile.row0});
       store_shared8(to_shared + work::kOut, (u32)out, (u32)(out >> 32));
     }
@@ -95,7 +99,8 @@ struct Scheduler {
       const int2 count = TileList(p.lists, tile.batch, tile.head, tile.row0, C::kBlockM, p.len_q).count();
       tiles = count.x + count.y, masked = count.x;
     } else {
-      const auto [seen, full] = count_kv_tiles<C::kTile>(p, tile.row0, C::kBlockM, C::kMask == Mask::causal);
+      const bool causal = C::kMask == Mask::causal || (kCausalAtRunTime<C::kMask> && p.causal);
+      const auto [seen, full] = count_kv_tiles<C::kTile>(tile, C::kBlockM, causal);
       tiles = seen, masked = seen - full;
     }
     const int begin = from ? tiles * from / blocks : 0, count = (to == blocks ? tiles : tiles * to / blocks) - begin;
@@ -112,12 +117,21 @@ struct Scheduler {
 };
 
 // The work tile stored at `own`.
-__device__ __forceinline__ WorkTile load_work_tile(u32 own) {
+template <class C>
+__device__ __forceinline__ WorkTile load_work_tile(const AttendParams& p, u32 own) {
   const uint4 v = load_shared16(own + work::kBh);
-  return {(int)v.x, (int)v.y, (int)v.z, (int)v.w};
+  Span span = dense_span(p, v.x);
+  if constexpr (C::kMask == Mask::packed) {
+    const uint4 s = load_shared16(own + work::kSpan);
+    span = {(int)s.x, (int)s.y, (int)s.z, (int)s.w, ceil_div(s.z, C::kTile)};
+  }
+  return {(int)v.x, (int)v.y, (int)v.z, (int)v.w, span};
 }
 
 // A consumer lane's rows of it: a warp has sixteen.
-__device__ __forceinline__ RowCoord consumer_rows(u32 own) { return {load_work_tile(own), (int)special_tid_x() - 128, 16}; }
+template <class C>
+__device__ __forceinline__ RowCoord consumer_rows(const AttendParams& p, u32 own) {
+  return {load_work_tile<C>(p, own), (int)special_tid_x() - 128, 16};
+}
 
 }  // namespace sage

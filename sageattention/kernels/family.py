@@ -9,7 +9,10 @@ from ..numerics.constants import HEAD_DIMS
 from ..numerics.scheme import Scheme
 from .binaries import Entry
 
-MASKS = ("none", "causal", "list")
+MASKS = ("none", "causal", "list", "packed")
+# Which keys a quantiser finds: all of a dense call, those that are live, those of packed sequences.
+KEYS_SUFFIX = {"all": "", "live": "_live", "packed": "_packed"}
+KEYS = tuple(KEYS_SUFFIX)
 WARP_ROWS = 16  # of an MMA
 
 
@@ -100,20 +103,20 @@ class KernelFamily:
         return f"quantize_{self.quantizers}"
 
     @property
-    def quantizers_live(self) -> tuple[bool, ...]:
-        """Which quantisers it needs: without and with a word on which keys are live."""
-        return (False, True) if self.masks == MASKS else (True,)
+    def key_kinds(self) -> tuple[str, ...]:
+        """Which quantisers it needs, by `KEYS`."""
+        return KEYS if self.masks == MASKS else ("live",)
 
     def scale_block_keys(self, head_dim: int) -> int:
         """Keys of K that share scales: kScaleKeys of the layout."""
         return find_tile(self.tiles, 0, head_dim).block_n // self.scale_blocks
 
-    def quantize_k_symbol(self, head_dim: int, live: bool = False) -> str:
-        """`live`: of the kernel that is told which keys are."""
-        return f"quantize_k_{self.quantizers}_{find_tile(self.tiles, 0, head_dim).block_n}_d{head_dim}" + ("_live" if live else "")
+    def quantize_k_symbol(self, head_dim: int, keys: str = "all") -> str:
+        """`keys`: of `KEYS`."""
+        return f"quantize_k_{self.quantizers}_{find_tile(self.tiles, 0, head_dim).block_n}_d{head_dim}" + KEYS_SUFFIX[keys]
 
-    def quantize_v_symbol(self, head_dim: int, live: bool = False) -> str:
-        return f"quantize_v_{self.name}_d{head_dim}" + ("_live" if live else "")
+    def quantize_v_symbol(self, head_dim: int, keys: str = "all") -> str:
+        return f"quantize_v_{self.name}_d{head_dim}" + KEYS_SUFFIX[keys]
 
     def attend_image(self, head_dim: int) -> str:
         return f"attend_{self.name}_d{head_dim}"

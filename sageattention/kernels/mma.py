@@ -93,6 +93,11 @@ MMA_BYTE_TILES |= {
 }
 MMA_TILES |= LIST_TILES
 MMA_BYTE_TILES |= LIST_BYTE_TILES
+# Packed sequences, which may be causal, keep a little more in registers than dense calls do and less than lists.
+for _tiles, _lists in ((MMA_TILES, LIST_TILES), (MMA_BYTE_TILES, LIST_BYTE_TILES)):
+    for _arch, _head_dim, _, _sums in list(_lists):
+        _like = "causal" if _arch == 90 else "list"
+        _tiles[_arch, _head_dim, "packed", _sums] = find_tile(_tiles, int(_arch), int(_head_dim), _like, str(_sums))
 # Bytes of local memory a thread may use outside its main loop: at head_dim 256 the accumulators leave the compiler a register or two
 # short, and a mixed tile of a list wants more than there are.
 MMA_LOCAL, LIST_LOCAL = {64: 0, 128: 0, 256: 16}, 96
@@ -107,7 +112,7 @@ def _mma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, accum
     config = f"AttendConfig<{head_dim}, {initializer('MmaTile', fields)}>"
     return Entry(
         kernels.attend_symbol(head_dim, mask, accumulate), f"attend_mma<{config}>", AttendParams, 32 * t.warps, t.blocks,
-        f"attend_shared_bytes<{config}>()", LIST_LOCAL if mask == "list" else MMA_LOCAL[head_dim],
+        f"attend_shared_bytes<{config}>()", LIST_LOCAL if mask in ("list", "packed") else MMA_LOCAL[head_dim],
     )  # fmt: skip
 
 

@@ -79,13 +79,33 @@ class RouteParams(ctypes.Structure):
     ]  # fmt: skip
 
 
+class PackedSequences(ctypes.Structure):
+    """The sequences that a packed launch computes at once."""
+
+    _fields_ = [("sequences", POINTER), ("q_blocks", POINTER), ("runs", POINTER), ("counts", POINTER)]
+
+
+class PlaceSequencesParams(ctypes.Structure):
+    """Before all others of a packed call: where each sequence lies, and the work lists."""
+
+    _fields_ = [
+        ("cu_seqlens_q", POINTER), ("cu_seqlens_k", POINTER),
+        ("sequences", POINTER), ("q_blocks", POINTER), ("runs", POINTER), ("counts", POINTER),
+        ("batch", c_int32), ("sequences_per_group", c_int32), ("wide_q", c_int32), ("wide_k", c_int32),
+        ("total_q", c_int32), ("total_k", c_int32), ("max_len_q", c_int32), ("max_len_k", c_int32),
+        ("block_m", c_int32), ("tile", c_int32), ("run_keys", c_int32),
+        ("max_q_blocks", c_int32), ("max_kv_tiles", c_int32), ("max_runs", c_int32),
+    ]  # fmt: skip
+
+
 class QuantizeKParams(ctypes.Structure):
     """First launch: statistics of V, K → tiles."""
 
     _fields_ = [
         ("k", Tokens), ("v", Tokens),
         ("kv", POINTER), ("k_mean", POINTER), ("k_scale_partial", POINTER), ("v_stats", POINTER), ("v_stats_ready", POINTER),
-        ("v_quant_sum", POINTER), ("v_stats_live", POINTER), ("split_kv_ready", POINTER), ("order", POINTER), ("live", LiveKeys),
+        ("v_quant_sum", POINTER), ("v_stats_live", POINTER), ("split_kv_ready", POINTER), ("order", POINTER),
+        ("packed", PackedSequences), ("live", LiveKeys),
         ("bh_first", c_int32), ("bh_count", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("vectorized", c_int32),
         ("kv_tiles", c_int32), ("tile_bytes", c_int32), ("ctas_per_head", c_int32),
@@ -101,11 +121,11 @@ class QuantizeVParams(ctypes.Structure):
         ("v", Tokens),
         ("k_scale_partial", POINTER), ("v_stats", POINTER), ("v_stats_ready", POINTER), ("v_stats_live", POINTER), ("kv", POINTER),
         ("k_scale_max", POINTER), ("v_amax", POINTER), ("v_mean", POINTER), ("v_quant_sum", POINTER),
-        ("live_keys", POINTER), ("order", POINTER), ("live", LiveKeys),
+        ("live_keys", POINTER), ("order", POINTER), ("packed", PackedSequences), ("live", LiveKeys),
         ("bh_first", c_int32), ("bh_count", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("vectorized", c_int32),
         ("k_ctas_per_head", c_int32), ("v_chunks", c_int32),
-        ("kv_tiles", c_int32), ("ctas_per_head", c_int32),
+        ("kv_tiles", c_int32), ("ctas_per_head", c_int32), ("run_keys", c_int32),
         ("subtract_v_mean", c_int32), ("v_max", c_float),
     ]  # fmt: skip
 
@@ -121,6 +141,7 @@ class AttendParams(ctypes.Structure):
         ("mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64), ("mask_stride_q", c_int64), ("mask_stride_k", c_int64),
         ("kept", POINTER), ("kept_stride_b", c_int64), ("kept_stride_h", c_int64), ("kept_stride_q", c_int64),
         ("lists", TileLists), ("order", POINTER), ("tail", POINTER),
+        ("packed", PackedSequences),
         ("out", POINTER), ("out_stride_b", c_int64), ("out_stride_h", c_int64), ("out_stride_n", c_int64),
         ("lse", POINTER),
         ("bh_first", c_int32), ("bh_count", c_int32), ("heads_kv", c_int32), ("heads_per_kv", c_int32),

@@ -13,6 +13,7 @@ from .params import (
     ClassifyParams,
     MergeParams,
     NarrowMaskParams,
+    PlaceSequencesParams,
     PoolParams,
     QuantizeKParams,
     QuantizeVParams,
@@ -31,30 +32,36 @@ QUANTIZE_V_RESIDENT = 768  # threads whose registers fit a multiprocessor
 # compiler lacks two registers.
 QUANTIZE_K_RESIDENT = {(0, 64): 768, (0, 128): 768, (0, 256): 512, (75, 128): 512, (75, 256): 256}
 
-LIVE_RESIDENT = {64: 512, 128: 512, 256: 256}  # of kernels that look at which keys are live: that takes registers
+LIVE_RESIDENT = {64: 512, 128: 512, 256: 256}  # of kernels that look at which keys are live, which takes registers
 
 
-def _quantize_k_entry(kernels: KernelFamily, arch: int, head_dim: int, live: bool) -> Entry:
+def _wants_registers(arch: int, keys: str) -> bool:
+    """Whether a quantiser is one for `LIVE_RESIDENT`; those of packed sequences, without programmatic launches, want as many."""
+    return keys == "live" or (keys == "packed" and arch < 90)
+
+
+def _quantize_k_entry(kernels: KernelFamily, arch: int, head_dim: int, keys: str) -> Entry:
     layout = kernels.layout.format(d=head_dim)
     threads = 4 * kernels.scale_block_keys(head_dim)
     resident = QUANTIZE_K_RESIDENT.get((arch, head_dim)) or QUANTIZE_K_RESIDENT[0, head_dim]
-    if live:
+    if _wants_registers(arch, keys):
         resident = min(resident, LIVE_RESIDENT[head_dim])
     checks = (f"{layout}::kScaleKeys == {kernels.scale_block_keys(head_dim)}",)
-    symbol = kernels.quantize_k_symbol(head_dim, live)
-    return Entry(symbol, f"quantize_k<{layout}, {str(live).lower()}>", QuantizeKParams, threads, max(1, resident // threads), checks=checks)
+    symbol = kernels.quantize_k_symbol(head_dim, keys)
+    return Entry(symbol, f"quantize_k<{layout}, Keys::{keys}>", QuantizeKParams, threads, max(1, resident // threads), checks=checks)
 
 
-def _quantize_v_entry(kernels: KernelFamily, head_dim: int, live: bool) -> Entry:
+def _quantize_v_entry(kernels: KernelFamily, arch: int, head_dim: int, keys: str) -> Entry:
     layout = kernels.layout.format(d=head_dim)
-    resident = LIVE_RESIDENT[head_dim] if live else QUANTIZE_V_RESIDENT
+    resident = LIVE_RESIDENT[head_dim] if _wants_registers(arch, keys) else QUANTIZE_V_RESIDENT
     return Entry(
-        kernels.quantize_v_symbol(head_dim, live), f"quantize_v<{layout}, PvType::{kernels.pv}, {str(live).lower()}>", QuantizeVParams,
+        kernels.quantize_v_symbol(head_dim, keys), f"quantize_v<{layout}, PvType::{kernels.pv}, Keys::{keys}>", QuantizeVParams,
         QUANTIZE_V_THREADS, resident // QUANTIZE_V_THREADS, checks=(f"{layout}::kTileBytes == {kernels.tile_bytes(head_dim)}",),
     )  # fmt: skip
 
 
 CLASSIFY = Entry("classify_mask", "classify_band", ClassifyParams, 256, 2)
+PLACE_SEQUENCES = Entry("place_sequences", "place_group", PlaceSequencesParams, 256, 2, checks=("kPlaceThreads == 256",))
 NARROW_KEYS = 2048  # of a row, in a CTA
 NARROW_MASK = Entry(
     "narrow_mask", "narrow_rows", NarrowMaskParams, 256, 4, checks=(f"kNarrowThreads == 256 && kNarrowKeys == {NARROW_KEYS}",)
@@ -91,8 +98,9 @@ def _images(target: str) -> Iterator[Image]:
     arch, built = int(target.split("_")[1].rstrip("a")), [k for k in KERNELS if k.built_for(target)]
     for name in dict.fromkeys(k.quantizer for k in built):
         made = [(k, d) for k in built if k.quantizer == name for d in k.head_dims]
-        keys = {k.quantize_k_symbol(d, live): _quantize_k_entry(k, arch, d, live) for k, d in reversed(made) for live in k.quantizers_live}
-        entries = (CLASSIFY, *reversed(keys.values()), *(_quantize_v_entry(k, d, live) for k, d in made for live in k.quantizers_live))
+        keys = {k.quantize_k_symbol(d, kind): _quantize_k_entry(k, arch, d, kind) for k, d in reversed(made) for kind in k.key_kinds}
+        values = (_quantize_v_entry(k, arch, d, kind) for k, d in made for kind in k.key_kinds)
+        entries = (CLASSIFY, PLACE_SEQUENCES, *reversed(keys.values()), *values)
         yield Image(name, target, "kernel/quantize.cuh", entries, released=target not in TEST_TARGETS)
     yield Image("sdpa_mask", target, "kernel/sdpa_mask.cuh", (NARROW_MASK, REPAIR_ROWS), released=target not in TEST_TARGETS)
     yield Image("merge_attention", target, "kernel/merge_attention.cuh", (MERGE_ATTENTION,), released=target not in TEST_TARGETS)

@@ -22,7 +22,7 @@ class Problem(NamedTuple):
     """What is asked, without the tensors: everything a plan may depend on.
 
     Lengths are in tokens. `mask` is the kind of the dense mask: "none", "bool" (True keeps) or "additive" (a float bias
-    in natural-log units). `varlen` problems are packed along the tokens; their lengths are the totals.
+    in natural-log units). `varlen` problems are packed along the tokens; their lengths are those of the longest sequence.
     """
 
     batch: int
@@ -51,7 +51,9 @@ class Problem(NamedTuple):
 
     @property
     def mask_kind(self) -> str:
-        """The kind of kernel it takes: "none", "causal" or "list" (a dense mask, which may be causal, too)."""
+        """The kind of kernel it takes: "none", "causal", "list" (a dense mask, which may be causal, too) or "packed" (so may these)."""
+        if self.varlen:
+            return "packed"
         return "list" if self.mask != "none" else "causal" if self.causal else "none"
 
     @property
@@ -174,6 +176,7 @@ class Problem(NamedTuple):
         *,
         is_causal: bool = False,
         sm_scale: float | None = None,
+        return_lse: bool = False,
     ) -> Problem:
         """Check one call with sequences packed along the tokens, [total, H, D], and describe it.
 
@@ -203,7 +206,7 @@ class Problem(NamedTuple):
         return cls(
             cu_seqlens_q.numel() - 1, q.shape[1], k.shape[1], min(longest_q, q.shape[0]), min(longest_k, k.shape[0]), q.shape[2],
             _dtype_name(q), *_device(q), "NHD", as_flag("is_causal", is_causal), "none",
-            _scale(sm_scale, q.shape[2]), False, True, needs_grad(q, k, v),
+            _scale(sm_scale, q.shape[2]), as_flag("return_lse", return_lse), True, needs_grad(q, k, v),
         )  # fmt: skip
 
 

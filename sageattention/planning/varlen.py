@@ -14,12 +14,14 @@ from .tensor_values import once
 class Offsets(NamedTuple):
     """What a tensor of offsets was found to hold."""
 
-    end: int
+    all: tuple[int, ...]
     longest: int
 
 
-def check(name: str, cu_seqlens: torch.Tensor, tokens: str, total: int, max_name: str, max_seqlen: int) -> None:
-    """Offsets start with 0, never fall, end with the number of tokens, and no sequence is longer than `max_seqlen`.
+def check(name: str, cu_seqlens: torch.Tensor, tokens: str, total: int, max_name: str, max_seqlen: int) -> tuple[int, ...] | None:
+    """The offsets, None where they can't be read (see `once`).
+
+    They start with 0, never fall, end with the number of tokens, and no sequence is longer than `max_seqlen`.
 
     A tensor is read when it is first seen and after it was written to, see `once`.
 
@@ -32,11 +34,12 @@ def check(name: str, cu_seqlens: torch.Tensor, tokens: str, total: int, max_name
     """
     found = once(cu_seqlens, _look, name)
     if found is None:
-        return
-    if found.end != total:
-        raise Unsupported(name, f"ends with {found.end}, {tokens} has {total} tokens; they must be equal")
+        return None
+    if found.all[-1] != total:
+        raise Unsupported(name, f"ends with {found.all[-1]}, {tokens} has {total} tokens; they must be equal")
     if found.longest > max_seqlen:
         raise Unsupported(max_name, f"got {max_seqlen}, {name} holds a sequence of {found.longest}; accepted is the longest length or more")
+    return found.all
 
 
 def _look(cu_seqlens: torch.Tensor, name: str) -> Offsets:
@@ -49,4 +52,4 @@ def _look(cu_seqlens: torch.Tensor, name: str) -> Offsets:
             raise Unsupported(
                 name, f"falls from {offsets[index - 1]} to {offsets[index]} at index {index}; accepted are offsets that never fall"
             )
-    return Offsets(offsets[-1], max(lengths, default=0))
+    return Offsets(tuple(offsets), max(lengths, default=0))

@@ -46,3 +46,16 @@ def test_whatever_follows_on_the_callers_stream_follows_every_group(streams: dic
     host.issue(0, chains)
     assert streams[OWN].done == {"before", *(launch for chain in chains for launch in chain)}
     assert ("attend 1" in streams[SIDE].done) == (groups > 1)  # two groups do run beside each other
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_every_group_follows_what_all_of_them_wait_for(streams: dict[int, Stream], monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
+    launched = driver.launch
+
+    def launch(device: int, stream: int, chain: tuple[str, ...]) -> None:
+        assert "classify" in (*chain[:1], *streams[stream].done), "the lists may not be there yet"
+        launched(device, stream, chain)
+
+    monkeypatch.setattr(driver, "launch", launch)
+    host.issue(0, [(f"quantize {n}", f"attend {n}") for n in range(groups)], ("classify",))
+    assert streams[OWN].done >= {"classify", f"attend {groups - 1}"}

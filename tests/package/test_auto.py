@@ -9,6 +9,7 @@ import pytest
 
 from sageattention.device.capability import Capability
 from sageattention.kernels.architectures import ARCHITECTURES
+from sageattention.kernels.family import MASKS
 from sageattention.numerics.constants import HEAD_DIMS
 from sageattention.planning import rules
 from sageattention.planning.problem import Problem
@@ -51,7 +52,7 @@ def problem(**changes):
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_rule_names_what_there_is(rule):
     assert rule.basis in rules.BASIS and rule.reason
-    assert set(rule.head_dims) <= set(HEAD_DIMS) and set(rule.masks) <= {"none", "causal", "list"}
+    assert set(rule.head_dims) <= set(HEAD_DIMS) and set(rule.masks) <= set(MASKS)
     for candidate in rule.candidates:
         variant = VARIANTS[candidate.variant]
         assert variant.has_kernels and candidate.accum in ("", *variant.accum)

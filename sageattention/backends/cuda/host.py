@@ -6,6 +6,7 @@ call allocates the output and one workspace, fills addresses into the parameter 
 
 from __future__ import annotations
 
+import itertools
 import threading
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -57,10 +58,9 @@ def run(call: PreparedCall[CudaPlan]) -> Result:
     base, lse_at = ring.data_ptr(), 0 if lse is None else lse.data_ptr()
     launch_plan, lists_at = form.launch_plan, base + form.size
     extra = lists.at(lists_at) if lists else Extra()
-    by_group = chains(form, base, q_at, k_at, v_at, mask_at, extra, out_at, lse_at)
-    if lists:
-        by_group[0] = (_classify_launch(launch_plan, lists, mask_at, lists_at), *by_group[0])
-    issue(launch_plan.device, by_group)
+    first = (_classify_launch(launch_plan, lists, mask_at, lists_at),) if lists else ()
+    by_group = chains(form, (base, base + launch_plan.workspace.size), q_at, k_at, v_at, mask_at, extra, out_at, lse_at)
+    issue(launch_plan.device, by_group, first)
     return out, lse
 
 
@@ -117,14 +117,16 @@ def _classify_launch(r: LaunchPlan, lists: Lists, mask: int, at: int) -> Launch:
 
 
 def chains(
-    bound: BoundCall, base: int, q: int, k: int, v: int, mask: int, extra: Extra, out: int, lse: int
+    bound: BoundCall, bases: tuple[int, ...], q: int, k: int, v: int, mask: int, extra: Extra, out: int, lse: int, earlier: int = 0
 ) -> list[tuple[Launch, ...]]:  # fmt: skip
-    """The launches of each group of heads; the groups take turns in the workspaces, of which there are two at most, from `base` on."""
-    r, size = bound.launch_plan, bound.launch_plan.workspace.size
+    """The launches of each group of heads, `earlier` groups being before them. The groups take turns in the workspaces at `bases`."""
+    r, turns = bound.launch_plan, itertools.cycle(bases)
     return [
-        (*quantize_launches(r, quantize_bound, base + number % 2 * size, k, v, extra),
-         attend_launch(r, attend_bound, r.workspace, base + number % 2 * size, q, mask, extra, out, lse))
-        for number, (quantize_bound, attend_bound) in enumerate(zip(bound.quantize_bound, bound.attend_bound))
+        (*quantize_launches(r, quantize_bound, base, k, v, extra),
+         attend_launch(r, attend_bound, r.workspace, base, q, mask, extra, out, lse))
+        for quantize_bound, attend_bound, base in zip(
+            bound.quantize_bound, bound.attend_bound, itertools.islice(turns, earlier % len(bases), None)
+        )
     ]  # fmt: skip
 
 
@@ -134,11 +136,11 @@ def quantize_launches(r: LaunchPlan, group: BoundQuantize, base: int, k: int, v:
     kv, k_scale_partial, v_stats, done = base + w.kv, base + w.k_scale_partial, base + w.v_stats, base + w.v_stats_ready
     quantize_k = _pack_quantize_k(
         k, k_strides, v, v_strides, kv, extra.k_mean_of(group) or base + w.k_mean, k_scale_partial, v_stats, done, base + w.v_quant_sum,
-        base + w.v_stats_live, base + w.split_kv_ready, extra.order, extra.live, quantize_k_tail,
+        base + w.v_stats_live, base + w.split_kv_ready, extra.order, *extra.packed, extra.live, quantize_k_tail,
     )  # fmt: skip
     quantize_v = _pack_quantize_v(
         v, v_strides, k_scale_partial, v_stats, done, base + w.v_stats_live, kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean,
-        base + w.v_quant_sum, base + w.live_keys, extra.order, extra.live, group.v_tail,
+        base + w.v_quant_sum, base + w.live_keys, extra.order, *extra.packed, extra.live, group.v_tail,
     )  # fmt: skip
     return (r.quantize_k, group.k_blocks, 1, 1, quantize_k, bool(extra.live)), (r.quantize_v, group.v_blocks, 1, 1, quantize_v, True)
 
@@ -152,20 +154,22 @@ def attend_launch(
         q, q_strides, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_quant_sum, base + w.live_keys,
         extra.k_mean_of(group) or base + w.k_mean, base + w.split_kv_workspace if r.shares else 0,
         done, done + 4 * (r.split_kv_flags - 1) if r.split_kv_flags else 0,
-        extra.bias or mask, mask_strides, extra.kept, kept_strides, extra.lists, list_strides, extra.order, extra.tail,
+        extra.bias or mask, mask_strides, extra.kept, kept_strides, extra.lists, list_strides, extra.order, extra.tail, *extra.packed,
         out, out_strides, lse, tail,
     )  # fmt: skip
     return r.attend, group.blocks, 1, 1, params, True
 
 
-def issue(device: int, chains: list[tuple[Launch, ...]]) -> None:
-    """Run the groups' launches. Several groups alternate between the caller's stream and a second one, so that a group is quantised,
-    and its first blocks start, while the last blocks of the one before still run."""
+def issue(device: int, chains: list[tuple[Launch, ...]], first: tuple[Launch, ...] = ()) -> None:
+    """Run the groups' launches, after those that all of them wait for. Several groups alternate between the caller's stream and a second
+    one, so that a group is quantised, and its first blocks start, while the last blocks of the one before still run."""
     stream = torch_internals.current_stream(device)
     if len(chains) == 1:
-        driver.launch(device, stream, chains[0])
+        driver.launch(device, stream, (*first, *chains[0]))
         return
     with torch.cuda.device(device):
+        if first:
+            driver.launch(device, stream, first)
         own, side = torch.cuda.current_stream(device), _side_stream(device)
         side.wait_stream(own)
         for number, chain in enumerate(chains):
@@ -188,7 +192,7 @@ def _side_stream(device: int) -> torch.cuda.Stream:
 
 
 class Extra(NamedTuple):
-    """Addresses that a call with tile lists has beyond a dense one; 0 where there is none."""
+    """Addresses that a call with tile lists, or of packed sequences, has beyond a dense one; 0 where there is none."""
 
     lists: int = 0
     live: int = 0
@@ -198,6 +202,7 @@ class Extra(NamedTuple):
     k_mean: int = 0  # of the first (batch, KV head), where it is given
     k_mean_bytes: int = 0  # of each
     bias: int = 0  # of an additive mask of one row, as the pre-pass leaves it
+    packed: tuple[int, int, int, int] = (0, 0, 0, 0)  # PackedSequences
 
     def k_mean_of(self, group: BoundQuantize | BoundAttend) -> int:
         return self.k_mean + group.first * self.k_mean_bytes

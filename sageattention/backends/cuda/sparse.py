@@ -128,4 +128,5 @@ def _attend(part: Part, plan: CudaPlan, routed: Routed) -> None:
     q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
     bound = host.bind(r, q, k, v, out, None, lists, ((q_at | out_at) % 16, (k_at | v_at) % 16))
     space = torch.empty(bound.size, dtype=torch.uint8, device=q.device)
-    host.issue(r.device, host.chains(bound, space.data_ptr(), q_at, k_at, v_at, 0, extra, out_at, lse.data_ptr()))
+    base = space.data_ptr()
+    host.issue(r.device, host.chains(bound, (base, base + r.workspace.size), q_at, k_at, v_at, 0, extra, out_at, lse.data_ptr()))

@@ -81,7 +81,8 @@ def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False, sparse: 
     quantizer, attention = plan.images
     masked = p.mask != "none"
     live = masked or sparse
-    quantize_k, quantize_v = quantizer.entry(names.quantize_k_symbol(d, live)), quantizer.entry(names.quantize_v_symbol(d, live))
+    kind = "live" if live else "all"
+    quantize_k, quantize_v = quantizer.entry(names.quantize_k_symbol(d, kind)), quantizer.entry(names.quantize_v_symbol(d, kind))
     kernels = (
         driver.kernel(p.device_index, quantizer, CLASSIFY.symbol, plan.variant.name) if masked else None,
         driver.kernel(p.device_index, quantizer, quantize_k.symbol, plan.variant.name),
@@ -114,21 +115,25 @@ def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False, sparse: 
             lists = tile_list_shape(p, len_kv, plan.tile.block_n).size if masked else 0
             split_kv_bytes = names.split_kv_bytes(d) * limit
             shares = shares and tiles * tile_bytes * bh_count + split_kv_bytes + lists <= CudaPlan.WORKSPACE_LIMIT
-    qk_max = QK_MAX[scheme.qk]
     return LaunchPlan(
         p, plan, *kernels, p.device_index, groups,
-        _workspace(
+        workspace(
             bh_count, (tiles * tile_bytes, v_chunks * 3 * d * 4, v_chunks * 4, v_chunks * 4, k_ctas_per_head * 4, 4, 4, *[d * 4] * 4),
             (split_kv_bytes if shares else 0, split_kv_flags * 4),
         ),
         len_kv, tiles, k_ctas_per_head, v_chunks, v_ctas_per_head, q_tiles, limit, shares, split_kv_flags,
         (tiles, tile_bytes, k_ctas_per_head, sparse, -(-len_kv // step), step, split_kv_flags, v_chunks, v_chunk_tokens),
-        (k_ctas_per_head, v_chunks, tiles, v_ctas_per_head, scheme.v_mean, scheme.v_max),
-        (
-            min(abs(p.sm_scale) * LOG2E * 4 * d / qk_max, FINITE_MAX), math.copysign(1.0, p.sm_scale),
-            max(-FINITE_MAX, min(p.sm_scale, FINITE_MAX)), SCORE_LIMIT / (qk_max**2 * d), 1 / scheme.v_max, math.log2(scheme.p_max),
-            scheme.rescale_threshold,
-        ),
+        (k_ctas_per_head, v_chunks, tiles, v_ctas_per_head, 0, scheme.v_mean, scheme.v_max), attend_tail(p, plan),
+    )  # fmt: skip
+
+
+def attend_tail(p: Problem, plan: CudaPlan) -> tuple:
+    """The numbers that an attention kernel scales by: the end of its parameters."""
+    scheme, d, qk_max = plan.scheme, plan.head_dim, QK_MAX[plan.scheme.qk]
+    return (
+        min(abs(p.sm_scale) * LOG2E * 4 * d / qk_max, FINITE_MAX), math.copysign(1.0, p.sm_scale),
+        max(-FINITE_MAX, min(p.sm_scale, FINITE_MAX)), SCORE_LIMIT / (qk_max**2 * d), 1 / scheme.v_max, math.log2(scheme.p_max),
+        scheme.rescale_threshold,
     )  # fmt: skip
 
 
@@ -138,7 +143,7 @@ def _runs(bh_count: int, units: int, slots: float) -> int:
     return -(-units // length)
 
 
-def _workspace(bh_count: int, each: tuple[int, ...], once: tuple[int, ...]) -> Workspace:
+def workspace(bh_count: int, each: tuple[int, ...], once: tuple[int, ...]) -> Workspace:
     """Buffers of so many bytes for each pair, then others."""
     offsets = [0]
     for size in *(bh_count * size for size in each), *once:

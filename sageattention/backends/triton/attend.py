@@ -56,14 +56,14 @@ def _step(
 def attend(
     q,  # [B, Nq, Hq, HEAD_DIM] by strides
     out,  # the same, of q's dtype
-    lse,  # [B, Hq, Nq] fp32, LSE only
+    lse,  # [B, Hq, Nq] fp32, LSE only; VARLEN: [Hq, total_q]
     mask,  # [B, Hq, Nq, Nk] by strides (0 where broadcast); bool as uint8, or float
     k8, k_scale, k_scale_max, k_mean, v16, v_scale,  # as `triton_quant` wrote them
     cu_seqlens_q, cu_seqlens_k,  # [B + 1], VARLEN only
     q_stride_b, q_stride_h, q_stride_n,
     out_stride_b, out_stride_h, out_stride_n,
     mask_stride_b, mask_stride_h, mask_stride_m, mask_stride_n,
-    head0, heads_q, heads_kv, len_q, len_kv, slots,
+    head0, heads_q, heads_kv, len_q, len_kv, slots, total_q,
     factor,  # |sm_scale| · 4·D, finite
     sign,  # of sm_scale
     out_limit,  # largest finite value of the output's dtype
@@ -79,6 +79,7 @@ def attend(
     batch, head_kv = index // heads_kv, index % heads_kv
     head = head_kv * ratio + local % ratio
     start_m = tl.program_id(0) % blocks * BLOCK_M
+    lse_base = (batch * heads_q + head) * len_q
     if VARLEN:
         first = tl.load(cu_seqlens_q + batch).to(tl.int64)
         len_q = (tl.load(cu_seqlens_q + batch + 1) - first).to(tl.int32)
@@ -88,6 +89,7 @@ def attend(
             count = tl.minimum(count, len_q)
         slot = head_kv * slots + first_k + batch * BLOCK_N
         base, out_base = first * q_stride_n, first * out_stride_n
+        lse_base = head.to(tl.int64) * total_q + first
     else:
         count = len_kv
         slot = group.to(tl.int64) * slots
@@ -139,4 +141,4 @@ def attend(
     tl.store(ptrs, y.to(out.dtype.element_ty), mask=inside)
     if LSE:
         value = tl.where(reached, LN2 * (m + tl.log2(safe) - LOG2_P_MAX) + shift, float("-inf"))
-        tl.store(lse + (batch * heads_q + head) * len_q + row, value, mask=row < len_q)
+        tl.store(lse + lse_base + row, value, mask=row < len_q)

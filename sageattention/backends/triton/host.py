@@ -83,14 +83,15 @@ def attend(q: torch.Tensor, kv: TritonQuantizedKV, problem: Problem, mask: torch
     return out, lse
 
 
-def run_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, problem: Problem, plan: TritonPlan) -> torch.Tensor:
-    """As `run`, for packed sequences: q [total_q, Hq, D], k and v [total_k, Hkv, D]."""
+def run_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, problem: Problem, plan: TritonPlan) -> Result:
+    """As `run`, for packed sequences: q [total_q, Hq, D], k and v [total_k, Hkv, D], lse [Hq, total_q]."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.float32) if problem.return_lse else None
     heads = problem.batch * problem.heads_kv
     q, k, v, result = q[None], k[None], v[None], out[None]
     kv = _quantize_heads(k, v, problem, plan, 0, heads, problem.len_kv, None, packed)
-    _attend_heads(q, kv, problem, result, None, None, packed)
-    return out
+    _attend_heads(q, kv, problem, result, lse, None, packed)
+    return out, lse
 
 
 def _live(mask: torch.Tensor | None, p: Problem, len_kv: int) -> torch.Tensor | None:
@@ -161,7 +162,7 @@ def _attend_heads(
             kv.k8, kv.k_scale, kv.k_scale_max, kv.k_mean, kv.v16, kv.v_scale,
             packed.cu_seqlens_q if packed else unused, packed.cu_seqlens_k if packed else unused,
             *strides(q, problem.layout), *strides(out, problem.layout), *((0, 0, 0, 0) if mask is None else mask.stride()),
-            kv.head0, problem.heads_q, problem.heads_kv, problem.len_q, kv.len_kv, kv.slots,
+            kv.head0, problem.heads_q, problem.heads_kv, problem.len_q, kv.len_kv, kv.slots, q.shape[1],
             min(abs(problem.sm_scale) * hadamard.gain(plan.head_dim), FINITE_MAX), math.copysign(1.0, problem.sm_scale),
             torch.finfo(out.dtype).max,
             LOG2_P_MAX=math.log2(plan.scheme.p_max), HEAD_DIM=problem.head_dim, D=plan.head_dim,
