@@ -96,7 +96,7 @@ MMA_BYTE_TILES |= LIST_BYTE_TILES
 # Packed sequences, which may be causal, keep a little more in registers than dense calls do and less than lists.
 for _tiles, _lists in ((MMA_TILES, LIST_TILES), (MMA_BYTE_TILES, LIST_BYTE_TILES)):
     for _arch, _head_dim, _, _sums in list(_lists):
-        _like = "causal" if _arch == 90 or (_head_dim == 256 and _sums == "fp8" and _arch in (89, 120)) else "list"
+        _like = "causal" if _arch == 90 or (_head_dim == 256 and _sums == "fp8" and _arch in (89, 100, 120)) else "list"
         _tiles[_arch, _head_dim, "packed", _sums] = find_tile(_tiles, int(_arch), int(_head_dim), _like, str(_sums))
 # Bytes of local memory a thread may use outside its main loop: at head_dim 256 the accumulators leave the compiler a register or two
 # short, and a mixed tile of a list wants more than there are.

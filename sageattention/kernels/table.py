@@ -36,8 +36,8 @@ LIVE_RESIDENT = {64: 512, 128: 512, 256: 256}  # of kernels that look at which k
 
 
 def _wants_registers(arch: int, keys: str) -> bool:
-    """Whether a quantiser is one for `LIVE_RESIDENT`; those of packed sequences, without programmatic launches, want as many."""
-    return keys == "live" or (keys == "packed" and arch < 90)
+    """Whether a quantiser is one for `LIVE_RESIDENT`. Those of packed sequences do with fewer on Hopper alone."""
+    return keys == "live" or (keys == "packed" and arch != 90)
 
 
 def _quantize_k_entry(kernels: KernelFamily, arch: int, head_dim: int, keys: str) -> Entry:
