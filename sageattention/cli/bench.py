@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import KernelMissing, Unsupported
 from ..variants import Candidate
-from . import workloads
+from . import sparse_forms, workloads
 from .candidates import SDPA_BACKENDS, Attention, chosen_device, ready, sdpa_backend, variant
 from .mask_forms import MASK_FORMS, MaskForm
 from .text import table
@@ -302,7 +302,12 @@ def main(args: argparse.Namespace) -> int:
 
     if args.reset:
         raise Unsupported("--reset", "goes with --calibrate: it removes what that made")
-    shapes = [parse_shape(text) for text in args.shapes or (MODELS if args.models else QUICK_SHAPES if args.quick else SHAPES)]
+    if args.sparse and (args.masks or args.peaked):
+        raise Unsupported("--sparse", "has inputs of its own and no masks: leave out --masks and --peaked")
+    default = sparse_forms.SHAPES if args.sparse else MODELS if args.models else QUICK_SHAPES if args.quick else SHAPES
+    shapes = [parse_shape(text) for text in args.shapes or default]
+    if args.sparse and any(shape.len_q != shape.len_kv for shape in shapes):
+        raise Unsupported("--shapes", "block-sparse calls are timed on as many queries as keys")
     named = [variant(name) for name in args.variants or ()]
     device = chosen_device(args.device)
     if device.type != "cuda":
@@ -310,8 +315,10 @@ def main(args: argparse.Namespace) -> int:
     torch.cuda.set_device(device.index or 0)
     found, refused = (named, []) if named else ready(device)
     ours = found if named else [variant("auto"), *(c for c in found if c.name not in ("sdpa", "reference"))]
+    if args.sparse:
+        ours = [variant("auto"), *sparse_forms.candidates(args.variants or ["auto"])]
     candidates = [*map(sdpa_backend, SDPA_BACKENDS), *ours]
-    kind = "logits6" if args.peaked else "normal"
+    kind = "video" if args.sparse else "logits6" if args.peaked else "normal"
     dtype = str(_dtype(device)).removeprefix("torch.")
     report = {"machine": _machine(device), "kind": kind, "dtype": dtype, "not_run": dict(refused)}
     report["host_us"] = host_times(candidates, device)  # first, before the card is hot
