@@ -273,8 +273,8 @@ def main(args: argparse.Namespace) -> int:
     print(table(("variant", "case", "status", "error", "bound", ""), rows, numeric=(3, 4)))
     if videos:
         print("\nInputs of kind video against dense attention in fp64; block-sparse by `mass` 2 in 4x4x4 cubes.")
-        found = [(e.variant, f"{e.tokens:,}", _number(e.dense), _number(e.sparse)) for e in videos]
-        print(table(("variant", "tokens", "dense", "block-sparse"), found, numeric=(1, 2, 3)))
+        errors = [(e.variant, f"{e.tokens:,}", _number(e.dense), _number(e.sparse)) for e in videos]
+        print(table(("variant", "tokens", "dense", "block-sparse"), errors, numeric=(1, 2, 3)))
     for name, reason in refused:
         print(f"not run: {name} - {reason}")
     print(f"{sum(r.status == 'ok' for r in results)} of {len(results)} are right" + (f", {len(bad)} are not." if bad else "."))

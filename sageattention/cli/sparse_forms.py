@@ -48,5 +48,5 @@ def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **keywords: Any) -> 
 
 @functools.lru_cache(maxsize=8)
 def _order(tokens: int, device: str) -> torch.Tensor:
-    prefix, *grid = video.grid_of(tokens)
-    return cube_order(*grid, prefix=prefix, device=device)
+    prefix, frames, height, width = video.grid_of(tokens)
+    return cube_order(frames, height, width, prefix=prefix, device=device)
