@@ -205,7 +205,8 @@ __device__ __forceinline__ void add_rows(const ClassifyParams& p, const MaskBand
       // One row for all queries: some query sees keys up to last_row, every one up to row0.
       const u32 some = p.causal ? kept & first_bits<kKeys>((band.one_row ? band.last_row : band.row0 + r) - key + 1) : kept;
       const u32 every = p.causal ? some & first_bits<kKeys>(band.row0 + r - key + 1) : some;
-      state.seen |= some, state.uneven |= ~(run[i].plain() & every) & kAll;
+      // Biased keys, or removed ones too.
+      state.seen |= some, state.uneven |= p.absent ? kept & ~run[i].plain() : ~(run[i].plain() & every) & kAll;
       if constexpr (kKind == kMaskBool) {
         state.alive |= some;
         const u32 word = join_lanes<kKeys>(kept);
@@ -232,7 +233,7 @@ __device__ __forceinline__ void classify(const ClassifyParams& p, ClassifyShared
   const int last_tile = (p.len_kv - 1) / p.tile, last_word = last_tile / 32 - band.word0;
   for (int i = threadIdx.x; i < 2 * band.words; i += kClassifyThreads) {
     const int plane = i / band.words, w = i % band.words;  // a ragged last tile is mixed: its keys beyond the end are masked
-    shared.plane[plane][w] = plane && w == last_word && p.len_kv % p.tile ? 1u << last_tile % 32 : 0u;
+    shared.plane[plane][w] = plane && w == last_word && p.len_kv % p.tile && !p.absent ? 1u << last_tile % 32 : 0u;
   }
   if (threadIdx.x < kBandRows) shared.row_max[threadIdx.x] = ordered(-kInf);
   __syncthreads();  // planes and maxima are initialised
