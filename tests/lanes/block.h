@@ -168,6 +168,7 @@ inline u32 __umulhi(u32 a, u32 b) { return (unsigned long long)a * b >> 32; }
 inline void __threadfence() {}
 inline int atomicAdd(int* p, int x) { return *p += x, *p - x; }
 inline u32 atomicOr(u32* p, u32 x) { return *p |= x, *p; }
+inline int atomicMin(int* p, int x) { return *p = *p < x ? *p : x; }
 inline int atomicMax(int* p, int x) { return *p = *p > x ? *p : x; }
 template <class T> T min(T a, T b) { return a < b ? a : b; }
 template <class T> T max(T a, T b) { return a > b ? a : b; }
