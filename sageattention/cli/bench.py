@@ -298,7 +298,8 @@ def host_times(
 
 def measure(
     device: torch.device, shapes: list[Shape], named: list[Attention], *, peaked: bool = False, quick: bool = False, masks: bool = False,
-    sparse: bool = False, begun: Callable[[dict[str, Any]], None] = lambda report: None, told: Callable[[str, list[Row]], None] = lambda title, rows: None,
+    sparse: bool = False,
+    begun: Callable[[dict[str, Any]], None] = lambda report: None, told: Callable[[str, list[Row]], None] = lambda title, rows: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Time `named`, or else `auto` and every ready variant, beside torch's backends on a GPU, as plain data.
 
