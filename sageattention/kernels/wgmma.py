@@ -26,7 +26,7 @@ WGMMA_LOCAL_WIDE = 216
 
 def _wgmma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
     t = find_tile(kernels.tiles, arch, head_dim, mask, accumulate)
-    q_stages = 2 if head_dim == 128 else 1  # by measurement at 64; at 256 there is no room for two
+    q_stages = 2 if head_dim == 128 else 1  # by measurement at 64; at 256 two were not tried
     form = "" if kernels.pv == "fp16" else "_fp8_wide" if head_dim == 256 else "_fp8"
     tile = initializer("WgmmaTile", {"mask": f"Mask::{mask}", "stages": t.stages, "q_stages": q_stages})
     config = f"Wgmma{form.title().replace('_', '')}Config<{kernels.layout.format(d=head_dim)}, {tile}>"
