@@ -101,7 +101,7 @@ struct Scheduler {
     } else {
       const bool causal = C::kMask == Mask::causal || (kCausalAtRunTime<C::kMask> && p.causal);
       const auto [seen, full] = count_kv_tiles<C::kTile>(tile, C::kBlockM, causal);
-      tiles = seen, masked = seen - full;
+      tiles = seen, masked = causal ? seen - full : 0;  // keys beyond the end take no part (core_matrix.cuh)
     }
     const int begin = from ? tiles * from / blocks : 0, count = (to == blocks ? tiles : tiles * to / blocks) - begin;
     masked = min(max(masked - begin, 0), count);
