@@ -40,6 +40,7 @@ LOOP_LOCAL: dict[tuple[str, str], int] = {
 #Emulated FP8; tried : Q in registers or shared, one to four stages, all ways to keep less in registers, barriers between the parts.
     ("sm_100", "attend_mma_fp8_d256_none_fp8"): 1,
     ("sm_100", "attend_mma_fp8_d256_causal_fp8"): 1,
+    ("sm_100", "attend_mma_fp8_d256_packed_fp8"): 1,
 #Lists at head_dim 256; tried : 15 to 19 shapes each(one to four stages, four to twelve warps, Q and loop state in shared memory).
     ("sm_75", "attend_mma_fp16_d256_list_fp32"): 5,
     ("sm_75", "attend_mma_fp16_d256_list_fp16"): 5,
