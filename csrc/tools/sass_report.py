@@ -34,14 +34,14 @@ BUNDLES = ("triton", "triton-windows", "nvidia-cuda-nvdisasm", "nvidia-cuda-nvcc
 MMA = {"HMMA", "IMMA", "QMMA", "OMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA"}
 CONVERSIONS = {"I2F", "I2FP", "F2I", "F2F", "F2FP", "I2I", "F2IP", "FRND", "I2IP"}
 LOCAL = {"LDL", "STL"}
-#How many instructions of a main loop touch local memory where no tile and no order of the code that was tried is without; elsewhere none
-#may.At head_dim 256 the compiler lays O and the operands of more MMAs than needed side by side, and comes out a register or two short.
+# How many instructions of a main loop touch local memory where no tile and no order of the code that was tried is without; elsewhere none
+# may. At head_dim 256 the compiler lays O and the operands of more MMAs than needed side by side, and comes out a register or two short.
 LOOP_LOCAL: dict[tuple[str, str], int] = {
-#Emulated FP8; tried : Q in registers or shared, one to four stages, all ways to keep less in registers, barriers between the parts.
+    # Emulated FP8; tried: Q in registers or shared, one to four stages, all ways to keep less in registers, barriers between the parts.
     ("sm_100", "attend_mma_fp8_d256_none_fp8"): 1,
     ("sm_100", "attend_mma_fp8_d256_causal_fp8"): 1,
     ("sm_100", "attend_mma_fp8_d256_packed_fp8"): 1,
-#Lists at head_dim 256; tried : 15 to 19 shapes each(one to four stages, four to twelve warps, Q and loop state in shared memory).
+    # Lists at head_dim 256; tried: 15 to 19 shapes each (one to four stages, four to twelve warps, Q and loop state in shared memory).
     ("sm_75", "attend_mma_fp16_d256_list_fp32"): 5,
     ("sm_75", "attend_mma_fp16_d256_list_fp16"): 5,
     ("sm_89", "attend_mma_fp8_d256_list_fp8"): 1,
@@ -51,7 +51,7 @@ LOOP_LOCAL: dict[tuple[str, str], int] = {
     ("sm_120", "attend_mma_fp16_d256_list_fp16"): 3,
     ("sm_120", "attend_mma_int8_d256_list_int32"): 1,
     ("sm_120", "attend_mma_fp8_d256_list_fp8"): 3,
-#Row scales and a barrier's parity, read again each tile behind products under way; O, the scores and P take 212 of 240 registers.
+    # Row scales and a barrier's parity, read again each tile behind products under way; O, the scores and P take 212 of 240 registers.
     ("sm_90a", "attend_wgmma_fp8_wide_d256_list_fp8"): 3,
 }
 
