@@ -44,26 +44,28 @@ def ring(
         out like q; with `return_lse` (out, lse [B, Hq, n] fp32, natural log).
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    to, source = (dist.get_global_rank(group or dist.group.WORLD, (rank + step) % size) for step in (1, -1))
-    kv = [k.contiguous(), v.contiguous()]
+    world = group or dist.group.WORLD
+    assert world is not None  # there is one as soon as there are ranks
+    to, source = (dist.get_global_rank(world, (rank + step) % size) for step in (1, -1))
+    k, v = k.contiguous(), v.contiguous()
     out: torch.Tensor | None = None
     lse = torch.empty(0)
     for step in range(size):
-        coming, requests = [], []
+        coming, requests = (k, v), []
         if step + 1 < size:
-            coming = [torch.empty_like(t) for t in kv]
-            operations = [dist.P2POp(dist.isend, t, to, group) for t in kv]
+            coming = torch.empty_like(k), torch.empty_like(v)
+            operations = [dist.P2POp(dist.isend, t, to, group) for t in (k, v)]
             requests = dist.batch_isend_irecv(operations + [dist.P2POp(dist.irecv, t, source, group) for t in coming])
         part = (rank - step) % size  # whose keys these are
         if not is_causal or part <= rank:
-            own = sageattn(q, *kv, tensor_layout, is_causal and part == rank, sm_scale, variant=variant, return_lse=True)
+            own, own_lse = sageattn(q, k, v, tensor_layout, is_causal and part == rank, sm_scale, variant=variant, return_lse=True)
             if out is None:
-                out, lse = own
+                out, lse = own, own_lse
             else:
-                merge(out, lse, *own, tensor_layout)
+                merge(out, lse, own, own_lse, tensor_layout)
         for request in requests:
             request.wait()
-        kv = coming
+        k, v = coming
     assert out is not None  # its own part, at least
     return (out, lse) if return_lse else out
 
@@ -97,7 +99,7 @@ def ulysses(
     sm_scale: float | None = None,
     *,
     group: dist.ProcessGroup | None = None,
-    attention: Callable[..., torch.Tensor] = sageattn,
+    attention: Callable[..., Any] = sageattn,
     **options: Any,
 ) -> torch.Tensor:
     """Attention of this process's queries over the keys of all processes of `group`, each of which computes its share of the heads.
