@@ -43,7 +43,7 @@ class Card:
 
     def __init__(self, head_dim: int, folder: Path):
         self.head_dim = head_dim
-        self.entries = {e.symbol: e for e in (entry(head_dim) for entry in (pool_entry, center_entry, route_entry))}
+        self.entries = {e.symbol: e for e in (pool_entry(head_dim), center_entry(head_dim), route_entry(head_dim, 90))}
         functions = "".join(
             f'extern "C" void {e.symbol}(const {e.params.__name__}* p, unsigned blocks) '
             f"{{ run_grid(blocks, {e.threads}, [&] {{ {e.expression}(*p); }}); }}\n"
