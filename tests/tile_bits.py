@@ -48,7 +48,7 @@ class Bits:
 
 
 def classify(mask: torch.Tensor, len_q: int, len_kv: int, tile: int, is_causal: bool) -> Bits:
-    """By the definition in docs/kernels.md; mask: 4-D, stride 0 where it is the same for all."""
+    """By the definition in docs/kernels/masks.md; mask: 4-D, stride 0 where it is the same for all."""
     mask = mask[..., :len_kv].expand(-1, -1, -1, len_kv)
     mask = mask[tuple(slice(1) if stride == 0 else slice(None) for stride in mask.stride()[:3])]
     one_row = mask.shape[2] == 1

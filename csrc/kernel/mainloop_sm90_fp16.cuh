@@ -5,7 +5,7 @@
 // P·V of the previous one. P stays in registers: the score accumulators, converted, are its A fragments. l is O's columns of ones. At
 // head_dim 256, where O takes 132 registers, the softmax is one tile ahead of P·V instead, with two arrays of P for two of scores.
 //
-// wgmma stays asynchronous only with the present shape of unmasked_tiles' loop and order of waits (docs/kernels.md).
+// wgmma stays asynchronous only with the present shape of unmasked_tiles' loop and order of waits (docs/compiler.md).
 #pragma once
 #include "attend_sm90.cuh"
 
@@ -194,7 +194,7 @@ struct MainloopFp16 : MainloopSm90<C> {
     finish();
   }
 
-  // The next `tiles` tiles, which have no masked key. Two exits, because ptxas serialises wgmma with one (docs/kernels.md).
+  // The next `tiles` tiles, which have no masked key. Two exits, because ptxas serialises wgmma with one (docs/compiler.md).
   __device__ __forceinline__ void unmasked_tiles(int tiles) {
     Scores even, odd;
     ProbFragments prob;

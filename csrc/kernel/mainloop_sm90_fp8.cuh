@@ -292,7 +292,7 @@ struct MainloopFp8 : SoftmaxFp8<C> {
     ring.advance();
   }
 
-  // The next `tiles` tiles, which have no masked key. Two exits, because ptxas serialises wgmma with one (docs/kernels.md).
+  // The next `tiles` tiles, which have no masked key. Two exits, because ptxas serialises wgmma with one (docs/compiler.md).
   __device__ __forceinline__ void unmasked_tiles(int tiles) {
     Scores even, odd;
     ProbFragments prob;

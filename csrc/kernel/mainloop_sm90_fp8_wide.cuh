@@ -4,7 +4,7 @@
 // is promoted to O. Their registers are those of the scores, which are P by then. So a warpgroup's softmax overlaps with none of its own
 // products; it overlaps with those of the other warpgroup, which take longer than it: the two take turns.
 //
-// wgmma stays asynchronous, without spills, only as registers, waits and barriers are put here (docs/kernels.md).
+// wgmma stays asynchronous, without spills, only as registers, waits and barriers are put here (docs/compiler.md).
 #pragma once
 #include "mainloop_sm90_fp8.cuh"
 

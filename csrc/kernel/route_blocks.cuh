@@ -2,9 +2,9 @@
 // summed up as the state in which each row's softmax begins (numerics/sparse.py defines all three).
 //
 // A CTA takes a strip of row blocks of one head at a time: it pools their queries, multiplies them with the means of all KV blocks into
-// memory of its own, which stays in the L2, and a warp a list draws the line there; then the weights of what is left out, in the scores'
-// place, are multiplied with the sums of V. No scores but those of the strips at work are ever held. Products are in fp32 on the FMA
-// pipes: scores in bf16 or tf32 make ties, and ties pick blocks that do not matter.
+// memory of its own, and a warp a list draws the line there; then the weights of what is left out are multiplied with the sums of V. No
+// scores but those of the strips at work are ever held. Products are in fp32 on the FMA pipes: scores in bf16 or tf32 make ties, and ties
+// pick blocks that do not matter.
 #pragma once
 #include "pool_blocks.cuh"
 

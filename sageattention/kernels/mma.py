@@ -15,7 +15,7 @@ from .params import AttendParams
 FLAGS = ("q_in_smem", "loop_state_in_smem", "recompute_thread_idx", "delay_v_load")
 
 
-# mma.sync kernels; the machine code behind each choice is in docs/kernels.md. What a fragment of K or V costs in shared memory serves
+# mma.sync kernels; the machine code behind each choice is in docs/kernels/mma.md. What a fragment of K or V costs in shared memory serves
 # 32 rows of a warp where the registers allow it, without a spill in the main loop: head_dim 128 on A100 and Hopper, where shared memory
 # would bind otherwise; two blocks of four such warps hide each other's softmax. Cards with a quarter of the tensor throughput (8.6, 8.9,
 # 12.x, Turing) are bound by it with 16 rows as well, and want as many warps as the registers hold: twelve. At head_dim 64, 16 rows leave

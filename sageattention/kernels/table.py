@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..numerics.constants import HEAD_DIMS
-from .architectures import TARGETS, TEST_TARGETS
+from .architectures import ARCHITECTURES, TARGETS, TEST_TARGETS
 from .binaries import Entry, Image
 from .family import KernelFamily
 from .mma import MMA_FP8, MMA_FP16, MMA_INT8
@@ -70,7 +70,10 @@ REPAIR_ROWS = Entry("repair_rows", "repair", RepairRowsParams, 128, checks=("kRe
 MERGE_ATTENTION = Entry("merge_attention", "merge", MergeParams, 256, checks=("kMergeThreads == 256",))
 
 ROUTE = "route"  # the image of the router of block-sparse calls
-POOL_THREADS, ROUTE_ROWS, ROUTE_WARPS = 256, {64: 64, 128: 64, 256: 32}, 8  # ROUTE_ROWS: query blocks of a strip, by head dimension
+POOL_THREADS, ROUTE_WARPS = 256, 8
+ROUTE_ROWS = {64: 64, 128: 64, 256: 32}  # query blocks of a strip, by compiled head dimension
+ROUTE_PITCH = 128  # rows of scores are padded to a multiple of it
+ROUTE_SHARED = 60  # KiB of shared memory of a CTA, at most
 
 
 def pool_entry(head_dim: int) -> Entry:
@@ -84,12 +87,16 @@ def center_entry(head_dim: int) -> Entry:
     return Entry(f"center_d{head_dim}", f"center_keys<{head_dim}>", PoolParams, 512, checks=("kCenterThreads == 512",))
 
 
-def route_entry(head_dim: int) -> Entry:
+def route_entry(head_dim: int, arch: int) -> Entry:
     """Lists of exact blocks, and tails of the others."""
+    resident = 2 if ARCHITECTURES[arch].shared > ROUTE_SHARED * 2 else 1  # at most, for want of shared memory
     config, threads = f"RouteConfig<{head_dim}>", 32 * ROUTE_WARPS
-    checks = (f"kRouteThreads == {threads}", f"{config}::kRows == {ROUTE_ROWS[head_dim]}")
+    checks = (
+        f"kRouteThreads == {threads}", f"{config}::kRows == {ROUTE_ROWS[head_dim]}", f"32 * kPitchWords == {ROUTE_PITCH}",
+        f"route_shared_bytes<{config}>() <= {ROUTE_SHARED} * 1024",
+    )  # fmt: skip
     return Entry(
-        f"route_d{head_dim}", f"route_blocks<{config}>", RouteParams, threads, 2, f"route_shared_bytes<{config}>()", checks=checks
+        f"route_d{head_dim}", f"route_blocks<{config}>", RouteParams, threads, resident, f"route_shared_bytes<{config}>()", checks=checks
     )  # fmt: skip
 
 
@@ -104,7 +111,7 @@ def _images(target: str) -> Iterator[Image]:
         yield Image(name, target, "kernel/quantize.cuh", entries, released=target not in TEST_TARGETS)
     yield Image("sdpa_mask", target, "kernel/sdpa_mask.cuh", (NARROW_MASK, REPAIR_ROWS), released=target not in TEST_TARGETS)
     yield Image("merge_attention", target, "kernel/merge_attention.cuh", (MERGE_ATTENTION,), released=target not in TEST_TARGETS)
-    route = tuple(entry(d) for d in HEAD_DIMS for entry in (pool_entry, center_entry, route_entry))
+    route = tuple(entry for d in HEAD_DIMS for entry in (pool_entry(d), center_entry(d), route_entry(d, arch)))
     yield Image(ROUTE, target, "kernel/route_blocks.cuh", route, released=target not in TEST_TARGETS)
     for k in built:
         for d in k.head_dims:

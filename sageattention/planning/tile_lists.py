@@ -1,4 +1,4 @@
-"""The memory that a dense mask's tile lists take: what `classify_mask` writes and the attention kernels read (docs/kernels.md)."""
+"""The memory that a dense mask's tile lists take: what `classify_mask` writes and the attention kernels read (docs/kernels/masks.md)."""
 
 from __future__ import annotations
 

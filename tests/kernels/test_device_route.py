@@ -28,6 +28,7 @@ TOKENS, BLOCKS, LISTS = 1000, 16, 8
 ORDER = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(1)).int()
 KEYS = torch.arange(TOKENS).expand(2, -1) % 700 < torch.tensor([[690], [300]])
 LENGTHS = torch.tensor([[64, 0, 10, 64, 63, 1, 64, 64] * 2, [64] * 16], dtype=torch.int32)
+GUARD = 4096  # bytes
 TAUS, KEEPS = torch.tensor([0.5, 1.0, 1.5, 2.0]), torch.tensor([0.0, 0.1, 0.35, 1.0])
 
 
@@ -43,7 +44,7 @@ class Card:
 
     def __init__(self, head_dim: int, folder: Path):
         self.head_dim = head_dim
-        self.entries = {e.symbol: e for e in (entry(head_dim) for entry in (pool_entry, center_entry, route_entry))}
+        self.entries = {e.symbol: e for e in (pool_entry(head_dim), center_entry(head_dim), route_entry(head_dim, 90))}
         functions = "".join(
             f'extern "C" void {e.symbol}(const {e.params.__name__}* p, unsigned blocks) '
             f"{{ run_grid(blocks, {e.threads}, [&] {{ {e.expression}(*p); }}); }}\n"
@@ -81,18 +82,19 @@ def tensors(head_dim: int, len_q: int = TOKENS, len_kv: int = TOKENS, dtype: tor
 
 
 def routed(card: Card, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given):
-    """A call and what the kernels give for it, in memory that was NaN."""
-    call = Call.of(q, k, v, **given)
-    empty, route.torch.empty = torch.empty, lambda *size, **form: poisoned(empty(*size, **form))
-    try:
-        return call, *call.route(card.plan)
-    finally:
-        route.torch.empty = empty
+    """A call and what the kernels give for it. Their memory holds NaN before, and so does what lies around it, which has to stay."""
+    call, around, empty = Call.of(q, k, v, **given), [], torch.empty
 
+    def guarded(*size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        count = torch.Size(size).numel() * dtype.itemsize
+        around.append(empty(count + 2 * GUARD, dtype=torch.uint8, device=device).fill_(0xFF))
+        return around[-1][GUARD : GUARD + count].view(dtype).view(size)
 
-def poisoned(t: torch.Tensor) -> torch.Tensor:
-    t.view(torch.uint8).fill_(0xFF) if t.numel() else None
-    return t
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(route.torch, "empty", guarded)
+        found, exact = call.route(card.plan)
+    assert all((memory[part] == 0xFF).all() for memory in around for part in (slice(GUARD), slice(-GUARD, None)))
+    return call, found, exact
 
 
 CALLS = {

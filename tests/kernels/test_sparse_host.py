@@ -66,7 +66,11 @@ def handed(monkeypatch: pytest.MonkeyPatch):
     return call
 
 
-@pytest.mark.parametrize("given", [{}, {"tail": False}, {"order": ORDER}, {"key_mask": KEYS}, {"sinks": 70, "neighbours": 0}], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"tail": False}, {"order": ORDER}, {"key_mask": KEYS}, {"sinks": 70, "neighbours": 0}],
+    ids=lambda given: ",".join(given) or "plain",
+)
 def test_kernels_get_the_route(handed, given):
     tensors, [(k, attend, lists, tail, live, k_mean)], share = handed(**given)
     geometry = Geometry(order=given.get("order"), key_mask=given.get("key_mask"), neighbours=given.get("neighbours", 1))

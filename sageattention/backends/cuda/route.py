@@ -7,6 +7,7 @@ no kernel has.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 
 from ...device import capability
 from ...kernels.params import PoolParams, RouteParams, packer
-from ...kernels.table import IMAGES, POOL_THREADS, ROUTE, ROUTE_ROWS, ROUTE_WARPS, center_entry, pool_entry, route_entry
+from ...kernels.table import IMAGES, POOL_THREADS, ROUTE, ROUTE_PITCH, ROUTE_ROWS, ROUTE_WARPS
 from ...layout import strides
 from ...numerics import block_bits
 from ...numerics.constants import DTYPES, FINITE_MAX, KV_BLOCK, LOG2E, SELECTIONS
@@ -28,8 +29,6 @@ from .launcher import Kernel
 
 LIST_ROWS = 128  # queries of a list
 TAIL_HEAD = 4  # numbers of a tail before O: m, l, two unused
-PITCH_BLOCKS = 32 * 4  # kPitchWords in csrc/kernel/route_blocks.cuh
-RESIDENT = 2  # CTAs of the router on a multiprocessor
 SCRATCH_LIMIT = 120 << 20  # bytes of scores at work
 _pack_pool, _pool_constants = packer(PoolParams)
 _pack_route, _route_constants = packer(RouteParams)
@@ -187,11 +186,10 @@ class RoutePlan:
 def _plan_of(sparse: SparseProblem, plan: CudaPlan) -> RoutePlan:
     p, d = sparse.problem, plan.head_dim
     image = next(i for i in IMAGES if i.name == ROUTE and i.arch == plan.images[1].arch)
-    pool, center, choose = (
-        driver.kernel(p.device_index, image, entry(d).symbol, plan.variant.name) for entry in (pool_entry, center_entry, route_entry)
-    )
+    entries = [image.entry(f"{name}_d{d}") for name in ("pool", "center", "route")]
+    pool, center, choose = (driver.kernel(p.device_index, image, entry.symbol, plan.variant.name) for entry in entries)
     strip_bytes, strips = Sizes.of(sparse, d).strip, -(-count_blocks(p.len_q) // ROUTE_ROWS[d])
-    ctas = min(strips * p.batch * p.heads_q, RESIDENT * capability.of_device(p.device, p.device_index).multiprocessors)
+    ctas = min(strips * p.batch * p.heads_q, entries[2].min_blocks * capability.of_device(p.device, p.device_index).multiprocessors)
     if strip_bytes:
         ctas = max(1, min(ctas, SCRATCH_LIMIT // strip_bytes))
     pooled = p.batch * p.heads_kv * count_blocks(p.len_kv) * (1 + sparse.tail)
@@ -204,13 +202,13 @@ def _plan_of(sparse: SparseProblem, plan: CudaPlan) -> RoutePlan:
 
 def _pitch(blocks: int) -> int:
     """Numbers of a row of scores."""
-    return -(-blocks // PITCH_BLOCKS) * PITCH_BLOCKS
+    return -(-blocks // ROUTE_PITCH) * ROUTE_PITCH
 
 
-def _packed(live_tokens, batch: int) -> torch.Tensor | None:
+def _packed(live_tokens: Callable[[int], torch.Tensor | None], batch: int) -> torch.Tensor | None:
     """int32 [B, words], bits of the tokens that `live_tokens` gives for each batch; None where all live."""
-    rows = [live_tokens(b) for b in range(batch)]
-    return None if rows[0] is None else block_bits.pack(torch.stack(rows))
+    rows = [row for row in map(live_tokens, range(batch)) if row is not None]
+    return block_bits.pack(torch.stack(rows)) if rows else None
 
 
 def _live_rows(live: torch.Tensor | None) -> tuple[int, int, int, int]:
