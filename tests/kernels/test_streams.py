@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,3 +47,25 @@ def test_whatever_follows_on_the_callers_stream_follows_every_group(streams: dic
     host.issue(0, chains)
     assert streams[OWN].done == {"before", *(launch for chain in chains for launch in chain)}
     assert ("attend 1" in streams[SIDE].done) == (groups > 1)  # two groups do run beside each other
+
+
+@pytest.mark.parametrize("groups", [1, 2, 5])
+def test_a_mask_is_classified_before_any_group_begins(streams, groups, monkeypatch):
+    t, launched = torch.zeros(4), driver.launch
+    names = [f"group {number}" for number in range(groups)]
+
+    def launch(device: int, stream: int, chain: tuple[str, ...]) -> None:
+        known = {"before", *streams[stream].done, *chain[:-1]}
+        assert chain[-1] not in names or "classify" in known
+        launched(device, stream, chain)
+
+    monkeypatch.setattr(driver, "launch", launch)
+    monkeypatch.setattr(host, "result_like", lambda q, problem: (q, None))
+    monkeypatch.setattr(host, "chains", lambda *arguments: [(name,) for name in names])
+    monkeypatch.setattr(host, "_classify_launch", lambda *arguments: "classify")
+    form = SimpleNamespace(
+        launch_plan=SimpleNamespace(device=0), lists=SimpleNamespace(size=0, at=lambda address: host.Extra()), size=0
+    )  # fmt: skip
+    unaligned = t.data_ptr() % 16
+    host.run(SimpleNamespace(q=t, k=t, v=t, mask=t, problem=None, bound={(unaligned,) * 3: form}))
+    assert {"classify", *names} <= streams[OWN].done

@@ -58,7 +58,11 @@ def run(call: PreparedCall[CudaPlan]) -> Result:
     extra = lists.at(lists_at) if lists else Extra()
     by_group = chains(form, base, q_at, k_at, v_at, mask_at, extra, out_at, lse_at)
     if lists:
-        by_group[0] = (_classify_launch(launch_plan, lists, mask_at, lists_at), *by_group[0])
+        classify = _classify_launch(launch_plan, lists, mask_at, lists_at)
+        if len(by_group) == 1:
+            by_group[0] = (classify, *by_group[0])
+        else:
+            issue(launch_plan.device, [(classify,)])  # ahead of both streams
     issue(launch_plan.device, by_group)
     return out, lse
 
