@@ -27,7 +27,8 @@ KERNELS: tuple[KernelFamily, ...] = (
 )  # fmt: skip
 
 QUANTIZE_V_THREADS = 128
-QUANTIZE_V_RESIDENT = 768  # threads whose registers fit a multiprocessor
+# Threads whose registers fit a multiprocessor, by family where that differs. Five blocks of the second have its shared memory.
+QUANTIZE_V_RESIDENT = {"": 768, "wgmma_fp8_wide": 640}
 # The same for K, by compiled head dimension and by architecture where that differs: on 7.5 the whole rotation is in fp32, for which the
 # compiler lacks two registers.
 QUANTIZE_K_RESIDENT = {(0, 64): 768, (0, 128): 768, (0, 256): 512, (75, 128): 512, (75, 256): 256}
@@ -53,7 +54,7 @@ def _quantize_k_entry(kernels: KernelFamily, arch: int, head_dim: int, keys: str
 
 def _quantize_v_entry(kernels: KernelFamily, arch: int, head_dim: int, keys: str) -> Entry:
     layout = kernels.layout.format(d=head_dim)
-    resident = LIVE_RESIDENT[head_dim] if _wants_registers(arch, keys) else QUANTIZE_V_RESIDENT
+    resident = LIVE_RESIDENT[head_dim] if _wants_registers(arch, keys) else QUANTIZE_V_RESIDENT.get(kernels.name, QUANTIZE_V_RESIDENT[""])
     return Entry(
         kernels.quantize_v_symbol(head_dim, keys), f"quantize_v<{layout}, PvType::{kernels.pv}, Keys::{keys}>", QuantizeVParams,
         QUANTIZE_V_THREADS, resident // QUANTIZE_V_THREADS, checks=(f"{layout}::kTileBytes == {kernels.tile_bytes(head_dim)}",),
