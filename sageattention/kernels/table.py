@@ -27,8 +27,8 @@ KERNELS: tuple[KernelFamily, ...] = (
 )  # fmt: skip
 
 QUANTIZE_V_THREADS = 128
-# Threads whose registers fit a multiprocessor, by family where that differs. Five blocks of the second have its shared memory.
-QUANTIZE_V_RESIDENT = {"": 768, "wgmma_fp8_wide": 640}
+# Threads whose registers fit a multiprocessor, by family where that differs.
+QUANTIZE_V_RESIDENT = {"": 768, "wgmma_fp8_wide": 512}
 # The same for K, by compiled head dimension and by architecture where that differs: on 7.5 the whole rotation is in fp32, for which the
 # compiler lacks two registers.
 QUANTIZE_K_RESIDENT = {(0, 64): 768, (0, 128): 768, (0, 256): 512, (75, 128): 512, (75, 256): 256}
