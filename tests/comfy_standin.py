@@ -109,17 +109,25 @@ def sdpa(
 
 
 class Model:
-    """A ComfyUI model as a node sees it: options that a clone copies deeply, and a device."""
+    """A ComfyUI model as a node sees it: options that a clone copies deeply, wrappers of the sampler, and a device."""
 
     load_device = torch.device("cpu")
 
     def __init__(self, override: Any = None) -> None:
         self.model_options: dict[str, Any] = {"transformer_options": {} if override is None else {KEY: override}}
+        self.wrappers: dict[str, dict[str, list[Any]]] = {}
 
     def clone(self) -> Model:
         other = Model()
         other.model_options = copy.deepcopy(self.model_options)
+        other.wrappers = {kind: {key: list(of) for key, of in by_key.items()} for kind, by_key in self.wrappers.items()}
         return other
+
+    def add_wrapper_with_key(self, kind: str, key: str, wrapper: Any) -> None:
+        self.wrappers.setdefault(kind, {}).setdefault(key, []).append(wrapper)
+
+    def remove_wrappers_with_key(self, kind: str, key: str) -> None:
+        self.wrappers.get(kind, {}).pop(key, None)
 
     @property
     def options(self) -> dict[str, Any]:
