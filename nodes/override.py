@@ -30,6 +30,7 @@ class Override:
         RANK: overrides of ours in one model stand in this order, the highest in front, however their nodes are ordered.
         previous: the attention override behind this one, ours or another pack's, or None.
         record: where it writes what happened, unless the model that it is called for has one.
+        node_id: the node that made it, which shows a line while it samples; "" for none.
     """
 
     RANK = 0
@@ -37,6 +38,7 @@ class Override:
     def __init__(self, previous: Attention | None = None):
         self.previous = previous
         self.record = Record()
+        self.node_id = ""
 
     def __deepcopy__(self: O, memo: dict[int, Any]) -> O:
         """Itself: a clone of a patched model deep-copies its options, and what was learnt of calls should stay in one place."""

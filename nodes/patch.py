@@ -96,14 +96,16 @@ def problem(start_percent: float | None, end_percent: float | None, blocks: str 
 
 
 def apply(
-    model: ModelPatcher, variant: str, start_percent: float = 0.0, end_percent: float = 1.0, blocks: str = "", max_error: float = 0.0
-) -> ModelPatcher:
+    model: ModelPatcher, variant: str, start_percent: float = 0.0, end_percent: float = 1.0, blocks: str = "", max_error: float = 0.0,
+    node_id: str = "",
+) -> ModelPatcher:  # fmt: skip
     """A clone of `model` patched with `variant`, or with our patch taken out ("disabled").
 
     Args:
         start_percent, end_percent: the part of the sampling in which the patch is at work, 0 to 1.
         blocks: the blocks that it is for, "0, 1, 47-49"; "" for all.
         max_error: the relative L2 error that a layer's worst head may have, 0 for any.
+        node_id: of the node, which shows a line while it samples; "" for none.
 
     Raises:
         ValueError: an input makes no sense, with a sentence for the user.
@@ -119,6 +121,7 @@ def apply(
         schedule=None if schedule == Schedule() else schedule,
         guard=Guard(max_error) if max_error else None,
     )
+    override.node_id = node_id or ""
     return slot.install(model, override)
 
 

@@ -16,6 +16,7 @@ attention call is one entry, whoever computes it.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -50,15 +51,14 @@ class Entry:
         variant: what computed it; "" for the model's own attention.
         kernel: more exactly, where there is more to say.
         reasons: why those that did not compute it did not.
-        share: of the blocks computed, 0 to 1, or a scalar on the device; None for dense attention.
         error: relative L2 of the worst head, where the guard measured.
         exact: what computes the call has to be unquantised.
         begin, end: on the clock of the device, of timed steps.
     """
 
     __slots__ = (
-        "_depth", "_record", "begin", "device", "end", "error", "exact", "heads", "hnd", "k_shape", "kernel", "place", "q_shape", "reasons",
-        "share", "variant",
+        "_depth", "_record", "_share", "begin", "device", "end", "error", "exact", "heads", "hnd", "k_shape", "kernel", "place", "q_shape", "reasons",
+        "variant",
     )  # fmt: skip
 
     def __init__(self, record: Record, place: Place, q: torch.Tensor, k: torch.Tensor, heads: int | None, hnd: bool):
@@ -66,7 +66,7 @@ class Entry:
         self.place, self.q_shape, self.k_shape, self.heads, self.hnd, self.device = place, q.shape, k.shape, heads, hnd, q.device
         self.variant, self.kernel, self.exact = "", "", False
         self.reasons: tuple[str, ...] = ()
-        self.share: float | torch.Tensor | None = None
+        self._share: float | torch.Tensor | None = None
         self.error: float | None = None
         self.begin: Clock | None = None
         self.end: Clock | None = None
@@ -75,9 +75,23 @@ class Entry:
     def sampling(self) -> Sampling:
         return self._record.sampling
 
+    @property
+    def blocks(self) -> float | None:
+        """The share of the blocks that was computed, 0 to 1; None for dense attention, and until the device has told."""
+        share = self._share
+        if share is None:
+            return None
+        share = float(share)
+        return None if math.isnan(share) else share
+
     def ran(self, variant: str, *, kernel: str = "", share: float | torch.Tensor | None = None, node: str = PATCH) -> None:
-        """A variant of ours computed the call."""
-        self.variant, self.kernel, self.share = variant, kernel, share
+        """A variant of ours computed the call.
+
+        Args:
+            kernel: more exactly, where there is more to say.
+            share: of the blocks computed, 0 to 1, a number or a scalar on the device.
+        """
+        self.variant, self.kernel, self._share = variant, kernel, _on_host(share)
         self._record.count_run(variant, node)
 
     def kept(self, reason: str, node: str = PATCH) -> None:
@@ -105,6 +119,14 @@ class Entry:
             if self.begin is not None:
                 self.end = now(self.begin.device)
             self._record.closed()
+
+
+def _on_host(share: float | torch.Tensor | None) -> float | torch.Tensor | None:
+    """The share where it can be read without waiting: not a number, until it has come from the device."""
+    if not isinstance(share, torch.Tensor) or not share.is_cuda:
+        return share
+    host = torch.full((), math.nan, pin_memory=True)
+    return host.copy_(share, non_blocking=True)
 
 
 class Clock:
@@ -148,6 +170,7 @@ class Record:
             quantising gains nothing, the schedule left the call out, or the guard found it off.
         fallbacks: reason → calls that the variant refused, so that the model's own attention had to do them.
         sampling, entries: the last sampling, and its calls; those after `MAX_ENTRIES` are counted only.
+        running: whether it goes on; False where nobody tells of begin and end.
         ended: when it was over, if its last step is timed.
         notes: what else happened in it, in sentences.
         on_step: called as each step begins, and at the end.
@@ -161,6 +184,7 @@ class Record:
         self.fallbacks: Counter[str] = Counter()
         self.sampling, self.entries, self.notes = Sampling(), [], []  # type: Sampling, list[Entry], list[str]
         self.ended: Clock | None = None
+        self.running = False
         self.on_step: Callable[[Record], None] | None = None
         self._step: object = None
 
@@ -175,12 +199,13 @@ class Record:
     def begin(self, percent_to_sigma: Callable[[float], float] | None = None) -> None:
         """A sampling begins: forget the calls of the one before. Counts go on."""
         self.sampling, self.entries, self.notes = Sampling(percent_to_sigma), [], []
-        self._open, self._step, self.ended = threading.local(), None, None
+        self._open, self._step, self.ended, self.running = threading.local(), None, None, True
 
     def end(self) -> None:
         """The sampling is over, be it that it was interrupted."""
         if self.entries and self.entries[-1].place.step.number in TIMED_STEPS:
             self.ended = now(self.entries[-1].device)
+        self.running = False
         if self.on_step is not None:
             self.on_step(self)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from . import record, sampler
+from . import progress, record, sampler
 from .override import Override
 from .record import Record
 
@@ -69,6 +69,7 @@ def _place(model: ModelPatcher, kind: type[Override], override: Override | None)
     sampler.unwatch(model)
     if chain:
         options[record.KEY] = new
+        new.on_step = progress.line([one.node_id for one in chain])
         sampler.watch(model, any(one.tests_output for one in chain))
 
 

@@ -19,20 +19,33 @@ class PatchSageAttention(io.ComfyNode):
             description=patch.description(),
             inputs=[
                 io.Model.Input("model", tooltip=patch.MODEL_TOOLTIP),
-                # A prompt that comes by the API may leave it out.
+                # A prompt that comes by the API may leave them out, and one saved by an earlier version does.
                 io.Combo.Input("variant", options=patch.CHOICES, default=patch.AUTO, tooltip=patch.variant_tooltip(), optional=True),
+                io.Float.Input(
+                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip=patch.START_TOOLTIP, optional=True
+                ),  # fmt: skip
+                io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=patch.END_TOOLTIP, optional=True),
+                io.String.Input("blocks", default="", tooltip=patch.BLOCKS_TOOLTIP, optional=True),
+                io.Float.Input("max_error", default=0.0, min=0.0, max=1.0, step=0.001, tooltip=patch.MAX_ERROR_TOOLTIP, optional=True),
             ],
             outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def validate_inputs(cls, variant: str = patch.AUTO) -> bool:
+    def validate_inputs(
+        cls, variant=patch.AUTO, start_percent=0.0, end_percent=1.0, blocks="", max_error=0.0
+    ) -> bool | str:  # fmt: skip
         """Accept any variant: a workflow saved elsewhere still loads, and `patch.usable` finds a replacement, aloud."""
-        return True
+        return patch.problem(start_percent, end_percent, blocks, max_error) or True
 
     @classmethod
-    def execute(cls, model, variant: str = patch.AUTO) -> io.NodeOutput:
-        return io.NodeOutput(patch.apply(model, variant))
+    def execute(
+        cls, model, variant: str = patch.AUTO, start_percent: float = 0.0, end_percent: float = 1.0, blocks: str = "",
+        max_error: float = 0.0,
+    ) -> io.NodeOutput:  # fmt: skip
+        node_id = cls.hidden.unique_id if cls.hidden else ""
+        return io.NodeOutput(patch.apply(model, variant, start_percent, end_percent, blocks, max_error, node_id))
 
 
 NODES = [PatchSageAttention]
