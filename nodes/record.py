@@ -57,8 +57,8 @@ class Entry:
     """
 
     __slots__ = (
-        "_depth", "_record", "_share", "begin", "device", "end", "error", "exact", "heads", "hnd", "k_shape", "kernel", "place", "q_shape", "reasons",
-        "variant",
+        "_depth", "_record", "_share", "begin", "device", "end", "error", "exact", "heads", "hnd", "k_shape", "kernel", "place", "q_shape",
+        "reasons", "variant",
     )  # fmt: skip
 
     def __init__(self, record: Record, place: Place, q: torch.Tensor, k: torch.Tensor, heads: int | None, hnd: bool):

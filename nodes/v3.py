@@ -21,9 +21,7 @@ class PatchSageAttention(io.ComfyNode):
                 io.Model.Input("model", tooltip=patch.MODEL_TOOLTIP),
                 # A prompt that comes by the API may leave them out, and one saved by an earlier version does.
                 io.Combo.Input("variant", options=patch.CHOICES, default=patch.AUTO, tooltip=patch.variant_tooltip(), optional=True),
-                io.Float.Input(
-                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip=patch.START_TOOLTIP, optional=True
-                ),  # fmt: skip
+                io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip=patch.START_TOOLTIP, optional=True),
                 io.Float.Input("end_percent", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=patch.END_TOOLTIP, optional=True),
                 io.String.Input("blocks", default="", tooltip=patch.BLOCKS_TOOLTIP, optional=True),
                 io.Float.Input("max_error", default=0.0, min=0.0, max=1.0, step=0.001, tooltip=patch.MAX_ERROR_TOOLTIP, optional=True),
