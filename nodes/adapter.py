@@ -12,12 +12,12 @@ import torch
 
 from ..sageattention import KernelMissing, Unsupported, prepare, settings, tracing
 from .override import Attention, Override
+from .schedule import Schedule, Window
 
 if TYPE_CHECKING:
     from ..sageattention.dispatch import Call
     from .guard import Guard
     from .record import Entry
-    from .schedule import Schedule
 
 F = TypeVar("F", "Form", str)
 MAX_FORMS = 4096
@@ -65,6 +65,17 @@ class SageOverride(Override):
     def tests_output(self) -> bool:
         return self.guard is not None
 
+    def settings(self) -> dict[str, Any]:
+        window, blocks = (self.schedule.window, self.schedule.blocks) if self.schedule else (Window(), None)
+        return {
+            "node": "PatchSageAttention",
+            "variant": self.variant,
+            "start_percent": window.start,
+            "end_percent": window.end,
+            "blocks": str(blocks or ""),
+            "max_error": self.guard.max_error if self.guard else 0.0,
+        }
+
     def attempt(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any], contained: bool) -> torch.Tensor | None:
         """Our attention's result, or None where the call is left to the attention behind."""
         if self.schedule is not None:
@@ -89,7 +100,7 @@ class SageOverride(Override):
         except (Unsupported, KernelMissing) as error:
             entry.fell_back(str(error))
             return None
-        entry.ran(call.plan.variant.name)
+        entry.computed(call)
         return _as_wanted(result[0], form)
 
     def prepare(

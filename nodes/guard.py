@@ -84,7 +84,7 @@ class Guard:
         if result is None:
             entry.kept(call.left_to_model)
             return None
-        entry.ran(call.plan.variant.name)
+        entry.computed(call)
         return result[0]
 
     def _look(self, entry: Entry, call: Call, choice: Choice) -> torch.Tensor | None:
@@ -97,7 +97,7 @@ class Guard:
             choice.error = entry.error = worst_head(result[0], candidate)
             if choice.error <= self.max_error:
                 choice.variant = variant
-                entry.ran(variant)
+                entry.computed(candidate)
                 return result[0]
             entry.pass_on(f"{variant}: {NOT_ALL_OFF}")
         choice.variant = ""

@@ -55,6 +55,10 @@ class Override:
         """Whether the model's output is to be tested, and a step to be run again without us where it is not finite."""
         return False
 
+    def settings(self) -> dict[str, Any]:
+        """Of the node that made it, as plain data: for the report."""
+        raise NotImplementedError
+
     def attempt(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any], contained: bool) -> torch.Tensor | None:
         """The result in the shape that the model wants, or None where the call goes on to the attention behind; `entry` is told why.
 
@@ -82,7 +86,11 @@ class Override:
         entry = self._open(args, kwargs, contained)
         try:
             out = self.attempt(entry, args, kwargs, contained)
-            return self._behind(func, args, kwargs, entry.exact) if out is None else out
+            if out is None:
+                out = self._behind(func, args, kwargs, entry.exact)
+                if not entry.variant:
+                    entry.kernel = self._name_behind(func)
+            return out
         finally:
             entry.close()
 
@@ -94,6 +102,10 @@ class Override:
         heads = args[3] if len(args) > 3 else kwargs.get("heads")
         hnd = args[6] if len(args) > 6 else kwargs.get("skip_reshape", False)
         return record_of(options, self.record).open(options, q, k, heads, hnd)
+
+    def _name_behind(self, func: Attention | None) -> str:
+        behind = self.previous or func
+        return "" if behind is None else getattr(behind, "__name__", type(behind).__name__)
 
     def _behind(self, func: Attention | None, args: tuple[Any, ...], kwargs: dict[str, Any], exact: bool) -> torch.Tensor:
         """The attention behind this one.

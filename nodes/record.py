@@ -29,6 +29,8 @@ from .sampling import Place, Sampling
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..sageattention.dispatch import Call
+
 LOG = logging.getLogger("PatchSageAttention")  # ComfyUI shows messages without this name, so each says it itself
 PATCH = "PatchSageAttention"
 KEY = "sageattention_record"  # in transformer_options
@@ -49,7 +51,7 @@ class Entry:
         place: its step and layer.
         q_shape, k_shape, heads, hnd, device: the call's, as ComfyUI made it: [B, L, heads·D], or [B, heads, L, D] where `hnd`.
         variant: what computed it; "" for the model's own attention.
-        kernel: more exactly, where there is more to say.
+        kernel: the kernel's symbol, or the name of the attention behind ours.
         reasons: why those that did not compute it did not.
         error: relative L2 of the worst head, where the guard measured.
         exact: what computes the call has to be unquantised.
@@ -93,6 +95,10 @@ class Entry:
         """
         self.variant, self.kernel, self._share = variant, kernel, _on_host(share)
         self._record.count_run(variant, node)
+
+    def computed(self, call: Call) -> None:
+        """A dense call of ours was computed by its plan."""
+        self.ran(call.plan.variant.name, kernel=getattr(call.plan, "attend", ""))
 
     def kept(self, reason: str, node: str = PATCH) -> None:
         """The call is the model's own attention's by choice."""
@@ -171,7 +177,7 @@ class Record:
         fallbacks: reason → calls that the variant refused, so that the model's own attention had to do them.
         sampling, entries: the last sampling, and its calls; those after `MAX_ENTRIES` are counted only.
         running: whether it goes on; False where nobody tells of begin and end.
-        ended: when it was over, if its last step is timed.
+        starts: step → when its first call began; after the last one, when the sampling was over.
         notes: what else happened in it, in sentences.
         on_step: called as each step begins, and at the end.
     """
@@ -183,7 +189,7 @@ class Record:
         self.kept: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
         self.sampling, self.entries, self.notes = Sampling(), [], []  # type: Sampling, list[Entry], list[str]
-        self.ended: Clock | None = None
+        self.starts: dict[int, Clock | None] = {}
         self.running = False
         self.on_step: Callable[[Record], None] | None = None
         self._step: object = None
@@ -199,12 +205,12 @@ class Record:
     def begin(self, percent_to_sigma: Callable[[float], float] | None = None) -> None:
         """A sampling begins: forget the calls of the one before. Counts go on."""
         self.sampling, self.entries, self.notes = Sampling(percent_to_sigma), [], []
-        self._open, self._step, self.ended, self.running = threading.local(), None, None, True
+        self._open, self._step, self.starts, self.running = threading.local(), None, {}, True
 
     def end(self) -> None:
         """The sampling is over, be it that it was interrupted."""
-        if self.entries and self.entries[-1].place.step.number in TIMED_STEPS:
-            self.ended = now(self.entries[-1].device)
+        if self.entries:
+            self.starts[self.sampling.steps] = now(self.entries[-1].device)
         self.running = False
         if self.on_step is not None:
             self.on_step(self)
@@ -220,6 +226,7 @@ class Record:
         entry.reasons, self._open.reasons = getattr(self._open, "reasons", ()), ()
         if place.step is not self._step:
             self._step = place.step
+            self.starts[place.step.number] = now(q.device)
             if self.on_step is not None:
                 self.on_step(self)
         if len(self.entries) < MAX_ENTRIES:
