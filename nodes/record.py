@@ -192,7 +192,6 @@ class Record:
         self.starts: dict[int, Clock | None] = {}
         self.running = False
         self.on_step: Callable[[Record], None] | None = None
-        self._step: object = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
         """Itself: a clone of a patched model deep-copies its options, and what happened should stay in one place."""
@@ -205,7 +204,7 @@ class Record:
     def begin(self, percent_to_sigma: Callable[[float], float] | None = None) -> None:
         """A sampling begins: forget the calls of the one before. Counts go on."""
         self.sampling, self.entries, self.notes = Sampling(percent_to_sigma), [], []
-        self._open, self._step, self.starts, self.running = threading.local(), None, {}, True
+        self._open, self.starts, self.running = threading.local(), {}, True
 
     def end(self) -> None:
         """The sampling is over, be it that it was interrupted."""
@@ -224,8 +223,7 @@ class Record:
         place = self.sampling.place(options if isinstance(options, dict) else {})
         entry = self._open.entry = Entry(self, place, q, k, heads, hnd)
         entry.reasons, self._open.reasons = getattr(self._open, "reasons", ()), ()
-        if place.step is not self._step:
-            self._step = place.step
+        if place.step.number not in self.starts:
             self.starts[place.step.number] = now(q.device)
             if self.on_step is not None:
                 self.on_step(self)

@@ -83,8 +83,11 @@ class Times:
             if entry.begin is not None and entry.end is not None:
                 self._calls[id(entry)] = entry.end.ms_since(entry.begin)
                 attention[entry.place.step.number] += self._calls[id(entry)]
-        starts = {number: start for number, start in record.starts.items() if start is not None}
-        lasted = {n: starts[n + 1].ms_since(start) for n, start in starts.items() if n + 1 in starts and n in attention}
+        lasted = {}
+        for number, start in record.starts.items():
+            following = record.starts.get(number + 1)
+            if number in attention and start is not None and following is not None and start.device == following.device:
+                lasted[number] = following.ms_since(start)
         self.steps = {n: (ms, lasted.get(n)) for n, ms in attention.items()}
         self.settled = set(lasted or attention)
         self.settled -= {0} if len(self.settled) > 1 else set()

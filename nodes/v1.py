@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import patch
+from . import patch, report_node
 
 
 class PatchSageAttention:
@@ -47,4 +47,33 @@ class PatchSageAttention:
         return (patch.apply(model, variant, start_percent, end_percent, blocks, max_error, unique_id),)
 
 
-NODES = [PatchSageAttention]
+class SageAttentionReport:
+    """MODEL in; IMAGE, text, JSON, and what was passed in, out."""
+
+    NODE_ID = report_node.NODE_ID
+    DISPLAY_NAME = report_node.DISPLAY_NAME
+    CATEGORY = patch.CATEGORY
+    DESCRIPTION = report_node.DESCRIPTION
+    RETURN_TYPES = ("IMAGE", "STRING", "STRING", "*")
+    RETURN_NAMES = report_node.OUTPUT_NAMES
+    FUNCTION = "execute"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {"model": ("MODEL", {"tooltip": report_node.MODEL_TOOLTIP})},
+            "optional": {"after": ("*", {"tooltip": report_node.AFTER_TOOLTIP})},
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, **inputs: Any) -> float:
+        """Never what it was: what a model did is none of its inputs."""
+        return float("nan")
+
+    def execute(self, model: Any, after: Any = None) -> dict[str, Any]:
+        *outputs, shown = report_node.run(model)
+        return {"ui": shown, "result": (*outputs, after)}
+
+
+NODES: list[Any] = [PatchSageAttention, SageAttentionReport]

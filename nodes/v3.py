@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from . import patch
+from . import patch, report_node
 
 
 class PatchSageAttention(io.ComfyNode):
@@ -46,4 +46,39 @@ class PatchSageAttention(io.ComfyNode):
         return io.NodeOutput(patch.apply(model, variant, start_percent, end_percent, blocks, max_error, node_id))
 
 
-NODES = [PatchSageAttention]
+class SageAttentionReport(io.ComfyNode):
+    """MODEL in; IMAGE, text, JSON, and what was passed in, out."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        image, text, json, after = report_node.OUTPUT_NAMES
+        return io.Schema(
+            node_id=report_node.NODE_ID,
+            display_name=report_node.DISPLAY_NAME,
+            category=patch.CATEGORY,
+            description=report_node.DESCRIPTION,
+            inputs=[
+                io.Model.Input("model", tooltip=report_node.MODEL_TOOLTIP),
+                io.AnyType.Input("after", tooltip=report_node.AFTER_TOOLTIP, optional=True),
+            ],
+            outputs=[
+                io.Image.Output(display_name=image),
+                io.String.Output(display_name=text),
+                io.String.Output(display_name=json),
+                io.AnyType.Output(display_name=after),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs) -> float:
+        """Never what it was: what a model did is none of its inputs."""
+        return float("nan")
+
+    @classmethod
+    def execute(cls, model, after=None) -> io.NodeOutput:
+        *outputs, shown = report_node.run(model)
+        return io.NodeOutput(*outputs, after, ui=shown)
+
+
+NODES = [PatchSageAttention, SageAttentionReport]

@@ -25,13 +25,26 @@ NOT_SHIPPED = shutil.ignore_patterns(".*", "__pycache__", "tests", "csrc", "out"
 class Server:
     """A running server; `log` is what it wrote so far."""
 
-    def __init__(self, url: str, log_file: Path, pack: Path) -> None:
-        self.url, self.pack = url, pack
+    def __init__(self, url: str, log_file: Path, pack: Path, base: Path) -> None:
+        self.url, self.pack, self.base = url, pack, base
         self._log_file = log_file
 
     @property
     def log(self) -> str:
         return self._log_file.read_text(encoding="utf-8", errors="replace")
+
+    def refusal(self, prompt: dict[str, Any]) -> dict[str, Any]:
+        """What the server answers to a prompt that it does not accept: id of a node → its errors."""
+        try:
+            self.get("/prompt", {"prompt": prompt})
+        except urllib.error.HTTPError as error:
+            assert error.code == 400
+            return json.load(error)["node_errors"]
+        raise AssertionError("the prompt was accepted")
+
+    def bytes(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return answer.read()
 
     def get(self, path: str, data: Any = None) -> Any:
         body = None if data is None else json.dumps(data).encode()
@@ -41,6 +54,10 @@ class Server:
 
     def run(self, prompt: dict[str, Any]) -> dict[str, Any]:
         """Queue a prompt and wait for it; the `Report` node's findings."""
+        return json.loads(self.outputs(prompt)["report"]["text"][0])
+
+    def outputs(self, prompt: dict[str, Any]) -> dict[str, Any]:
+        """Queue a prompt and wait for it: id of a node → what it shows."""
         prompt_id = self.get("/prompt", {"prompt": prompt})["prompt_id"]
         deadline = time.monotonic() + PROMPT_SECONDS
         while time.monotonic() < deadline:
@@ -48,8 +65,7 @@ class Server:
             if prompt_id in history:
                 done = history[prompt_id]
                 assert done["status"]["status_str"] == "success", done["status"]
-                (texts,) = (output["text"] for output in done["outputs"].values())
-                return json.loads(texts[0])
+                return done["outputs"]
             time.sleep(0.1)
         raise AssertionError(f"no result after {PROMPT_SECONDS} s:\n{self.log[-3000:]}")
 
@@ -75,7 +91,7 @@ def serving(comfy_path: Path, base: Path, *flags: str, **environment: str) -> It
             env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"} | environment,
         )  # fmt: skip
         try:
-            server = Server(f"http://127.0.0.1:{port}", log_file, pack)
+            server = Server(f"http://127.0.0.1:{port}", log_file, pack, base)
             _wait(server, process)
             yield server
         finally:
