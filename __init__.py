@@ -1,5 +1,7 @@
 """ComfyUI's entry to the pack: the list of its nodes."""
 
+from .nodes import functions
+
 try:
     from comfy_api.latest import ComfyExtension
 except ImportError:  # cores before 0.3.48 know only classes with INPUT_TYPES
@@ -19,3 +21,6 @@ else:
     def comfy_entrypoint() -> SageAttentionExtension:
         """Called by ComfyUI once it has imported the pack."""
         return SageAttentionExtension()
+
+
+functions.register()

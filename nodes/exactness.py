@@ -10,27 +10,32 @@ import torch
 from ..sageattention import layout
 
 if TYPE_CHECKING:
-    from ..sageattention.backends.call import PreparedCall
+    from ..sageattention.dispatch import Call
 
 ROWS = 128  # evenly spread over the queries; all of a shorter call
 MEMORY = 64 << 20  # bytes of scores at a time, or one head's
 
 
-def worst_head(out: torch.Tensor, call: PreparedCall) -> float:
+def of_call(out: torch.Tensor, call: Call) -> float:
+    """`worst_head` of a call's output, in its layout."""
+    return worst_head(layout.to_hnd(out, call.problem.layout), *call.hnd(), call.mask, call.problem.sm_scale)
+
+
+def worst_head(
+    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, sm_scale: float
+) -> float:  # fmt: skip
     """The relative L2 error of an output's worst head; infinite where one holds a value that is not finite.
 
     Rows that fp32 attention has no finite value for, because a mask hides every key from them, don't count. Waits for the device.
 
     Args:
-        out: as the call's q, in its layout.
-        call: what was computed.
+        out, q: [B, Hq, Nq, D]; k, v: [B, Hkv, Nk, D].
+        mask: bool (True is seen) or additive, broadcastable to [B, Hq, Nq, Nk], 4-D.
     """
-    q, k, v = call.hnd()
     batch, heads, len_q, _ = q.shape
     group = heads // k.shape[1]
     rows = torch.linspace(0, len_q - 1, min(ROWS, len_q), device=q.device).round().long()
-    q, out = q.index_select(2, rows), layout.to_hnd(out, call.problem.layout).index_select(2, rows)
-    mask = call.mask
+    q, out = q.index_select(2, rows), out.index_select(2, rows)
     if mask is not None and mask.shape[2] > 1:
         mask = mask.index_select(2, rows)
     worst = []
@@ -39,7 +44,7 @@ def worst_head(out: torch.Tensor, call: PreparedCall) -> float:
         kv = slice(first, first + step)
         of_q = slice(first * group, (first + step) * group)
         part = mask if mask is None or mask.shape[1] == 1 else mask[:, of_q]
-        exact = _attend(q[:, of_q], k[:, kv], v[:, kv], part, call.problem.sm_scale)
+        exact = _attend(q[:, of_q], k[:, kv], v[:, kv], part, sm_scale)
         worst.append(_relative_l2(out[:, of_q].float(), exact).amax())
     error = float(torch.stack(worst).amax())
     return math.inf if math.isnan(error) else error

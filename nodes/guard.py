@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..sageattention import available_variants, prepare
 from ..sageattention.variants import CUDA_FP16, TRITON_FP16, VARIANTS
-from .exactness import worst_head
+from .exactness import of_call
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,7 @@ class Guard:
             if result is None:  # its kernel was found missing just now
                 continue
             variant = candidate.plan.variant.name
-            choice.error = entry.error = worst_head(result[0], candidate)
+            choice.error = entry.error = of_call(result[0], candidate)
             if choice.error <= self.max_error:
                 choice.variant = variant
                 entry.computed(candidate)

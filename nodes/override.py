@@ -101,7 +101,8 @@ class Override:
             q, k = q.peek(), k.peek()
         heads = args[3] if len(args) > 3 else kwargs.get("heads")
         hnd = args[6] if len(args) > 6 else kwargs.get("skip_reshape", False)
-        return record_of(options, self.record).open(options, q, k, heads, hnd)
+        mask = args[4] if len(args) > 4 else kwargs.get("mask")
+        return record_of(options, self.record).open(options, q, k, heads, hnd, mask is not None)
 
     def _name_behind(self, func: Attention | None) -> str:
         behind = self.previous or func

@@ -41,7 +41,7 @@ MODEL_TOOLTIP = "The model to patch. It stays as it is; the output is a patched 
 
 def variant_tooltip() -> str:
     """What the choices are and which of them this machine lacks, in six lines: the front end cuts off a taller tooltip."""
-    found = available_variants(_device())
+    found = available_variants(device())
     lacking = [a.name.removeprefix(PREFIX) for a in found if a.name in CHOICES and a.status != "ready"]
     return "\n".join(
         [
@@ -55,10 +55,10 @@ def variant_tooltip() -> str:
     )
 
 
-def _device() -> torch.device | str:
+def device() -> torch.device | str:
     """The device that ComfyUI's models run on; a CPU outside of ComfyUI."""
     management = sys.modules.get("comfy.model_management")
-    return management.get_torch_device() if management else "cpu"
+    return management.get_torchdevice() if management else "cpu"
 
 
 START_TOOLTIP = (

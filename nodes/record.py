@@ -3,7 +3,7 @@
 One record belongs to one patched model, and lives in its `transformer_options`, so that all overrides of ours write into it, also one
 that another pack's override calls. An override's part is
 
-    entry = record_of(options, default).open(options, q, k, heads, skip_reshape)
+    entry = record_of(options, default).open(options, q, k, heads, skip_reshape, mask is not None)
     try:
         …  entry.ran(variant), entry.kept(reason), entry.fell_back(reason), entry.pass_on(reason)
     finally:
@@ -49,7 +49,8 @@ class Entry:
 
     Attributes:
         place: its step and layer.
-        q_shape, k_shape, heads, hnd, device: the call's, as ComfyUI made it: [B, L, heads·D], or [B, heads, L, D] where `hnd`.
+        q_shape, k_shape, dtype, device, heads, hnd: the call's, as ComfyUI made it: [B, L, heads·D], or [B, heads, L, D] where `hnd`.
+        masked: whether it came with a mask.
         variant: what computed it; "" for the model's own attention.
         kernel: the kernel's symbol, or the name of the attention behind ours.
         reasons: why those that did not compute it did not.
@@ -59,13 +60,16 @@ class Entry:
     """
 
     __slots__ = (
-        "_depth", "_record", "_share", "begin", "device", "end", "error", "exact", "heads", "hnd", "k_shape", "kernel", "place", "q_shape",
-        "reasons", "variant",
+        "_depth", "_record", "_share", "begin", "device", "dtype", "end", "error", "exact", "heads", "hnd", "k_shape", "kernel", "masked",
+        "place", "q_shape", "reasons", "variant",
     )  # fmt: skip
 
-    def __init__(self, record: Record, place: Place, q: torch.Tensor, k: torch.Tensor, heads: int | None, hnd: bool):
+    def __init__(
+        self, record: Record, place: Place, q: torch.Tensor, k: torch.Tensor, heads: int | None, hnd: bool, masked: bool
+    ):  # fmt: skip
         self._record, self._depth = record, 1
-        self.place, self.q_shape, self.k_shape, self.heads, self.hnd, self.device = place, q.shape, k.shape, heads, hnd, q.device
+        self.place, self.q_shape, self.k_shape, self.dtype, self.device = place, q.shape, k.shape, q.dtype, q.device
+        self.heads, self.hnd, self.masked = heads, hnd, masked
         self.variant, self.kernel, self.exact = "", "", False
         self.reasons: tuple[str, ...] = ()
         self._share: float | torch.Tensor | None = None
@@ -176,7 +180,7 @@ class Record:
             quantising gains nothing, the schedule left the call out, or the guard found it off.
         fallbacks: reason → calls that the variant refused, so that the model's own attention had to do them.
         sampling, entries: the last sampling, and its calls; those after `MAX_ENTRIES` are counted only.
-        running: whether it goes on; False where nobody tells of begin and end.
+        running: whether it goes on. Calls outside of a sampling are counted only.
         starts: step → when its first call began; after the last one, when the sampling was over.
         notes: what else happened in it, in sentences.
         on_step: called as each step begins, and at the end.
@@ -214,20 +218,22 @@ class Record:
         if self.on_step is not None:
             self.on_step(self)
 
-    def open(self, options: dict[str, Any] | None, q: torch.Tensor, k: torch.Tensor, heads: int | None, hnd: bool) -> Entry:
+    def open(
+        self, options: dict[str, Any] | None, q: torch.Tensor, k: torch.Tensor, heads: int | None, hnd: bool, masked: bool
+    ) -> Entry:  # fmt: skip
         """A call begins, or, where an override of ours has opened it already, goes on to another one."""
         opened: Entry | None = getattr(self._open, "entry", None)
         if opened is not None:
             opened._depth += 1
             return opened
         place = self.sampling.place(options if isinstance(options, dict) else {})
-        entry = self._open.entry = Entry(self, place, q, k, heads, hnd)
+        entry = self._open.entry = Entry(self, place, q, k, heads, hnd, masked)
         entry.reasons, self._open.reasons = getattr(self._open, "reasons", ()), ()
-        if place.step.number not in self.starts:
+        if self.running and place.step.number not in self.starts:
             self.starts[place.step.number] = now(q.device)
             if self.on_step is not None:
                 self.on_step(self)
-        if len(self.entries) < MAX_ENTRIES:
+        if self.running and len(self.entries) < MAX_ENTRIES:
             self.entries.append(entry)
             if place.step.number in TIMED_STEPS:
                 entry.begin = now(q.device)

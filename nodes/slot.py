@@ -43,6 +43,13 @@ def install(model: ModelPatcher, override: Override) -> ModelPatcher:
     return patched
 
 
+def bare(model: ModelPatcher) -> ModelPatcher:
+    """A clone of `model` without any override, whosever."""
+    clone = model.clone()
+    _options(clone).pop(KEY, None)
+    return clone
+
+
 def remove(model: ModelPatcher, kind: type[Override]) -> ModelPatcher:
     """A clone of `model` without our override of a kind: the slot holds again what we had chained to. Other overrides stay."""
     restored = model.clone()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import patch, report_node
+from . import benchmark_node, patch, report_node
 
 
 class PatchSageAttention:
@@ -76,4 +76,32 @@ class SageAttentionReport:
         return {"ui": shown, "result": (*outputs, after)}
 
 
-NODES: list[Any] = [PatchSageAttention, SageAttentionReport]
+class SageAttentionBenchmark:
+    """MODEL in; IMAGE, text, JSON, and what was passed in, out."""
+
+    NODE_ID = benchmark_node.NODE_ID
+    DISPLAY_NAME = benchmark_node.DISPLAY_NAME
+    CATEGORY = patch.CATEGORY
+    DESCRIPTION = benchmark_node.DESCRIPTION
+    RETURN_TYPES = ("IMAGE", "STRING", "STRING", "*")
+    RETURN_NAMES = benchmark_node.OUTPUT_NAMES
+    FUNCTION = "execute"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {"model": ("MODEL", {"tooltip": benchmark_node.MODEL_TOOLTIP})},
+            "optional": {
+                "latent": ("LATENT", {"tooltip": benchmark_node.LATENT_TOOLTIP}),
+                "positive": ("CONDITIONING", {"tooltip": benchmark_node.POSITIVE_TOOLTIP}),
+                "after": ("*", {"tooltip": benchmark_node.AFTER_TOOLTIP}),
+            },
+        }
+
+    def execute(self, model: Any, latent: Any = None, positive: Any = None, after: Any = None) -> dict[str, Any]:
+        *outputs, shown = benchmark_node.run(model, latent, positive)
+        return {"ui": shown, "result": (*outputs, after)}
+
+
+NODES: list[Any] = [PatchSageAttention, SageAttentionReport, SageAttentionBenchmark]

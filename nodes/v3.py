@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from . import patch, report_node
+from . import benchmark_node, patch, report_node
 
 
 class PatchSageAttention(io.ComfyNode):
@@ -81,4 +81,36 @@ class SageAttentionReport(io.ComfyNode):
         return io.NodeOutput(*outputs, after, ui=shown)
 
 
-NODES = [PatchSageAttention, SageAttentionReport]
+class SageAttentionBenchmark(io.ComfyNode):
+    """MODEL in; IMAGE, text, JSON, and what was passed in, out."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        image, text, json, after = benchmark_node.OUTPUT_NAMES
+        return io.Schema(
+            node_id=benchmark_node.NODE_ID,
+            display_name=benchmark_node.DISPLAY_NAME,
+            category=patch.CATEGORY,
+            description=benchmark_node.DESCRIPTION,
+            inputs=[
+                io.Model.Input("model", tooltip=benchmark_node.MODEL_TOOLTIP),
+                io.Latent.Input("latent", tooltip=benchmark_node.LATENT_TOOLTIP, optional=True),
+                io.Conditioning.Input("positive", tooltip=benchmark_node.POSITIVE_TOOLTIP, optional=True),
+                io.AnyType.Input("after", tooltip=benchmark_node.AFTER_TOOLTIP, optional=True),
+            ],
+            outputs=[
+                io.Image.Output(display_name=image),
+                io.String.Output(display_name=text),
+                io.String.Output(display_name=json),
+                io.AnyType.Output(display_name=after),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, latent=None, positive=None, after=None) -> io.NodeOutput:
+        *outputs, shown = benchmark_node.run(model, latent, positive)
+        return io.NodeOutput(*outputs, after, ui=shown)
+
+
+NODES = [PatchSageAttention, SageAttentionReport, SageAttentionBenchmark]

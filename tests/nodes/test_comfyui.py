@@ -20,8 +20,8 @@ torch = pytest.importorskip("torch")
 
 from comfy_models import STEPS, WORKLOADS  # noqa: E402
 from comfy_server import Server, serving  # noqa: E402
-from PIL import Image  # noqa: E402
 from pack import ROOT  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from sageattention.variants import VARIANTS  # noqa: E402
 

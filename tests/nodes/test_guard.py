@@ -114,7 +114,7 @@ def test_shapes_of_one_layer_are_judged_apart():
 
 def test_it_looks_once_and_again_at_a_few_later_steps(monkeypatch):
     looks = []
-    monkeypatch.setattr(guard, "worst_head", lambda out, call: looks.append(len(ran)) or 0.01)
+    monkeypatch.setattr(guard, "of_call", lambda out, call: looks.append(len(ran)) or 0.01)
     model, ran = patched(0.05), []
     layers = [tensors(seed=i) for i in range(6)]
 
@@ -250,12 +250,12 @@ def test_the_reference_is_fp32_attention(masked, heads_kv, monkeypatch):
     exact = sdpa(q, k, v, HEADS, mask, scale=0.2, enable_gqa=True).unflatten(2, (HEADS, DIM))
     for memory in (exactness.MEMORY, 1):  # all heads at a time, and one
         monkeypatch.setattr(exactness, "MEMORY", memory)
-        assert exactness.worst_head(exact, call) < 1e-5
+        assert exactness.of_call(exact, call) < 1e-5
         off = exact.clone()
         off[1, :, 1] *= 1.1  # one head of one batch
-        assert exactness.worst_head(off, call) == pytest.approx(0.1, rel=1e-3)
+        assert exactness.of_call(off, call) == pytest.approx(0.1, rel=1e-3)
     off[0, 0, 0, 0] = math.nan
-    assert exactness.worst_head(off, call) == math.inf
+    assert exactness.of_call(off, call) == math.inf
 
 
 def test_the_tensor_cores_way_is_as_exact(monkeypatch):
@@ -264,7 +264,7 @@ def test_the_tensor_cores_way_is_as_exact(monkeypatch):
     monkeypatch.setattr(torch, "bmm", lambda a, b, out_dtype=None, bmm=torch.bmm: bmm(a.float(), b.float()))
     q, k, v = tensors(dtype=torch.bfloat16)
     exact = sdpa(q.float(), k.float(), v.float(), HEADS).unflatten(2, (HEADS, DIM))
-    assert exactness.worst_head(exact, attention_call(q, k, v)) < 2e-5
+    assert exactness.of_call(exact, attention_call(q, k, v)) < 2e-5
 
 
 def test_values_of_3e5_are_right():
@@ -305,4 +305,4 @@ def test_the_tensor_cores_of_this_gpu_are_as_exact(dtype):
     q, k, v = (t.cuda() for t in tensors(dtype=dtype))
     exact = sdpa(q.double(), k.double(), v.double(), HEADS).float().unflatten(2, (HEADS, DIM))
     call = PACK.sageattention.prepare(*(t.unflatten(2, (-1, DIM)) for t in (q, k, v)), "NHD", variant="reference")
-    assert exactness._by_tensor_cores(q) and exactness.worst_head(exact, call) < 2e-5
+    assert exactness._by_tensor_cores(q) and exactness.of_call(exact, call) < 2e-5
