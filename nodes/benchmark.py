@@ -227,27 +227,28 @@ def _of_comfyui(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _ours(variant: str) -> Callable[..., Any]:
-    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> Any:
         return sageattn(q, k, v, attn_mask=mask, variant=variant)
 
     return call
 
 
-def _sparse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+def _sparse(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> Any:
     if mask is not None:
         raise Unsupported("attn_mask", "block-sparse attention takes none")
     if q.shape[2] != k.shape[2] or q.shape[2] < SPARSE_FROM:
         raise Unsupported("q", f"block-sparse attention is for self attention of {SPARSE_FROM:,} tokens and more")
-    return sageattn_sparse(q, k, v, selection="sol", tau=1.0, return_share=True)  # type: ignore[return-value]
+    return sageattn_sparse(q, k, v, selection="sol", tau=1.0, return_share=True)
 
 
 def a_step(rows: list[Row]) -> dict[str, float]:
-    """Attention → ms of a step's calls: of those that can do every case."""
-    by_name: dict[str, list[Row]] = {}
-    for row in rows:
-        by_name.setdefault(row.attention, []).append(row)
+    """Attention → ms of a step's calls, where PyTorch's does those that this one can't; empty where not all of PyTorch's are timed."""
+    own = {row.case: row.ms for row in rows if row.attention == PYTORCH}
+    if not all(own.values()):
+        return {}
+    able = dict.fromkeys(row.attention for row in rows if row.ms)
     return {
-        name: sum(row.ms * row.calls for row in of if row.ms is not None) for name, of in by_name.items() if all(row.ms for row in of)
+        name: sum((row.ms or own[row.case] or 0) * row.calls for row in rows if row.attention == name) for name in able
     }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def text(record: Record) -> str:
     if shares:
         said += f" · {sum(shares) / len(shares):.0%} of the blocks"
     refused = sum(record.fallbacks.values())
-    return said + (f" · {refused} fallbacks, see the log" if refused else "")
+    return said + (f" · fallbacks: {refused}, see the log" if refused else "")
 
 
 def short(variant: str) -> str:
@@ -60,4 +60,4 @@ def short(variant: str) -> str:
 def _last_step(record: Record) -> list[Entry]:
     """The calls of the last step that is over: a record tells of a step before it takes in the first call."""
     entries = record.entries
-    return list(itertools.takewhile(lambda entry: entry.place.step is entries[-1].place.step, reversed(entries)))
+    return list(itertools.takewhile(lambda entry: entry.place.step is entries[-1].place.step, reversed(entries)))[::-1]

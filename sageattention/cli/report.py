@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> int:
             raise ValueError(f"its format is {report['format']}, this version reads {FORMAT}")
         said = json.dumps(report, indent=2) if args.json else text(report)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"error: {found[0]} is no report that can be read: {error}", file=sys.stderr)
+        print(f"error: {found[0]} can't be read as a report: {error}", file=sys.stderr)
         return 2
     print(said)
     return 0
