@@ -58,7 +58,7 @@ def variant_tooltip() -> str:
 def device() -> torch.device | str:
     """The device that ComfyUI's models run on; a CPU outside of ComfyUI."""
     management = sys.modules.get("comfy.model_management")
-    return management.get_torchdevice() if management else "cpu"
+    return management.get_torch_device() if management else "cpu"
 
 
 START_TOOLTIP = (

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.modules.attention import REGISTERED_ATTENTION_FUNCTIONS, optimized_attention
 
 sys.path.append(str(Path(__file__).parent))
 import comfy_models
@@ -47,6 +47,7 @@ class Report:
             "latent": samples["samples"].float().flatten().tolist(),
             "counts": None if override is None else override.record.as_dict(),
             "own": optimized_attention.__name__,
+            "functions": sorted(REGISTERED_ATTENTION_FUNCTIONS),
             "sageattention": getattr(sys.modules.get("sageattention"), "__file__", None),
         }
         return {"ui": {"text": [json.dumps(found)]}}

@@ -198,6 +198,27 @@ def test_the_report_shows_what_ran(server):
     assert saved == found
 
 
+def test_the_benchmark_finds_the_model_s_shapes_by_itself(server):
+    prompt = {
+        "wan": {"class_type": "TinyWan", "inputs": {}},
+        "bench": {
+            "class_type": "SageAttentionBenchmark",
+            "inputs": {"model": ["wan", 0], "latent": ["wan", 3], "positive": ["wan", 1]},
+        },
+        "text": {"class_type": "PreviewAny", "inputs": {"source": ["bench", 1]}},
+        "json": {"class_type": "PreviewAny", "inputs": {"source": ["bench", 2]}},
+    }
+    shown = server.outputs(prompt)
+    found = json.loads(shown["json"]["text"][0])
+    assert {row["case"]: row["calls"] for row in found["rows"]} == {"1x2x16x16x128": 2, "1x2x16x8x128": 2}
+    assert found["step_ms"]["pytorch"] > 0 and found["step_ms"]["reference"] > 0
+    assert "A step: " in shown["text"]["text"][0] and len(shown["bench"]["images"]) == 1
+
+
+def test_the_variants_are_among_the_server_s_attention_functions(unpatched):
+    assert "sage_auto" in unpatched["functions"]
+
+
 def test_the_pack_loaded_without_a_complaint(server, unpatched):
     assert f"Cannot import {server.pack}" not in server.log and "Error while calling comfy_entrypoint" not in server.log
     assert "PRESTARTUP FAILED" not in server.log
