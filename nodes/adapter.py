@@ -85,7 +85,7 @@ class SageOverride(Override):
                 return None
         release = functools.partial(_take, args[1], args[2]) if contained else None
         try:
-            prepared = self.prepare(*(a.peek() if contained and i < 3 else a for i, a in enumerate(args)), **kwargs)
+            prepared = self.prepare(*(_peeked(args) if contained else args), **kwargs)
             if isinstance(prepared, str):
                 entry.kept(prepared)
                 return None
@@ -171,6 +171,10 @@ class SageOverride(Override):
                 self.forms.clear()
             self.forms[key] = known
         return known
+
+
+def _peeked(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*(container.peek() for container in args[:3]), *args[3:])
 
 
 def _as_wanted(out: torch.Tensor, form: Form) -> torch.Tensor:

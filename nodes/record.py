@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .sampling import Place, Sampling
+from .sampling import Place, Sampling, Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,7 +127,7 @@ class Entry:
         self._depth -= 1
         if not self._depth:
             if self.begin is not None:
-                self.end = now(self.begin.device)
+                self.end = now(self.device)
             self._record.closed()
 
 
@@ -171,6 +171,13 @@ def now(device: torch.device) -> Clock | None:
     return Clock(device)
 
 
+class _Here(threading.local):
+    """What each thread is at: its open entry, and reasons for the next one."""
+
+    entry: Entry | None = None
+    reasons: tuple[str, ...] = ()
+
+
 class Record:
     """Counts and calls of one patched model, safe to read and to write from any thread.
 
@@ -188,7 +195,7 @@ class Record:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._open = threading.local()
+        self._here = _Here()
         self.ran: Counter[str] = Counter()
         self.kept: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
@@ -208,7 +215,7 @@ class Record:
     def begin(self, percent_to_sigma: Callable[[float], float] | None = None) -> None:
         """A sampling begins: forget the calls of the one before. Counts go on."""
         self.sampling, self.entries, self.notes = Sampling(percent_to_sigma), [], []
-        self._open, self.starts, self.running = threading.local(), {}, True
+        self._here, self.starts, self.running = _Here(), {}, True
 
     def end(self) -> None:
         """The sampling is over, be it that it was interrupted."""
@@ -222,32 +229,40 @@ class Record:
         self, options: dict[str, Any] | None, q: torch.Tensor, k: torch.Tensor, heads: int | None, hnd: bool, masked: bool
     ) -> Entry:  # fmt: skip
         """A call begins, or, where an override of ours has opened it already, goes on to another one."""
-        opened: Entry | None = getattr(self._open, "entry", None)
-        if opened is not None:
-            opened._depth += 1
-            return opened
+        here = self._here
+        if here.entry is not None:
+            here.entry._depth += 1
+            return here.entry
         place = self.sampling.place(options if isinstance(options, dict) else {})
-        entry = self._open.entry = Entry(self, place, q, k, heads, hnd, masked)
-        entry.reasons, self._open.reasons = getattr(self._open, "reasons", ()), ()
-        if self.running and place.step.number not in self.starts:
-            self.starts[place.step.number] = now(q.device)
-            if self.on_step is not None:
-                self.on_step(self)
-        if self.running and len(self.entries) < MAX_ENTRIES:
-            self.entries.append(entry)
-            if place.step.number in TIMED_STEPS:
-                entry.begin = now(q.device)
+        entry = here.entry = Entry(self, place, q, k, heads, hnd, masked)
+        if here.reasons:
+            entry.reasons, here.reasons = here.reasons, ()
+        if self.running:
+            step = place.step
+            if not step.calls_recorded:
+                self._step_begins(step, entry)
+            step.calls_recorded += 1
+            if len(self.entries) < MAX_ENTRIES:
+                self.entries.append(entry)
+                if step.timed:
+                    entry.begin = now(entry.device)
         return entry
+
+    def _step_begins(self, step: Step, entry: Entry) -> None:
+        step.timed = step.number in TIMED_STEPS
+        self.starts.setdefault(step.number, now(entry.device))
+        if self.on_step is not None:
+            self.on_step(self)
 
     def hand_over(self, entry: Entry) -> None:
         """Called by the entry that is open: the next one takes its place."""
-        self._open.reasons = entry.reasons
+        self._here.reasons = entry.reasons
         if self.entries and self.entries[-1] is entry:
             self.entries.pop()
 
     def closed(self) -> None:
         """Called by the entry that was open."""
-        self._open.entry = None
+        self._here.entry = None
 
     def note(self, sentence: str) -> None:
         """Remember, and log, something that is no single call's; once a sampling."""
@@ -277,8 +292,8 @@ class Record:
         with self._lock:
             if reason not in counter and len(counter) >= MAX_REASONS:
                 reason = OTHER_REASONS
-            counter[reason] += 1
-            return counter[reason] == 1
+            count = counter[reason] = counter[reason] + 1
+            return count == 1
 
     def as_dict(self) -> dict[str, dict[str, int]]:
         """A copy of all counts, as plain data."""

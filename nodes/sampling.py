@@ -22,12 +22,14 @@ class Step:
     Attributes:
         number: from 0.
         calls: attention calls of the current pass through the network so far.
+        timed, calls_recorded: for the record.
     """
 
-    __slots__ = ("_sigma", "_sigmas", "calls", "number", "pass_")
+    __slots__ = ("_sigma", "_sigmas", "calls", "calls_recorded", "number", "pass_", "timed")
 
     def __init__(self, number: int, sigmas: torch.Tensor | None):
         self.number, self.calls = number, 0
+        self.timed, self.calls_recorded = False, 0
         self.pass_: object = None  # keeps the list of a pass alive, so that its identity is nobody else's
         self._sigmas = sigmas
         self._sigma: float | None = None
