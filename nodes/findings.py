@@ -44,7 +44,7 @@ def _sampling(model: ModelPatcher) -> list[str]:
     if record is None:
         return []
     said = list(record.notes)
-    if not record.entries and record.sampling.percent_to_sigma is None:
+    if not record.begun:
         said.append("The model has not been sampled since it was patched: connect something that comes out of the sampler.")
     elif not record.entries and isinstance(slot.owner(model), Override):
         said.append(

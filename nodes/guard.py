@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..sageattention import available_variants, prepare
+from ..sageattention import KernelMissing, Unsupported, available_variants, prepare
 from ..sageattention.variants import CUDA_FP16, TRITON_FP16, VARIANTS
 from .exactness import of_call
 
@@ -70,8 +70,10 @@ class Guard:
         key, step = (entry.place.layer, call.problem), entry.place.step.number
         choice = self._choices.get(key)
         if choice is None:
-            self._choices[key] = choice = Choice("", 0.0, len(self._choices) % len(LOOKS_AGAIN), step)
-            return self._look(entry, call, choice)
+            choice = Choice("", 0.0, len(self._choices) % len(LOOKS_AGAIN), step)
+            out = self._look(entry, call, choice)
+            self._choices[key] = choice
+            return out
         if not choice.variant:
             self._leave(entry, choice)
             return None
@@ -90,7 +92,12 @@ class Guard:
     def _look(self, entry: Entry, call: Call, choice: Choice) -> torch.Tensor | None:
         """Compute the call by its own variant, then by safer ones, until one is good enough; remember which."""
         for candidate in self._candidates(call):
-            result = candidate.attempt()
+            try:
+                result = candidate.attempt()
+            except KernelMissing:
+                if candidate is call:
+                    raise
+                continue
             if result is None:  # its kernel was found missing just now
                 continue
             variant = candidate.plan.variant.name
@@ -116,7 +123,11 @@ class Guard:
         if scheme is None or scheme.pv != "fp16":
             safest = self._safest(call.q.device)
             if safest:
-                yield _by(safest, call)
+                try:
+                    candidate = _by(safest, call)
+                except (Unsupported, KernelMissing):  # then there is none
+                    return
+                yield candidate
 
     def _safest(self, device: torch.device) -> str:
         known = self._safer.get(device)

@@ -132,9 +132,11 @@ class Entry:
 
 
 def _on_host(share: float | torch.Tensor | None) -> float | torch.Tensor | None:
-    """The share where it can be read without waiting: not a number, until it has come from the device."""
+    """The share where it can be read without waiting: not a number, until it has come from the device. A CUDA graph tells none."""
     if not isinstance(share, torch.Tensor) or not share.is_cuda:
         return share
+    if torch.cuda.is_current_stream_capturing():
+        return None
     host = torch.full((), math.nan, pin_memory=True)
     return host.copy_(share, non_blocking=True)
 
@@ -187,7 +189,7 @@ class Record:
             quantising gains nothing, the schedule left the call out, or the guard found it off.
         fallbacks: reason → calls that the variant refused, so that the model's own attention had to do them.
         sampling, entries: the last sampling, and its calls; those after `MAX_ENTRIES` are counted only.
-        running: whether it goes on. Calls outside of a sampling are counted only.
+        begun, running: whether there was a sampling, and whether it goes on. Calls outside of one are counted only.
         starts: step → when its first call began; after the last one, when the sampling was over.
         notes: what else happened in it, in sentences.
         on_step: called as each step begins, and at the end.
@@ -201,7 +203,7 @@ class Record:
         self.fallbacks: Counter[str] = Counter()
         self.sampling, self.entries, self.notes = Sampling(), [], []  # type: Sampling, list[Entry], list[str]
         self.starts: dict[int, Clock | None] = {}
-        self.running = False
+        self.begun = self.running = False
         self.on_step: Callable[[Record], None] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
@@ -215,13 +217,13 @@ class Record:
     def begin(self, percent_to_sigma: Callable[[float], float] | None = None) -> None:
         """A sampling begins: forget the calls of the one before. Counts go on."""
         self.sampling, self.entries, self.notes = Sampling(percent_to_sigma), [], []
-        self._here, self.starts, self.running = _Here(), {}, True
+        self._here, self.starts, self.begun, self.running = _Here(), {}, True, True
 
     def end(self) -> None:
         """The sampling is over, be it that it was interrupted."""
         if self.entries:
             self.starts[self.sampling.steps] = now(self.entries[-1].device)
-        self.running = False
+        self.running, self.sampling.percent_to_sigma = False, None  # which holds on to the model
         if self.on_step is not None:
             self.on_step(self)
 

@@ -42,7 +42,7 @@ def _sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     here = guider.model_options["transformer_options"].get(record.KEY)
     if here is None:  # somebody has made new options of a part of ours
         return executor(*args, **kwargs)
-    here.begin(guider.model_patcher.get_model_object("model_sampling").percent_to_sigma)
+    here.begin(lambda percent: guider.model_patcher.get_model_object("model_sampling").percent_to_sigma(percent))
     try:
         return executor(*args, **kwargs)
     finally:

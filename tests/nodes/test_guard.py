@@ -141,29 +141,50 @@ def test_a_layer_that_turns_bad_later_is_found(monkeypatch):
     assert slot.record_of(model).ran == {"reference": 6} and len(core.own_calls) == 14
 
 
-def test_from_the_fastest_variant_to_the_safest(monkeypatch):
-    """On a made-up card, whose FP8 is off and whose FP16 is not."""
-    CARD = part("device.capability").Capability("cuda", 89, 1, "native", "RTX 4090")
-    monkeypatch.setattr(part("device.capability"), "of_device", lambda device, index: CARD)
+@pytest.fixture
+def card(monkeypatch) -> dict[str, float]:
+    """A made-up card: how much too large each variant's output is; one that is not named has no kernel."""
+    found = part("device.capability").Capability("cuda", 89, 1, "native", "RTX 4090")
+    monkeypatch.setattr(part("device.capability"), "of_device", lambda device, index: found)
     monkeypatch.setattr(part("planning.plan").store, "missing", lambda image: "")
-    calls = []
+    gains: dict[str, float] = {}
 
     def run(call):
-        calls.append(call.plan.variant.name)
+        name = call.plan.variant.name
+        if name not in gains:
+            raise PACK.sageattention.KernelMissing(name, "its cubin is not here")
         q, k, v = call.hnd()
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=call.problem.sm_scale).transpose(1, 2)
-        return out * (1.2 if call.plan.variant.name == FP8 else 1.01), None
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=call.problem.sm_scale)
+        return out.transpose(1, 2) * gains[name], None
 
     monkeypatch.setitem(part("dispatch")._BACKENDS, "cuda", SimpleNamespace(run=run))
     ready = [SimpleNamespace(name=name, status="ready") for name in (FP8, FP16)]
-    monkeypatch.setattr(guard, "available_variants", lambda device: ready)
-    monkeypatch.setattr(PACK.nodes.patch, "available_variants", lambda device: ready)
+    for module in (guard, PACK.nodes.patch):
+        monkeypatch.setattr(module, "available_variants", lambda device: ready)
+    return gains
+
+
+def test_from_the_fastest_variant_to_the_safest(card):
+    card.update({FP8: 1.2, FP16: 1.01})
     model, core = patched(0.05, FP8), OldCore()
     sample(model, network(core, tensors(dtype=torch.float16)))
-    assert calls == [FP8, FP16, FP16, FP16, FP16] and not core.own_calls
-    assert slot.record_of(model).ran == {FP16: 4} and errors(model)["block 0"] == pytest.approx(0.01, abs=2e-3)
+    assert slot.record_of(model).ran == {FP16: 4} and not core.own_calls
+    assert errors(model)["block 0"] == pytest.approx(0.01, abs=2e-3)
     reasons = [entry.reasons for entry in slot.record_of(model).entries]
     assert reasons == [(f"{FP8}: {guard.NOT_ALL_OFF}",), (), (), ()]
+
+
+def test_a_safer_variant_without_a_kernel_is_passed_by(card):
+    card.update({FP8: 1.2})
+    model, core = patched(0.05, FP8), OldCore()
+    sample(model, network(core, tensors(dtype=torch.float16)))
+    assert len(core.own_calls) == 4 and slot.record_of(model).kept == {guard.OFF: 4} and not slot.record_of(model).fallbacks
+
+
+def test_the_variant_that_was_asked_for_falls_back_without_a_kernel_as_without_the_guard(card):
+    model, core = patched(0.05, FP8), OldCore()
+    sample(model, network(core, tensors(dtype=torch.float16)))
+    assert len(core.own_calls) == 4 and slot.record_of(model).fallbacks == {f"{FP8}: its cubin is not here": 4}
 
 
 def test_containers_are_not_let_go_before_the_error_is_known():
