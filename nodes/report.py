@@ -71,8 +71,8 @@ class Times:
     The first step does not count where others are timed: kernels are loaded and the guard looks at each layer there.
 
     Attributes:
-        steps: number → (attention's part of it, all of it or None), of the steps that are timed.
-        settled: those that count.
+        steps: number → (attention's part of it, all of it); None where it was not taken.
+        settled: the steps that count.
         attention_ms, step_ms: their means; None where no time was taken.
     """
 
@@ -86,10 +86,10 @@ class Times:
         lasted = {}
         for number, start in record.starts.items():
             following = record.starts.get(number + 1)
-            if number in attention and start is not None and following is not None and start.device == following.device:
+            if start is not None and following is not None and start.device == following.device:
                 lasted[number] = following.ms_since(start)
-        self.steps = {n: (ms, lasted.get(n)) for n, ms in attention.items()}
-        self.settled = set(lasted or attention)
+        self.steps = {number: (attention.get(number), lasted.get(number)) for number in {*attention, *lasted}}
+        self.settled = set(attention)
         self.settled -= {0} if len(self.settled) > 1 else set()
         self.attention_ms = _mean(attention[n] for n in self.settled)
         self.step_ms = _mean(lasted.get(n) for n in self.settled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -19,6 +20,7 @@ from typing import Any
 from pack import ROOT
 
 READY_SECONDS, PROMPT_SECONDS = 240, 120
+TEXT_EVENT = (3).to_bytes(4, "big")  # of ComfyUI's binary messages
 NOT_SHIPPED = shutil.ignore_patterns(".*", "__pycache__", "tests", "csrc", "out", "build", "dist")
 
 
@@ -32,6 +34,25 @@ class Server:
     @property
     def log(self) -> str:
         return self._log_file.read_text(encoding="utf-8", errors="replace")
+
+    def lines(self, prompt: dict[str, Any]) -> list[tuple[str, str]]:
+        """Queue a prompt and wait for it; (node, text) of each line that a node was told to show meanwhile, as the front end hears it."""
+        return asyncio.run(self._lines(prompt))
+
+    async def _lines(self, prompt: dict[str, Any]) -> list[tuple[str, str]]:
+        import aiohttp  # which ComfyUI needs
+
+        heard = []
+        async with aiohttp.ClientSession() as session, session.ws_connect(self.url + "/ws") as socket_:
+            running = asyncio.get_running_loop().run_in_executor(None, self.outputs, prompt)
+            while not running.done():
+                with contextlib.suppress(asyncio.TimeoutError):
+                    message = await asyncio.wait_for(socket_.receive(), 0.5)
+                    if message.type == aiohttp.WSMsgType.BINARY and message.data[:4] == TEXT_EVENT:
+                        length = int.from_bytes(message.data[4:8], "big")
+                        heard.append((message.data[8 : 8 + length].decode(), message.data[8 + length :].decode()))
+            await running
+        return heard
 
     def refusal(self, prompt: dict[str, Any]) -> dict[str, Any]:
         """What the server answers to a prompt that it does not accept: id of a node → its errors."""

@@ -208,6 +208,15 @@ def test_the_report_shows_what_ran(server):
     assert saved == found
 
 
+def test_the_node_shows_a_line_while_it_samples(server):
+    prompt = workflow("reference")
+    prompt["sampler"]["inputs"]["seed"] = 7
+    heard = server.lines(prompt)
+    calls = WORKLOADS["wan"].calls // STEPS
+    assert heard and set(heard) <= {("patch", f"step {step}, attention calls: reference {calls}") for step in (1, 2)}
+    assert heard[-1][1].startswith(f"step {STEPS}")
+
+
 def test_the_benchmark_finds_the_model_s_shapes_by_itself(server):
     prompt = {
         "wan": {"class_type": "TinyWan", "inputs": {}},

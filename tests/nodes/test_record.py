@@ -197,7 +197,7 @@ def test_threads_have_entries_of_their_own():
     assert {layer: layers.count(layer) for layer in layers} == {f"block {i}": 20 for i in range(4)}
 
 
-def test_only_some_steps_are_timed_and_all_of_a_short_sampling():
+def test_calls_are_timed_in_some_steps_and_all_steps_are():
     model = patched()
     sample(model, blocks(OldCore(), 1), sigmas=torch.linspace(1, 0, 20).tolist())
     timed = {e.place.step.number for e in slot.record_of(model).entries if e.begin is not None and e.end is not None}
