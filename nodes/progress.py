@@ -37,7 +37,7 @@ def line(node_ids: Sequence[str]) -> Callable[[Record], None] | None:
 
 
 def text(record: Record) -> str:
-    """What ran in the last whole step, such as "fp8_cuda 60, the model's own 3 · 18 % of the blocks"; "" before there is one."""
+    """What ran in the last whole step, such as "step 3, attention calls: fp8_cuda 60; 18% of the blocks"; "" before there is one."""
     entries = _last_step(record)
     if not entries:
         return ""
@@ -47,9 +47,9 @@ def text(record: Record) -> str:
     said = f"step {entries[0].place.step.number + 1}, attention calls: {', '.join(parts)}"
     shares = [share for entry in entries if (share := entry.blocks) is not None]
     if shares:
-        said += f" · {sum(shares) / len(shares):.0%} of the blocks"
+        said += f"; {sum(shares) / len(shares):.0%} of the blocks"
     refused = sum(record.fallbacks.values())
-    return said + (f" · fallbacks: {refused}, see the log" if refused else "")
+    return said + (f"; fallbacks: {refused}, see the log" if refused else "")
 
 
 def short(variant: str) -> str:

@@ -201,7 +201,9 @@ class Record:
         self.ran: Counter[str] = Counter()
         self.kept: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
-        self.sampling, self.entries, self.notes = Sampling(), [], []  # type: Sampling, list[Entry], list[str]
+        self.sampling = Sampling()
+        self.entries: list[Entry] = []
+        self.notes: list[str] = []
         self.starts: dict[int, Clock | None] = {}
         self.begun = self.running = False
         self.on_step: Callable[[Record], None] | None = None
@@ -241,9 +243,8 @@ class Record:
             entry.reasons, here.reasons = here.reasons, ()
         if self.running:
             step = place.step
-            if not step.calls_recorded:
+            if not step.begun:
                 self._step_begins(step, entry)
-            step.calls_recorded += 1
             if len(self.entries) < MAX_ENTRIES:
                 self.entries.append(entry)
                 if step.timed:
@@ -251,7 +252,7 @@ class Record:
         return entry
 
     def _step_begins(self, step: Step, entry: Entry) -> None:
-        step.timed = step.number in TIMED_STEPS
+        step.begun, step.timed = True, step.number in TIMED_STEPS
         self.starts.setdefault(step.number, now(entry.device))
         if self.on_step is not None:
             self.on_step(self)

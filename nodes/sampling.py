@@ -22,14 +22,14 @@ class Step:
     Attributes:
         number: from 0.
         calls: attention calls of the current pass through the network so far.
-        timed, calls_recorded: for the record.
+        begun, timed: for the record: whether it has seen a call, and whether it times them.
     """
 
-    __slots__ = ("_sigma", "_sigmas", "calls", "calls_recorded", "number", "pass_", "timed")
+    __slots__ = ("_sigma", "_sigmas", "begun", "calls", "number", "pass_", "timed")
 
     def __init__(self, number: int, sigmas: torch.Tensor | None):
         self.number, self.calls = number, 0
-        self.timed, self.calls_recorded = False, 0
+        self.begun = self.timed = False
         self.pass_: object = None  # keeps the list of a pass alive, so that its identity is nobody else's
         self._sigmas = sigmas
         self._sigma: float | None = None

@@ -242,7 +242,7 @@ def test_the_line_on_the_nodes_tells_what_ran_in_the_step_before(server):
     sparse.node_id = "12"
     model = slot.install(dense, sparse)
     sample(model, blocks(OldCore()), sigmas=[1.0, 0.5, 0.2])
-    said = [f"step {n}, attention calls: sparse 1, reference 1 · 25% of the blocks" for n in (1, 2, 3)]
+    said = [f"step {n}, attention calls: sparse 1, reference 1; 25% of the blocks" for n in (1, 2, 3)]
     assert [text for node, text in server if node == "7"] == [text for node, text in server if node == "12"] == said
 
 
@@ -250,7 +250,7 @@ def test_the_line_tells_of_fallbacks_and_the_model_s_own(server):
     model = patched("reference", unique_id="7")
     core = OldCore()
     sample(model, lambda options: core.attention(*(torch.randn(1, 4, 300) for _ in range(3)), 1, transformer_options=options), [1.0])
-    assert server[-1] == ("7", "step 1, attention calls: the model's own 1 · fallbacks: 1, see the log")
+    assert server[-1] == ("7", "step 1, attention calls: the model's own 1; fallbacks: 1, see the log")
 
 
 def test_the_line_is_not_sent_more_often_than_one_can_read(server, monkeypatch):
