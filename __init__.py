@@ -1,4 +1,4 @@
-"""ComfyUI's entry to the pack: the list of its nodes."""
+"""ComfyUI's entry to the pack: the list of its nodes, and the folder with their help pages."""
 
 from .nodes import functions
 
@@ -23,4 +23,5 @@ else:
         return SageAttentionExtension()
 
 
+WEB_DIRECTORY = "./web"
 functions.register()

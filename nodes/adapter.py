@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from ..sageattention import KernelMissing, Unsupported, prepare, settings, tracing
+from .form import Form, four_dimensional
 from .override import Attention, Override
 from .schedule import Schedule, Window
 
@@ -19,22 +20,8 @@ if TYPE_CHECKING:
     from .guard import Guard
     from .record import Entry
 
-F = TypeVar("F", "Form", str)
+F = TypeVar("F", Form, str)
 MAX_FORMS = 4096
-
-
-class Form(NamedTuple):
-    """Calls alike in all that decides how they are computed: how q, k and v are viewed.
-
-    Attributes:
-        views: the shapes, [B, L, heads, D], of q, k and v that come as [B, L, heads·D]; None where they come as [B, heads, L, D].
-        transposed: heads and tokens change places. Views of the inputs cost nothing, where a copy of the output would.
-        layout: the output's, "HND" with `skip_output_reshape`, else "NHD".
-    """
-
-    views: tuple[tuple[int, ...], ...] | None
-    transposed: bool
-    layout: str
 
 
 class SageOverride(Override):
@@ -92,7 +79,7 @@ class SageOverride(Override):
             call, form = prepared
             if self.guard is not None:
                 out = self.guard.run(entry, call, release)
-                return None if out is None else _as_wanted(out, form)
+                return None if out is None else form.give_back(out)
             result = call.attempt(release)
             if result is None:  # the kernel of the last candidate was found missing just now
                 entry.kept(call.left_to_model)
@@ -101,7 +88,7 @@ class SageOverride(Override):
             entry.fell_back(str(error))
             return None
         entry.computed(call)
-        return _as_wanted(result[0], form)
+        return form.give_back(result[0])
 
     def prepare(
         self,
@@ -142,13 +129,7 @@ class SageOverride(Override):
             raise Unsupported("q", "a gradient is asked for, and quantised attention has none; training needs the model's own")
         if known is not None:
             return self._prepared(q, k, v, mask, scale, known), known
-        if heads is None:
-            raise Unsupported("heads", "the call does not say how many there are")
-        form = Form(
-            (_check_heads if skip_reshape else _split_heads)(q, k, v, heads, enable_gqa),
-            bool(skip_reshape) != bool(skip_output_reshape),
-            "HND" if skip_output_reshape else "NHD",
-        )
+        form = Form.of(q, k, v, heads, skip_reshape, skip_output_reshape, enable_gqa)
         call = self._prepared(q, k, v, mask, scale, form)
         left = call.left_to_model
         if left:
@@ -158,12 +139,7 @@ class SageOverride(Override):
     def _prepared(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None, form: Form
     ) -> Call:  # fmt: skip
-        if form.views is not None:
-            of_q, of_k, of_v = form.views
-            q, k, v = q.view(*of_q), k.view(*of_k), v.view(*of_v)  # a third cheaper than with a tuple
-        if form.transposed:
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return prepare(q, k, v, form.layout, sm_scale=scale, attn_mask=_four_dimensional(mask), variant=self.variant)
+        return prepare(*form.view(q, k, v), form.layout, sm_scale=scale, attn_mask=four_dimensional(mask), variant=self.variant)
 
     def _remember(self, key: tuple[Any, ...], known: F) -> F:
         if key:  # else it has no hash
@@ -177,47 +153,7 @@ def _peeked(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*(container.peek() for container in args[:3]), *args[3:])
 
 
-def _as_wanted(out: torch.Tensor, form: Form) -> torch.Tensor:
-    return out if form.layout == "HND" else out.flatten(2)
-
-
 def _take(*containers: Any) -> None:
     """Let K and V go, which the core has left to us alone."""
     for container in containers:
         container.take()
-
-
-def _split_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, enable_gqa: bool) -> tuple[tuple[int, ...], ...]:
-    """How [B, L, heads·D] is viewed as [B, L, heads, D]; k and v have fewer heads where `enable_gqa` says so."""
-    _check_rank(3, "[B, L, heads*D]", q, k, v)
-    inner = q.shape[2]
-    if heads < 1 or inner < 1 or inner % heads:
-        raise Unsupported("heads", f"got {heads}, accepted is a divisor of q's last dimension, {inner}")
-    dim = inner // heads
-    for name, t in (("k", k), ("v", v)):
-        if (t.shape[2] != inner and not enable_gqa) or t.shape[2] % dim:
-            accepted = f"a multiple of {dim}" if enable_gqa else f"q's, {inner} (fewer heads only with enable_gqa)"
-            raise Unsupported(name, f"its last dimension is {t.shape[2]}, accepted is {accepted}")
-    return tuple((*t.shape[:2], t.shape[2] // dim, dim) for t in (q, k, v))
-
-
-def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, enable_gqa: bool) -> tuple[tuple[int, ...], ...] | None:
-    """[B, heads, L, D] is taken as it is."""
-    _check_rank(4, "[B, heads, L, D]", q, k, v)
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.shape[1] != heads and (name == "q" or not enable_gqa):
-            raise Unsupported(name, f"it has {t.shape[1]} heads, the call says {heads}; only k and v may differ, with enable_gqa")
-    return None
-
-
-def _check_rank(rank: int, shape: str, *tensors: torch.Tensor) -> None:
-    for name, t in zip("qkv", tensors):
-        if t.dim() != rank:
-            raise Unsupported(name, f"got {t.dim()} dimensions {tuple(t.shape)}, accepted are {rank}, {shape}")
-
-
-def _four_dimensional(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """[Lq, Lk] holds for every batch and head, [B, Lq, Lk] for every head."""
-    if mask is None or mask.dim() == 4:
-        return mask
-    return mask[:, None] if mask.dim() == 3 else mask

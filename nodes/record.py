@@ -267,11 +267,11 @@ class Record:
         """Called by the entry that was open."""
         self._here.entry = None
 
-    def note(self, sentence: str) -> None:
+    def note(self, sentence: str, node: str = PATCH) -> None:
         """Remember, and log, something that is no single call's; once a sampling."""
         if sentence not in self.notes:
             self.notes.append(sentence)
-            LOG.warning("%s: %s", PATCH, sentence)
+            LOG.warning("%s: %s", node, sentence)
 
     def count_run(self, variant: str, node: str = PATCH) -> None:
         """Count a call that a variant computed; the first one is logged."""

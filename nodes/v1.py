@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import benchmark_node, patch, report_node
+from .v1_sparse import SageSparseAttention
 
 
 class PatchSageAttention:
@@ -104,4 +105,4 @@ class SageAttentionBenchmark:
         return {"ui": shown, "result": (*outputs, after)}
 
 
-NODES: list[Any] = [PatchSageAttention, SageAttentionReport, SageAttentionBenchmark]
+NODES: list[Any] = [PatchSageAttention, SageSparseAttention, SageAttentionReport, SageAttentionBenchmark]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from . import benchmark_node, patch, report_node
+from .v3_sparse import SageSparseAttention
 
 
 class PatchSageAttention(io.ComfyNode):
@@ -113,4 +116,4 @@ class SageAttentionBenchmark(io.ComfyNode):
         return io.NodeOutput(*outputs, after, ui=shown)
 
 
-NODES = [PatchSageAttention, SageAttentionReport, SageAttentionBenchmark]
+NODES: list[Any] = [PatchSageAttention, SageSparseAttention, SageAttentionReport, SageAttentionBenchmark]

@@ -125,7 +125,7 @@ sys.path.insert(0, sys.argv[1])
 from pack import load_pack
 pack = load_pack()
 assert not any(m == "sageattention" or m.startswith("sageattention.") for m in sys.modules), "took the public name"
-assert set(pack.NODE_CLASS_MAPPINGS) >= {"PatchSageAttention", "SageAttentionReport"} and not hasattr(pack, "comfy_entrypoint")
+assert set(pack.NODE_CLASS_MAPPINGS) >= {"PatchSageAttention", "SageSparseAttention"} and not hasattr(pack, "comfy_entrypoint")
 sys.path.insert(0, sys.argv[2])
 import sageattention
 assert sageattention.foreign and pack.sageattention is not sageattention
