@@ -1,5 +1,5 @@
-"""`python -m sageattention doctor | check | bench | explain | report`. `doctor` and `report` run without torch; the others say that they
-need it.
+"""`python -m sageattention doctor | check | bench | explain | card | report`. `doctor` and `report` run without torch; the others say that
+they need it.
 
 `python path/to/sageattention doctor` is the same for a Python that does not look into the current folder: the embedded one of
 ComfyUI's portable build.
@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="which variant a call gets on this machine, and why not another")
     report = commands.add_parser("report", help="what ran in a model's last sampling in ComfyUI, as the report node saved it")
     report.add_argument("file", nargs="?", help="the saved JSON; default: report.json in the user directory of the ComfyUI around here")
+    card = commands.add_parser("card", help="doctor, check and bench in one JSON file, to send with a report")
     check.add_argument("--quick", action="store_true", help="only the input kinds: no masks, head dimensions, GQA")
     check.add_argument("--device", help="a torch device such as cuda:1 or cpu; default: cuda where there is one")
     check.add_argument("--variants", type=_names, help="comma-separated names; default: every ready one")
@@ -51,7 +52,10 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--variant", default="auto", help="a variant's name; default: auto")
     explain.add_argument("--pv-accum-dtype", default="", help="the accumulator asked for")
     explain.add_argument("--device", help="a torch device such as cuda:1 or cpu; default: cuda where there is one")
-    for command in (doctor, check, bench, explain, report):
+    card.add_argument("--quick", action="store_true", help="check without masks and call forms, bench on the two quick shapes")
+    card.add_argument("--device", help="a torch device such as cuda:1 or cpu; default: cuda where there is one")
+    card.add_argument("--out", metavar="FILE", default="sageattention-card.json", help="where to (sageattention-card.json)")
+    for command in (doctor, check, bench, explain, card, report):
         command.add_argument("--json", action="store_true", help="machine-readable output")
     return top
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from .kernels.family import KernelFamily, Tile, Tiles
 from .kernels.mma import MMA_FP8, MMA_FP16, MMA_INT8
-from .kernels.wgmma import WGMMA_FP8, WGMMA_FP8_SPARSE, WGMMA_FP16, WGMMA_FP16_SPARSE
+from .kernels.wgmma import WGMMA_FP8, WGMMA_FP8_SPARSE, WGMMA_FP8_WIDE, WGMMA_FP16, WGMMA_FP16_SPARSE, WGMMA_FP16_WIDE
 from .numerics.scheme import FP8_FP16, FP8_FP32_WGMMA, FP16_FP32, FP16_FP32_MMA, FP16_FP32_TRITON, INT8_INT32, Scheme
 
 
@@ -105,7 +105,7 @@ CUDA_FP16 = Variant(
     FP16_FP32_MMA,
     min_arch=75,
     accum=MMA_FP16.schemes,
-    kernels=(WGMMA_FP16, MMA_FP16),
+    kernels=(WGMMA_FP16, WGMMA_FP16_WIDE, MMA_FP16),
     sparse_kernels=(WGMMA_FP16_SPARSE, MMA_FP16),
 )
 CUDA_FP8 = Variant(
@@ -126,7 +126,7 @@ CUDA_FP8_SM90 = Variant(
     min_arch=90,
     archs=(90,),
     accum=WGMMA_FP8.schemes,
-    kernels=(WGMMA_FP8, MMA_FP8),
+    kernels=(WGMMA_FP8, WGMMA_FP8_WIDE, MMA_FP8),
     sparse_kernels=(WGMMA_FP8_SPARSE, MMA_FP8),
 )
 CUDA_INT8 = Variant(

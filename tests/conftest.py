@@ -71,9 +71,11 @@ MEMOS = {
     "device.capability": ["of_device"],
     "planning.calibration": ["of_card"],
     "planning.plan": ["plan"],
+    "planning.sparse_plan": ["sparse_plan"],
     "planning.here": ["_absent", "_told"],
     "dispatch": ["_prepared", "_ran"],
     "backends.cuda.workspace": ["launch_plan_of"],
+    "backends.cuda.route": ["_plan_of"],
 }
 
 

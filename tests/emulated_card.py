@@ -13,7 +13,7 @@ from sageattention.backends.cuda import driver, host, workspace
 from sageattention.device.capability import Capability
 from sageattention.kernels import binaries, store
 from sageattention.kernels.architectures import ARCHITECTURES
-from sageattention.kernels.table import CLASSIFY, IMAGES
+from sageattention.kernels.table import CLASSIFY, IMAGES, KERNELS
 from sageattention.planning.problem import Problem
 from sageattention.variants import VARIANTS
 
@@ -24,18 +24,23 @@ each_variant = pytest.mark.parametrize("variant", [name for name, _ in MMA.value
 
 
 class Lanes:
-    """A card that runs on the host: an architecture's quantisers and mma.sync attention of one head dimension."""
+    """A card that runs on the host: an architecture's quantisers, router and attention kernels of one head dimension.
 
-    def __init__(self, arch: int, head_dim: int, folder: Path):
+    wgmma: with Hopper's own attention instead of that by mma.sync.
+    """
+
+    def __init__(self, arch: int, head_dim: int, folder: Path, wgmma: bool = False):
         self.capability, self.head_dim = Capability("cuda", arch, 2, "none", "host"), head_dim
-        chosen = [e for i in IMAGES if i.arch == ARCHITECTURES[arch].target and not i.name.startswith("attend_wgmma") for e in i.entries]
+        target, left_out = ARCHITECTURES[arch].target, {k.attend_image(head_dim) for k in KERNELS if bool(k.arch) != wgmma}
+        chosen = [e for i in IMAGES if i.arch == target and i.name not in left_out for e in i.entries]
         self.entries = {entry.symbol: entry for entry in chosen if f"_d{head_dim}" in entry.symbol or entry is CLASSIFY}
         functions = "".join(
             f'extern "C" void {e.symbol}(const {e.params.__name__}* p, unsigned blocks) '
             f"{{ run_grid(blocks, {e.threads}, [&] {{ {e.expression}(*p); }}); }}\n"
             for e in self.entries.values()
         )
-        self.library = compiled(arch, folder, ("kernel/quantize.cuh", "kernel/attend_mma.cuh"), functions)
+        sources = dict.fromkeys(k.source for k in KERNELS if k.built_for(target) and bool(k.arch) == wgmma)
+        self.library = compiled(arch, folder, ("kernel/quantize.cuh", "kernel/route_blocks.cuh", *sources), functions)
 
     def launch(self, device: int, stream: int, launches: tuple) -> None:
         for symbol, x, _, _, params, _ in launches:
@@ -43,14 +48,15 @@ class Lanes:
             getattr(self.library, symbol)(ctypes.create_string_buffer(params, len(params)), ctypes.c_uint(x))
 
 
-_compiled: dict[tuple[int, int], Lanes] = {}  # half a minute each
+_compiled: dict[tuple[int, int, bool], Lanes] = {}  # half a minute each
 
 
-def lanes_of(arch: int, head_dim: int, folder: Path) -> Lanes:
+def lanes_of(arch: int, head_dim: int, folder: Path, wgmma: bool = False) -> Lanes:
     """The card, compiled in `folder` where no test needed it before."""
-    if (arch, head_dim) not in _compiled:
-        _compiled[arch, head_dim] = Lanes(arch, head_dim, folder)
-    return _compiled[arch, head_dim]
+    key = arch, head_dim, wgmma
+    if key not in _compiled:
+        _compiled[key] = Lanes(*key[:2], folder, wgmma)
+    return _compiled[key]
 
 
 def install(monkeypatch: pytest.MonkeyPatch, lanes: Lanes) -> Lanes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from stub import build
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
-SHARED = "extern __shared__ __align__(128) u8 stages[];"
+SHARED = re.compile(r"extern __shared__ __align__\(128\) u8 (\w+)\[\];")
 
 
 def compiled(arch: int, folder: Path, sources: tuple[str, ...], functions: str) -> ctypes.CDLL:
@@ -21,7 +22,7 @@ def compiled(arch: int, folder: Path, sources: tuple[str, ...], functions: str) 
     for part in ("block", "common", "kernel", "layout"):
         (folder / part).mkdir()
         for source in (ROOT / "csrc" / part).glob("*.cuh"):
-            (folder / part / source.name).write_text(source.read_text().replace(SHARED, "u8* stages = dynamic_shared;"))
+            (folder / part / source.name).write_text(SHARED.sub(r"u8* \1 = dynamic_shared;", source.read_text()))
     (folder / build.CONSTANTS).parent.mkdir()
     (folder / build.CONSTANTS).write_text(build.constants())
     unit, library = folder / "unit.cpp", folder / "lanes.so"

@@ -9,7 +9,8 @@ import torch
 
 from sageattention.backends.cuda import host
 from sageattention.backends.cuda.workspace import LaunchPlan
-from sageattention.numerics.constants import BAND_ROWS, NEGLIGIBLE_BIAS
+from sageattention.numerics.constants import BAND_ROWS, LOG2E, MASK_LIMIT, NEGLIGIBLE_BIAS
+from sageattention.planning.tile_lists import ALIGN
 
 KINDS = ("empty", "single", "all full", "all mixed", "random")
 
@@ -21,7 +22,7 @@ def pack(bits: torch.Tensor) -> torch.Tensor:
     return torch.where(word < 2**31, word, word - 2**32).int()
 
 
-def by_tiles(bits: torch.Tensor, tile: int, rows: int, fill: bool) -> torch.Tensor:
+def by_tiles(bits: torch.Tensor, tile: int, rows: int, fill: float) -> torch.Tensor:
     """[B, H, Nq, Nk] to [B, H, groups of `rows` queries, tiles, rows · tile], beyond the ends `fill`."""
     (len_q, len_kv) = bits.shape[2:]
     padded = torch.nn.functional.pad(bits, (0, -len_kv % tile, 0, -len_q % rows), value=fill)
@@ -36,11 +37,14 @@ class Bits:
     uneven: torch.Tensor  # the same
     live: torch.Tensor  # [B, H, bands, Nk]
     kept: torch.Tensor | None  # [B, H, Nq | 1, Nk], of a bool mask
+    bias: torch.Tensor | None = None  # [B, H, whole tiles of keys], fp32 in base 2, of an additive mask of one row
 
-    def words(self) -> torch.Tensor:
-        """All of it as it lies in memory, uint8."""
-        parts = [pack(torch.stack((self.seen, self.uneven), 3)), pack(self.live), *([] if self.kept is None else [pack(self.kept)])]
-        return torch.cat([part.flatten() for part in parts]).view(torch.uint8)
+    def words(self, filler: int = 0) -> torch.Tensor:
+        """All of it as it lies in memory, uint8; `filler`: bytes that belong to nothing."""
+        lists, live = (x.flatten().view(torch.uint8) for x in (pack(torch.stack((self.seen, self.uneven), 3)), pack(self.live)))
+        gap = live.new_full((-(lists.numel() + live.numel()) % ALIGN,), filler)
+        mask = [x.flatten().view(torch.uint8) for x in (None if self.kept is None else pack(self.kept), self.bias) if x is not None]
+        return torch.cat([lists, live, gap, *mask])
 
 
 def classify(mask: torch.Tensor, len_q: int, len_kv: int, tile: int, is_causal: bool) -> Bits:
@@ -62,7 +66,12 @@ def classify(mask: torch.Tensor, len_q: int, len_kv: int, tile: int, is_causal: 
     live = by_tiles(alive, len_kv, rows, False).unflatten(4, (rows, len_kv)).any(4)[:, :, :, 0]
     even = by_tiles(kept & (bias == 0), tile, rows, True).all(-1)
     even[..., -1] &= len_kv % tile == 0
-    return Bits(by_tiles(kept, tile, rows, False).any(-1), ~even, live, mask if mask.dtype == torch.bool else None)
+    if mask.dtype == torch.bool:
+        kept_mask, row = mask, None
+    else:
+        base2 = torch.where(mask == -torch.inf, -torch.inf, (mask.float() * LOG2E).clamp(-MASK_LIMIT, MASK_LIMIT))
+        kept_mask, row = None, by_tiles(base2, tile, 1, -torch.inf).flatten(2) if one_row else None
+    return Bits(by_tiles(kept, tile, rows, False).any(-1), ~even, live, kept_mask, row)
 
 
 def made_up(kind: str, len_q: int, len_kv: int, heads: int, block_m: int, tile: int, seed: int = 0) -> tuple[Bits, torch.Tensor]:

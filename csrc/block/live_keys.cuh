@@ -9,25 +9,41 @@ namespace sage {
 struct LiveRows {
   const LiveKeys& live;  // a kernel parameter, so it takes no registers
   const u32* bits;       // of the head; null: every key is live
+  int len_kv;
 
-  __device__ __forceinline__ LiveRows(const LiveKeys& live, int batch, int head)
-      : live(live), bits(live.bits ? live.bits + batch * live.stride_b + head * live.stride_h : nullptr) {}
+  __device__ __forceinline__ LiveRows(const LiveKeys& live, int batch, int head, int len_kv)
+      : live(live), bits(live.bits ? live.bits + batch * live.stride_b + head * live.stride_h : nullptr), len_kv(len_kv) {}
 
-  // Keys 32·w … 32·w + 31, a bit each.
+  // Keys 32·w … 32·w + 31, a bit each. Begins with the last rows, which see most in the masks of models, and ends once all are live.
   __device__ __forceinline__ u32 word(int w) const {
+    constexpr int kBatch = 8;
+    const u32 all = existing(w);
     u32 any = 0;
-#pragma unroll 4
-    for (int r = 0; r < live.rows; ++r) any |= bits[(i64)r * live.words + w];
+#pragma unroll 1
+    for (int last = live.rows - 1; last >= 0 && any != all; last -= kBatch)
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) any |= bits[(i64)max(last - i, 0) * live.words + w];
     return any;
   }
 
   // The same as a collective of the warp, whose lanes share the rows.
   __device__ __forceinline__ u32 word_by_warp(int w) const {
+    const u32 all = existing(w);
     u32 any = 0;
-    for (int r = special_tid_x() % 32; r < live.rows; r += 32) any |= bits[(i64)r * live.words + w];
+#pragma unroll 1
+    for (int last = live.rows - 1; last >= 0 && any != all; last -= 32) {
+      any |= bits[(i64)max(last - special_tid_x() % 32, 0) * live.words + w];
 #pragma unroll
-    for (int other = 1; other < 32; other *= 2) any |= __shfl_xor_sync(kAllLanes, any, other);
+      for (int other = 1; other < 32; other *= 2) any |= __shfl_xor_sync(kAllLanes, any, other);
+    }
     return any;
+  }
+
+ private:
+  // The keys of word w that there are.
+  __device__ __forceinline__ u32 existing(int w) const {
+    const int left = len_kv - 32 * w;
+    return left >= 32 ? ~0u : (1u << left) - 1;
   }
 };
 

@@ -18,7 +18,9 @@ __device__ __forceinline__ float bias_to_base2(float bias) {
   return bias == -kInf ? -kInf : fminf(fmaxf(bias * kLog2e, -kFiniteMax), kFiniteMax);
 }
 
-__device__ __forceinline__ int mask_element_bytes(i32 kind) { return kind == kMaskBool ? 1 : kind == kMaskF32 ? 4 : 2; }
+__device__ __forceinline__ int mask_element_bytes(i32 kind) {
+  return kind == kMaskBool ? 1 : kind == kMaskF32 || kind == kMaskBiasRow ? 4 : 2;
+}
 
 template <int kKind>
 __device__ __forceinline__ float mask_element(const void* at) {

@@ -1,7 +1,7 @@
 // The pipeline of KV tiles for mma.sync: global memory → a ring of stages in shared memory, ahead of their use.
 //
-// Every warp visits the same tiles: acquire(ahead) → use tile() → release(). `ahead` is the tile kStages − 1 after the current one, −1 if
-// there is none (with one stage: the current one). From Hopper on one thread copies whole tiles and warps need not keep in step: each stage
+// Every warp visits the same tiles: acquire<kBack>(n) → use tile() → release(). Tile n − kBack, none if that is negative, is the one that is
+// visited kStages − 1 after the current one (with one stage: the current one). From Hopper on one thread copies whole tiles and warps need not keep in step: each stage
 // has a `full` barrier (its tile is loaded) and an `empty` one (all warps have released it). Before Hopper every thread copies its share
 // and __syncthreads() keeps the CTA in step.
 #pragma once
@@ -44,34 +44,36 @@ struct KvPipeline {
       __syncthreads();  // the barriers are initialised
     }
 #pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) fetch<true>(s, next());
+    for (int s = 0; s < kStages - 1; ++s) fetch<0, true>(s, next());
   }
 
   // Waits for the current tile: all threads call it and may then read tile().
-  __device__ __forceinline__ void acquire(int ahead) {
+  template <int kBack>
+  __device__ __forceinline__ void acquire(int n) {
     if constexpr (kBulkCopy) {
       if constexpr (kStages == 1) {  // no copy ahead: starts once all warps have released the previous tile
         mbarrier_wait(empty(0), phase ^ 1);
-        fetch(0, ahead);
+        fetch<kBack>(0, n);
       }
       mbarrier_wait(full(stage), phase);
     } else if constexpr (kStages == 1) {
       __syncthreads();  // every warp has released the stage
-      fetch(0, ahead);
+      fetch<kBack>(0, n);
       cp_async_wait<0>();
       __syncthreads();  // every thread's copies are visible
     } else {
       cp_async_wait<kStages - 2>();
       __syncthreads();  // the tile is visible to all, and every warp has released the previous stage
-      fetch(before(), ahead);
+      fetch<kBack>(before(), n);
     }
   }
 
   // From Hopper on: refills the previous stage once all warps have released it.
-  __device__ __forceinline__ void refill(int ahead) {
+  template <int kBack>
+  __device__ __forceinline__ void refill(int n) {
     if constexpr (kBulkCopy && kStages > 1) {
-      if (ahead >= 0) mbarrier_wait(empty(before()), stage == 0 ? phase ^ 1 : phase);
-      fetch(before(), ahead);
+      if (n >= kBack) mbarrier_wait(empty(before()), stage == 0 ? phase ^ 1 : phase);
+      fetch<kBack>(before(), n);
     }
   }
 
@@ -82,15 +84,16 @@ struct KvPipeline {
   }
 
  private:
-  template <bool kStart = false>
+  // Starts the copies of tile n − kBack into stage s.
+  template <int kBack, bool kStart = false>
   __device__ __forceinline__ void fetch(int s, int n) {
-    const u8* from =
-        source + (i64)((kFirstInSmem && !kStart ? __float_as_int(load_shared_float(shared + kFirst)) : first) + n) * kTileBytes;
+    const int tile0 = kFirstInSmem && !kStart ? __float_as_int(load_shared_float(shared + kFirst)) : first;
+    const u8* from = source + (i64)(tile0 + n - kBack) * kTileBytes;
     const u32 to = shared + s * kTileBytes;
     if constexpr (kBulkCopy) {
-      cp_async_bulk(threadIdx.x == 0 && n >= 0, to, from, kTileBytes, full(s));
+      cp_async_bulk(threadIdx.x == 0 && n >= kBack, to, from, kTileBytes, full(s));
     } else {
-      if (n >= 0) {
+      if (n >= kBack) {
         const u32 at = 16 * special_tid_x();  // read again, so that no register keeps it from tile to tile
 #pragma unroll
         for (int c = 0; c < kCopies; ++c) cp_async16(to + at + 16 * kThreads * c, from + at + 16 * kThreads * c);

@@ -25,6 +25,12 @@ __device__ __forceinline__ void unpack_row(const Raw8<kDtype> (&raw)[kHeadDim / 
   for (int c = 0; c < kHeadDim / 32; ++c) unpack8<kDtype>(raw[c], x + kChunk * c);
 }
 
+// The bound of a score scale that keeps every score within the softmax's range. kKScaleFloor keeps it finite where the largest K scale is 0
+// (all keys alike); all scores are 0 then. k_scale_max: the bits of a float.
+__device__ __forceinline__ float max_score_scale(float score_limit, i32 k_scale_max) {
+  return score_limit / fmaxf(__int_as_float(k_scale_max), kKScaleFloor);
+}
+
 // load_raw in fp32: x[r][half] is row row0 + 16r + 8·half.
 template <int kHeadDim, int kRowTiles, int kDtype, bool kVectors, class TokenOf>
 __device__ __forceinline__ void load_rows(const u8* head, TokenOf token_of, i64 stride, int row0, int len, int t, int head_dim,

@@ -5,7 +5,8 @@
 // memory: a fragment of K or V that is loaded feeds two row tiles. Q stays in registers.
 #pragma once
 #include "../layout/fragment.cuh"
-#include "../block/mask.cuh"
+#include "../block/mask_scores.cuh"
+#include "../block/output.cuh"
 #include "../block/pipeline.cuh"
 #include "../block/pv.cuh"
 #include "../block/query.cuh"
@@ -141,40 +142,24 @@ __device__ __forceinline__ void scores(u32 (&s)[C::kRowTiles][kScoreNTiles][4], 
   }
 }
 
-// The warp's rows. Computed from the special registers in the prologue and again in the epilogue, so that nothing is kept in registers
+// The lane's rows. Computed from the special registers in the prologue and again in the epilogue, so that nothing is kept in registers
 // meanwhile.
 template <class C>
-struct RowCoord {
-  int t, g, warp, bh, batch, head, block_row0, row0;
-
-  __device__ __forceinline__ explicit RowCoord(const AttendParams& p) : RowCoord(p, special_tid_x(), special_ctaid_x()) {}
-
-  __device__ __forceinline__ RowCoord(const AttendParams& p, int thread, int index) {
-    t = thread % 4, g = thread % 32 / 4, warp = thread / 32;
-    // Consecutive CTAs share a head, so its K and V stay in L2. Causal: the longest rows first.
-    const int head_in_group = index / p.q_tiles, block = index % p.q_tiles;
-    bh = head_in_group / p.heads_per_kv;
-    batch = (p.bh_first + bh) / p.heads_kv, head = (p.bh_first + bh) % p.heads_kv * p.heads_per_kv + head_in_group % p.heads_per_kv;
-    block_row0 = (C::kMask == Mask::none ? block : p.q_tiles - 1 - block) * C::kBlockM;
-    row0 = block_row0 + warp * (16 * C::kRowTiles);
-  }
-
-  __device__ __forceinline__ int row(int r, int half) const { return row0 + 16 * r + 8 * half + g; }
-  __device__ __forceinline__ float* lse(const AttendParams& p, int row) const {
-    return p.lse + ((i64)batch * p.heads_kv * p.heads_per_kv + head) * p.len_q + row;
-  }
-};
+__device__ __forceinline__ RowCoord warp_rows(const AttendParams& p) {
+  return {work_tile<C::kMask>(p, special_ctaid_x(), C::kBlockM), special_tid_x(), 16 * C::kRowTiles};
+}
 
 // Loads, rotates and quantises the warp's rows of Q. Needs nothing of the previous launches before grid_dependency_wait().
 template <class C>
 __device__ __forceinline__ void quantize_q(const AttendParams& p, QFragments<C>& q_frags) {
   constexpr int kHeadDim = C::kHeadDim;
-  const RowCoord<C> at(p);
+  const RowCoord at = warp_rows<C>(p);
   const auto token = [&](int row) { return token_of<C::kMask>(p, row); };
   float x[C::kRowTiles][2][kHeadDim / 4], scale[C::kRowTiles][2];
   with_access(p.dtype, p.q_vectorized, [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
-    const u8* head = static_cast<const u8*>(p.q.data) + (at.batch * p.q.stride_b + at.head * p.q.stride_h) * kElementBytes<kDtype>;
+    const u8* head =
+        static_cast<const u8*>(p.q.data) + (at.tile.batch * p.q.stride_b + at.tile.head * p.q.stride_h) * kElementBytes<kDtype>;
     load_rows<kHeadDim, C::kRowTiles, kDtype, decltype(vectors)::value>(head, token, p.q.stride_n, at.row(0, 0), p.len_q, at.t, p.head_dim,
                                                                         x);
   });
@@ -183,7 +168,7 @@ __device__ __forceinline__ void quantize_q(const AttendParams& p, QFragments<C>&
 #pragma unroll
     for (int i = 0; i < 2 * C::kRowTiles; ++i) {
       const int row = at.row(i / 2, i % 2);
-      const float score = k_mean_score<kHeadDim>(x[i / 2][i % 2], p.k_mean + at.bh * kHeadDim, at.t, p.sm_scale);
+      const float score = k_mean_score<kHeadDim>(x[i / 2][i % 2], p.k_mean + at.tile.bh * kHeadDim, at.t, p.sm_scale);
       if (row < p.len_q && at.t == 0) *at.lse(p, token(row)) = score;
     }
   }
@@ -195,9 +180,7 @@ __device__ __forceinline__ void quantize_q(const AttendParams& p, QFragments<C>&
     q_frags.put(r, a);
   }
   grid_dependency_wait();
-  // Bounds the score scales, so that no score leaves the softmax's range. kKScaleFloor keeps the bound finite where the largest K scale is
-  // 0 (all keys alike); all scores are 0 then.
-  const float max_scale = p.score_limit / fmaxf(__int_as_float(p.k_scale_max[at.bh]), kKScaleFloor);
+  const float max_scale = max_score_scale(p.score_limit, p.k_scale_max[at.tile.bh]);
 #pragma unroll
   for (int i = 0; i < 2 * C::kRowTiles; ++i) scale[i / 2][i % 2] = fminf(scale[i / 2][i % 2], max_scale);
   q_frags.put_scales(scale);
@@ -207,7 +190,7 @@ __device__ __forceinline__ void quantize_q(const AttendParams& p, QFragments<C>&
 template <class C>
 __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C::kRowTiles][C::kHeadDim / 8][4],
                                              const typename C::RowSoftmax& softmax) {
-  const RowCoord<C> at(p);
+  const RowCoord at = warp_rows<C>(p);
   float m_i[C::kRowTiles][2];
   softmax.get_m(m_i);
   float inverse[C::kRowTiles][2];
@@ -215,15 +198,15 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
   for (int i = 0; i < 2 * C::kRowTiles; ++i) {
     const int r = i / 2, half = i % 2, row = at.row(r, half);
     const float sum = row_sum(softmax.l_i[r][half]);
-    inverse[r][half] = sum > 0.0f ? p.inv_v_max / sum : 0.0f;  // 0: every key is masked out
+    inverse[r][half] = inverse_sum(sum, p.inv_v_max);
     if (p.lse && at.t == 0 && row < p.len_q) {
       float* lse = at.lse(p, token_of<C::kMask>(p, row));
-      *lse = sum > 0.0f ? *lse + (m_i[r][half] + log2_approx(sum)) * kLn2 : -kInf;
+      *lse = log_sum_exp(sum, m_i[r][half], *lse);
     }
   }
 #pragma unroll
   for (int c = 0; c < C::kHeadDim / 32; ++c) {
-    const float4* amax = reinterpret_cast<const float4*>(p.v_amax + at.bh * C::kHeadDim + 32 * c + kChunk * at.t);
+    const float4* amax = reinterpret_cast<const float4*>(p.v_amax + at.tile.bh * C::kHeadDim + 32 * c + kChunk * at.t);
     const float4 a = amax[0], b = amax[1];
     const float channel_scale[kChunk] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
     float mean[kChunk] = {};
@@ -231,9 +214,9 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
       if (C::kHeadDim == 256) __syncwarp();  // keeps the compiler from loading more of them at once than there are registers
 #pragma unroll
       for (int e = 0; e < kChunk; ++e) {
-        const int channel = at.bh * C::kHeadDim + 32 * c + kChunk * at.t + e;
+        const int channel = at.tile.bh * C::kHeadDim + 32 * c + kChunk * at.t + e;
         mean[e] =
-            corrected_v_mean<C::kPvType>(p.v_mean[channel], channel_scale[e], p.v_quant_sum[channel], p.inv_v_max, p.live_keys[at.bh]);
+            corrected_v_mean<C::kPvType>(p.v_mean[channel], channel_scale[e], p.v_quant_sum[channel], p.inv_v_max, p.live_keys[at.tile.bh]);
       }
     }
 #pragma unroll
@@ -241,19 +224,19 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
 #pragma unroll
       for (int e = 0; e < kChunk; ++e) {
         float& value = o[i / 2][4 * c + e / 2][2 * (i % 2) + e % 2];
-        const float inv = inverse[i / 2][i % 2];
-        value = fmaf(value * inv, channel_scale[e], inv > 0.0f ? mean[e] : 0.0f);
+        value = dequantize_o < C::kMask == Mask::list > (value, inverse[i / 2][i % 2], channel_scale[e], mean[e]);
       }
   }
   with_access(p.dtype, p.out_vectorized, [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
-    const RowCoord<C> at(p);
+    const RowCoord at = warp_rows<C>(p);
 #pragma unroll
     for (int i = 0; i < 2 * C::kRowTiles; ++i) {
       const int r = i / 2, half = i % 2, row = at.row(r, half);
       if (row >= p.len_q) continue;
       u8* to = static_cast<u8*>(p.out) +
-               (at.batch * p.out_stride_b + at.head * p.out_stride_h + token_of<C::kMask>(p, row) * p.out_stride_n) * kElementBytes<kDtype>;
+               (at.tile.batch * p.out_stride_b + at.tile.head * p.out_stride_h + token_of<C::kMask>(p, row) * p.out_stride_n) *
+                   kElementBytes<kDtype>;
 #pragma unroll
       for (int c = 0; c < C::kHeadDim / 32; ++c) {
         float y[kChunk];
@@ -282,49 +265,30 @@ struct Mainloop {
 
   // Preset scores of a row tile → base-2 scores, in place, −inf where masked out. top: the lane's maximum of each half.
   __device__ __forceinline__ void mask_scores(u32 (&s)[kScoreNTiles][4], int r, const float (&scale)[2], int key0, float (&top)[2]) const {
-    const RowCoord<C> at(p);
-    KeyBits<kKvTile> keys;  // Mask::list; otherwise keys are compared with a limit, which takes fewer registers
-    int limit[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = at.row(r, half);
-      limit[half] = (causal ? min(row + 1, p.len_kv) : p.len_kv) - key0 - 2 * at.t;
-      if constexpr (C::kMask == Mask::list) {
-        keys.below(half, limit[half] + 2 * at.t);
-        if (p.kept)
-          keys.keep(half,
-                    p.kept + at.batch * p.kept_stride_b + at.head * p.kept_stride_h + min(row, p.len_q - 1) * p.kept_stride_q + key0 / 32);
-      }
-    }
-    if constexpr (C::kMask == Mask::list) keys.align(at.t);
+    const RowCoord at = warp_rows<C>(p);
+    const int row[2] = {at.row(r, 0), at.row(r, 1)};
+    const auto score = [&](int half, int j, int e) -> u32& { return s[j][2 * half + e]; };
+    KeyBits<kKvTile> keys;
+    if constexpr (C::kMask == Mask::list) keys = visible_keys<C::kMask, kKvTile>(p, [&] { return at.tile; }, row, key0, causal, at.t);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int i = 0; i < 2 * kScoreNTiles; ++i) {
-        u32& bits = s[i / 2][2 * half + i % 2];
+        u32& bits = score(half, i / 2, i % 2);
         bits = __float_as_uint(fmaf(__uint_as_float(bits), scale[half], -kPreset * scale[half]));
       }
-    if (C::kMask == Mask::list && p.mask_kind != kMaskBool)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const i64 offset = at.batch * p.mask_stride_b + at.head * p.mask_stride_h + min(at.row(r, half), p.len_q - 1) * p.mask_stride_q;
-        const BiasRow row{static_cast<const u8*>(p.mask) + offset * mask_element_bytes(p.mask_kind), p.mask_stride_k, p.mask_kind, p.len_kv,
-                          p.mask_pairs};
-        row.each<kScoreNTiles>(key0 + 2 * at.t, [&](int j, float x, float y) {
-          u32* bh = s[j] + 2 * half;
-          bh[0] = __float_as_uint(__uint_as_float(bh[0]) + x), bh[1] = __float_as_uint(__uint_as_float(bh[1]) + y);
-        });
-      }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      top[half] = -kInf;
-#pragma unroll
-      for (int i = 0; i < 2 * kScoreNTiles; ++i) {
-        u32& bits = s[i / 2][2 * half + i % 2];
-        bits = (C::kMask == Mask::list ? keys.sees(half, i / 2, i % 2) : 8 * (i / 2) + i % 2 < limit[half]) ? bits : __float_as_uint(-kInf);
-        top[half] = fmaxf(top[half], __uint_as_float(bits));
-      }
+    if (C::kMask == Mask::list && p.mask_kind == kMaskBiasRow) {
+      float2 bias[kScoreNTiles];
+      load_bias_row(p, at.tile, key0, at.t, bias);
+      add_bias_row(bias, score);
+    } else if (C::kMask == Mask::list && p.mask_kind != kMaskBool) {
+      add_bias<kScoreNTiles>(p, at.tile, row, key0, at.t, score);
     }
+    int limit[2];  // without a list keys are compared with a limit, which takes fewer registers
+#pragma unroll
+    for (int half = 0; half < 2; ++half) limit[half] = (causal ? min(row[half] + 1, p.len_kv) : p.len_kv) - key0 - 2 * at.t;
+    hide_keys<kScoreNTiles>(
+        score, [&](int half, int j, int e) { return C::kMask == Mask::list ? keys.sees(half, j, e) : 8 * j + e < limit[half]; }, top);
   }
 
   __device__ __forceinline__ void rescale(const float (&alpha)[kRowTiles][2]) {
@@ -391,49 +355,54 @@ struct Mainloop {
     }
   }
 
-  // One tile, number n; ahead: as in KvPipeline::acquire.
-  template <bool kMasked>
+  // One tile, number n; kBack, ahead: as in KvPipeline::acquire.
+  template <bool kMasked, int kBack>
   __device__ __forceinline__ void step(int n, int ahead) {
     if constexpr (C::kRecomputeThreadIdx) thread16 = 16 * special_tid_x(), q_frags.bind(pipeline.shared + C::Pipeline::kBytes, thread16);
     Scores s;
     ProbFragments prob;
     float tile_scale[kRowTiles][2];
-    pipeline.acquire(ahead);
+    pipeline.template acquire<kBack>(ahead);
     const u32 tile = pipeline.tile() + (thread16 & 0x1F0);
     scores<C>(s, q_frags, tile);
-    if constexpr (C::kStages == 2) pipeline.refill(ahead);
+    if constexpr (C::kStages == 2) pipeline.template refill<kBack>(ahead);
     softmax_step<kMasked>(s, prob, tile_scale, n * kKvTile);
     // 0, because P is never negative; the compiler does not know that and loads V after the row sum.
     const u32 late = C::kDelayVLoad == 1 ? __float_as_uint(softmax.l_i[kRowTiles - 1][1]) >> 31 : 0;
     if constexpr (C::kDelayVLoad == 2) __syncwarp();
     accumulate_pv<C>(o, prob, tile_scale, tile + late);
-    if constexpr (C::kStages > 2) pipeline.refill(ahead);
+    if constexpr (C::kStages > 2) pipeline.template refill<kBack>(ahead);
     pipeline.release();
+  }
+
+  // After the first copies of K and V: fewer registers are in use while Q is quantised.
+  __device__ __forceinline__ void clear_output() {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) o[r][n][0] = o[r][n][1] = o[r][n][2] = o[r][n][3] = 0.0f;
   }
 
   // Loads the initial softmax state of the rows: m, l, O.
   __device__ __forceinline__ void load_tail() {
-    const RowCoord<C> at(p);
+    const RowCoord at = warp_rows<C>(p);
     const float p_max = exp2_approx(p.log2_p_max);
-    const int groups = (p.len_q + 63) / 64;
     float m[kRowTiles], l[kRowTiles];
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
-      const int group = min((at.row0 + 16 * r) / 64, groups - 1);
-      const float* state = p.tail + (((i64)at.batch * p.heads_kv * p.heads_per_kv + at.head) * groups + group) * (4 + kHeadDim);
+      const float* state = initial_state<kHeadDim>(p, at.tile, at.row0 + 16 * r);
       l[r] = state[1] * p_max, m[r] = state[1] > 0.0f ? state[0] - p.log2_p_max : -kInf;
 #pragma unroll 1
       for (int c = 0; c < kHeadDim / 32; ++c) {
         float y[kChunk];
 #pragma unroll
         for (int e = 0; e < kChunk; ++e) {
-          const int channel = 32 * c + kChunk * at.t + e, of_head = at.bh * kHeadDim + channel;
+          const int channel = 32 * c + kChunk * at.t + e, of_head = at.tile.bh * kHeadDim + channel;
           const float amax = p.v_amax[of_head];
-          float x = state[4 + channel];
+          float mean = 0.0f;
           if constexpr (C::kPvType != PvType::fp16)
-            x = fmaf(-state[1],
-                     corrected_v_mean<C::kPvType>(p.v_mean[of_head], amax, p.v_quant_sum[of_head], p.inv_v_max, p.live_keys[at.bh]), x);
-          y[e] = amax > 0.0f ? x * p_max / (amax * p.inv_v_max) : 0.0f;
+            mean = corrected_v_mean<C::kPvType>(p.v_mean[of_head], amax, p.v_quant_sum[of_head], p.inv_v_max, p.live_keys[at.tile.bh]);
+          y[e] = quantize_o(p, state[4 + channel], state[1], amax, mean, p_max);
         }
         // o has no run-time index: each iteration stores those registers whose c is its own.
 #pragma unroll
@@ -450,16 +419,16 @@ struct Mainloop {
   __device__ __forceinline__ void run(int tiles, int full) {
     constexpr int kPrefetch = C::kStages - 1;
     int n = tiles - 1;
-    for (; n >= full; --n) step<true>(n, n - kPrefetch);
-    for (; n >= 0; --n) step<false>(n, n - kPrefetch);
+    for (; n >= full; --n) step<true, kPrefetch>(n, n);
+    for (; n >= 0; --n) step<false, kPrefetch>(n, n);
   }
 
   // The tiles of a list: {mixed, full} of them; ahead: the position after the tiles that the pipeline has started with.
   template <class Load>
   __device__ __forceinline__ void run_list(int2 tiles, ListCursor& ahead, Load load) {
     ListCursor current;
-    for (int i = 0; i < tiles.x; ++i) step<true>(current.next(p.lists.words, load), ahead.next(p.lists.words, load));
-    for (int i = 0; i < tiles.y; ++i) step<false>(0, ahead.next(p.lists.words, load));
+    for (int i = 0; i < tiles.x; ++i) step<true, 0>(current.next(p.lists.words, load), ahead.next(p.lists.words, load));
+    for (int i = 0; i < tiles.y; ++i) step<false, 0>(0, ahead.next(p.lists.words, load));
   }
 };
 
@@ -476,31 +445,29 @@ __device__ void attend_mma(const AttendParams& p) {
   mainloop.thread16 = 16 * threadIdx.x;
   mainloop.causal = C::kMask == Mask::causal || (C::kMask == Mask::list && p.causal);
 
-  const RowCoord<C> at(p, threadIdx.x, blockIdx.x);
+  const RowCoord at = warp_rows<C>(p);
   mainloop.q_frags.bind(shared_address(stages) + C::Pipeline::kBytes, mainloop.thread16);
-  quantize_q<C>(p, mainloop.q_frags);
-#pragma unroll
-  for (int r = 0; r < C::kRowTiles; ++r)
-#pragma unroll
-    for (int n = 0; n < C::kHeadDim / 8; ++n) mainloop.o[r][n][0] = mainloop.o[r][n][1] = mainloop.o[r][n][2] = mainloop.o[r][n][3] = 0.0f;
+  const auto start = [&](auto next) { mainloop.pipeline.start(shared_address(stages), p.kv, at.tile.bh * p.kv_tiles, next); };
   if constexpr (C::kMask == Mask::list) {
-    if (p.tail) mainloop.load_tail();
     const auto list = [&] {
-      const RowCoord<C> at(p);
-      return TileList(p.lists, at.batch, at.head, at.block_row0, C::kBlockM, p.len_q);
+      const WorkTile tile = warp_rows<C>(p).tile;
+      return TileList(p.lists, tile.batch, tile.head, tile.row0, C::kBlockM, p.len_q);
     };
     const auto load = [&](int w) { return list().word(w); };
+    quantize_q<C>(p, mainloop.q_frags);
     ListCursor ahead;
-    mainloop.pipeline.start(shared_address(stages), p.kv, at.bh * p.kv_tiles, [&] { return ahead.next(p.lists.words, load); });
+    start([&] { return ahead.next(p.lists.words, load); });
+    mainloop.clear_output();
+    if (p.tail) mainloop.load_tail();
     mainloop.run_list(list().count(), ahead, load);
   } else {
-    // Tiles [0, tiles) hold a key that some row of the CTA sees; [0, full) hold only keys that every row sees.
-    int tiles = p.kv_tiles, full = p.len_kv / kKvTile;
-    if (mainloop.causal)
-      tiles = min(tiles, (at.block_row0 + C::kBlockM - 1) / kKvTile + 1), full = min(full, (at.block_row0 + 1) / kKvTile);
-    int next = tiles;
-    mainloop.pipeline.start(shared_address(stages), p.kv, at.bh * p.kv_tiles, [&] { return --next; });
-    mainloop.run(tiles, full);
+    auto [seen, full] = count_kv_tiles<kKvTile>(p, at.tile.row0, C::kBlockM, mainloop.causal);
+    full = opaque(full);
+    quantize_q<C>(p, mainloop.q_frags);
+    int next = seen;
+    start([&] { return --next; });
+    mainloop.clear_output();
+    mainloop.run(seen, full);
   }
   store_output<C>(p, mainloop.o, mainloop.softmax);
 }

@@ -1,9 +1,11 @@
 // Launch before the others: reads a dense mask once and stores, for each band of 32 queries, which KV tiles it sees, which of those hold a
-// masked or biased pair, and which keys it sees at all. One CTA a band; one band stands for all queries where the mask is the same for all
-// and not causal.
+// masked or biased pair, and which keys it sees at all. One band stands for all queries where the mask is the same for all and not causal.
 //
-// A lane reads four consecutive keys of a row at a time, a warp 128, row by row.
+// A warp goes over the rows of a band in strips of 32 lanes, each of which reads consecutive keys of a row. A CTA has a part of a band's
+// keys: whole words of its planes.
 #pragma once
+#include <sage/constants.cuh>
+
 #include "../block/mask.cuh"
 #include "../common/warp.cuh"
 #include "../ptx/async_copy.cuh"
@@ -14,144 +16,262 @@
 namespace sage {
 
 constexpr int kClassifyThreads = 256, kClassifyWarps = kClassifyThreads / 32;
-constexpr int kMaxWords = 1024;  // of a band's plane
 
 struct ClassifyShared {
-  u32 plane[2][kMaxWords];
-  float row_max[kBandRows];
+  u32 plane[2][kMaxWords];  // the CTA's words of each
+  i32 row_max[kBandRows];   // ordered()
 };
 
-// Four consecutive elements of a row. kept: bit e set unless the mask removes the key; plain: unless it is biased or removed.
-struct Quad {
-  u32 kept, plain;
-  float bias[4];
-};
+// Integers that are ordered as the floats are, and back.
+__device__ __forceinline__ i32 ordered(float x) {
+  const i32 bits = __float_as_int(x);
+  return bits ^ (bits >> 31 & 0x7FFFFFFF);
+}
+__device__ __forceinline__ float from_ordered(i32 x) { return __int_as_float(x ^ (x >> 31 & 0x7FFFFFFF)); }
 
-__device__ __forceinline__ Quad load_quad(const ClassifyParams& p, const u8* row, int key) {
-  Quad quad{0, 0, {}};
-  if (p.mask_kind == kMaskBool) {
-    u32 bytes = 0;
-    if (p.quads && key + 3 < p.len_kv)
-      bytes = *reinterpret_cast<const u32*>(row + key);
-    else
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (key + e < p.len_kv) bytes |= (u32)row[(key + e) * p.stride_k] << 8 * e;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) quad.kept |= (bytes >> 8 * e & 0xFF ? 1u : 0u) << e;
-    quad.plain = quad.kept;
-    return quad;
-  }
-  const int bytes = mask_element_bytes(p.mask_kind);
-  const auto element = [&](const u8* at) {
-    return p.mask_kind == kMaskF32   ? mask_element<kMaskF32>(at)
-           : p.mask_kind == kMaskF16 ? mask_element<kMaskF16>(at)
-                                     : mask_element<kMaskBf16>(at);
-  };
-  if (p.quads && key + 3 < p.len_kv) {
-    if (p.mask_kind == kMaskF32) {
-      const float4 v = *reinterpret_cast<const float4*>(row + 4 * (i64)key);
-      quad.bias[0] = v.x, quad.bias[1] = v.y, quad.bias[2] = v.z, quad.bias[3] = v.w;
+// A lane's kKeys consecutive elements of a row. kept(): bit e set unless the mask removes the key; plain(): unless it biases or removes it.
+// Keys beyond the end are removed.
+template <int kKind>
+struct MaskRun {
+  static constexpr int kKeys = 4;
+  float bias[kKeys];
+
+  // All elements at once; they are aligned.
+  __device__ __forceinline__ void load(const u8* row, int key) {
+    const u8* at = row + (i64)key * mask_element_bytes(kKind);
+    if constexpr (kKind == kMaskF32) {
+      const float4 v = *reinterpret_cast<const float4*>(at);
+      bias[0] = v.x, bias[1] = v.y, bias[2] = v.z, bias[3] = v.w;
     } else {
-      const uint2 v = *reinterpret_cast<const uint2*>(row + 2 * (i64)key);
+      const uint2 v = *reinterpret_cast<const uint2*>(at);
+      const u32 word[2] = {v.x, v.y};
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const u32 half = (e < 2 ? v.x : v.y) >> 16 * (e % 2) & 0xFFFF;
-        quad.bias[e] = p.mask_kind == kMaskF16 ? f16_to_f32(half) : __uint_as_float(half << 16);
+      for (int e = 0; e < kKeys; ++e) {
+        const u32 bits = word[e / 2] >> 16 * (e % 2) & 0xFFFF;
+        bias[e] = kKind == kMaskF16 ? f16_to_f32(bits) : __uint_as_float(bits << 16);
       }
     }
-  } else {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) quad.bias[e] = key + e < p.len_kv ? element(row + (key + e) * p.stride_k * bytes) : -kInf;
   }
+  __device__ __forceinline__ void load_each(const u8* row, int key, i64 stride_k, int len_kv) {
 #pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    quad.kept |= (quad.bias[e] == -kInf ? 0u : 1u) << e;
-    quad.plain |= (quad.bias[e] == 0.0f ? 1u : 0u) << e;
+    for (int e = 0; e < kKeys; ++e)
+      bias[e] = key + e < len_kv ? mask_element<kKind>(row + (key + e) * stride_k * mask_element_bytes(kKind)) : -kInf;
   }
-  return quad;
+  __device__ __forceinline__ u32 kept() const {
+    u32 bits = 0;
+#pragma unroll
+    for (int e = 0; e < kKeys; ++e) bits |= (bias[e] == -kInf ? 0u : 1u) << e;
+    return bits;
+  }
+  __device__ __forceinline__ u32 plain() const {
+    u32 bits = 0;
+#pragma unroll
+    for (int e = 0; e < kKeys; ++e) bits |= (bias[e] == 0.0f ? 1u : 0u) << e;
+    return bits;
+  }
+};
+
+template <>
+struct MaskRun<kMaskBool> {
+  static constexpr int kKeys = 16;
+  u32 bytes[kKeys / 4];
+
+  __device__ __forceinline__ void load(const u8* row, int key) {
+    const uint4 v = *reinterpret_cast<const uint4*>(row + key);
+    bytes[0] = v.x, bytes[1] = v.y, bytes[2] = v.z, bytes[3] = v.w;
+  }
+  __device__ __forceinline__ void load_each(const u8* row, int key, i64 stride_k, int len_kv) {
+#pragma unroll
+    for (int w = 0; w < kKeys / 4; ++w) bytes[w] = 0;
+#pragma unroll
+    for (int e = 0; e < kKeys; ++e)
+      if (key + e < len_kv) bytes[e / 4] |= (u32)row[(key + e) * stride_k] << 8 * (e % 4);
+  }
+  __device__ __forceinline__ u32 kept() const {
+    u32 bits = 0;
+#pragma unroll
+    for (int w = 0; w < kKeys / 4; ++w) {
+      // The top bit of each byte that is not 0, then these four bits side by side.
+      const u32 set = (bytes[w] | (bytes[w] & 0x7F7F7F7Fu) + 0x7F7F7F7Fu) >> 7 & 0x01010101u;
+      bits |= set * 0x10204080u >> 28 << 4 * w;
+    }
+    return bits;
+  }
+  __device__ __forceinline__ u32 plain() const { return kept(); }
+};
+
+// Sets the lowest `count` of kKeys bits.
+template <int kKeys>
+__device__ __forceinline__ u32 first_bits(int count) {
+  return count >= kKeys ? (1u << kKeys) - 1 : count > 0 ? (1u << count) - 1 : 0u;
 }
 
-// Joins four bits of each of eight consecutive lanes to a word, in all of them.
-__device__ __forceinline__ u32 word_of_eight(u32 bits) {
-  u32 word = bits << 4 * (special_tid_x() % 8);
+// Joins the kKeys bits of each of 32 / kKeys consecutive lanes to a word, in all of them.
+template <int kKeys>
+__device__ __forceinline__ u32 join_lanes(u32 bits) {
+  constexpr int kLanes = 32 / kKeys;
+  u32 word = bits << kKeys * (special_tid_x() % kLanes);
 #pragma unroll
-  for (int other = 1; other < 8; other *= 2) word |= __shfl_xor_sync(kAllLanes, word, other);
+  for (int other = 1; other < kLanes; other *= 2) word |= __shfl_xor_sync(kAllLanes, word, other);
   return word;
 }
 
-// Sets the lowest `count` of four bits.
-__device__ __forceinline__ u32 first_bits(int count) { return count >= 4 ? 15u : count > 0 ? (1u << count) - 1 : 0u; }
+// A band of one (batch, head) of the mask, and the part of its keys that the CTA has.
+struct MaskBand {
+  int matrix, row0, rows;
+  bool one_row;       // the mask has one row for all queries
+  int last_row;       // a causal band sees keys up to this one; one for all queries sees what the last query sees
+  int word0, words;   // of the planes
+  int key0, key_end;  // whole tiles
+  const u8* mask;     // row row0
+  i64 row_bytes;
+
+  __device__ __forceinline__ explicit MaskBand(const ClassifyParams& p) {
+    const int part = blockIdx.x % p.parts, index = blockIdx.x / p.parts, band = index % p.bands, bytes = mask_element_bytes(p.mask_kind);
+    matrix = index / p.bands, row0 = p.bands == 1 ? 0 : band * kBandRows, one_row = p.stride_q == 0;
+    rows = one_row ? 1 : min(kBandRows, p.len_q - row0);
+    last_row = min(p.bands == 1 && one_row ? p.len_q : row0 + kBandRows, p.len_q) - 1;
+    word0 = part * p.part_words, words = min(p.part_words, p.words - word0);
+    key0 = word0 * 32 * p.tile, key_end = min(key0 + words * 32 * p.tile, (p.len_kv + p.tile - 1) / p.tile * p.tile);
+    row_bytes = p.stride_q * bytes;
+    mask = static_cast<const u8*>(p.mask) + (matrix / p.heads * p.stride_b + matrix % p.heads * p.stride_h) * bytes + row0 * row_bytes;
+  }
+};
+
+// The largest bias of each row of the band, up to the diagonal if causal, in shared.row_max. A collective of the CTA.
+template <int kKind>
+__device__ __forceinline__ void find_row_max(const ClassifyParams& p, const MaskBand& band, ClassifyShared& shared) {
+  using Run = MaskRun<kKind>;
+  constexpr int kBatch = 4, kStrip = 32 * Run::kKeys;  // strips that are loaded together
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  // A single row is read by all warps, of several each warp has its own.
+  const int first = band.one_row ? warp * kStrip : 0, step = band.one_row ? kClassifyWarps * kStrip : kStrip;
+  for (int r = band.one_row ? 0 : warp; r < band.rows; r += kClassifyWarps) {
+    const u8* row = band.mask + r * band.row_bytes;
+    const int keys = p.causal ? min(band.row0 + r + 1, p.len_kv) : p.len_kv;
+    float top = -kInf;
+    for (int strip = first; strip < keys; strip += kBatch * step) {
+      Run run[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int key = strip + i * step + Run::kKeys * lane;
+        if (p.vectors && key + Run::kKeys <= keys)
+          run[i].load(row, key);
+        else
+          run[i].load_each(row, key, p.stride_k, keys);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+        for (int e = 0; e < Run::kKeys; ++e) top = fmaxf(top, run[i].bias[e]);
+    }
+#pragma unroll
+    for (int other = 1; other < 32; other *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, other));
+    if (lane == 0) atomicMax(&shared.row_max[r], ordered(top));
+  }
+  __syncthreads();  // maxima are complete
+}
+
+// Bits of a lane's keys, over the rows of a band.
+struct KeyState {
+  u32 seen = 0, uneven = 0, alive = 0;
+};
+
+// Adds the band's rows to the state of the lane's keys from `key` on. kVectors: their elements are there, and aligned.
+template <int kKind, bool kVectors>
+__device__ __forceinline__ void add_rows(const ClassifyParams& p, const MaskBand& band, const ClassifyShared& shared, int key,
+                                         KeyState& state) {
+  using Run = MaskRun<kKind>;
+  constexpr int kKeys = Run::kKeys, kBatch = kVectors ? 8 : 2;  // rows that are loaded together
+  constexpr u32 kAll = (1u << kKeys) - 1;
+  const int lane = threadIdx.x % 32;
+  for (int base = 0; base < band.rows; base += kBatch) {
+    const int count = band.rows - base;
+    Run run[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (i >= count) continue;
+      const u8* row = band.mask + (base + i) * band.row_bytes;
+      if constexpr (kVectors)
+        run[i].load(row, key);
+      else
+        run[i].load_each(row, key, p.stride_k, p.len_kv);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (i >= count) continue;
+      const int r = base + i;
+      const u32 kept = run[i].kept();
+      // One row for all queries: some query sees keys up to last_row, every one up to row0.
+      const u32 some = p.causal ? kept & first_bits<kKeys>((band.one_row ? band.last_row : band.row0 + r) - key + 1) : kept;
+      const u32 every = p.causal ? some & first_bits<kKeys>(band.row0 + r - key + 1) : some;
+      state.seen |= some, state.uneven |= ~(run[i].plain() & every) & kAll;
+      if constexpr (kKind == kMaskBool) {
+        state.alive |= some;
+        const u32 word = join_lanes<kKeys>(kept);
+        const i64 row = (i64)band.matrix * (band.one_row ? 1 : p.len_q) + (band.one_row ? 0 : band.row0 + r);
+        if (lane % (32 / kKeys) == 0 && key < p.len_kv) p.kept[row * p.live_words + key / 32] = word;
+      } else {
+        const float least = from_ordered(shared.row_max[r]) - kNegligibleBias;
+#pragma unroll
+        for (int e = 0; e < kKeys; ++e) state.alive |= run[i].bias[e] < least ? 0u : some & 1u << e;
+        if (p.bias && key < band.key_end) {
+          const auto bias = [&](int e) { return bias_to_base2(run[i].bias[e]); };
+          *reinterpret_cast<float4*>(p.bias + (i64)band.matrix * p.bias_len + key) = make_float4(bias(0), bias(1), bias(2), bias(3));
+        }
+      }
+    }
+  }
+}
+
+template <int kKind>
+__device__ __forceinline__ void classify(const ClassifyParams& p, ClassifyShared& shared) {
+  constexpr int kKeys = MaskRun<kKind>::kKeys, kStrip = 32 * kKeys, kLanes = 32 / kKeys;  // lanes of a word
+  const MaskBand band(p);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int last_tile = (p.len_kv - 1) / p.tile, last_word = last_tile / 32 - band.word0;
+  for (int i = threadIdx.x; i < 2 * band.words; i += kClassifyThreads) {
+    const int plane = i / band.words, w = i % band.words;  // a ragged last tile is mixed: its keys beyond the end are masked
+    shared.plane[plane][w] = plane && w == last_word && p.len_kv % p.tile ? 1u << last_tile % 32 : 0u;
+  }
+  if (threadIdx.x < kBandRows) shared.row_max[threadIdx.x] = ordered(-kInf);
+  __syncthreads();  // planes and maxima are initialised
+  if constexpr (kKind != kMaskBool) find_row_max<kKind>(p, band, shared);
+  u32* live = p.live + (i64)(blockIdx.x / p.parts) * p.live_words;
+  for (int strip = band.key0 + warp * kStrip; strip < band.key_end; strip += kClassifyWarps * kStrip) {
+    const int key = strip + kKeys * lane;
+    KeyState state;
+    if (p.vectors && strip + kStrip <= p.len_kv)
+      add_rows<kKind, true>(p, band, shared, key, state);
+    else
+      add_rows<kKind, false>(p, band, shared, key, state);
+    const u32 seen = __ballot_sync(kAllLanes, state.seen != 0), uneven = __ballot_sync(kAllLanes, state.uneven != 0);
+    const u32 word = join_lanes<kKeys>(state.alive);
+    if (lane % kLanes == 0 && key < p.len_kv) {  // 32 keys, which belong to one tile
+      const int tile = key / p.tile, w = tile / 32 - band.word0;
+      const u32 lanes = (1u << kLanes) - 1 << lane;
+      if (seen & lanes) atomicOr(&shared.plane[0][w], 1u << tile % 32);
+      if (uneven & lanes) atomicOr(&shared.plane[1][w], 1u << tile % 32);
+      live[key / 32] = word;
+    }
+  }
+  __syncthreads();  // the planes are complete
+  u32* lists = p.lists + (i64)(blockIdx.x / p.parts) * 2 * p.words + band.word0;
+  for (int i = threadIdx.x; i < 2 * band.words; i += kClassifyThreads)
+    lists[i / band.words * p.words + i % band.words] = shared.plane[i / band.words][i % band.words];
+}
 
 __device__ void classify_band(const ClassifyParams& p) {
   __shared__ ClassifyShared shared;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int band = blockIdx.x % p.bands, matrix = blockIdx.x / p.bands;
-  const int row0 = p.bands == 1 ? 0 : band * kBandRows;
-  const bool one_row = p.stride_q == 0;
-  // Rows of the band; a causal band sees keys up to last_row. A band for all queries sees what the last query sees.
-  const int rows = one_row ? 1 : min(kBandRows, p.len_q - row0);
-  const int last_row = min(p.bands == 1 && one_row ? p.len_q : row0 + kBandRows, p.len_q) - 1;
-  const i64 row_bytes = p.stride_q * mask_element_bytes(p.mask_kind);
-  const u8* mask = static_cast<const u8*>(p.mask) +
-                   (matrix / p.heads * p.stride_b + matrix % p.heads * p.stride_h) * mask_element_bytes(p.mask_kind) + row0 * row_bytes;
   grid_launch_dependents();
-  const int last_tile = (p.len_kv - 1) / p.tile;
-  for (int w = threadIdx.x; w < 2 * p.words; w += kClassifyThreads)  // a ragged last tile is mixed: its keys beyond the end are masked
-    shared.plane[w / p.words][w % p.words] = w == p.words + last_tile / 32 && p.len_kv % p.tile ? 1u << last_tile % 32 : 0u;
-  if (p.mask_kind != kMaskBool)
-    for (int r = warp; r < rows; r += kClassifyWarps) {  // the largest bias of each row, up to the diagonal
-      const int keys = p.causal ? min(row0 + r + 1, p.len_kv) : p.len_kv;
-      float top = -kInf;
-#pragma unroll 4
-      for (int key = 4 * lane; key < keys; key += 128) {
-        const Quad quad = load_quad(p, mask + r * row_bytes, key);
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          if (key + e < keys) top = fmaxf(top, quad.bias[e]);
-      }
-#pragma unroll
-      for (int other = 1; other < 32; other *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, other));
-      if (lane == 0) shared.row_max[r] = top;
-    }
-  __syncthreads();  // planes and maxima are initialised
-  u32* live = p.live + (i64)blockIdx.x * p.live_words;
-  u32* kept_bits = p.kept + ((i64)matrix * (one_row ? 1 : p.len_q) + (one_row ? 0 : row0)) * p.live_words;
-  for (int unit = warp; 128 * unit < p.len_kv; unit += kClassifyWarps) {
-    const int key = 128 * unit + 4 * lane;
-    u32 seen = 0, uneven = 0, alive = 0;
-#pragma unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const Quad quad = load_quad(p, mask + r * row_bytes, key);
-      // One row for all queries: some query sees keys up to last_row, every one up to row0.
-      const u32 some = p.causal ? first_bits((one_row ? last_row : row0 + r) - key + 1) : 15u;
-      const u32 every = p.causal ? first_bits(row0 + r - key + 1) : 15u;
-      const u32 kept = quad.kept & some;
-      seen |= kept, uneven |= ~(quad.plain & kept & every) & 15u;
-      if (p.kept) {
-        const u32 word = word_of_eight(quad.kept);
-        if (lane % 8 == 0 && key < p.len_kv) kept_bits[(i64)r * p.live_words + key / 32] = word;
-      }
-      if (p.mask_kind == kMaskBool) {
-        alive |= kept;
-      } else {
-        const float least = shared.row_max[r] - kNegligibleBias;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) alive |= quad.bias[e] < least ? 0u : kept & 1u << e;
-      }
-    }
-    const u32 seen_lanes = __ballot_sync(kAllLanes, seen != 0), uneven_lanes = __ballot_sync(kAllLanes, uneven != 0);
-    if (lane < 4) {  // lane i speaks for keys 32·i …, which belong to one tile
-      const int tile = (128 * unit + 32 * lane) / p.tile;
-      if (seen_lanes >> 8 * lane & 0xFF) atomicOr(&shared.plane[0][tile / 32], 1u << tile % 32);
-      if (uneven_lanes >> 8 * lane & 0xFF && 128 * unit + 32 * lane < p.len_kv) atomicOr(&shared.plane[1][tile / 32], 1u << tile % 32);
-    }
-    const u32 word = word_of_eight(alive);
-    if (lane % 8 == 0 && key < p.len_kv) live[key / 32] = word;
-  }
-  __syncthreads();  // the planes are complete
-  u32* lists = p.lists + (i64)blockIdx.x * 2 * p.words;
-  for (int w = threadIdx.x; w < 2 * p.words; w += kClassifyThreads) lists[w] = shared.plane[w / p.words][w % p.words];
+  if (p.mask_kind == kMaskBool)
+    classify<kMaskBool>(p, shared);
+  else if (p.mask_kind == kMaskF32)
+    classify<kMaskF32>(p, shared);
+  else if (p.mask_kind == kMaskF16)
+    classify<kMaskF16>(p, shared);
+  else
+    classify<kMaskBf16>(p, shared);
 }
 
 }  // namespace sage

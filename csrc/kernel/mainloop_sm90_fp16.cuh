@@ -2,7 +2,8 @@
 //
 // A CTA has 128 queries of one head at a time. Its first warpgroup produces: KV tiles, Q, V's scales. Each of the other two owns 64 queries
 // and goes over the KV tiles, masked ones first. During the softmax of a tile the tensor cores work on the scores of the next tile and on
-// P·V of the previous one. P stays in registers: the score accumulators, converted, are its A fragments. l is O's columns of ones.
+// P·V of the previous one. P stays in registers: the score accumulators, converted, are its A fragments. l is O's columns of ones. At
+// head_dim 256, where O takes 132 registers, the softmax is one tile ahead of P·V instead, with two arrays of P for two of scores.
 //
 // wgmma stays asynchronous only with the present shape of unmasked_tiles' loop and order of waits (docs/kernels.md).
 #pragma once
@@ -18,10 +19,10 @@ struct MainloopFp16 : MainloopSm90<C> {
       Base::q_scale, Base::sQ, Base::p;
   static constexpr int kHeadDim = C::kHeadDim, kSteps = kHeadDim / 32;
   // Steps of Q·Kᵀ whose A fragments are in registers, as far as there are any left: shared memory then serves fewer reads.
-  static constexpr int kQStepsInRegs = kHeadDim == 64 ? 0 : 2;
-  // Whether the exponentials come before the wait for P·V of the previous tile, and how many are chained by a false dependency: otherwise
-  // the compiler schedules all exponentials before all conversions. Both chosen by measurement.
-  static constexpr bool kExpBeforeWait = kHeadDim == 64;
+  static constexpr int kQStepsInRegs = kHeadDim == 64 ? 0 : kHeadDim == 128 ? 2 : 4;
+  // Whether the exponentials come before the wait for P·V of the previous tile: at head_dim 256 that is all there is beside it. And how many
+  // are chained by a false dependency: otherwise the compiler schedules all exponentials before all conversions. Chosen by measurement.
+  static constexpr bool kExpBeforeWait = kHeadDim != 128;
   static constexpr int kExpChain = kHeadDim == 64 ? 8 : 0;
 
   float o[C::kOutRegisters];
@@ -53,14 +54,22 @@ struct MainloopFp16 : MainloopSm90<C> {
     wgmma_commit();
   }
 
-  // Issues O += P·V of the first 16 · kChunks keys of the current tile.
+  // Issues O += P·V of the first 16 · kChunks keys of the tile in `stage`.
   template <int kChunks = C::kTile / 16>
-  __device__ __forceinline__ void issue_pv(const ProbFragments& prob) {
-    const u64 v = wgmma_descriptor<Layout::kVPitch>(tile(ring.stage) + Layout::kV);
+  __device__ __forceinline__ void issue_pv(const ProbFragments& prob, u32 stage) {
+    const u64 v = wgmma_descriptor<Layout::kVPitch>(tile(stage) + Layout::kV);
     warpgroup_fence_operand(o);
     wgmma_fence();
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) wgmma_f16(o, prob + 4 * c, v + (2 * c * Layout::kVPitch >> 4), true);
+    for (int c = 0; c < kChunks; ++c) {
+      const u64 keys = v + (2 * c * Layout::kVPitch >> 4);
+      if constexpr (kHeadDim == 256) {  // a wgmma has at most 256 columns: no room for the ones
+        wgmma_f16(registers<0, 64>(o), prob + 4 * c, keys, true);
+        wgmma_f16(registers<64, 68>(o), prob + 4 * c, keys + (128 * 16 >> 4), true);
+      } else {
+        wgmma_f16(o, prob + 4 * c, keys, true);
+      }
+    }
     wgmma_commit();
   }
 
@@ -157,7 +166,7 @@ struct MainloopFp16 : MainloopSm90<C> {
       warpgroup_fence_operand(o);
       release_v(before.stage, !first);
     });
-    issue_pv(prob);
+    issue_pv(prob, ring.stage);
     load_k_scales(after.stage);
     ring = after;
   }
@@ -181,7 +190,7 @@ struct MainloopFp16 : MainloopSm90<C> {
     wgmma_wait<0>();
     warpgroup_fence_operand(s);
     softmax_step<true>(s, prob, keys, key0, [] {});
-    issue_pv(prob);
+    issue_pv(prob, ring.stage);
     finish();
   }
 
@@ -194,7 +203,7 @@ struct MainloopFp16 : MainloopSm90<C> {
 #pragma unroll
     for (int i = 0; i < C::kProbRegisters; ++i) prob[i] = 0;
     mbarrier_wait(barrier(ring.stage) + kVFull, ring.parity);
-    issue_pv<1>(prob);  // dummy P·V with P = 0: the first iteration has as many pending groups as every other
+    issue_pv<1>(prob, ring.stage);  // dummy P·V with P = 0: the first iteration has as many pending groups as every other
     for (bool first = true;; first = false, tiles -= 2) {
       step(even, odd, prob, first, tiles == 1);
       if (tiles == 1) {
@@ -206,6 +215,47 @@ struct MainloopFp16 : MainloopSm90<C> {
         finish();
         return;
       }
+    }
+  }
+
+  // P·V of the current tile, whose P is `prob`, and meanwhile the next tile's scores and its P, `next`.
+  __device__ __forceinline__ void step_ahead(Scores& s, const ProbFragments& prob, ProbFragments& next) {
+    const Ring<C::kStages> before = ring;
+    ring.advance();
+    issue_scores(s, ring);
+    issue_pv(prob, before.stage);
+    load_k_scales(ring.stage);
+    wgmma_wait<1>();
+    warpgroup_fence_operand(s);
+    softmax_step<false>(s, next, {}, 0, [&] {
+      wgmma_wait<0>();
+      warpgroup_fence_operand(o);
+      release_v(before.stage);
+    });
+  }
+
+  // unmasked_tiles() by step_ahead().
+  __device__ __forceinline__ void unmasked_tiles_ahead(int tiles) {
+    Scores s;
+    ProbFragments even, odd;
+    issue_scores(s, ring);
+    load_k_scales(ring.stage);
+    wgmma_wait<0>();
+    warpgroup_fence_operand(s);
+    softmax_step<false>(s, even, {}, 0, [] {});
+    for (;; tiles -= 2) {
+      if (tiles == 1) {
+        issue_pv(even, ring.stage);
+        finish();
+        return;
+      }
+      step_ahead(s, even, odd);
+      if (tiles == 2) {
+        issue_pv(odd, ring.stage);
+        finish();
+        return;
+      }
+      step_ahead(s, odd, even);
     }
   }
 
@@ -225,7 +275,12 @@ struct MainloopFp16 : MainloopSm90<C> {
     }
     warpgroup_fence_operand(o);
     for (int left = range.masked; left; --left) masked_tile();
-    if (range.unmasked) unmasked_tiles(range.unmasked);
+    if (range.unmasked) {
+      if constexpr (kHeadDim == 256)
+        unmasked_tiles_ahead(range.unmasked);
+      else
+        unmasked_tiles(range.unmasked);
+    }
     l_i[0] = o[kHeadDim / 2], l_i[1] = o[kHeadDim / 2 + 2];  // the columns of ones
   }
 };

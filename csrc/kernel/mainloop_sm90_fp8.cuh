@@ -21,45 +21,28 @@ struct WgmmaFp8Config : WgmmaConfig<Layout_, kWgmmaTile> {
                 "steps and scales are worked out for this tile");
 };
 
+// What FP8 main loops share: the softmax, and the state of O.
 template <class C>
-struct MainloopFp8 : MainloopSm90<C> {
+struct SoftmaxFp8 : MainloopSm90<C> {
   using Base = MainloopSm90<C>;
   using typename Base::Layout, typename Base::Scores, typename Base::ProbFragments;
-  using Base::barrier, Base::tile, Base::mask_scores, Base::load_k_scales, Base::tile_number, Base::m_i, Base::ring, Base::k_scales,
-      Base::q_scale, Base::sQ, Base::p;
-  using Scales = float[C::kScaleCount][2];  // [part of the step's keys][row half]
-  static constexpr int kHeadDim = C::kHeadDim, kStepsPerTile = C::kStepsPerTile;
+  using Base::barrier, Base::k_scales, Base::m_i, Base::p, Base::q_scale;
+  using Scales = float[C::kScaleCount][2];   // [part of the step's keys][row half]
   static constexpr float kNoScore = -3e38f;  // an m below all scores, and finite
 
   // P = 2^(score − m_p); O and l_i are relative to m_i.
-  float o[C::kOutRegisters], l_i[2];
-  float acc[C::kAccRegisters];  // P·V of the current promotion group; its columns of ones sum P
-  float m_p[2];
+  float o[C::kOutRegisters], l_i[2], m_p[2];
   bool arrives;  // lane 0; computed once, because %tid is slow to read
 
-  // Issues S = Q·Kᵀ of one step of the tile at `at`.
-  template <int kStepInTile>
-  __device__ __forceinline__ void issue_scores(Scores& s, const Ring<C::kStages>& at) const {
-    const u64 rows = wgmma_descriptor<C::kQPitch>(sQ);
-    const u64 keys = wgmma_descriptor<Layout::kKPitch>(tile(at.stage)) + (kStepInTile * C::kStep * 16 >> 4);
-    if (kStepInTile == 0) mbarrier_wait(barrier(at.stage) + kKFull, at.parity);
-    warpgroup_fence_operand(s);
-    wgmma_fence();
+  // Begins a work tile.
+  __device__ __forceinline__ void begin(const KvRange& range) {
 #pragma unroll
-    for (int c = 0; c < kHeadDim / 32; ++c) wgmma_s8(s, rows + (2 * c * C::kQPitch >> 4), keys + (2 * c * Layout::kKPitch >> 4), c > 0);
-    wgmma_commit();
-  }
-
-  // Issues acc = P·V (+ acc unless fresh) of one step of the current tile.
-  template <int kStepInTile>
-  __device__ __forceinline__ void issue_pv(const ProbFragments& prob, bool fresh) {
-    const u64 v = wgmma_descriptor<Layout::kVPitch>(tile(ring.stage) + Layout::kV) + (kStepInTile * C::kStep / 16 * Layout::kVPitch >> 4);
-    if (kStepInTile == 0) mbarrier_wait(barrier(ring.stage) + kVFull, ring.parity);
-    warpgroup_fence_operand(acc);
-    wgmma_fence();
-#pragma unroll
-    for (int c = 0; c < C::kStep / 32; ++c) wgmma_e4m3(acc, prob + 4 * c, v + (2 * c * Layout::kVPitch >> 4), c > 0 || !fresh);
-    wgmma_commit();
+    for (int i = 0; i < C::kOutRegisters; ++i) o[i] = 0.0f;
+    l_i[0] = l_i[1] = 0.0f;
+    arrives = opaque(elected());
+    m_i[0] = m_i[1] = kNoScore;
+    if (Base::has_tail(range)) Base::load_tail(o, l_i, kNoScore);
+    m_p[0] = m_i[0], m_p[1] = m_i[1];
   }
 
   // Releases a stage's K or V. A branch instead of a predicate: ptxas treats accumulators as complete only after the basic block that waits
@@ -89,21 +72,9 @@ struct MainloopFp8 : MainloopSm90<C> {
     return top;
   }
 
-  // Raises m_p within a promotion group, in rows where P would exceed e4m3's range; acc has to be multiplied by alpha. Rare: only here do
-  // the row's four lanes agree on its maximum.
-  __device__ __forceinline__ void update_m_p(const float (&top)[2], float (&alpha)[2]) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float most = row_max(top[half]), old = m_p[half];
-      if (most > old + kLog2E4m3Max) m_p[half] = most > m_i[half] + kLog2E4m3Max ? most - p.log2_p_max : m_i[half];
-      alpha[half] = exp2_approx(old - m_p[half]);
-    }
-  }
-
-  __device__ __forceinline__ void rescale(const float (&alpha)[2]) {
-#pragma unroll
-    for (int i = 0; i < C::kAccRegisters; ++i) acc[i] *= alpha[i % 4 / 2];
-  }
+  // What P of a row whose maximum is `most` is relative to: a whole number, so that other references scale P by powers of two and round it
+  // alike. A block whose keys are shared out to two CTAs then has the result of one that is not.
+  __device__ __forceinline__ float reference(float most) const { return ceilf(most - p.log2_p_max); }
 
   // Raises m_i to m_p and to the scores of a step that begins a promotion group; rescales O and l_i.
   __device__ __forceinline__ void update_m_i(const float (&top)[2]) {
@@ -112,7 +83,7 @@ struct MainloopFp8 : MainloopSm90<C> {
     for (int half = 0; half < 2; ++half) {
       const float most = row_max(top[half]);
       m_i[half] = fmaxf(old[half], m_p[half]);
-      if (most > m_i[half] + kLog2E4m3Max) m_i[half] = most - p.log2_p_max;
+      if (most > m_i[half] + kLog2E4m3Max) m_i[half] = reference(most);
     }
     if (!__any_sync(kAllLanes, l_i[0] + l_i[1] > 0.0f)) return;  // O is 0
     float alpha[2];
@@ -120,18 +91,6 @@ struct MainloopFp8 : MainloopSm90<C> {
     for (int half = 0; half < 2; ++half) alpha[half] = exp2_approx(old[half] - m_i[half]), l_i[half] *= alpha[half];
 #pragma unroll
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] *= alpha[i % 4 / 2];
-  }
-
-  // Ends a promotion group: adds acc to O, and its row sums to l_i.
-  __device__ __forceinline__ void promote() {
-    float alpha[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      alpha[half] = exp2_approx(m_p[half] - m_i[half]);
-      l_i[half] = fmaf(acc[kHeadDim / 2 + 2 * half], alpha[half], l_i[half]);
-    }
-#pragma unroll
-    for (int i = 0; i < C::kOutRegisters; ++i) o[i] = fmaf(acc[i], alpha[i % 4 / 2], o[i]);
   }
 
   // Sets m_p at the start of a promotion group. If all scores of a row are more than kTailThreshold below m_i, its P is boosted by
@@ -169,6 +128,70 @@ struct MainloopFp8 : MainloopSm90<C> {
       prob[w] = kMasked ? pack_e4m3(x[w][0], x[w][1], x[w][2], x[w][3]) : pack_e4m3_bits(x[w][0], x[w][1], x[w][2], x[w][3]);
     }
   }
+};
+
+template <class C>
+struct MainloopFp8 : SoftmaxFp8<C> {
+  using Base = SoftmaxFp8<C>;
+  using typename Base::Layout, typename Base::Scores, typename Base::ProbFragments, typename Base::Scales;
+  using Base::barrier, Base::tile, Base::mask_scores, Base::load_k_scales, Base::tile_number, Base::m_i, Base::ring, Base::sQ, Base::p;
+  using Base::begin_group, Base::l_i, Base::m_p, Base::o, Base::reference, Base::release, Base::update_m_i;
+  static constexpr int kHeadDim = C::kHeadDim, kStepsPerTile = C::kStepsPerTile;
+
+  float acc[C::kAccRegisters];  // P·V of the current promotion group; its columns of ones sum P
+
+  // Issues S = Q·Kᵀ of one step of the tile at `at`.
+  template <int kStepInTile>
+  __device__ __forceinline__ void issue_scores(Scores& s, const Ring<C::kStages>& at) const {
+    const u64 rows = wgmma_descriptor<C::kQPitch>(sQ);
+    const u64 keys = wgmma_descriptor<Layout::kKPitch>(tile(at.stage)) + (kStepInTile * C::kStep * 16 >> 4);
+    if (kStepInTile == 0) mbarrier_wait(barrier(at.stage) + kKFull, at.parity);
+    warpgroup_fence_operand(s);
+    wgmma_fence();
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 32; ++c) wgmma_s8(s, rows + (2 * c * C::kQPitch >> 4), keys + (2 * c * Layout::kKPitch >> 4), c > 0);
+    wgmma_commit();
+  }
+
+  // Issues acc = P·V (+ acc unless fresh) of one step of the current tile.
+  template <int kStepInTile>
+  __device__ __forceinline__ void issue_pv(const ProbFragments& prob, bool fresh) {
+    const u64 v = wgmma_descriptor<Layout::kVPitch>(tile(ring.stage) + Layout::kV) + (kStepInTile * C::kStep / 16 * Layout::kVPitch >> 4);
+    if (kStepInTile == 0) mbarrier_wait(barrier(ring.stage) + kVFull, ring.parity);
+    warpgroup_fence_operand(acc);
+    wgmma_fence();
+#pragma unroll
+    for (int c = 0; c < C::kStep / 32; ++c) wgmma_e4m3(acc, prob + 4 * c, v + (2 * c * Layout::kVPitch >> 4), c > 0 || !fresh);
+    wgmma_commit();
+  }
+
+  // Raises m_p within a promotion group, in rows where P would exceed e4m3's range; acc has to be multiplied by alpha. Rare: only here do
+  // the row's four lanes agree on its maximum.
+  __device__ __forceinline__ void update_m_p(const float (&top)[2], float (&alpha)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float most = row_max(top[half]), old = m_p[half];
+      if (most > old + kLog2E4m3Max) m_p[half] = most > m_i[half] + kLog2E4m3Max ? reference(most) : m_i[half];
+      alpha[half] = exp2_approx(old - m_p[half]);
+    }
+  }
+
+  __device__ __forceinline__ void rescale(const float (&alpha)[2]) {
+#pragma unroll
+    for (int i = 0; i < C::kAccRegisters; ++i) acc[i] *= alpha[i % 4 / 2];
+  }
+
+  // Ends a promotion group: adds acc to O, and its row sums to l_i.
+  __device__ __forceinline__ void promote() {
+    float alpha[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      alpha[half] = exp2_approx(m_p[half] - m_i[half]);
+      l_i[half] = fmaf(acc[kHeadDim / 2 + 2 * half], alpha[half], l_i[half]);
+    }
+#pragma unroll
+    for (int i = 0; i < C::kOutRegisters; ++i) o[i] = fmaf(acc[i], alpha[i % 4 / 2], o[i]);
+  }
 
   // One step, whose scores are in `s`. Meanwhile the tensor cores compute the next step's scores and the previous one's P·V. fresh: a
   // promotion group begins. last: there is no next tile; the step recomputes its own tile's scores and drops them, as in MainloopFp16.
@@ -180,12 +203,12 @@ struct MainloopFp8 : MainloopSm90<C> {
     Ring<C::kStages> after = ring, before = ring;
     if (kTileEnds && !last) after.advance();
     before.retreat();
-    read_scales<kStepInTile>(scale);
+    Base::template read_scales<kStepInTile>(scale);
     warpgroup_fence_operand(s);
     bool moves = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      top[half] = lane_max(s, scale, half);
+      top[half] = Base::lane_max(s, scale, half);
       moves |= top[half] > m_p[half] + kLog2E4m3Max || (fresh && m_p[half] > m_i[half]);
     }
     moves = __any_sync(kAllLanes, moves);
@@ -207,7 +230,7 @@ struct MainloopFp8 : MainloopSm90<C> {
     } else if (moves) {
       rescale(alpha);
     }
-    softmax_step<false>(s, scale, prob);
+    Base::template softmax_step<false>(s, scale, prob);
     issue_pv<kStepInTile>(prob, fresh);
     wgmma_wait<1>();
     warpgroup_fence_operand(next);
@@ -225,13 +248,13 @@ struct MainloopFp8 : MainloopSm90<C> {
     const int key0 = tile_number * C::kTile + kStepInTile * C::kStep;
     const auto keys = Base::visible(key0);
     wgmma_wait<0>();
-    read_scales<kStepInTile>(scale);
+    Base::template read_scales<kStepInTile>(scale);
     warpgroup_fence_operand(s);
     if (kStepInTile == kStepsPerTile - 1) release(kKEmpty, ring.stage);
     mask_scores(s, scale, keys, key0, top);
     if (__any_sync(kAllLanes, top[0] > m_i[0] + kLog2E4m3Max || top[1] > m_i[1] + kLog2E4m3Max)) update_m_i(top);
     m_p[0] = m_i[0], m_p[1] = m_i[1];
-    softmax_step<true>(s, scale, prob);
+    Base::template softmax_step<true>(s, scale, prob);
     issue_pv<kStepInTile>(prob, true);
     wgmma_wait<0>();
     warpgroup_fence_operand(acc);
@@ -259,7 +282,7 @@ struct MainloopFp8 : MainloopSm90<C> {
     wgmma_wait<0>();
     warpgroup_fence_operand(acc);
     release(kVEmpty, ring.stage);
-    if (__any_sync(kAllLanes, m_p[0] > m_i[0] || m_p[1] > m_i[1])) update_m_i({kNoScore, kNoScore});
+    if (__any_sync(kAllLanes, m_p[0] > m_i[0] || m_p[1] > m_i[1])) update_m_i({Base::kNoScore, Base::kNoScore});
     promote();
     ring.advance();
   }
@@ -312,13 +335,7 @@ struct MainloopFp8 : MainloopSm90<C> {
   }
 
   __device__ __forceinline__ void run(KvRange range, float (&l_out)[2]) {
-#pragma unroll
-    for (int i = 0; i < C::kOutRegisters; ++i) o[i] = 0.0f;
-    l_i[0] = l_i[1] = 0.0f;
-    arrives = opaque(elected());
-    m_i[0] = m_i[1] = kNoScore;
-    if (Base::has_tail(range)) Base::load_tail(o, l_i, kNoScore);
-    m_p[0] = m_i[0], m_p[1] = m_i[1];
+    Base::begin(range);
     for (int left = range.masked; left; --left) masked_tile();
     if (range.unmasked) unmasked_tiles(range.unmasked);
     l_out[0] = l_i[0], l_out[1] = l_i[1];

@@ -28,18 +28,64 @@ struct LiveKeys {
   i32 rows, words;
 };
 
-// Launch before the others, where there is a dense mask: reads the mask once.
+// Launch before the others, where there is a dense mask: reads it once.
 struct ClassifyParams {
   const void* mask;  // [batches, heads, len_q, len_kv] by strides, 0 where it broadcasts
   i64 stride_b, stride_h, stride_q, stride_k;
   u32* lists;        // [batches, heads, bands, 2, words]
   u32* live;         // [batches, heads, bands, live_words]
-  u32* kept;         // [batches, heads, len_q | 1, live_words]: a bool mask in bits; null: not wanted
+  u32* kept;         // [batches, heads, len_q | 1, live_words]: a bool mask in bits
+  float* bias;       // [batches, heads, bias_len]: an additive mask of one row, in base 2, −inf beyond the end; null: not wanted
   i32 heads, bands;  // of the lists: 1 where the mask broadcasts
   i32 len_q, len_kv;
-  i32 mask_kind, causal, quads;  // quads: 1 if four consecutive elements of a row are one aligned load
-  i32 tile;                      // keys of a KV tile
-  i32 words, live_words;
+  i32 mask_kind, causal, vectors;  // vectors: 1 if MaskRun::kKeys consecutive elements of a row are one aligned load
+  i32 tile;                        // keys of a KV tile
+  i32 words, live_words, bias_len;
+  i32 parts, part_words;  // CTAs of a band; words of a plane that each has
+};
+
+// First launches of a block-sparse call: block means of K, block sums of V.
+struct PoolParams {
+  Tokens k, v;       // v.data null: no sums of V
+  float* k_mean;     // [BH, blocks, D]: mean of each block's live keys, 0 where there is none
+  float* v_sum;      // [BH, blocks, D]
+  float* k_shift;    // [BH, D]: mean of the block means, empty blocks aside
+  float* k_var;      // [BH, D]: mean of (block mean − k_shift)²
+  float* counts;     // [batch, pitch]: live keys of each block, 0 beyond the last
+  const i32* order;  // as in QuantizeKParams
+  LiveKeys live;     // one row a batch
+  i32 bh_count, heads, len, head_dim, blocks, pitch;
+  i32 dtype, vectorized;
+};
+
+// Then the router: which blocks each list computes exactly, and what its rows' softmax begins with.
+struct RouteParams {
+  Tokens q;
+  const float* k_mean;  // as PoolParams has left them
+  const float* v_sum;
+  const float* k_shift;
+  const float* k_var;
+  const float* counts;
+  const i32* order;
+  LiveKeys live;           // the queries that count in their block's mean, one row a batch
+  const u32* sinks;        // [words]: KV blocks that are exact for every query; null: none
+  const u32* query_sinks;  // a bit a list: it computes every block; null: none
+  const u8* block_mask;    // [batch | 1, head | 1, lists, blocks], for kStatic
+  i64 mask_stride_b, mask_stride_h;
+  const float* thresholds;            // [heads]; null: threshold is everyone's
+  double threshold;                   // tau or keep
+  float* scratch;                     // [ctas, kRows + kRouteWarps, pitch]
+  u32* lists;                         // [batch, heads, lists, 2, words], see TileLists
+  float* tail;                        // as in AttendParams; null: what is left out counts nothing
+  u64* exact_blocks;                  // the number of bits set in the lists' first planes is added to it
+  i32 bh_count, heads, heads_per_kv;  // of query heads
+  i32 len_q, len_kv, head_dim;
+  i32 dtype, vectorized;
+  i32 rows, lists_of_head, blocks, words;  // rows: blocks of 64 queries; words: of a plane
+  i32 pitch, strips, ctas;                 // strips: of a head
+  i32 selection;                           // Selection
+  i32 causal, q_start, neighbours;         // neighbours −1: no such rule
+  float scale;                             // sm_scale · log2(e)
 };
 
 // First launch: statistics of V, K → tiles.
@@ -116,7 +162,6 @@ struct AttendParams {
   i32 dtype, q_vectorized, out_vectorized;
   i32 causal;                                       // 1: key ≤ query index (also with a dense mask)
   i32 mask_kind;                                    // MaskKind
-  i32 mask_pairs;                                   // 1: two consecutive elements of a row are one aligned load
   i32 kv_tiles, q_tiles;                            // of the layout's keys; of a CTA's queries
   i32 full_waves;                                   // whole work tiles of each CTA before the remainder is split
   u32 rcp_q_tiles, rcp_heads_per_kv, rcp_heads_kv;  // (2^32 − 1) / divisor, for fast_divmod
@@ -127,6 +172,7 @@ struct AttendParams {
   float inv_v_max;
   float log2_p_max;         // log2 of P of the row maximum
   float rescale_threshold;  // base 2: a row maximum may exceed that of the last rescaling by this
+  i32 mask_pairs;           // 1: two consecutive elements of a row are one aligned load
 };
 
 // n / d and n % d for 0 ≤ n, d < 2^31; rcp = (2^32 − 1) / d. A division takes forty instructions.

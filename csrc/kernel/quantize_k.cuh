@@ -172,7 +172,7 @@ struct RotateKByLane {
 
   // counts(i): whether key i of the block is quantised; others become 0. Returns scale lane % 4.
   template <class Counts, class Load>
-  __device__ __forceinline__ float quantise(const RawRow<kHeadDim, kDtype>& raw, Counts counts, Load load, int scale_block, int tile_bytes,
+  __device__ __forceinline__ float quantize(const RawRow<kHeadDim, kDtype>& raw, Counts counts, Load load, int scale_block, int tile_bytes,
                                             Shared& shared, u8* out) const {
     const int lane = threadIdx.x % 32, t = lane % 4;
     float x[kHeadDim / 4], scale;
@@ -218,7 +218,7 @@ struct RotateKByMma {
 
   // As in RotateKByLane; `raw` has to be finite, also of a key that does not count.
   template <class Counts, class Load>
-  __device__ __forceinline__ float quantise(const RawRow<kHeadDim, kDtype>& raw, Counts counts, Load load, int scale_block, int tile_bytes,
+  __device__ __forceinline__ float quantize(const RawRow<kHeadDim, kDtype>& raw, Counts counts, Load load, int scale_block, int tile_bytes,
                                             Shared& shared, u8* out) const {
     const int lane = threadIdx.x % 32, t = lane % 4, g = lane / 4, own = threadIdx.x / 32 * 8 + t;
     float y[2][kHeadDim / 8], scale;
@@ -357,7 +357,7 @@ __device__ __forceinline__ void quantize_cta(const QuantizeKParams& p, const u8*
     }
     const auto counts = [&](int i) { return kLiveMask && live.bits ? shared.live.get(first_key + i, window) : first_key + i < p.len; };
     if (kLiveMask && !counts(Rotate::row())) raw = {};
-    top = fmaxf(top, rotate_k.quantise(raw, counts, load_next, scale_block, p.tile_bytes, shared, out));
+    top = fmaxf(top, rotate_k.quantize(raw, counts, load_next, scale_block, p.tile_bytes, shared, out));
   }
   top = row_max(top);
   if (threadIdx.x == 0) p.k_scale_partial[blockIdx.x - p.bh_count * p.v_chunks] = top;
@@ -401,7 +401,7 @@ __device__ void quantize_k(const QuantizeKParams& p) {
       const int batch = (p.bh_first + bh) / p.heads, head = (p.bh_first + bh) % p.heads;
       return static_cast<const u8*>(x.data) + (batch * x.stride_b + head * x.stride_h) * kElementBytes<kDtype>;
     };
-    const auto live_of = [&](int bh) { return LiveRows(p.live, (p.bh_first + bh) / p.heads, (p.bh_first + bh) % p.heads); };
+    const auto live_of = [&](int bh) { return LiveRows(p.live, (p.bh_first + bh) / p.heads, (p.bh_first + bh) % p.heads, p.len); };
     if (block >= stats_ctas) {
       const int cta = block - stats_ctas, bh = cta / p.ctas_per_head;
       quantize_cta<Layout, kDtype, decltype(vectors)::value, kLiveMask>(p, head_of(p.k, bh), live_of(bh), bh, cta - bh * p.ctas_per_head,

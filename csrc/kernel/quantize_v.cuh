@@ -194,7 +194,7 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
   constexpr int kMost = kDtype == kFloat32 || !kVectors ? 4 : 8, kBatch = kPasses < kMost ? kPasses : kMost;  // under way together
   static_assert(kPasses % kBatch == 0, "whole batches of passes");
   const int batch = (p.bh_first + bh) / p.heads, head = (p.bh_first + bh) % p.heads;
-  const LiveRows live(p.live, batch, head);
+  const LiveRows live(p.live, batch, head, p.len);
   const i64 row_bytes = p.v.stride_n * kElementBytes<kDtype>;
   const u8* v = static_cast<const u8*>(p.v.data) + (batch * p.v.stride_b + head * p.v.stride_h) * kElementBytes<kDtype>;
   const int warp = threadIdx.x / 32, chunk = threadIdx.x % kLanes, row = threadIdx.x % 32 / kLanes;

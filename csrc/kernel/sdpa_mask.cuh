@@ -1,4 +1,5 @@
-// What torch's own attention lacks where a call has a dense mask: biases in its dtype that stay finite, and zeros in rows that see nothing.
+// What torch's own attention lacks where a call has a dense mask: biases in its dtype that stay finite, zeros in rows that see nothing, and
+// rows whose biases are beyond what its backends can take.
 #pragma once
 #include "../common/math.cuh"
 #include "../common/tensor.cuh"
@@ -7,7 +8,7 @@
 namespace sage {
 
 constexpr int kNarrowThreads = 256, kNarrowUnroll = 8, kNarrowKeys = kNarrowThreads * kNarrowUnroll;  // keys of a row in a CTA
-constexpr int kZeroRowsThreads = 128;
+constexpr int kRepairThreads = 128;
 
 struct NarrowMaskParams {
   const void* mask;  // [B, H, Nq, Nk] by strides; sizes are the mask's own
@@ -64,56 +65,105 @@ __device__ __forceinline__ void narrow_rows(const NarrowMaskParams& p) {
   });
 }
 
-struct ZeroMaskedRowsParams {
+struct RepairRowsParams {
   const void* mask;  // [B, H, Nq, Nk] by strides, 0 where it broadcasts
   i64 mask_stride_b, mask_stride_h, mask_stride_q, mask_stride_k;
   void* out;  // [B, H, Nq, D] by strides
   i64 out_stride_b, out_stride_h, out_stride_n;
-  i32 heads, len_q, len_kv, rows;  // rows: B · H · Nq
-  i32 mask_kind;                   // MaskKind
-  i32 causal;                      // 1: key ≤ query index
-  i32 row_words, element_words;    // of 16 bits: in a row of the output, in an element
+  const void* v;  // [B, Hkv, Nk, D] by strides, of the output's dtype
+  i64 v_stride_b, v_stride_h, v_stride_n;
+  i32 heads, heads_per_kv, len_q, len_kv, head_dim, rows;  // rows: B * H * Nq
+  i32 mask_kind;                                           // MaskKind
+  i32 dtype;                                               // the output's
+  i32 causal;                                              // 1: key <= query index
+  float limit;                                             // torch takes biases up to here in either sign; infinite where none is larger
 };
 
-// One row of scores: what of the mask and of the output is its own.
+// How torch's attention takes a pair.
+enum PairKind : int { kPairHidden, kPairLow, kPairPlain, kPairHigh };
+
+// One row of scores: what of the mask, of V and of the output is its own. Offsets are in elements.
 struct ScoreRow {
-  i64 mask, out;  // elements
+  i64 mask, out, v;
   int query, keys;
 
-  __device__ __forceinline__ ScoreRow(const ZeroMaskedRowsParams& p, int row) {
+  __device__ __forceinline__ ScoreRow(const RepairRowsParams& p, int row) {
     const int bh = row / p.len_q, head = bh % p.heads, batch = bh / p.heads;
     query = row - bh * p.len_q;
     keys = p.causal ? min(query + 1, p.len_kv) : p.len_kv;
     mask = batch * p.mask_stride_b + head * p.mask_stride_h + query * p.mask_stride_q;
     out = batch * p.out_stride_b + head * p.out_stride_h + query * p.out_stride_n;
+    v = batch * p.v_stride_b + head / p.heads_per_kv * p.v_stride_h;
   }
 
-  __device__ __forceinline__ bool sees(const ZeroMaskedRowsParams& p, int key) const {
+  __device__ __forceinline__ int kind(const RepairRowsParams& p, int key) const {
     const i64 at = mask + key * p.mask_stride_k;
-    if (p.mask_kind == kMaskBool) return static_cast<const u8*>(p.mask)[at] != 0;
-    if (p.mask_kind == kMaskF32) return static_cast<const float*>(p.mask)[at] != -kInf;
-    return static_cast<const u16*>(p.mask)[at] != (p.mask_kind == kMaskF16 ? 0xFC00 : 0xFF80);  // −inf
+    if (p.mask_kind == kMaskBool) return static_cast<const u8*>(p.mask)[at] ? kPairPlain : kPairHidden;
+    const float x = p.mask_kind == kMaskF32   ? load_bias<kFloat32>(p.mask, at)
+                    : p.mask_kind == kMaskF16 ? load_bias<kFloat16>(p.mask, at)
+                                              : load_bias<kBfloat16>(p.mask, at);
+    if (x == -kInf) return kPairHidden;
+    return x < -p.limit ? kPairLow : x > p.limit ? kPairHigh : kPairPlain;
   }
 };
 
+__device__ __forceinline__ float load_value(const RepairRowsParams& p, const void* from, i64 at) {
+  float x = 0.0f;
+  with_dtype(p.dtype, [&](auto type) { x = load_bias<decltype(type)::value>(from, at); });
+  return x;
+}
+
+__device__ __forceinline__ void store_value(const RepairRowsParams& p, i64 at, float x) {
+  with_dtype(p.dtype, [&](auto type) { store_bias<decltype(type)::value>(p.out, at, x, kInf); });
+}
+
+// The row becomes the mean of V over the keys of one kind, of which there are `count`; 0 where there are none. Scores are lost beside
+// such biases, so that these keys weigh the same. The values are divided before they are added: their sum may overflow.
+__device__ __forceinline__ void write_mean(const RepairRowsParams& p, const ScoreRow& row, int kind, int count, int lane) {
+  const float share = count ? 1.0f / count : 0.0f;
+  for (int channel = lane; channel - lane < p.head_dim; channel += 32) {
+    const bool mine = channel < p.head_dim;
+    float mean = 0.0f;
+    for (int first = 0; count && first < row.keys; first += 32) {
+      const u32 taken = __ballot_sync(kAllLanes, first + lane < row.keys && row.kind(p, first + lane) == kind);
+#pragma unroll 8
+      for (int i = 0; i < 32; ++i)
+        if (mine && taken >> i & 1) mean += load_value(p, p.v, row.v + (first + i) * p.v_stride_n + channel) * share;
+    }
+    if (mine) store_value(p, row.out + channel, mean);
+  }
+}
+
 // A warp has 32 rows. Each lane looks at two keys of one: the first, and the one of the query's own index; of masks as models make them
-// one of the two is visible. Where neither is, the whole warp reads the row, as far as the first key that is.
-__device__ __forceinline__ void zero_rows(const ZeroMaskedRowsParams& p) {
-  const int lane = threadIdx.x % 32, first = blockIdx.x * kZeroRowsThreads + threadIdx.x - lane;
-  bool hidden = false;
+// one of the two is plainly visible. Where neither is, or the output is NaN as a bias beyond the limit makes it, the whole warp reads
+// the row.
+__device__ __forceinline__ void repair(const RepairRowsParams& p) {
+  const int lane = threadIdx.x % 32, first = blockIdx.x * kRepairThreads + threadIdx.x - lane;
+  bool doubtful = false;
   if (first + lane < p.rows) {
     const ScoreRow row(p, first + lane);
-    hidden = !row.sees(p, 0) && !row.sees(p, min(row.query, p.len_kv - 1));
+    doubtful = row.kind(p, 0) < kPairPlain && row.kind(p, min(row.query, p.len_kv - 1)) < kPairPlain;
+    if (!doubtful && p.limit < kInf) {
+      const float x = load_value(p, p.out, row.out);
+      doubtful = x != x;
+    }
   }
-  if (!__any_sync(kAllLanes, hidden)) return;
+  if (!__any_sync(kAllLanes, doubtful)) return;
   for (int i = 0; i < 32; ++i) {
-    if (!__any_sync(kAllLanes, hidden && lane == i)) continue;
+    if (!__any_sync(kAllLanes, doubtful && lane == i)) continue;
     const ScoreRow row(p, first + i);
-    bool seen = false;
-    for (int key = lane; !seen && key - lane < row.keys; key += 32) seen = __any_sync(kAllLanes, key < row.keys && row.sees(p, key));
-    if (seen) continue;
-    u16* const out = static_cast<u16*>(p.out) + row.out * p.element_words;
-    for (int word = lane; word < p.row_words; word += 32) out[word] = 0;
+    int low = 0, high = 0;
+    bool plain = false;
+    for (int key = lane; key - lane < row.keys; key += 32) {
+      const int kind = key < row.keys ? row.kind(p, key) : kPairHidden;
+      low += __popc(__ballot_sync(kAllLanes, kind == kPairLow)), high += __popc(__ballot_sync(kAllLanes, kind == kPairHigh));
+      plain = plain || __any_sync(kAllLanes, kind == kPairPlain);
+      if (plain && p.limit == kInf) break;
+    }
+    if (high)
+      write_mean(p, row, kPairHigh, high, lane);
+    else if (!plain)
+      write_mean(p, row, kPairLow, low, lane);
   }
 }
 

@@ -27,7 +27,6 @@ struct CoreMatrix {
   static constexpr bool kNumbered = true;  // a tile says its number
   static constexpr int kKBytes = kScaleOffset + kScaleBytes;
   static constexpr int kV = kKBytes, kVColumns = kHeadDim + (kOnes ? 8 : 0);
-  static_assert(kVColumns <= 256, "a wgmma has 256 columns");
   static constexpr int kVBytes = kTile * kVColumns * kVElementBytes;
   static constexpr int kTileBytes = kKBytes + kVBytes;
   static constexpr int kKPitch = kTile * 16, kVPitch = kVColumns * 16;  // bytes to the next core matrix along k

@@ -1,4 +1,5 @@
-// Special registers, read again at each call: the compiler keeps neither their values nor what is computed from them in registers.
+// Values that the compiler does not see through: it keeps neither them nor what is computed from them in registers for longer than
+// needed. Special registers are read again at each call.
 #pragma once
 #include "types.cuh"
 
@@ -13,6 +14,12 @@ __device__ __forceinline__ int special_tid_x() {
 __device__ __forceinline__ int special_ctaid_x() {
   int x;
   asm volatile("mov.u32 %0,%%ctaid.x;" : "=r"(x));
+  return x;
+}
+
+// x; what depends on it is computed from here on.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
   return x;
 }
 

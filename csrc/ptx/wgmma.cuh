@@ -49,6 +49,13 @@ __device__ __forceinline__ void warpgroup_fence_operand(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// Registers first … first + kCount − 1 of an array: some of an accumulator's columns.
+template <int kFirst, int kCount, int kAll, class T>
+__device__ __forceinline__ T (&registers(T (&d)[kAll]))[kCount] {
+  static_assert(kFirst + kCount <= kAll, "within the array");
+  return reinterpret_cast<T(&)[kCount]>(d[kFirst]);
+}
+
 // Makes ordinary stores to shared memory visible to wgmma and to bulk copies.
 __device__ __forceinline__ void fence_async_proxy() {
 #if __CUDA_ARCH_FEAT_SM90_ALL
@@ -77,7 +84,14 @@ __device__ __forceinline__ void named_barrier(int id) {
   asm volatile("bar.sync %0,%1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
+// Arrives at it, if the predicate is set, which is the same for a warp's lanes, and does not wait. As mbarrier_arrive, it does not branch.
+template <int kThreads>
+__device__ __forceinline__ void named_barrier_arrive(bool predicate, int id) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p,%0,0; @p bar.arrive %1,%2;}" ::"r"((u32)predicate), "r"(id), "n"(kThreads) : "memory");
+}
+
 // An instruction names up to 68 accumulator registers one by one. W_n: the text "%0,…" of n of them; W_OUT_n: their operands.
+#define W_4 "%0,%1,%2,%3"
 #define W_8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define W_16 W_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define W_24 W_16 ",%16,%17,%18,%19,%20,%21,%22,%23"
@@ -86,13 +100,14 @@ __device__ __forceinline__ void named_barrier(int id) {
 #define W_48 W_36 ",%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define W_64 W_48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define W_68 W_64 ",%64,%65,%66,%67"
-#define W_OUT_4(c, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
-#define W_OUT_16(c, i) W_OUT_4(c, i), W_OUT_4(c, i + 4), W_OUT_4(c, i + 8), W_OUT_4(c, i + 12)
-#define W_OUT_32(c) W_OUT_16(c, 0), W_OUT_16(c, 16)
-#define W_OUT_36(c) W_OUT_32(c), W_OUT_4(c, 32)
-#define W_OUT_48(c) W_OUT_32(c), W_OUT_16(c, 32)
-#define W_OUT_64(c) W_OUT_48(c), W_OUT_16(c, 48)
-#define W_OUT_68(c) W_OUT_64(c), W_OUT_4(c, 64)
+#define W_FOUR(c, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
+#define W_SIXTEEN(c, i) W_FOUR(c, i), W_FOUR(c, i + 4), W_FOUR(c, i + 8), W_FOUR(c, i + 12)
+#define W_OUT_4(c) W_FOUR(c, 0)
+#define W_OUT_32(c) W_SIXTEEN(c, 0), W_SIXTEEN(c, 16)
+#define W_OUT_36(c) W_OUT_32(c), W_FOUR(c, 32)
+#define W_OUT_48(c) W_OUT_32(c), W_SIXTEEN(c, 32)
+#define W_OUT_64(c) W_OUT_48(c), W_SIXTEEN(c, 48)
+#define W_OUT_68(c) W_OUT_64(c), W_FOUR(c, 64)
 
 // d[64, N] (+)= A · B, both in shared memory. regs = N / 2; x, y, z are the three operand numbers after the accumulators.
 #define WGMMA_SHARED(shape, types, bind, regs, x, y, z)                                                                               \
@@ -138,9 +153,11 @@ __device__ __forceinline__ void wgmma_s8(i32 (&d)[kRegisters], const u32* a, u64
 template <int kRegisters>
 __device__ __forceinline__ void wgmma_f16(float (&d)[kRegisters], const u32* a, u64 b, bool add) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
-  static_assert(kRegisters == 36 || kRegisters == 68, "only these shapes are defined here");
+  static_assert(kRegisters == 36 || kRegisters == 64 || kRegisters == 68, "only these shapes are defined here");
   if constexpr (kRegisters == 36)
     WGMMA_REGISTERS("m64n72k16", "f32.f16.f16", "+f", 36, 36, 37, 38, 39, 40, 41, ",1,1,0");
+  else if constexpr (kRegisters == 64)
+    WGMMA_REGISTERS("m64n128k16", "f32.f16.f16", "+f", 64, 64, 65, 66, 67, 68, 69, ",1,1,0");
   else
     WGMMA_REGISTERS("m64n136k16", "f32.f16.f16", "+f", 68, 68, 69, 70, 71, 72, 73, ",1,1,0");
 #endif
@@ -158,6 +175,19 @@ __device__ __forceinline__ void wgmma_e4m3(float (&d)[kRegisters], const u32* a,
 #endif
 }
 
+// The same; d has the bits of fp32, so that its registers can be those of another wgmma's integers.
+template <int kRegisters>
+__device__ __forceinline__ void wgmma_e4m3(i32 (&d)[kRegisters], const u32* a, u64 b, bool add) {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  static_assert(kRegisters == 4 || kRegisters == 32, "only these shapes are defined here");
+  if constexpr (kRegisters == 4)
+    WGMMA_REGISTERS("m64n8k32", "f32.e4m3.e4m3", "+r", 4, 4, 5, 6, 7, 8, 9, ",1,1");
+  else
+    WGMMA_REGISTERS("m64n64k32", "f32.e4m3.e4m3", "+r", 32, 32, 33, 34, 35, 36, 37, ",1,1");
+#endif
+}
+
+#undef W_4
 #undef W_8
 #undef W_16
 #undef W_24
@@ -166,8 +196,9 @@ __device__ __forceinline__ void wgmma_e4m3(float (&d)[kRegisters], const u32* a,
 #undef W_48
 #undef W_64
 #undef W_68
+#undef W_FOUR
+#undef W_SIXTEEN
 #undef W_OUT_4
-#undef W_OUT_16
 #undef W_OUT_32
 #undef W_OUT_36
 #undef W_OUT_48

@@ -4,7 +4,6 @@
     python csrc/tools/build.py --arch sm_80    one architecture; --only NAME: one image
     python csrc/tools/build.py --check         no compiler: is every committed image there, whole, and built from these sources?
     python csrc/tools/build.py --verify        compile everything again and compare the machine code
-    python csrc/tools/build.py --sample [N]    the same for one image of each architecture, another one for each N (today's number)
 
 Each image is one translation unit, generated here: the source named in the table, assertions that its parameter structs are
 laid out as their Python twins, and one extern "C" kernel per entry. Images are xz files; `manifest.json` tells for each what it
@@ -360,14 +359,6 @@ def released(table: tuple) -> list:
     return [image for image in table if image.released]
 
 
-def sample(table: list, number: int) -> list:
-    """One image of each architecture, another one for each `number`."""
-    by_arch: dict[str, list] = {}
-    for image in table:
-        by_arch.setdefault(image.arch, []).append(image)
-    return [images[number % len(images)] for images in by_arch.values()]
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Build the kernel images of sageattention.")
     parser.add_argument(
@@ -378,18 +369,15 @@ def main(argv: list[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="no compiler: compare the committed images with the sources' hashes")
     what.add_argument("--verify", action="store_true", help="compile again and compare the machine code")
-    what.add_argument("--sample", type=int, nargs="?", const=int(time.time() // 86400), help="--verify for one image per architecture")
     args = parser.parse_args(argv)
     start = time.perf_counter()
     try:
         table = load_table()
         chosen = [i for i in table if i.arch in args.arch] if args.arch else released(table)
         chosen = [i for i in chosen if not args.only or i.name in args.only]
-        if args.sample is not None:
-            chosen = sample(chosen, args.sample)
         if not chosen:
             raise BuildError("no image of table.IMAGES has that architecture and name")
-        if args.check or args.verify or args.sample is not None:
+        if args.check or args.verify:
             differing = check(chosen) if args.check else verify(chosen, args.jobs)
             print("\n".join(differing) or f"{len(chosen)} images are what the sources give")
             return 1 if differing else 0

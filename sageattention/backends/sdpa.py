@@ -24,15 +24,20 @@ def run(call: PreparedCall[Plan]) -> Result:
 
 def _masked(call: PreparedCall[Plan], given: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     p = call.problem
-    mask = _narrow_mask(call, given, q.dtype) if p.mask == "additive" else given
+    repaired = _has_kernels(call) and sdpa_mask.repairs(given, v, p)
+    # A mask in q's dtype goes to torch as it is where rows beyond its reach are set right afterwards: that saves a pass over the mask.
+    wide = p.mask == "additive" and not given.dtype == q.dtype == torch.float16  # fp16 ends far below such numbers
+    left_wide = wide and repaired and given.dtype == q.dtype
+    mask = _narrow_mask(call, given, q.dtype) if wide and not left_wide else given
     mask = _with_causal(mask, p) if p.causal else mask
     if p.len_kv > 1 and (mask.shape[-1] == 1 or mask.stride(-1) != 1):  # an error of torch's memory-efficient backend
         mask = mask.expand(*mask.shape[:-1], p.len_kv).contiguous()
     out = _attention(q, k, v, mask, False, p)
-    # Not every backend of torch's gives fully masked rows the 0 that they should be.
-    if _has_kernels(call) and sdpa_mask.zero(out, given, p, call.bound):
-        return out
-    return torch.where(_seen(mask).any(-1, keepdim=True), out, 0)
+    if not repaired:
+        return torch.where(_seen(mask).any(-1, keepdim=True), out, 0)  # what not every backend of torch's does
+    out = out if out.stride(-1) == 1 else out.contiguous()
+    sdpa_mask.repair(out, given, v, MASK_LIMIT if left_wide else torch.inf, p, call.bound)
+    return out
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, p: Problem) -> torch.Tensor:
@@ -76,8 +81,6 @@ def _lse(call: PreparedCall[Plan], q: torch.Tensor, k: torch.Tensor) -> torch.Te
 
 def _narrow_mask(call: PreparedCall[Plan], mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """An additive mask in q's dtype, as SDPA wants it. Finite stays finite, also times log2(e) in fp32, which some backends take."""
-    if mask.dtype == dtype == torch.float16:  # whose largest number is far from that
-        return mask
     limit = min(torch.finfo(dtype).max, torch.finfo(mask.dtype).max, MASK_LIMIT)
     narrowed = sdpa_mask.narrow(mask, dtype, limit, call.problem, call.bound) if _has_kernels(call) else None
     if narrowed is not None:

@@ -296,49 +296,66 @@ def host_times(
     return found | {name: 1e6 * statistics.median(taken) / HOST_CALLS for name, taken in turns.items()}
 
 
-def main(args: argparse.Namespace) -> int:
-    """The command; exit code 0, also where there is no GPU (it says so and times one small shape on the CPU)."""
+def measure(
+    device: torch.device, shapes: list[Shape], named: list[Attention], *, peaked: bool = False, quick: bool = False, masks: bool = False,
+    begun: Callable[[dict[str, Any]], None] = lambda report: None, told: Callable[[str, list[Row]], None] = lambda title, rows: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Time `named`, or else `auto` and every ready variant, beside torch's backends on a GPU, as plain data.
+
+    Args:
+        begun: called with what is known before the first shape.
+        told: called with each shape's title and rows.
+    """
     import torch
 
-    if args.reset:
-        raise Unsupported("--reset", "goes with --calibrate: it removes what that made")
-    shapes = [parse_shape(text) for text in args.shapes or (MODELS if args.models else QUICK_SHAPES if args.quick else SHAPES)]
-    named = [variant(name) for name in args.variants or ()]
-    device = chosen_device(args.device)
-    if device.type != "cuda":
-        return _on_cpu(named, args.shapes, as_json=args.json)
     torch.cuda.set_device(device.index or 0)
     found, refused = (named, []) if named else ready(device)
     ours = found if named else [variant("auto"), *(c for c in found if c.name not in ("sdpa", "reference"))]
     candidates = [*map(sdpa_backend, SDPA_BACKENDS), *ours]
-    kind = "logits6" if args.peaked else "normal"
+    kind = "logits6" if peaked else "normal"
     dtype = str(_dtype(device)).removeprefix("torch.")
-    report = {"machine": _machine(device), "kind": kind, "dtype": dtype, "not_run": dict(refused)}
+    report: dict[str, Any] = {"machine": _machine(device), "kind": kind, "dtype": dtype, "not_run": dict(refused)}
     report["host_us"] = host_times(candidates, device)  # first, before the card is hot
     report["rows"] = measured = []
-    if not args.json:
-        _print_head(report)
+    begun(report)
     for shape in shapes:
         plain: list[Row] = []
-        for form in (None, *MASK_FORMS.values()) if args.masks else (None,):
+        for form in (None, *MASK_FORMS.values()) if masks else (None,):
             if form and not form.fits(shape):
                 continue
-            repeats, budget_ms = (5, 10) if args.quick else (11, 30)
+            repeats, budget_ms = (5, 10) if quick else (11, 30)
             rows = time_shape(shape, candidates, device, kind=kind, repeats=repeats, budget_ms=budget_ms, form=form)
             plain = plain or rows
             if form:
                 _of_plain(rows, plain)
             measured += [asdict(row) for row in rows]
             torch.cuda.empty_cache()
-            title = f"{shape}, mask: {form.summary}" if form else str(shape)
-            print(f"{title} done", file=sys.stderr) if args.json else _print_shape(title, rows)
+            told(f"{shape}, mask: {form.summary}" if form else str(shape), rows)
+    return report
+
+
+def main(args: argparse.Namespace) -> int:
+    """The command; exit code 0, also where there is no GPU (it says so and times one small shape on the CPU)."""
+    if args.reset:
+        raise Unsupported("--reset", "goes with --calibrate: it removes what that made")
+    shapes = [parse_shape(text) for text in args.shapes or (MODELS if args.models else QUICK_SHAPES if args.quick else SHAPES)]
+    named = [variant(name) for name in args.variants or ()]
+    device = chosen_device(args.device)
+    if device.type != "cuda":
+        found = measure_on_cpu(named, args.shapes)
+        print(json.dumps(found, indent=2)) if args.json else _print_cpu(found)
+        return 0
+    options = {"peaked": args.peaked, "quick": args.quick, "masks": args.masks}
     if args.json:
-        print(json.dumps(report, indent=2))
+        found = measure(device, shapes, named, **options, told=lambda title, rows: print(f"{title} done", file=sys.stderr))
+        print(json.dumps(found, indent=2))
+    else:
+        measure(device, shapes, named, **options, begun=_print_head, told=_print_shape)
     return 0
 
 
-def _on_cpu(named: list[Attention], ignored: list[str] | None, *, as_json: bool) -> int:
-    """No GPU: say so, and show that the variants of this machine run."""
+def measure_on_cpu(named: list[Attention], ignored: list[str] | None) -> dict[str, Any]:
+    """No GPU: say so, and show that the variants of this machine run. `ignored`: the shapes that were asked for."""
     import torch
 
     shape = Shape("cpu", 1, 2, 128, 256, 64)
@@ -357,16 +374,14 @@ def _on_cpu(named: list[Attention], ignored: list[str] | None, *, as_json: bool)
     if ignored:
         message += f" --shapes {','.join(ignored)} is for a GPU, and ignored."
     message += f" One call of {shape} on the CPU, for the record:"
-    if as_json:
-        print(
-            json.dumps({"machine": {"gpu": None}, "message": message, "shape": str(shape), "cpu_ms": times, "skipped": skipped}, indent=2)
-        )
-        return 0
-    print(message)
-    print(table(("variant", "ms"), [(name, f"{ms:.1f}") for name, ms in times.items()], numeric=(1,)))
-    for name, reason in skipped.items():
+    return {"machine": {"gpu": None}, "message": message, "shape": str(shape), "cpu_ms": times, "skipped": skipped}
+
+
+def _print_cpu(found: dict[str, Any]) -> None:
+    print(found["message"])
+    print(table(("variant", "ms"), [(name, f"{ms:.1f}") for name, ms in found["cpu_ms"].items()], numeric=(1,)))
+    for name, reason in found["skipped"].items():
         print(f"skipped: {name} - {reason}")
-    return 0
 
 
 def _machine(device: torch.device) -> dict[str, str]:

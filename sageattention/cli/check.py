@@ -192,29 +192,49 @@ def run(device: torch.device, names: list[str] | None = None, *, quick: bool = F
     return results, refused
 
 
-def main(args: argparse.Namespace) -> int:
-    """The command; exit code 1 where a variant is off or fails, 3 where no kernel of this package was checked though none was left out by
-    name, 0 otherwise."""
-    device = chosen_device(args.device)
-    results, refused = run(device, args.variants, quick=args.quick)
-    # A variant asked for by name has to be there; of the others, what is missing is told, and is not wrong.
-    bad = [r for r in results if r.status in ("off", "failed") or (args.variants and r.status in ("missing", "unsupported"))]
+def findings(device: torch.device, names: list[str] | None = None, *, quick: bool = False) -> dict[str, Any]:
+    """`run` as plain data. `ok`: nothing is off or failed. A variant asked for by name has to be there; of the others, what is missing is
+    told, and is not wrong. `kernels`: the variants with kernels that gave a result."""
+    results, refused = run(device, names, quick=quick)
+    bad = [r for r in results if r.status in ("off", "failed") or (names and r.status in ("missing", "unsupported"))]
     judged = {r.variant.partition(":")[0] for r in results if r.status in ("ok", "off", "failed")}
-    kernels = sorted(name for name in judged if VARIANTS[name].has_kernels)
-    code = 1 if bad else 0 if kernels or args.variants else 3
+    return {
+        "device": str(device),
+        "ok": not bad,
+        "right": sum(r.status == "ok" for r in results),
+        "wrong": len(bad),
+        "kernels": sorted(name for name in judged if VARIANTS[name].has_kernels),
+        "results": [asdict(r) for r in results],
+        "not_run": dict(refused),
+    }
+
+
+def exit_code(found: dict[str, Any], names: list[str] | None = None) -> int:
+    """1 where a variant is off or fails, 3 where no kernel of this package was checked though none was left out by name, 0 otherwise."""
+    return 1 if not found["ok"] else 0 if found["kernels"] or names else 3
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """The count, and a warning where no kernel was there to check."""
+    text = f"{found['right']} of {len(found['results'])} are right" + (f", {found['wrong']} are not." if found["wrong"] else ".")
+    if not found["kernels"]:
+        text += f"\n\nNO KERNEL OF THIS PACKAGE WAS CHECKED: none runs on {found['device']}. {capability.torch_without_cuda()}".rstrip()
+    return text
+
+
+def main(args: argparse.Namespace) -> int:
+    """The command; `exit_code` says what it returns."""
+    found = findings(chosen_device(args.device), args.variants, quick=args.quick)
     if args.json:
-        found = {"device": str(device), "ok": not bad, "kernels": kernels, "results": [asdict(r) for r in results]}
-        print(json.dumps(found | {"not_run": dict(refused)}, indent=2))
-        return code
-    print(f"Relative L2 error against fp64, bf16 inputs, on {device}.")
-    rows = [(r.variant, r.case, r.status, _number(r.error), _number(r.bound), r.detail) for r in results]
+        print(json.dumps(found, indent=2))
+        return exit_code(found, args.variants)
+    print(f"Relative L2 error against fp64, bf16 inputs, on {found['device']}.")
+    rows = [(r["variant"], r["case"], r["status"], _number(r["error"]), _number(r["bound"]), r["detail"]) for r in found["results"]]
     print(table(("variant", "case", "status", "error", "bound", ""), rows, numeric=(3, 4)))
-    for name, reason in refused:
+    for name, reason in found["not_run"].items():
         print(f"not run: {name} - {reason}")
-    print(f"{sum(r.status == 'ok' for r in results)} of {len(results)} are right" + (f", {len(bad)} are not." if bad else "."))
-    if not kernels:
-        print(f"\nNO KERNEL OF THIS PACKAGE WAS CHECKED: none runs on {device}. {capability.torch_without_cuda()}".rstrip())
-    return code
+    print(verdict(found))
+    return exit_code(found, args.variants)
 
 
 def _number(value: float | None) -> str:

@@ -97,7 +97,7 @@ class KernelFamily:
     @property
     def quantizer(self) -> str:
         """The quantisers' image."""
-        return f"quantise_{self.quantizers}"
+        return f"quantize_{self.quantizers}"
 
     @property
     def quantizers_live(self) -> tuple[bool, ...]:
@@ -110,10 +110,10 @@ class KernelFamily:
 
     def quantize_k_symbol(self, head_dim: int, live: bool = False) -> str:
         """`live`: of the kernel that is told which keys are."""
-        return f"keys_{self.quantizers}_{find_tile(self.tiles, 0, head_dim).block_n}_d{head_dim}" + ("_live" if live else "")
+        return f"quantize_k_{self.quantizers}_{find_tile(self.tiles, 0, head_dim).block_n}_d{head_dim}" + ("_live" if live else "")
 
     def quantize_v_symbol(self, head_dim: int, live: bool = False) -> str:
-        return f"values_{self.name}_d{head_dim}" + ("_live" if live else "")
+        return f"quantize_v_{self.name}_d{head_dim}" + ("_live" if live else "")
 
     def attend_image(self, head_dim: int) -> str:
         return f"attend_{self.name}_d{head_dim}"

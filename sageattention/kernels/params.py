@@ -10,7 +10,7 @@ import itertools
 import re
 import struct
 from collections.abc import Callable
-from ctypes import c_float, c_int32, c_int64, c_uint32, c_uint64
+from ctypes import c_double, c_float, c_int32, c_int64, c_uint32, c_uint64
 from typing import Any
 
 POINTER = c_uint64
@@ -42,9 +42,40 @@ class ClassifyParams(ctypes.Structure):
 
     _fields_ = [
         ("mask", POINTER), ("stride_b", c_int64), ("stride_h", c_int64), ("stride_q", c_int64), ("stride_k", c_int64),
-        ("lists", POINTER), ("live", POINTER), ("kept", POINTER),
+        ("lists", POINTER), ("live", POINTER), ("kept", POINTER), ("bias", POINTER),
         ("heads", c_int32), ("bands", c_int32), ("len_q", c_int32), ("len_kv", c_int32),
-        ("mask_kind", c_int32), ("causal", c_int32), ("quads", c_int32), ("tile", c_int32), ("words", c_int32), ("live_words", c_int32),
+        ("mask_kind", c_int32), ("causal", c_int32), ("vectors", c_int32), ("tile", c_int32),
+        ("words", c_int32), ("live_words", c_int32), ("bias_len", c_int32), ("parts", c_int32), ("part_words", c_int32),
+    ]  # fmt: skip
+
+
+class PoolParams(ctypes.Structure):
+    """First launches of a block-sparse call: block means of K, block sums of V."""
+
+    _fields_ = [
+        ("k", Tokens), ("v", Tokens),
+        ("k_mean", POINTER), ("v_sum", POINTER), ("k_shift", POINTER), ("k_var", POINTER), ("counts", POINTER), ("order", POINTER),
+        ("live", LiveKeys),
+        ("bh_count", c_int32), ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32), ("blocks", c_int32), ("pitch", c_int32),
+        ("dtype", c_int32), ("vectorized", c_int32),
+    ]  # fmt: skip
+
+
+class RouteParams(ctypes.Structure):
+    """Then the router: lists of exact blocks, and the state in which each row's softmax begins."""
+
+    _fields_ = [
+        ("q", Tokens),
+        ("k_mean", POINTER), ("v_sum", POINTER), ("k_shift", POINTER), ("k_var", POINTER), ("counts", POINTER), ("order", POINTER),
+        ("live", LiveKeys), ("sinks", POINTER), ("query_sinks", POINTER),
+        ("block_mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64),
+        ("thresholds", POINTER), ("threshold", c_double),
+        ("scratch", POINTER), ("lists", POINTER), ("tail", POINTER), ("exact_blocks", POINTER),
+        ("bh_count", c_int32), ("heads", c_int32), ("heads_per_kv", c_int32),
+        ("len_q", c_int32), ("len_kv", c_int32), ("head_dim", c_int32), ("dtype", c_int32), ("vectorized", c_int32),
+        ("rows", c_int32), ("lists_of_head", c_int32), ("blocks", c_int32), ("words", c_int32),
+        ("pitch", c_int32), ("strips", c_int32), ("ctas", c_int32),
+        ("selection", c_int32), ("causal", c_int32), ("q_start", c_int32), ("neighbours", c_int32), ("scale", c_float),
     ]  # fmt: skip
 
 
@@ -95,11 +126,11 @@ class AttendParams(ctypes.Structure):
         ("bh_first", c_int32), ("bh_count", c_int32), ("heads_kv", c_int32), ("heads_per_kv", c_int32),
         ("len_q", c_int32), ("len_kv", c_int32), ("head_dim", c_int32),
         ("dtype", c_int32), ("q_vectorized", c_int32), ("out_vectorized", c_int32),
-        ("causal", c_int32), ("mask_kind", c_int32), ("mask_pairs", c_int32),
+        ("causal", c_int32), ("mask_kind", c_int32),
         ("kv_tiles", c_int32), ("q_tiles", c_int32), ("full_waves", c_int32),
         ("rcp_q_tiles", c_uint32), ("rcp_heads_per_kv", c_uint32), ("rcp_heads_kv", c_uint32),
         ("score_scale", c_float), ("sign", c_float), ("sm_scale", c_float), ("score_limit", c_float),
-        ("inv_v_max", c_float), ("log2_p_max", c_float), ("rescale_threshold", c_float),
+        ("inv_v_max", c_float), ("log2_p_max", c_float), ("rescale_threshold", c_float), ("mask_pairs", c_int32),
     ]  # fmt: skip
 
 
@@ -114,14 +145,27 @@ class NarrowMaskParams(ctypes.Structure):
     ]  # fmt: skip
 
 
-class ZeroMaskedRowsParams(ctypes.Structure):
-    """Of zero_masked_rows, after torch's own attention."""
+class RepairRowsParams(ctypes.Structure):
+    """Of repair_rows, after torch's own attention."""
 
     _fields_ = [
         ("mask", POINTER), ("mask_stride_b", c_int64), ("mask_stride_h", c_int64), ("mask_stride_q", c_int64), ("mask_stride_k", c_int64),
         ("out", POINTER), ("out_stride_b", c_int64), ("out_stride_h", c_int64), ("out_stride_n", c_int64),
-        ("heads", c_int32), ("len_q", c_int32), ("len_kv", c_int32), ("rows", c_int32),
-        ("mask_kind", c_int32), ("causal", c_int32), ("row_words", c_int32), ("element_words", c_int32),
+        ("v", POINTER), ("v_stride_b", c_int64), ("v_stride_h", c_int64), ("v_stride_n", c_int64),
+        ("heads", c_int32), ("heads_per_kv", c_int32), ("len_q", c_int32), ("len_kv", c_int32), ("head_dim", c_int32), ("rows", c_int32),
+        ("mask_kind", c_int32), ("dtype", c_int32), ("causal", c_int32), ("limit", c_float),
+    ]  # fmt: skip
+
+
+class MergeParams(ctypes.Structure):
+    """Of merge_attention."""
+
+    _fields_ = [
+        ("out", POINTER), ("out_stride_b", c_int64), ("out_stride_h", c_int64), ("out_stride_n", c_int64),
+        ("other", POINTER), ("other_stride_b", c_int64), ("other_stride_h", c_int64), ("other_stride_n", c_int64),
+        ("lse", POINTER), ("other_lse", POINTER),
+        ("heads", c_int32), ("len", c_int32), ("head_dim", c_int32), ("rows", c_int32), ("row_lanes", c_int32),
+        ("dtype", c_int32), ("vectorized", c_int32),
     ]  # fmt: skip
 
 
@@ -131,7 +175,7 @@ def packer(struct_type: type[ctypes.Structure]) -> tuple[Callable[..., bytes], C
     `constants` takes the values of all other fields, in order, and gives the bytes between the pointers, run by run. `pack` takes
     pointers and runs in the order in which they lie in the struct.
     """
-    codes: dict[Any, str] = {c_uint64: "Q", c_int64: "q", c_int32: "i", c_uint32: "I", c_float: "f"}
+    codes: dict[Any, str] = {c_uint64: "Q", c_int64: "q", c_int32: "i", c_uint32: "I", c_float: "f", c_double: "d"}
 
     def letters(t: type[ctypes.Structure]) -> str:
         kinds = (field[1] for field in t._fields_)

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..numerics.constants import HEAD_DIMS
 from .architectures import TARGETS, TEST_TARGETS
 from .binaries import Entry, Image
 from .family import KernelFamily
 from .mma import MMA_FP8, MMA_FP16, MMA_INT8
-from .params import ClassifyParams, NarrowMaskParams, QuantizeKParams, QuantizeVParams, ZeroMaskedRowsParams
-from .wgmma import WGMMA_FP8, WGMMA_FP8_SPARSE, WGMMA_FP16, WGMMA_FP16_SPARSE
+from .params import (
+    ClassifyParams,
+    MergeParams,
+    NarrowMaskParams,
+    PoolParams,
+    QuantizeKParams,
+    QuantizeVParams,
+    RepairRowsParams,
+    RouteParams,
+)
+from .wgmma import WGMMA_FP8, WGMMA_FP8_SPARSE, WGMMA_FP8_WIDE, WGMMA_FP16, WGMMA_FP16_SPARSE, WGMMA_FP16_WIDE
 
-KERNELS: tuple[KernelFamily, ...] = (WGMMA_FP16, MMA_FP16, MMA_FP8, WGMMA_FP8, MMA_INT8, WGMMA_FP16_SPARSE, WGMMA_FP8_SPARSE)
+KERNELS: tuple[KernelFamily, ...] = (
+    WGMMA_FP16, WGMMA_FP16_WIDE, MMA_FP16, MMA_FP8, WGMMA_FP8, WGMMA_FP8_WIDE, MMA_INT8, WGMMA_FP16_SPARSE, WGMMA_FP8_SPARSE,
+)  # fmt: skip
 
 QUANTIZE_V_THREADS = 128
 QUANTIZE_V_RESIDENT = 768  # threads whose registers fit a multiprocessor
@@ -47,7 +59,31 @@ NARROW_KEYS = 2048  # of a row, in a CTA
 NARROW_MASK = Entry(
     "narrow_mask", "narrow_rows", NarrowMaskParams, 256, 4, checks=(f"kNarrowThreads == 256 && kNarrowKeys == {NARROW_KEYS}",)
 )
-ZERO_MASKED_ROWS = Entry("zero_masked_rows", "zero_rows", ZeroMaskedRowsParams, 128, checks=("kZeroRowsThreads == 128",))
+REPAIR_ROWS = Entry("repair_rows", "repair", RepairRowsParams, 128, checks=("kRepairThreads == 128",))
+MERGE_ATTENTION = Entry("merge_attention", "merge", MergeParams, 256, checks=("kMergeThreads == 256",))
+
+ROUTE = "route"  # the image of the router of block-sparse calls
+POOL_THREADS, ROUTE_ROWS, ROUTE_WARPS = 256, {64: 64, 128: 64, 256: 32}, 8  # ROUTE_ROWS: query blocks of a strip, by head dimension
+
+
+def pool_entry(head_dim: int) -> Entry:
+    """Block means of K and block sums of V."""
+    checks = (f"kPoolThreads == {POOL_THREADS}",)
+    return Entry(f"pool_d{head_dim}", f"pool_keys_values<{head_dim}>", PoolParams, POOL_THREADS, checks=checks)
+
+
+def center_entry(head_dim: int) -> Entry:
+    """What the block means of a head have in common."""
+    return Entry(f"center_d{head_dim}", f"center_keys<{head_dim}>", PoolParams, 512, checks=("kCenterThreads == 512",))
+
+
+def route_entry(head_dim: int) -> Entry:
+    """Lists of exact blocks, and tails of the others."""
+    config, threads = f"RouteConfig<{head_dim}>", 32 * ROUTE_WARPS
+    checks = (f"kRouteThreads == {threads}", f"{config}::kRows == {ROUTE_ROWS[head_dim]}")
+    return Entry(
+        f"route_d{head_dim}", f"route_blocks<{config}>", RouteParams, threads, 2, f"route_shared_bytes<{config}>()", checks=checks
+    )  # fmt: skip
 
 
 def _images(target: str) -> Iterator[Image]:
@@ -58,7 +94,10 @@ def _images(target: str) -> Iterator[Image]:
         keys = {k.quantize_k_symbol(d, live): _quantize_k_entry(k, arch, d, live) for k, d in reversed(made) for live in k.quantizers_live}
         entries = (CLASSIFY, *reversed(keys.values()), *(_quantize_v_entry(k, d, live) for k, d in made for live in k.quantizers_live))
         yield Image(name, target, "kernel/quantize.cuh", entries, released=target not in TEST_TARGETS)
-    yield Image("sdpa_mask", target, "kernel/sdpa_mask.cuh", (NARROW_MASK, ZERO_MASKED_ROWS), released=target not in TEST_TARGETS)
+    yield Image("sdpa_mask", target, "kernel/sdpa_mask.cuh", (NARROW_MASK, REPAIR_ROWS), released=target not in TEST_TARGETS)
+    yield Image("merge_attention", target, "kernel/merge_attention.cuh", (MERGE_ATTENTION,), released=target not in TEST_TARGETS)
+    route = tuple(entry(d) for d in HEAD_DIMS for entry in (pool_entry, center_entry, route_entry))
+    yield Image(ROUTE, target, "kernel/route_blocks.cuh", route, released=target not in TEST_TARGETS)
     for k in built:
         for d in k.head_dims:
             entries = tuple(k.entry(k, arch, d, mask, accumulate) for mask in k.masks for accumulate in k.accumulators)

@@ -5,31 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..numerics.constants import KV_BLOCK, KV_TILE_SM90
-from ..numerics.scheme import FP8_FP32_WGMMA, FP16_FP32_WGMMA
+from ..numerics.constants import KV_BLOCK, KV_TILE_SM90, KV_TILE_SM90_WIDE
+from ..numerics.scheme import FP8_FP32_WGMMA, FP8_FP32_WGMMA_WIDE, FP16_FP32_WGMMA, FP16_FP32_WGMMA_WIDE, Scheme
 from .binaries import Entry
 from .family import KernelFamily, Tile, Tiles, find_tile, initializer
 from .params import AttendParams
 
 # Hopper's own kernels: two warpgroups of 64 queries each beside one that fetches. 96 keys: two score arrays of more do not fit the
-# registers. head_dim 256 stays with mma.sync: its accumulators alone would take 128 of a thread's 240 registers.
+# registers.
 _FP16, _FP8 = (Tile(128, KV_TILE_SM90[pv], 12, 4) for pv in ("fp16", "fp8"))
 WGMMA_TILES: Tiles = {(0, d): _FP16 for d in (64, 128)}
 WGMMA_BYTE_TILES: Tiles = {(0, d): _FP8 for d in (64, 128)}
+# At head_dim 256 O takes 128 of a thread's 240 registers, and a tile twice the shared memory.
+_FP16_WIDE, _FP8_WIDE = Tile(128, KV_TILE_SM90_WIDE["fp16"], 12, 3), Tile(128, KV_TILE_SM90_WIDE["fp8"], 12, 2)
 PRODUCER_WARPS = 4  # among a tile's
 # Bytes of local memory a thread may use outside its main loop.
 WGMMA_LOCAL = 48
+WGMMA_LOCAL_WIDE = 216
 
 
 def _wgmma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
     t = find_tile(kernels.tiles, arch, head_dim, mask, accumulate)
-    q_stages = 2 if head_dim == 128 else 1  # by measurement: at head_dim 64 one is better
-    form = "" if kernels.pv == "fp16" else "_fp8"
+    q_stages = 2 if head_dim == 128 else 1  # by measurement at 64; at 256 there is no room for two
+    form = "" if kernels.pv == "fp16" else "_fp8_wide" if head_dim == 256 else "_fp8"
     tile = initializer("WgmmaTile", {"mask": f"Mask::{mask}", "stages": t.stages, "q_stages": q_stages})
-    config = f"Wgmma{form[1:].capitalize()}Config<{kernels.layout.format(d=head_dim)}, {tile}>"
+    config = f"Wgmma{form.title().replace('_', '')}Config<{kernels.layout.format(d=head_dim)}, {tile}>"
     return Entry(
         kernels.attend_symbol(head_dim, mask, accumulate), f"attend_wgmma{form}<{config}>", AttendParams, 32 * t.warps, 1,
-        f"attend_shared_bytes<{config}>()", WGMMA_LOCAL,
+        f"attend_shared_bytes<{config}>()", WGMMA_LOCAL_WIDE if head_dim == 256 else WGMMA_LOCAL,
         (f"SplitKvPartial<{config}>::kCtaBytes == {_split_kv_bytes(kernels.tiles)(head_dim)}",),
     )  # fmt: skip
 
@@ -44,7 +47,7 @@ def _core_matrix_bytes(v_bytes: int, tile: Tile) -> Callable[[int], int]:
 
 
 def _split_kv_bytes(tiles: Tiles) -> Callable[[int], int]:
-    """A CTA's, in fp32 (csrc/kernel/attend_sm90.cuh, SplitKvPartial): each consumer thread's share of O, two of l, two of m."""
+    """A CTA's, in fp32 (csrc/kernel/output_sm90.cuh, SplitKvPartial): each consumer thread's share of O, two of l, two of m."""
 
     def size(head_dim: int) -> int:
         t = find_tile(tiles, 0, head_dim)
@@ -66,6 +69,18 @@ WGMMA_FP8 = KernelFamily(
     WGMMA_BYTE_TILES, _wgmma_entry, arch=90, quantizers="wgmma", scale_blocks=2,
     split_kv_bytes=_split_kv_bytes(WGMMA_BYTE_TILES),
 )  # fmt: skip
+
+
+def _wide(family: KernelFamily, source: str, v_bytes: int, tile: Tile, scheme: Scheme) -> KernelFamily:
+    tiles: Tiles = {(0, 256): tile}
+    return replace(
+        family, name=f"{family.name}_wide", source=source, layout=_core_matrix(v_bytes, tile), tile_bytes=_core_matrix_bytes(v_bytes, tile),
+        schemes=dict.fromkeys(family.schemes, scheme), tiles=tiles, split_kv_bytes=_split_kv_bytes(tiles),
+    )  # fmt: skip
+
+
+WGMMA_FP16_WIDE = _wide(WGMMA_FP16, WGMMA_FP16.source, 2, _FP16_WIDE, FP16_FP32_WGMMA_WIDE)
+WGMMA_FP8_WIDE = _wide(WGMMA_FP8, "kernel/mainloop_sm90_fp8_wide.cuh", 1, _FP8_WIDE, FP8_FP32_WGMMA_WIDE)
 
 # Block-sparse attention: tiles are the blocks of 64 keys that a router chooses from.
 _SPARSE = Tile(128, KV_BLOCK, 12, 8)

@@ -25,10 +25,10 @@ from typing import NamedTuple
 
 import torch
 
+from .constants import SELECTIONS, TINY_SPREAD
 from .pooling import PooledKV, PooledQ
 
-KINDS = ("sol", "topk", "mass", "cdf", "static")
-TINY_SPREAD = 1e-6  # under the root of sol's threshold
+KINDS = tuple(SELECTIONS)
 
 
 class Selection(NamedTuple):

@@ -30,11 +30,13 @@ K_SCALE_SHIFT = 2.0**-16
 # A head's largest K scale counts as at least this where a row scale's bound is divided by it: it is 0 where all keys are alike. About
 # 2^-120, below every K scale but 0 (AMAX_MIN / (2 · 127 · D)).
 K_SCALE_FLOOR = 7.5e-37
-# Keys of a tile of the mma.sync kernels, and of Hopper's by type of P and V.
+# Keys of a tile of the mma.sync kernels, and of Hopper's by type of P and V, up to head_dim 128 and at 256.
 KV_TILE = 64
 KV_TILE_SM90 = {"fp16": 96, "fp8": 128}
+KV_TILE_SM90_WIDE = {"fp16": 64, "fp8": 128}
 # Keys of a block of block-sparse attention.
 KV_BLOCK = 64
+TINY_SPREAD = 1e-6  # under the root of the spread by which "sol" draws its line
 # A "fragment" K scale covers the keys that one thread of an m16n8 accumulator holds of this many: 16, namely 2t and 2t + 1 of every
 # eight, t = lane mod 4. So a thread has one K scale a tile and takes its row maxima over integers. .0109 on normal inputs; two scales
 # a tile (8 keys each) give .0104 for twice the products.
@@ -51,20 +53,27 @@ K_MEAN_TOKENS = 128
 NEGLIGIBLE_BIAS = 1000.0
 # Queries whose tile lists are written together: a block of queries reads as many of these bands as it holds.
 BAND_ROWS = 32
+# Words of a band's plane at most: shared memory holds both planes while a mask is classified.
+MAX_WORDS = 1024
 
 
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2}  # as the kernels' parameters number them
 MASK_KINDS = DTYPES | {"bool": 3}
+# And an additive mask of one row for all queries as the pre-pass leaves it: fp32 in base 2, whole tiles of keys.
+BIAS_ROW = len(MASK_KINDS)
+SELECTIONS = {"sol": 0, "topk": 1, "mass": 2, "cdf": 3, "static": 4}  # of the exact blocks, see `block_selection`
 
 CPP: dict[str, int | float] = {
     "kInt8Max": INT8_MAX, "kE4m3Max": E4M3_MAX, "kLog2E4m3Max": math.log2(E4M3_MAX), "kLog2e": LOG2E, "kLn2": LN2, "kPreset": PRESET,
     "kFiniteMax": FINITE_MAX, "kAmaxMin": AMAX_MIN, "kKScaleFloor": K_SCALE_FLOOR, "kKvTile": KV_TILE,
-    "kMaxKMeanTokens": K_MEAN_TOKENS, "kNegligibleBias": NEGLIGIBLE_BIAS, "kBandRows": BAND_ROWS,
+    "kMaxKMeanTokens": K_MEAN_TOKENS, "kNegligibleBias": NEGLIGIBLE_BIAS, "kBandRows": BAND_ROWS, "kMaxWords": MAX_WORDS,
+    "kKvBlock": KV_BLOCK, "kTinySpread": TINY_SPREAD,
     "kLineExcess": LINE_EXCESS, "kTailThreshold": TAIL_THRESHOLD, "kTailBoostLog2": TAIL_BOOST_LOG2,
 }  # fmt: skip
 CPP_ENUMS: dict[str, dict[str, int]] = {
     "Dtype": {f"k{name.capitalize()}": number for name, number in DTYPES.items()},
-    "MaskKind": dict(zip(("kMaskF16", "kMaskBf16", "kMaskF32", "kMaskBool"), MASK_KINDS.values())),
+    "MaskKind": dict(zip(("kMaskF16", "kMaskBf16", "kMaskF32", "kMaskBool", "kMaskBiasRow"), (*MASK_KINDS.values(), BIAS_ROW))),
+    "Selection": {f"k{name.capitalize()}": number for name, number in SELECTIONS.items()},
 }
 
 

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import torch
 
-BLOCK = 64  # tokens: the KV block, and the query rows that share a tail
+from .constants import KV_BLOCK
+
+BLOCK = KV_BLOCK  # tokens: the KV block, and the query rows that share a tail
 
 
 def count_blocks(tokens: int, size: int = BLOCK) -> int:

@@ -259,7 +259,7 @@ def _lazy_steps(rows: range, tokens: int, head_dim: int, scheme: Scheme, mask: t
     per_group = scheme.promote // scheme.kv_tile
     steps = [_Step(i, min(i + size, stop), True, False) for start, stop in mixed for i in range(start, stop, size)]
     for number, (start, stop) in enumerate(full):
-        steps += [_Step(i, min(i + size, stop), i == start and number % per_group == 0, True) for i in range(start, stop, size)]
+        steps += [_Step(i, min(i + size, stop), i == start and number % per_group == 0, scheme.linear) for i in range(start, stop, size)]
     return steps
 
 
@@ -343,8 +343,9 @@ def _attend_rows(
         top = s.amax(-1, keepdim=True)
         if scheme.lazy:
             base = torch.maximum(m, near)
-            new = torch.where(top > base + scheme.rescale_threshold, top, base) if begins else m
-            moved = torch.where(top > near + scheme.rescale_threshold, torch.where(top > m + scheme.rescale_threshold, top, m), near)
+            raised = (top - math.log2(scheme.p_max)).ceil() + math.log2(scheme.p_max)  # P = 2^(score − a whole number)
+            new = torch.where(top > base + scheme.rescale_threshold, raised, base) if begins else m
+            moved = torch.where(top > near + scheme.rescale_threshold, torch.where(top > m + scheme.rescale_threshold, raised, m), near)
             far = (top < new - math.log2(scheme.p_max) - TAIL_THRESHOLD) & lines
             to = torch.where(far, new - TAIL_BOOST_LOG2, new) if begins else moved
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .constants import BITS, E4M3_MAX, FRAGMENT_KEYS, KV_TILE, KV_TILE_SM90
+from .constants import BITS, E4M3_MAX, FRAGMENT_KEYS, KV_TILE, KV_TILE_SM90, KV_TILE_SM90_WIDE
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ FP16_FP32_MMA = replace(FP16_FP32, k_scale="fragment", exact_sum=True, rescale_t
 # Hopper's wgmma kernel takes 96 keys at a time, with two scales a thread (.0107 on normal inputs). Its denominator is a column of ones
 # in V, so it sums what P was rounded to.
 FP16_FP32_WGMMA = replace(FP16_FP32_MMA, fragment_keys=KV_TILE_SM90["fp16"] // 2, exact_sum=False, kv_tile=KV_TILE_SM90["fp16"])
+# At head_dim 256 registers suffice for 64 keys.
+FP16_FP32_WGMMA_WIDE = replace(FP16_FP32_WGMMA, fragment_keys=KV_TILE_SM90_WIDE["fp16"] // 2, kv_tile=KV_TILE_SM90_WIDE["fp16"])
 # fp16 accumulators, promoted every KV tile: keys in the accumulator · p_max · 2^rescale_threshold · v_max · 2 < 65504. The last 2 is for
 # a P that the fma rounds above p_max. The same for "fp16": promoting less often gains nothing.
 FP16_FP16_FP32 = Scheme("fp16", True, "fragment", p_max=16.0, v_max=8.0, accumulate="fp16", exact_sum=True, rescale_threshold=1.0)
@@ -68,6 +70,11 @@ FP8_FP32 = Scheme("fp8", True, "fragment", p_max=E4M3_MAX, v_max=E4M3_MAX, v_mea
 FP8_FP32_WGMMA = replace(
     FP8_FP32, p_tile_max=False, v_rounded=True, p_max=56.0, rescale_threshold=3.0, promote=256, linear=True,
     fragment_keys=KV_TILE_SM90["fp8"] // 2, kv_tile=KV_TILE_SM90["fp8"], lazy=64 * 128,
+)  # fmt: skip
+# At head_dim 256 a softmax step and a promoted sum are a tile's keys.
+FP8_FP32_WGMMA_WIDE = replace(
+    FP8_FP32_WGMMA, promote=KV_TILE_SM90_WIDE["fp8"], fragment_keys=KV_TILE_SM90_WIDE["fp8"] // 2, kv_tile=KV_TILE_SM90_WIDE["fp8"],
+    lazy=KV_TILE_SM90_WIDE["fp8"] * 256,
 )  # fmt: skip
 # By mma.sync the mean makes up for the rounding of V as well (.0364 → .0313).
 FP8_FP32_MMA = replace(FP8_FP32, v_rounded=True, exact_sum=True, rescale_threshold=TILE_MAX_THRESHOLD)

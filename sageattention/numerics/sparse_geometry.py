@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,21 +57,48 @@ class BlockView:
         self.m, self.n = count_blocks(len_q), count_blocks(len_kv)
         self.lists = count_blocks(len_q, geometry.q_block)
         self.place: slice | torch.Tensor = slice(None) if geometry.order is None else geometry.order.long()
-        first = torch.arange(self.m, device=device)[:, None] * BLOCK
-        last = (first + BLOCK - 1).clamp_max(len_q - 1)
-        blocks = torch.arange(self.n, device=device)
-        self.near = torch.zeros(self.m, self.n, dtype=torch.bool, device=device)
-        start = geometry.q_start or 0
-        if geometry.is_causal:
-            self.visible = blocks * BLOCK <= start + last
-            self.whole = (blocks * BLOCK + BLOCK - 1).clamp_max(len_kv - 1) <= start + first
-        else:
-            self.visible = self.whole = torch.ones_like(self.near)
-        if geometry.neighbours is not None and geometry.q_start is not None:
-            reach = geometry.neighbours
-            self.near = (blocks >= (start + first) // BLOCK - reach) & (blocks <= (start + last) // BLOCK + reach)
-        self.sinks = self._touched(geometry.sinks, len_kv, BLOCK)
-        self.query_sinks = self._touched(geometry.query_sinks, len_q, geometry.q_block)[:, None]
+        self.start = geometry.q_start or 0
+
+    @functools.cached_property
+    def _blocks(self) -> torch.Tensor:
+        return torch.arange(self.n, device=self.device)
+
+    @functools.cached_property
+    def _first(self) -> torch.Tensor:
+        """The first query of each block of rows, [m, 1]."""
+        return torch.arange(self.m, device=self.device)[:, None] * BLOCK
+
+    @functools.cached_property
+    def _last(self) -> torch.Tensor:
+        return (self._first + BLOCK - 1).clamp_max(self.len_q - 1)
+
+    @functools.cached_property
+    def visible(self) -> torch.Tensor:
+        if not self.geometry.is_causal:
+            return torch.ones(self.m, self.n, dtype=torch.bool, device=self.device)
+        return self._blocks * BLOCK <= self.start + self._last
+
+    @functools.cached_property
+    def whole(self) -> torch.Tensor:
+        if not self.geometry.is_causal:
+            return self.visible
+        return (self._blocks * BLOCK + BLOCK - 1).clamp_max(self.len_kv - 1) <= self.start + self._first
+
+    @functools.cached_property
+    def near(self) -> torch.Tensor:
+        reach = self.geometry.neighbours
+        if reach is None or self.geometry.q_start is None:
+            return torch.zeros(self.m, self.n, dtype=torch.bool, device=self.device)
+        before, after = (self.start + self._first) // BLOCK - reach, (self.start + self._last) // BLOCK + reach
+        return (self._blocks >= before) & (self._blocks <= after)
+
+    @functools.cached_property
+    def sinks(self) -> torch.Tensor:
+        return self._touched(self.geometry.sinks, self.len_kv, BLOCK)
+
+    @functools.cached_property
+    def query_sinks(self) -> torch.Tensor:
+        return self._touched(self.geometry.query_sinks, self.len_q, self.geometry.q_block)[:, None]
 
     def arrange(self, x: torch.Tensor) -> torch.Tensor:
         """Rows of x [..., N, D] in block order."""

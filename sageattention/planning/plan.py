@@ -12,12 +12,12 @@ from ..kernels import binaries, store
 from ..kernels.binaries import Image
 from ..kernels.family import KernelFamily, Tile, find_tile
 from ..kernels.table import IMAGES
-from ..numerics.constants import HEAD_DIMS, pad_head_dim
+from ..numerics.constants import HEAD_DIMS, MAX_WORDS, pad_head_dim
 from ..numerics.scheme import Scheme
 from ..variants import SDPA, VARIANTS, Candidate, Variant
 from . import rules
 from .problem import Problem
-from .tile_lists import MAX_WORDS, WORD_BITS, tile_list_shape
+from .tile_lists import WORD_BITS, tile_list_shape
 
 if TYPE_CHECKING:
     from .calibration import Calibration

@@ -1,6 +1,8 @@
-"""Which variant runs a block-sparse call, and how."""
+"""Which variant runs a block-sparse call, and how. Pure and cached, as `plan` is."""
 
 from __future__ import annotations
+
+import functools
 
 from ..device.capability import Capability
 from ..errors import KernelMissing, Unsupported
@@ -10,6 +12,7 @@ from .plan import Plan, Target, fit_cuda, refusal
 from .sparse_problem import SparseProblem
 
 
+@functools.lru_cache(maxsize=4096)
 def sparse_plan(sparse: SparseProblem, card: Capability, variant: str = "auto", arch: int = 0, ptx: bool = False) -> Plan:
     """The plan of a block-sparse call: a `CudaPlan`, or one of the `reference` variant. `arch` and `ptx` as for `plan`.
 

@@ -25,9 +25,14 @@ __all__ = ["mirror"]  # a fixture
 TOOLS = os.environ.get("INSTALLERS_PYTHON") or sys.executable
 COMFYUI = os.environ.get("COMFYUI_PATH", "")
 LIMIT = 20 << 20
-FILES = {"LICENSE", "README.md", "__init__.py", "install.py", "prestartup_script.py", "pyproject.toml"}
-FOLDERS = {"docs": {".md", ".py", ".png"}, "installer": {".py"}, "nodes": {".py"}, "sageattention": {".py", ".xz", ".json"},
-           "wheels": {".whl", ".json"}}  # fmt: skip
+FILES = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "__init__.py", "install.py", "prestartup_script.py", "pyproject.toml"}
+FOLDERS = {
+    "docs": {".json", ".md", ".png", ".py", ".svg"},
+    "installer": {".py"},
+    "nodes": {".py"},
+    "sageattention": {".json", ".py", ".xz"},
+    "wheels": {".json", ".whl"},
+}
 
 # Runs in every child: the registry is ours, and names of other hosts are not looked up.
 SITE = """
@@ -120,7 +125,7 @@ def test_the_archive_holds_what_is_needed_and_nothing_else(archive):
         assert packed.testzip() is None
         names = packed.namelist()
         digests = [hashlib.sha256(packed.read(name)).hexdigest() for name in names if name.endswith((".xz", ".whl"))]
-    assert {name for name in names if "/" not in name} - {"CHANGELOG.md"} == FILES
+    assert {name for name in names if "/" not in name} == FILES
     assert {name.split("/")[0] for name in names if "/" in name} == FOLDERS.keys()
     for name in names:
         assert "/" not in name or Path(name).suffix in FOLDERS[name.split("/")[0]], name

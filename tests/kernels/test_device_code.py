@@ -1,6 +1,6 @@
 """The CUDA variants' device code without a GPU: csrc's headers compiled for the host, with the PTX primitives emulated lane
 by lane (tests/lanes), driven by the package's own host side. Each architecture with its own tiles and copies; of Hopper's own kernels
-the quantisers alone, as wgmma is not emulated.
+the quantisers alone (test_hopper_lanes.py has their attention).
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: Ker
         assert torch.allclose(buffer(w.k_mean, torch.float32, 4, d)[pair, : d - missing], k_mean, rtol=1e-4, atol=1e-5)
 
 
-# --- eight rows of Q by MMAs, as Hopper's own kernels have them, which do not run here -------------------------------------------------
+# --- eight rows of Q by MMAs, as Hopper's own kernels have them -------------------------------------------------
 
 EIGHT = """
 extern "C" void eight_{d}_{dtype}(const u16* rows, float sign, u8* out, float* scales) {{

@@ -79,6 +79,17 @@ def test_streams_and_threads_give_the_same_bits(variant: str) -> None:
         assert all(torch.equal(out, expected[index]) for out in outs), index
 
 
+@pytest.mark.parametrize("form", [{}, {"is_causal": True}], ids=["plain", "causal"])
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_an_image_alone_is_as_in_a_batch(variant: str, head_dim: int, form: dict) -> None:
+    """How work is shared out follows from the batch; what comes of a row should not."""
+    q, k, v = (torch.randn(3, 24, 4347, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    together = sageattn(q, k, v, variant=variant, **form)
+    for image in range(3):
+        alone = sageattn(*(t[image : image + 1] for t in (q, k, v)), variant=variant, **form)
+        assert workloads.relative_l2(together[image], alone[0]) <= 4e-3
+
+
 def test_a_thousand_repeats_give_the_same_bits(variant: str) -> None:
     call = example(len_q=300, len_kv=700)
     expected = sageattn(*call, variant=variant)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from routing import Call
 
 from sageattention import available_variants, sageattn, sageattn_sparse
+from sageattention.backends.cuda import sparse
 from sageattention.block_order import cube_order
 from sageattention.cli import workloads
+from sageattention.planning.here import machine
+from sageattention.planning.sparse_plan import sparse_plan
 from sageattention.variants import VARIANTS
 
 pytestmark = pytest.mark.gpu
@@ -118,3 +122,113 @@ def test_repeats_are_equal_bit_for_bit(variant: str) -> None:
     q, k, v = qkv(5000, heads=8, heads_kv=8)
     first = sageattn_sparse(q, k, v, variant=variant)
     assert all(torch.equal(first, sageattn_sparse(q, k, v, variant=variant)) for _ in range(10))
+
+
+# --- the router alone -------------------------------------------------------------------------------------------------------------
+
+SELECTIONS = {
+    "sol": {"tau": 0.8},
+    "mass": {"selection": "mass", "tau": 1.2},
+    "topk": {"selection": "topk", "keep": 0.2},
+    "cdf": {"selection": "cdf", "keep": 0.5},
+    "tau of heads": {"tau": [0.5, 0.8, 1.0, 1.3]},
+    "keep of heads": {"selection": "topk", "keep": [0.0, 0.1, 0.5, 1.0]},
+}
+AROUND = {
+    "plain": {},
+    "no tail": {"tail": False},
+    "sinks": {"sinks": [(0, 100), (777, 778)], "query_sinks": (2900, 3000)},
+    "order": {"order": "random", "sinks": 100, "neighbours": 0},
+    "key mask": {"key_mask": "random", "neighbours": -1},
+    "padded tiles": {"block_len": "random", "sinks": 64},
+    "causal": {"is_causal": True, "sinks": 10},
+}
+
+
+def routed(q, k, v, **given):
+    call = Call.of(q, k, v, **given)
+    return call, *call.route(sparse_plan(call.sparse, machine(call.sparse.problem)))
+
+
+def in_place(given: dict, tokens: int) -> dict:
+    """Keywords with tensors on the card."""
+    g = torch.Generator("cuda").manual_seed(4)
+    made = {
+        "order": lambda: torch.randperm(tokens, generator=g, device="cuda").int(),
+        "key_mask": lambda: torch.rand(2, tokens, generator=g, device="cuda") < 0.8,
+        "block_len": lambda: torch.randint(0, 65, (2, -(-tokens // 64)), generator=g, device="cuda", dtype=torch.int32),
+    }
+    given = {name: made[name]() if x == "random" else x for name, x in given.items()}
+    return {name: torch.tensor(x, device="cuda") if name in ("tau", "keep") and isinstance(x, list) else x for name, x in given.items()}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_router(head_dim: int, selection: str, around: str) -> None:
+    q, k, v = qkv(3001, head_dim=head_dim)
+    call, found, exact = routed(q, k, v, **in_place(SELECTIONS[selection] | AROUND[around], 3001))
+    call.check(found, exact)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (64, 64), (130, 3000), (3000, 130), (128, 64 * 1900)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_router_at_lengths_that_differ(dtype: torch.dtype, lengths: tuple[int, int]) -> None:
+    for given in (SELECTIONS["sol"], SELECTIONS["topk"]):
+        call, found, exact = routed(*qkv(*lengths, dtype=dtype), **given)
+        call.check(found, exact)
+
+
+def test_a_thousand_routes_are_equal_bit_for_bit() -> None:
+    q, k, v = qkv(3001)
+    for selection in ("sol", "topk", "cdf"):
+        _, first, _ = routed(q, k, v, **SELECTIONS[selection])
+        for _ in range(334):
+            _, again, _ = routed(q, k, v, **SELECTIONS[selection])
+            assert torch.equal(first.lists, again.lists) and torch.equal(first.tail[..., :2], again.tail[..., :2])
+            assert torch.equal(first.tail[..., 4:], again.tail[..., 4:]) and torch.equal(first.k_mean, again.k_mean)
+
+
+@pytest.mark.parametrize("selection", ["sol", "mass", "topk", "cdf"])
+def test_a_graph_routes_what_it_is_given(selection: str) -> None:
+    q, k, v = qkv(3001)
+    call = in_place({"sinks": 100, "order": "random", "key_mask": "random"}, 3001) | SELECTIONS[selection]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        sageattn_sparse(q, k, v, **call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = sageattn_sparse(q, k, v, return_lse=True, return_share=True, **call)
+    shares = set()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        for t in (q, k, v):
+            t.copy_(torch.randn_like(t))
+        call["key_mask"].copy_(torch.rand(2, 3001, device="cuda") < 0.7)
+        graph.replay()
+        eager = sageattn_sparse(q, k, v, return_lse=True, return_share=True, **call)
+        assert all(torch.equal(one, other) for one, other in zip(captured, eager))
+        shares.add(captured[2].item())
+    assert len(shares) == 2
+
+
+def test_a_call_in_parts_gives_the_same_bits(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv(3001)
+    call = in_place({"tau": [0.5, 0.8, 1.0, 1.3], "key_mask": "random", "order": "random", "sinks": 100}, 3001)
+    whole = sageattn_sparse(q, k, v, variant=variant, return_lse=True, return_share=True, **call)
+    monkeypatch.setattr(sparse, "MEMORY_LIMIT", 0)
+    parts = sageattn_sparse(q, k, v, variant=variant, return_lse=True, return_share=True, **call)
+    assert all(torch.equal(one, other) for one, other in zip(whole, parts))
+
+
+@pytest.mark.parametrize("tokens", [104_050, 219_500])
+def test_long_videos_take_256_mib(tokens: int) -> None:
+    q, k, v = (torch.randn(1, 56, tokens, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = sageattn_sparse(q, k, v, selection="topk", keep=0.05)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before - 2 * out.numel() - 4 * 56 * tokens <= 256 << 20
+    exact = sageattn_sparse(q[:, 55:], k[:, 55:], v[:, 55:], selection="topk", keep=0.05, variant="reference")
+    assert workloads.relative_l2(out[:, 55:], exact.double()) <= 0.08

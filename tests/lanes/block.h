@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <vector>
 
@@ -21,6 +22,9 @@ struct int2 { int x, y; };
 struct Index { unsigned x, y, z; };
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+template <class T> T __ldcg(const T* p) { return *p; }
+template <class T> void __stcg(T* p, T x) { *p = x; }
 
 struct Fiber {
   ucontext_t context;
@@ -33,11 +37,22 @@ struct Warp {
   int arrived = 0;
   unsigned generation = 0;
   void* argument[32];
+  std::deque<std::vector<std::function<void()>>> products{1};  // asynchronous ones, by group; the last group is not committed
+};
+
+inline void let_others_run();
+
+struct NamedBarrier {
+  int arrived = 0;
+  unsigned generation = 0;
+  inline bool arrive(int threads);  // whether it is the last of them
+  inline void wait(int threads);
 };
 
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
+  NamedBarrier barriers[16];
   int arrived = 0, alive = 0;
   unsigned generation = 0;
   long progress = 0;  // grows whenever something happens that a waiting fiber may wait for
@@ -46,17 +61,30 @@ struct Block {
 static Block block;
 static Fiber* current;
 static ucontext_t scheduler;
-static Index block_index;
+static Index block_index, grid_size;
 static std::function<void()>* kernel;
 alignas(1024) static u8 dynamic_shared[232 * 1024];
 static char address_base[8];  // shared addresses are distances from here
 
 #define threadIdx (current->thread)
 #define blockIdx block_index
+#define gridDim grid_size
 
 inline void let_others_run() {
   Fiber* self = current;
   swapcontext(&self->context, &scheduler);
+}
+
+inline bool NamedBarrier::arrive(int threads) {
+  if (++arrived < threads) return false;
+  arrived = 0, ++generation, ++block.progress;
+  return true;
+}
+
+inline void NamedBarrier::wait(int threads) {
+  const unsigned own = generation;
+  if (!arrive(threads))
+    while (generation == own) let_others_run();
 }
 
 inline void fiber_main() {
@@ -91,7 +119,7 @@ inline void __syncthreads() {
 
 // Runs the blocks one after the other; shared memory starts as garbage. Aborts where all threads wait for ever.
 static void run_grid(unsigned blocks, int threads, std::function<void()> body) {
-  kernel = &body;
+  kernel = &body, grid_size = {blocks, 1, 1};
   for (unsigned b = 0; b < blocks; ++b) {
     memset(dynamic_shared, 0xFF, sizeof dynamic_shared);
     block = Block();
@@ -166,7 +194,9 @@ inline int __ffs(u32 x) { return __builtin_ffs((int)x); }
 inline u32 __umulhi(u32 a, u32 b) { return (unsigned long long)a * b >> 32; }
 inline void __threadfence() {}
 inline int atomicAdd(int* p, int x) { return *p += x, *p - x; }
+inline u64 atomicAdd(u64* p, u64 x) { return *p += x, *p - x; }
 inline u32 atomicOr(u32* p, u32 x) { return *p |= x, *p; }
+inline int atomicMax(int* p, int x) { return *p = *p > x ? *p : x; }
 template <class T> T min(T a, T b) { return a < b ? a : b; }
 template <class T> T max(T a, T b) { return a > b ? a : b; }
 
@@ -187,12 +217,10 @@ inline float e4m3_value(u8 bits) {
 }
 // To nearest even; beyond ±448: ±448.
 inline u32 e4m3_of(float x) {
-  u32 best = 0;
-  for (u32 code = 1; code < 0x7F; ++code) {
-    const float old = fabsf(e4m3_value(best) - fabsf(x)), now = fabsf(e4m3_value(code) - fabsf(x));
-    if (now < old || (now == old && code % 2 == 0)) best = code;
-  }
-  return best | (std::signbit(x) ? 0x80u : 0u);
+  const u32 sign = std::signbit(x) ? 0x80u : 0u;
+  const float size = fminf(fabsf(x), 448.0f);
+  const int exponent = size < 0x1p-6f ? -6 : ilogbf(size);
+  return sign | (u32)(8 * (exponent + 7) + (int)nearbyintf(ldexpf(size, 3 - exponent)) - 8);
 }
 
 // Rounded up and down: the sum in double, which holds the product exactly, then the neighbouring float where that is needed.
@@ -203,6 +231,8 @@ inline float __fmaf_ru(float a, float b, float c) {
 }
 inline float __fsub_ru(float a, float b) { return __fmaf_ru(1.0f, a, -b); }
 inline float __fadd_rd(float a, float b) { return -__fmaf_ru(1.0f, -a, -b); }
+
+inline int __vimax3_s32(int a, int b, int c) { return max(a, max(b, c)); }
 
 inline u32 __dp4a(u32 a, u32 b, u32 c) {
   for (int i = 0; i < 4; ++i) c += (a >> 8 * i & 0xFF) * (b >> 8 * i & 0xFF);

@@ -45,7 +45,7 @@ def test_doctor_without_torch_as_json():
     assert states["sageattn_qk_int8_pv_fp16_triton"] == "missing"
 
 
-@pytest.mark.parametrize("command", ["check", "bench", "explain"])
+@pytest.mark.parametrize("command", ["check", "bench", "explain", "card"])
 def test_the_others_say_that_they_need_torch(command):
     done = bare(command)
     assert done.returncode == 2

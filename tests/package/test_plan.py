@@ -192,7 +192,7 @@ def test_a_family_forced_as_ptx_is_refused_where_only_its_cubin_is_here(monkeypa
     monkeypatch.setattr(store, "missing", lambda image: f"{image.path} is absent" if image.is_ptx else "")
     variant = VARIANTS["sageattn_qk_int8_pv_fp16_cuda"]
     assert refusal(variant, gpu(80), 80) is None
-    assert "compute_80/quantise_mma.ptx.xz is absent" in refusal(variant, gpu(80), 80, ptx=True).reason
+    assert "compute_80/quantize_mma.ptx.xz is absent" in refusal(variant, gpu(80), 80, ptx=True).reason
 
 
 # --- what a plan holds
@@ -258,7 +258,10 @@ def test_hopper_runs_its_own_kernels_unless_an_architecture_is_forced(monkeypatc
     assert plan(problem(), gpu(90), name).kernels.name == "wgmma_fp16"
     assert plan(problem(), gpu(90), name, "fp32").scheme.kv_tile == 96
     assert plan(problem(), gpu(90), name, "fp16").kernels.name == "mma_fp16"
-    assert plan(problem(head_dim=160), gpu(90), name).kernels.name == "mma_fp16"
+    wide = plan(problem(head_dim=160), gpu(90), name)
+    assert wide.kernels.name == "wgmma_fp16_wide" and wide.head_dim == 256 and wide.scheme.kv_tile == 64
+    assert plan(problem(head_dim=160), gpu(90), "sageattn_qk_int8_pv_fp8_cuda_sm90").kernels.name == "wgmma_fp8_wide"
+    assert plan(problem(head_dim=160), gpu(90), name, "fp16").kernels.name == "mma_fp16"
     assert plan(problem(), gpu(100), name).kernels.name == "mma_fp16"
     forced = plan(problem(), gpu(90), name, arch=90)
     assert forced.kernels.name == "mma_fp16" and forced.images[1].arch == "sm_90a" and forced.scheme.kv_tile == 64
@@ -279,7 +282,7 @@ def test_importing_the_planner_needs_no_torch():
 
 def test_a_variant_without_images_says_where_they_were_looked_for(monkeypatch):
     monkeypatch.setattr(store, "missing", lambda image: f"nobody has {image.path}; rebuild")
-    with pytest.raises(KernelMissing, match=r"sm_90a/quantise_wgmma.*rebuild"):
+    with pytest.raises(KernelMissing, match=r"sm_90a/quantize_wgmma.*rebuild"):
         plan(problem(), gpu(90), "sageattn_qk_int8_pv_fp16_cuda")
 
 

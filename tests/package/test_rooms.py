@@ -23,7 +23,7 @@ FLOORS = (
     ("dispatch", "sparse_dispatch"),
     ("torch_library",),
     ("api", "sparse", "block_order"),
-    ("core", "sparge", "sm90_compile", ""),  # "" is the package's face
+    ("core", "sparge", "sm90_compile", "distributed", ""),  # "" is the package's face
     ("cli",),
     ("__main__",),
 )

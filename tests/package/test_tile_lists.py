@@ -9,9 +9,10 @@ torch = pytest.importorskip("torch")
 from sageattention import Unsupported  # noqa: E402
 from sageattention.device.capability import Capability  # noqa: E402
 from sageattention.kernels import store  # noqa: E402
+from sageattention.numerics.constants import MAX_WORDS  # noqa: E402
 from sageattention.planning.plan import CudaPlan, plan  # noqa: E402
 from sageattention.planning.problem import Problem  # noqa: E402
-from sageattention.planning.tile_lists import MAX_WORDS, tile_list_shape  # noqa: E402
+from sageattention.planning.tile_lists import ALIGN, tile_list_shape  # noqa: E402
 from sageattention.variants import VARIANTS  # noqa: E402
 
 CUDA = [name for name, variant in VARIANTS.items() if variant.backend == "cuda"]
@@ -64,18 +65,21 @@ def test_a_key_mask_wants_a_mask_that_hides_its_keys() -> None:
 @pytest.mark.parametrize(
     "changes, tile, sizes",
     [
-        ({}, 64, (1 * 2 * 3, 144, 144)),  # 4,608 keys are 72 tiles, three words; 144 words of keys
-        ({"mask": "additive"}, 64, (1 * 2 * 3, 144, 0)),
-        ({}, 128, (1 * 2 * 2, 144, 144)),
-        ({"causal": True}, 64, (144 * 2 * 3, 144 * 144, 144)),
-        ({"mask_shape": (1, 1, 4608)}, 64, (144 * 2 * 3, 144 * 144, 4608 * 144)),
-        ({"mask_shape": (1, 24, 4608)}, 64, (24 * 144 * 2 * 3, 24 * 144 * 144, 24 * 4608 * 144)),
+        ({}, 64, (1 * 2 * 3, 144, 144, 0)),  # 4,608 keys are 72 tiles, three words; 144 words of keys
+        ({"mask": "additive"}, 64, (1 * 2 * 3, 144, 0, 4608)),
+        ({"mask": "additive", "len_kv": 4600}, 96, (1 * 2 * 2, 144, 0, 4608)),  # whole tiles
+        ({"mask": "additive", "mask_shape": (1, 1, 4608)}, 64, (144 * 2 * 3, 144 * 144, 0, 0)),
+        ({}, 128, (1 * 2 * 2, 144, 144, 0)),
+        ({"causal": True}, 64, (144 * 2 * 3, 144 * 144, 144, 0)),
+        ({"mask_shape": (1, 1, 4608)}, 64, (144 * 2 * 3, 144 * 144, 4608 * 144, 0)),
+        ({"mask_shape": (1, 24, 4608)}, 64, (24 * 144 * 2 * 3, 24 * 144 * 144, 24 * 4608 * 144, 0)),
     ],
 )
-def test_words_of_the_lists_the_live_keys_and_the_mask(changes: dict, tile: int, sizes: tuple[int, int, int]) -> None:
-    shape = tile_list_shape(problem(4608, **changes), 4608, tile)
-    assert (shape.list_bytes // 4, shape.live_bytes // 4, shape.kept_bytes // 4) == sizes
-    assert shape.size == 4 * sum(sizes)
+def test_words_of_the_lists_the_live_keys_and_the_mask(changes: dict, tile: int, sizes: tuple[int, int, int, int]) -> None:
+    p = problem(4608)._replace(**changes)
+    shape = tile_list_shape(p, p.len_kv, tile)
+    assert tuple(size // 4 for size in (shape.list_bytes, shape.live_bytes, shape.kept_bytes, shape.bias_bytes)) == sizes
+    assert 0 <= shape.size - 4 * sum(sizes) < ALIGN and shape.mask_offset % ALIGN == 0
 
 
 @each_variant
@@ -119,8 +123,3 @@ def test_more_keys_than_a_plane_has_bits_are_refused_with_a_mask_alone(variant: 
         else:
             assert plan(p, CARD, variant).variant.name == variant
         assert plan(p._replace(mask="none"), CARD, variant).variant.name == variant
-
-
-def test_planes_are_as_long_as_the_kernel_has_room_for(request: pytest.FixtureRequest) -> None:
-    source = request.config.rootpath / "csrc" / "kernel" / "classify_mask.cuh"
-    assert f"kMaxWords = {MAX_WORDS};" in source.read_text()

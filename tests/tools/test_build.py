@@ -209,13 +209,6 @@ def test_a_source_that_does_not_compile_is_told_and_the_others_are_built(tmp_pat
         make((dataclasses.replace(FEW[0], name="broken", source="broken.cuh"),), tmp_path / "k", csrc)
 
 
-def test_a_sample_has_one_image_of_each_architecture_and_comes_round_to_all():
-    table = (*(dataclasses.replace(i, name=f"demo{n}") for i in TABLE for n in range(3)), by_path("sm_75/demo.cubin.xz"))
-    taken = [build.sample(table, n) for n in range(12)]
-    assert all(sorted(i.arch for i in t) == sorted({i.arch for i in TABLE}) for t in taken)
-    assert {i.path for t in taken for i in t} == {i.path for i in table}
-
-
 def test_an_unpacked_image_is_small_to_load(tmp_path):
     """A loader's memory is the window stated in the file, not the preset's."""
     data = build.pack(bytes(1 << 16))

@@ -15,15 +15,16 @@ import torch
 from ... import torch_internals
 from ...kernels.params import AttendParams, ClassifyParams, QuantizeKParams, QuantizeVParams, packer
 from ...layout import strides
-from ...numerics.constants import BAND_ROWS, DTYPES, MASK_KINDS
+from ...numerics.constants import BAND_ROWS, BIAS_ROW, DTYPES, MASK_KINDS
 from ...planning.plan import CudaPlan
 from ...planning.problem import Problem
-from ...planning.tile_lists import tile_list_shape
+from ...planning.tile_lists import WORD_BITS, tile_list_shape
 from ..call import PreparedCall, QuantizedKV, Result, result_like
 from . import driver
 from .launcher import Launch
 from .workspace import LaunchPlan, Workspace, launch_plan_of
 
+CLASSIFY_KEYS = 4096  # that a CTA of classify_mask has at once: its threads times the 16 keys of each
 _MASK_KINDS = {getattr(torch, name): number for name, number in MASK_KINDS.items()}
 _pack_classify, _classify_constants = packer(ClassifyParams)
 (_pack_quantize_k, _quantize_k_constants), (_pack_quantize_v, _quantize_v_constants), (_pack_attend, _attend_constants) = (
@@ -112,7 +113,7 @@ def _classify_launch(r: LaunchPlan, lists: Lists, mask: int, at: int) -> Launch:
     strides, tail = lists.constants
     own = lists.at(at)
     assert r.classify is not None  # the problem has a mask
-    return r.classify, lists.blocks, 1, 1, _pack_classify(mask, strides, own.lists, own.live, own.kept, tail), False
+    return r.classify, lists.blocks, 1, 1, _pack_classify(mask, strides, own.lists, own.live, own.kept, own.bias, tail), False
 
 
 def chains(
@@ -129,17 +130,17 @@ def chains(
 
 def quantize_launches(r: LaunchPlan, group: BoundQuantize, base: int, k: int, v: int, extra: Extra) -> tuple[Launch, Launch]:
     """The first two launches of a group whose workspace starts at `base`."""
-    w, (k_strides, v_strides, quantize_k_tail) = r.workspace, group.keys
+    w, (k_strides, v_strides, quantize_k_tail) = r.workspace, group.k_constants
     kv, k_scale_partial, v_stats, done = base + w.kv, base + w.k_scale_partial, base + w.v_stats, base + w.v_stats_ready
-    keys = _pack_quantize_k(
+    quantize_k = _pack_quantize_k(
         k, k_strides, v, v_strides, kv, extra.k_mean_of(group) or base + w.k_mean, k_scale_partial, v_stats, done, base + w.v_quant_sum,
         base + w.v_stats_live, base + w.split_kv_ready, extra.order, extra.live, quantize_k_tail,
     )  # fmt: skip
-    values = _pack_quantize_v(
+    quantize_v = _pack_quantize_v(
         v, v_strides, k_scale_partial, v_stats, done, base + w.v_stats_live, kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean,
-        base + w.v_quant_sum, base + w.live_keys, extra.order, extra.live, group.values,
+        base + w.v_quant_sum, base + w.live_keys, extra.order, extra.live, group.v_tail,
     )  # fmt: skip
-    return (r.keys, group.key_blocks, 1, 1, keys, bool(extra.live)), (r.values, group.value_blocks, 1, 1, values, True)
+    return (r.quantize_k, group.k_blocks, 1, 1, quantize_k, bool(extra.live)), (r.quantize_v, group.v_blocks, 1, 1, quantize_v, True)
 
 
 def attend_launch(
@@ -151,7 +152,8 @@ def attend_launch(
         q, q_strides, base + w.kv, base + w.k_scale_max, base + w.v_amax, base + w.v_mean, base + w.v_quant_sum, base + w.live_keys,
         extra.k_mean_of(group) or base + w.k_mean, base + w.split_kv_workspace if r.shares else 0,
         done, done + 4 * (r.split_kv_flags - 1) if r.split_kv_flags else 0,
-        mask, mask_strides, extra.kept, kept_strides, extra.lists, list_strides, extra.order, extra.tail, out, out_strides, lse, tail,
+        extra.bias or mask, mask_strides, extra.kept, kept_strides, extra.lists, list_strides, extra.order, extra.tail,
+        out, out_strides, lse, tail,
     )  # fmt: skip
     return r.attend, group.blocks, 1, 1, params, True
 
@@ -195,6 +197,7 @@ class Extra(NamedTuple):
     tail: int = 0
     k_mean: int = 0  # of the first (batch, KV head), where it is given
     k_mean_bytes: int = 0  # of each
+    bias: int = 0  # of an additive mask of one row, as the pre-pass leaves it
 
     def k_mean_of(self, group: BoundQuantize | BoundAttend) -> int:
         return self.k_mean + group.first * self.k_mean_bytes
@@ -211,18 +214,21 @@ class Lists(NamedTuple):
     kept: int  # … to the mask in bits, 0 where it is additive
     kept_strides: tuple[int, int, int]
     size: int
+    bias: int = 0  # … to an additive mask of one row, 0 where there is none
+    bias_strides: tuple[int, int, int] = (0, 0, 0)
 
     def at(self, address: int) -> Extra:
-        return Extra(address, address + self.live, address + self.kept if self.kept else 0)
+        kept, bias = (address + offset if offset else 0 for offset in (self.kept, self.bias))
+        return Extra(address, address + self.live, kept, bias=bias)
 
 
 class BoundQuantize(NamedTuple):
     """A group's quantising launches but for their addresses."""
 
-    key_blocks: int  # CTAs of quantize_k, those for V's statistics included
-    keys: tuple[bytes, ...]  # K's strides, V's strides, the struct's tail
-    value_blocks: int
-    values: bytes  # the struct's tail; the strides are those of `keys`
+    k_blocks: int  # CTAs of quantize_k, those for V's statistics included
+    k_constants: tuple[bytes, ...]  # K's strides, V's strides, the struct's tail
+    v_blocks: int
+    v_tail: bytes  # the struct's tail; V's strides are in `k_constants`
     first: int  # the group's first (batch, KV head)
 
 
@@ -265,18 +271,22 @@ def _broadcast_strides(shape: tuple[int, int, int], size: int) -> tuple[int, int
 def _lists(r: LaunchPlan, mask: torch.Tensor, unaligned: int) -> Lists:
     p, tile = r.problem, r.plan.tile
     shape = tile_list_shape(p, r.len_kv, tile.block_n)
-    batches, heads, mask_rows, bands, words, live_words, is_bool = shape
+    batches, heads, mask_rows, bands, words, live_words, is_bool, bias_len = shape
     rows = bands * (p.heads_q // p.heads_kv if heads > 1 else 1)
-    kept = shape.list_bytes + shape.live_bytes if is_bool else 0
-    quads = _runs_of(mask, 4, unaligned)
+    # A CTA has some words of a band's planes, but for additive masks of many rows, of which it needs each row's largest bias.
+    part_words = max(1, CLASSIFY_KEYS // (WORD_BITS * tile.block_n)) if is_bool or mask_rows == 1 else words
+    parts = -(-words // part_words)
+    vectors = _runs_of(mask, 16 if is_bool else 4, unaligned)
     return Lists(
-        batches * heads * bands,
+        batches * heads * bands * parts,
         _classify_constants(
-            *_mask_strides(mask), heads, bands, p.len_q, r.len_kv, _MASK_KINDS[mask.dtype], p.causal, quads, tile.block_n, words, live_words
+            *_mask_strides(mask), heads, bands, p.len_q, r.len_kv, _MASK_KINDS[mask.dtype], p.causal, vectors, tile.block_n,
+            words, live_words, bias_len, parts, part_words,
         ),
         (*_broadcast_strides((batches, heads, bands), 2 * words), words, BAND_ROWS if bands > 1 else 1 << 30),
         (*_broadcast_strides((batches, heads, bands), live_words)[:1], rows * live_words if heads > 1 else 0, rows, live_words),
-        shape.list_bytes, kept, _broadcast_strides((batches, heads, mask_rows), live_words), shape.size,
+        shape.list_bytes, shape.mask_offset if is_bool else 0, _broadcast_strides((batches, heads, mask_rows), live_words), shape.size,
+        shape.mask_offset if bias_len else 0, _broadcast_strides((batches, heads, 1), bias_len),
     )  # fmt: skip
 
 
@@ -294,14 +304,15 @@ def bind(
 def bind_quantize(r: LaunchPlan, k: torch.Tensor, v: torch.Tensor, lists: Lists | None, unaligned: int) -> tuple[BoundQuantize, ...]:
     p = r.problem
     k_strides, v_strides = strides(k, p.layout), strides(v, p.layout)
-    vectors = _vectors(p, unaligned, k_strides, v_strides)
+    vectors = rows_vectorized(p, unaligned, k_strides, v_strides)
     live = lists.live_keys if lists else (0, 0, 0, 0)
     groups = []
     for first, bh_count in r.groups:
         shape = first, bh_count, p.heads_kv, r.len_kv, p.head_dim, DTYPES[p.dtype], vectors
-        keys = _quantize_k_constants(*k_strides, *v_strides, *live, *shape, *r.quantize_k_tail)
-        values = _quantize_v_constants(*v_strides, *live, *shape, *r.quantize_v_tail)
-        groups.append(BoundQuantize(bh_count * (r.k_ctas_per_head + r.v_chunks), keys, bh_count * r.v_ctas_per_head, values[-1], first))
+        k_constants = _quantize_k_constants(*k_strides, *v_strides, *live, *shape, *r.quantize_k_tail)
+        v_constants = _quantize_v_constants(*v_strides, *live, *shape, *r.quantize_v_tail)
+        k_blocks, v_blocks = bh_count * (r.k_ctas_per_head + r.v_chunks), bh_count * r.v_ctas_per_head
+        groups.append(BoundQuantize(k_blocks, k_constants, v_blocks, v_constants[-1], first))
     return tuple(groups)
 
 
@@ -312,10 +323,12 @@ def bind_attend(
     q_strides, out_strides = strides(q, p.layout), strides(out, p.layout)
     mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     kind, pairs_at_once, heads_per_kv = _MASK_KINDS[torch.bool], False, p.heads_q // p.heads_kv
-    if mask is not None:
+    if lists and lists.bias:
+        mask_strides, kind = (*lists.bias_strides, 1), BIAS_ROW
+    elif mask is not None:
         mask_strides, kind = _mask_strides(mask), _MASK_KINDS[mask.dtype]
         pairs_at_once = r.len_kv % 2 == 0 and _runs_of(mask, 2, mask.data_ptr() % 16)
-    vectors = _vectors(p, unaligned, q_strides), _vectors(p, unaligned, out_strides)
+    vectors = rows_vectorized(p, unaligned, q_strides), rows_vectorized(p, unaligned, out_strides)
 
     def group(first: int, bh_count: int) -> BoundAttend:
         items = r.q_tiles * bh_count * heads_per_kv
@@ -326,8 +339,8 @@ def bind_attend(
             _attend_constants(
                 *q_strides, *mask_strides, *(lists.kept_strides if lists else (0, 0, 0)), *(lists.lists if lists else (0, 0, 0, 0, 1)),
                 *out_strides, first, bh_count, p.heads_kv, heads_per_kv, p.len_q, r.len_kv, p.head_dim,
-                DTYPES[p.dtype], *vectors, p.causal, kind, pairs_at_once, r.tiles, r.q_tiles, full_waves,
-                *((2**32 - 1) // d for d in (r.q_tiles, heads_per_kv, p.heads_kv)), *r.attend_tail,
+                DTYPES[p.dtype], *vectors, p.causal, kind, r.tiles, r.q_tiles, full_waves,
+                *((2**32 - 1) // d for d in (r.q_tiles, heads_per_kv, p.heads_kv)), *r.attend_tail, pairs_at_once,
             ),
             first,
         )  # fmt: skip
@@ -335,7 +348,7 @@ def bind_attend(
     return tuple(group(*g) for g in r.groups)
 
 
-def _vectors(p: Problem, unaligned: int, *rows: tuple[int, int, int]) -> int:
+def rows_vectorized(p: Problem, unaligned: int, *rows: tuple[int, int, int]) -> int:
     """1 where rows can be moved in pieces of 16 bytes."""
     per_piece = 16 // (4 if p.dtype == "float32" else 2)
     return int(not unaligned and p.head_dim % 8 == 0 and not any(stride % per_piece for strides in rows for stride in strides))

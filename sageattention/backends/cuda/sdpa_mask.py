@@ -3,29 +3,21 @@ over the output, several times more."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
-from ... import torch_internals
-from ...device import capability
-from ...errors import KernelMissing
-from ...kernels import binaries
-from ...kernels.binaries import Entry
-from ...kernels.params import NarrowMaskParams, ZeroMaskedRowsParams, packer
-from ...kernels.table import IMAGES, NARROW_KEYS, NARROW_MASK, ZERO_MASKED_ROWS
-from ...numerics.constants import DTYPES, MASK_KINDS
+from ...kernels.params import NarrowMaskParams, RepairRowsParams, packer
+from ...kernels.table import NARROW_KEYS, NARROW_MASK, REPAIR_ROWS
+from ...numerics.constants import MASK_KINDS
 from ...planning.problem import Problem
-from . import driver
+from . import lone
 from .launcher import Kernel
 
-MAX_CTAS = 2**31 - 1
-MAX_ROWS = 2**31 - ZERO_MASKED_ROWS.threads  # the kernel counts rows in 32 bits
+MAX_ROWS = 2**31 - REPAIR_ROWS.threads  # the kernel counts rows in 32 bits
 
-_DTYPES = {getattr(torch, name): number for name, number in DTYPES.items()}
 _KINDS = {getattr(torch, name): number for name, number in MASK_KINDS.items()}
-(_pack_narrow, _narrow_constants), (_pack_zero, _zero_constants) = packer(NarrowMaskParams), packer(ZeroMaskedRowsParams)
+(_pack_narrow, _narrow_constants), (_pack_repair, _repair_constants) = packer(NarrowMaskParams), packer(RepairRowsParams)
 
 
 def narrow(mask: torch.Tensor, dtype: torch.dtype, limit: float, p: Problem, bound: dict[Any, Any]) -> torch.Tensor | None:
@@ -42,27 +34,35 @@ def narrow(mask: torch.Tensor, dtype: torch.dtype, limit: float, p: Problem, bou
     if kernel is None:
         return None
     out = torch.empty(mask.shape, dtype=dtype, device=mask.device)
-    _launch(p, kernel, ctas, _pack_narrow(mask.data_ptr(), before, out.data_ptr(), after))
+    lone.launch(p.device_index, kernel, ctas, _pack_narrow(mask.data_ptr(), before, out.data_ptr(), after))
     return out
 
 
-def zero(out: torch.Tensor, mask: torch.Tensor, p: Problem, bound: dict[Any, Any]) -> bool:
-    """Zero the rows of an output whose mask hides every key; False where that can't be done here, and nothing was done.
+def repairs(mask: torch.Tensor, v: torch.Tensor, p: Problem) -> bool:
+    """Whether `repair` serves a call."""
+    possible = mask.dtype in _KINDS and v.dtype in lone.DTYPES and v.stride(-1) == 1 and p.batch * p.heads_q * p.len_q <= MAX_ROWS
+    return possible and lone.kernel(p.device_index, REPAIR_ROWS) is not None
+
+
+def repair(out: torch.Tensor, mask: torch.Tensor, v: torch.Tensor, limit: float, p: Problem, bound: dict[Any, Any]) -> None:
+    """Rows that torch's attention gets wrong, set right in place, where `repairs` says that it can be done.
+
+    A row that sees no key becomes 0. One whose every bias is below -limit, or that has some above limit, becomes the mean of V over
+    these keys: beside such numbers fp32 has no room for scores.
 
     Args:
-        out: [B, H, Nq, D], any strides; on a CUDA device.
+        out: [B, H, Nq, D], channels adjacent; on a CUDA device.
         mask: 4-D, bool or additive, as the call has it.
+        v: [B, Hkv, Nk, D].
+        limit: biases up to here, in either sign, torch's attention has taken right; infinite where that is all of them.
         bound: as for `narrow`.
     """
-    key = "zero", out.stride()  # torch's layouts vary with its backend
+    key = "repair", out.stride(), limit  # torch's layouts vary with its backend
     launch = bound.get(key)
     if launch is None:
-        launch = bound[key] = _bind_zero(out, mask, p)
-    kernel, ctas, of_mask, of_out = launch
-    if kernel is None:
-        return False
-    _launch(p, kernel, ctas, _pack_zero(mask.data_ptr(), of_mask, out.data_ptr(), of_out))
-    return True
+        launch = bound[key] = _bind_repair(out, mask, v, limit, p)
+    kernel, ctas, of_mask, of_out, rest = launch
+    lone.launch(p.device_index, kernel, ctas, _pack_repair(mask.data_ptr(), of_mask, out.data_ptr(), of_out, v.data_ptr(), rest))
 
 
 Bound = tuple[Kernel | None, int, bytes, bytes]  # kernel, CTAs, and the parameters between the addresses
@@ -73,38 +73,23 @@ def _bind_narrow(mask: torch.Tensor, dtype: torch.dtype, limit: float, p: Proble
     batch, heads, len_q, len_kv = mask.shape
     ctas_per_row = -(-len_kv // NARROW_KEYS)
     ctas = batch * heads * len_q * ctas_per_row
-    kernel = _kernel(p.device_index, NARROW_MASK) if mask.dtype in _DTYPES and dtype in _DTYPES and ctas <= MAX_CTAS else None
+    known = mask.dtype in lone.DTYPES and dtype in lone.DTYPES
+    kernel = lone.kernel(p.device_index, NARROW_MASK) if known and ctas <= lone.MAX_CTAS else None
     if kernel is None:
         return NOT_HERE
-    before, after = _narrow_constants(*mask.stride(), heads, len_q, len_kv, ctas_per_row, _DTYPES[mask.dtype], _DTYPES[dtype], limit)
+    dtypes = lone.DTYPES[mask.dtype], lone.DTYPES[dtype]
+    before, after = _narrow_constants(*mask.stride(), heads, len_q, len_kv, ctas_per_row, *dtypes, limit)
     return kernel, ctas, before, after
 
 
-def _bind_zero(out: torch.Tensor, mask: torch.Tensor, p: Problem) -> Bound:
-    rows, words = p.batch * p.heads_q * p.len_q, out.element_size() // 2
-    possible = out.stride(-1) == 1 and rows <= MAX_ROWS and mask.dtype in _KINDS
-    kernel = _kernel(p.device_index, ZERO_MASKED_ROWS) if possible else None
-    if kernel is None:
-        return NOT_HERE
+def _bind_repair(
+    out: torch.Tensor, mask: torch.Tensor, v: torch.Tensor, limit: float, p: Problem
+) -> tuple[Kernel, int, bytes, bytes, bytes]:  # fmt: skip
+    rows, kernel = p.batch * p.heads_q * p.len_q, lone.kernel(p.device_index, REPAIR_ROWS)
+    assert kernel is not None  # `repairs` has said so
     mask_strides = (0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride()))
-    of_mask, of_out = _zero_constants(
-        *mask_strides, *out.stride()[:3], p.heads_q, p.len_q, p.len_kv, rows, _KINDS[mask.dtype], p.causal, words * out.shape[-1], words
-    )
-    return kernel, -(-rows // ZERO_MASKED_ROWS.threads), of_mask, of_out
-
-
-def _launch(p: Problem, kernel: Kernel, ctas: int, params: bytes) -> None:
-    driver.launch(p.device_index, torch_internals.current_stream(p.device_index), ((kernel, ctas, 1, 1, params, False),))
-
-
-@functools.cache
-def _kernel(index: int, entry: Entry) -> Kernel | None:
-    """A kernel on a device; None where there is none for it, or it can't be loaded."""
-    card = capability.of_device("cuda", index)
-    image = binaries.select(IMAGES, "sdpa_mask", card.arch) if card.device == "cuda" else None
-    if image is None:
-        return None
-    try:
-        return driver.kernel(index, image, entry.symbol, "sdpa")
-    except KernelMissing:
-        return None
+    of_mask, of_out, rest = _repair_constants(
+        *mask_strides, *out.stride()[:3], *v.stride()[:3], p.heads_q, p.heads_q // p.heads_kv, p.len_q, p.len_kv, out.shape[-1], rows,
+        _KINDS[mask.dtype], lone.DTYPES[out.dtype], p.causal, limit,
+    )  # fmt: skip
+    return kernel, -(-rows // REPAIR_ROWS.threads), of_mask, of_out, rest

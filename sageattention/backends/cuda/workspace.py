@@ -49,8 +49,8 @@ class LaunchPlan:
     problem: Problem
     plan: CudaPlan
     classify: Kernel | None  # where there is a mask
-    keys: Kernel
-    values: Kernel
+    quantize_k: Kernel
+    quantize_v: Kernel
     attend: Kernel
     device: int
     groups: tuple[tuple[int, int], ...]  # (first, count) of (batch, kv head) pairs
@@ -81,27 +81,27 @@ def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False, sparse: 
     quantizer, attention = plan.images
     masked = p.mask != "none"
     live = masked or sparse
-    keys, values = quantizer.entry(names.quantize_k_symbol(d, live)), quantizer.entry(names.quantize_v_symbol(d, live))
+    quantize_k, quantize_v = quantizer.entry(names.quantize_k_symbol(d, live)), quantizer.entry(names.quantize_v_symbol(d, live))
     kernels = (
         driver.kernel(p.device_index, quantizer, CLASSIFY.symbol, plan.variant.name) if masked else None,
-        driver.kernel(p.device_index, quantizer, keys.symbol, plan.variant.name),
-        driver.kernel(p.device_index, quantizer, values.symbol, plan.variant.name),
+        driver.kernel(p.device_index, quantizer, quantize_k.symbol, plan.variant.name),
+        driver.kernel(p.device_index, quantizer, quantize_v.symbol, plan.variant.name),
         driver.kernel(p.device_index, attention, plan.attend, plan.variant.name),
     )
     # Causal: nobody sees a key beyond the last query. Keys that were quantised before the queries were known are there all the same.
     len_kv = reachable(p.len_q, p.len_kv, p.causal and not one_group and not sparse)
     bh_total, tiles, tile_bytes = p.batch * p.heads_kv, -(-len_kv // plan.tile.block_n), names.tile_bytes(d)
-    bh_count = bh_total if one_group else plan.heads_per_group
+    bh_count = bh_total if one_group else min(bh_total, plan.heads_per_group)  # a part of a call has fewer
     groups = tuple((first, min(bh_count, bh_total - first)) for first in range(0, bh_total, bh_count))
     step = k_mean_stride(len_kv)
     keys_all = tiles * plan.tile.block_n
-    units = keys_all // names.scale_block_keys(d), -(-keys_all * scheme.v_bits // (8 * values.threads))
-    slots = keys.min_blocks * card.multiprocessors
+    units = keys_all // names.scale_block_keys(d), -(-keys_all * scheme.v_bits // (8 * quantize_v.threads))
+    slots = quantize_k.min_blocks * card.multiprocessors
     k_ctas_per_head = _runs(bh_count, units[0], slots * QUANTIZE_K_SHARE)
     most, fewest = (min(MAX_V_CHUNKS, -(-len_kv // tokens)) for tokens in V_CHUNK_TOKENS)
     v_chunk_tokens = -(-len_kv // max(fewest, min(int(slots * (1 - QUANTIZE_K_SHARE)) // bh_count, most)))
     v_chunks = -(-len_kv // v_chunk_tokens)
-    v_ctas_per_head = _runs(bh_count, units[1], values.min_blocks * card.multiprocessors)  # a warp has 256 / v_bits keys at a time
+    v_ctas_per_head = _runs(bh_count, units[1], quantize_v.min_blocks * card.multiprocessors)  # a warp has 256 / v_bits keys at a time
     q_tiles = -(-p.len_q // plan.tile.block_m)
     limit, shares, split_kv_flags, split_kv_bytes = MAX_GRID, False, 0, 0
     if names.split_kv_bytes is not None and len(groups) == 1:

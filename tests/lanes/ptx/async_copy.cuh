@@ -26,4 +26,5 @@ inline void cp_async_bulk(bool predicate, u32 shared, const void* global, u32 by
 inline void cp_async16(u32 shared, const void* global) { copy_checked(shared, global, 16); }
 inline void cp_async_commit() {}
 template <int kPending> void cp_async_wait() {}
+inline void cp_async_mbarrier_arrive(u32 b) { mbarrier_arrive(true, b); }
 }  // namespace sage

@@ -30,6 +30,10 @@ inline u32 pack_u8(float x0, float x1, float x2, float x3) {
 inline u32 pack_e4m3(float x0, float x1, float x2, float x3) {
   return e4m3_of(x0) | e4m3_of(x1) << 8 | e4m3_of(x2) << 16 | e4m3_of(x3) << 24;
 }
+inline u32 pack_e4m3_bits(float bits0, float bits1, float x2, float x3) {
+  const auto byte = [](float x) { return (u32)fminf(fmaxf(nearbyintf(x), 0.0f), 255.0f); };
+  return byte(bits0) | byte(bits1) << 8 | e4m3_of(x2) << 16 | e4m3_of(x3) << 24;
+}
 inline float exp2_approx(float x) { const float y = exp2f(x); return y < 1.17549435e-38f ? 0.0f : y; }
 inline float rcp_approx(float x) { return 1.0f / x; }
 inline float log2_approx(float x) { return log2f(x); }

@@ -6,6 +6,7 @@ inline u32 shared_address(const void* p) { return (u32)(int)((const char*)p - ad
 inline uint4 load_shared16(u32 a) { return *(uint4*)at_shared(a, 16); }
 inline void store_shared16(u32 a, const u32 (&v)[4]) { memcpy(at_shared(a, 16), v, 16); }
 inline void store_shared8(u32 a, u32 x, u32 y) { *(uint2*)at_shared(a, 8) = {x, y}; }
+inline uint2 load_shared8(u32 a) { return *(uint2*)at_shared(a, 8); }
 inline u32 load_shared(u32 a) { return *(u32*)at_shared(a, 4); }
 inline float load_shared_float(u32 a) { return *(float*)at_shared(a, 4); }
 inline float2 load_shared_float2(u32 a) { return *(float2*)at_shared(a, 8); }

@@ -1,0 +1,115 @@
+// The producer warps of a Hopper CTA: KV tiles, raw Q, work tiles.
+#pragma once
+#include "../block/query.cuh"
+#include "../common/pv_type.cuh"
+#include "../ptx/async_copy.cuh"
+#include "scheduler_sm90.cuh"
+
+namespace sage {
+
+// Producer warp 0: K and V of every KV tile of every work tile.
+template <class C>
+__device__ __forceinline__ void load_kv_tiles(const AttendParams& p, u32 shared) {
+  using Layout = typename C::Layout;
+  grid_dependency_wait();
+  Ring<C::kStages> ring{0, 1};  // all stages are empty at first: waiting for the phase before the first returns at once
+  for (int iteration = 0;; ++iteration) {
+    mbarrier_wait(shared + C::kWorkBarriers + kWorkPublished, iteration & 1);
+    const u32 at = shared + C::work_slot(iteration);
+    const KvRange range(at);
+    if (!(range.flags & kWorkValid)) break;
+    const auto fetch = [&](const u8* tile) {
+      const u32 stage = shared + C::kStage0 + ring.stage * Layout::kTileBytes;
+      const u32 barrier = shared + C::kBarriers + ring.stage * C::kBarrierPitch;
+      mbarrier_wait(barrier + kKEmpty, ring.parity);
+      cp_async_bulk(elected(), stage, tile, Layout::kKBytes, barrier + kKFull);
+      mbarrier_wait(barrier + kVEmpty, ring.parity);
+      cp_async_bulk(elected(), stage + Layout::kV, tile + Layout::kV, Layout::kVBytes, barrier + kVFull);
+      ring.advance();
+    };
+    int left = range.masked + range.unmasked;
+    const int first = (int)load_shared(at + work::kFirst);
+    const u8* tiles = p.kv + (i64)load_shared(at + work::kBh) * p.kv_tiles * Layout::kTileBytes;
+    if constexpr (C::kMask == Mask::list) {
+      const auto load = [&](int w) {
+        const WorkTile tile = load_work_tile(at);
+        return TileList(p.lists, tile.batch, tile.head, tile.row0, C::kBlockM, p.len_q).word(w);
+      };
+      ListCursor cursor;
+      cursor.skip(first, p.lists.words, load);
+      for (; left; --left) fetch(tiles + (i64)cursor.next(p.lists.words, load) * Layout::kTileBytes);
+    } else {
+      for (const u8* tile = tiles + (i64)first * Layout::kTileBytes; left; --left, tile -= Layout::kTileBytes) fetch(tile);
+    }
+  }
+}
+
+// Whether producer warp 1 copies raw Q ahead: 16-bit, rows 16-byte aligned and a multiple of 16 bytes.
+template <class C>
+__device__ __forceinline__ bool prefetches_raw_q(const AttendParams& p) {
+  return C::kHasRawQ && p.dtype != kFloat32 && p.q_vectorized;
+}
+
+// Producer warp 1: raw Q of the next work tile, so that no consumer waits for memory between two main loops.
+template <class C>
+__device__ __forceinline__ void load_raw_q(const AttendParams& p, u32 shared) {
+  constexpr int kPieces = C::kHeadDim / kChunk, kRows = 32 / kPieces;  // 16-byte pieces of a row; rows at a time
+  const u32 barrier = shared + C::kWorkBarriers, lane = special_tid_x() % 32;
+  for (int iteration = 0;; ++iteration) {
+    mbarrier_wait(barrier + kWorkPublished, iteration & 1);  // then the previous work tile's Q has been read, too
+    const u32 own = shared + C::work_slot(iteration);
+    const bool valid = KvRange(own).flags & kWorkValid;
+    if (valid && prefetches_raw_q<C>(p)) {
+      const auto [bh, batch, head, row0] = load_work_tile(own);
+      const int channel = lane % kPieces * kChunk, row = lane / kPieces;
+      const u8* from = static_cast<const u8*>(p.q.data) + (batch * p.q.stride_b + head * p.q.stride_h + channel) * 2;
+      const u32 to = shared + C::kRawQ + row * C::kRawQPitch + 2 * channel;
+      // Rows beyond the end are not copied: garbage in their place affects no other row.
+      const int rows = channel < p.head_dim ? min(C::kBlockM, p.len_q - row0) - row : 0;
+      if (C::kMask == Mask::list && p.order) {
+        for (int i = 0; i < rows; i += kRows) cp_async16(to + i * C::kRawQPitch, from + 2 * (i64)p.order[row0 + row + i] * p.q.stride_n);
+      } else {
+        from += 2 * (row0 + row) * p.q.stride_n;
+#pragma unroll 4
+        for (int i = 0; i < rows; i += kRows, from += 2 * kRows * p.q.stride_n) cp_async16(to + i * C::kRawQPitch, from);
+      }
+    }
+    cp_async_mbarrier_arrive(barrier + kWorkFull);
+    if (!valid) break;
+  }
+}
+
+// Producer warp 2: the work tile, and V's scale and mean per channel.
+template <class C>
+__device__ __forceinline__ void publish_work_tile(const AttendParams& p, u32 shared) {
+  const u32 barrier = shared + C::kWorkBarriers;
+  Scheduler<C> scheduler;
+  for (int iteration = 0;; ++iteration) {
+    mbarrier_wait(barrier + kWorkEmpty, (iteration & 1) ^ 1);  // the slot's last work tile is done
+    const u32 to = shared + C::work_slot(iteration), channels = C::channel_scales(to);
+    const bool valid = scheduler.next(p, to);
+    mbarrier_arrive(elected(), barrier + kWorkPublished);
+    grid_dependency_wait();
+    if (valid) {
+      __syncwarp();  // the work tile is stored
+      const int bh = (int)load_shared(to + work::kBh);
+#pragma unroll 1
+      for (int c = special_tid_x() % 32; c < C::kHeadDim; c += 32) {
+        const float scale = p.v_amax[bh * C::kHeadDim + c];
+        store_shared_float(channels + 4 * c, scale);
+        if constexpr (C::Layout::kVElementBytes == 1) {
+          const float mean = p.v_mean[bh * C::kHeadDim + c];
+          const i32 quant_sum = p.v_quant_sum[bh * C::kHeadDim + c];
+          store_shared_float(channels + 4 * (C::kHeadDim + c),
+                             corrected_v_mean<PvType::fp8>(mean, scale, quant_sum, p.inv_v_max, p.live_keys[bh]));
+        }
+      }
+      if (elected()) store_shared_float(to + work::kMaxScale, max_score_scale(p.score_limit, p.k_scale_max[bh]));
+    }
+    __syncwarp();
+    mbarrier_arrive(elected(), barrier + kWorkFull);
+    if (!valid) break;
+  }
+}
+
+}  // namespace sage

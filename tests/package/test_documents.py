@@ -1,0 +1,107 @@
+"""README.md and docs/ against the package: tables hold what the planner does, the picture the recorded figures, links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from sageattention.cli.workloads import SHAPES
+from sageattention.kernels.architectures import ARCHITECTURES
+from sageattention.planning.rules import RULES, rules
+from sageattention.variants import VARIANTS, Candidate
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SHORT = {name: short for short, name in re.findall(r"^\| ([\w ]+) \| `(\w+)` \|", README, re.MULTILINE)}
+
+
+def short(candidate: Candidate) -> str:
+    """As the README's table of cards names it."""
+    return SHORT[candidate.variant] + (f" ({candidate.accum})" if candidate.accum else "")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_table_of_cards_is_that_of_auto(arch: int) -> None:
+    """In the row of each card, the order of its rule, PyTorch last, and what the rule rests on."""
+    cells = next(line for line in README.splitlines() if f"| {arch // 10}.{arch % 10} |" in line).strip("| ").split(" | ")
+    cards = ARCHITECTURES[arch].cards
+    assert cells[0] == cards
+    rule = rules(arch, cards.split(", ")[-1])[0]
+    assert cells[2].split(", ") == [*map(short, rule.candidates), "PyTorch"]
+    assert cells[3] == rule.basis
+
+
+def test_every_variant_is_described() -> None:
+    assert SHORT.keys() >= VARIANTS.keys() - {"reference"}
+    for name in VARIANTS:
+        assert f"`{name}`" in README, name
+
+
+def test_the_shortest_length_is_right() -> None:
+    shortest = min(min(rule.min_q, rule.min_kv) for rule in RULES if rule.candidates)
+    assert f"under {shortest:,} tokens" in README
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 100
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+        file = page.parent / target if target else page
+        assert file.is_file(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_that_are_named_exist(page: Path) -> None:
+    """Those of the repository, written with their folder; an entry of a dated log keeps the names of its day."""
+    if page.name in ("log.md", "CHANGELOG.md"):
+        return
+    for name in re.findall(r"`((?:csrc|sageattention|tests|nodes|docs|wheels|installer)/[\w/.]+\.\w+)`", page.read_text(encoding="utf-8")):
+        assert (ROOT / name).is_file(), name
+
+
+@pytest.fixture(scope="module")
+def speed() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("speed", ROOT / "docs" / "speed.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_is_that_of_the_recorded_figures(speed: ModuleType) -> None:
+    known = json.loads(speed.FIGURES.read_text(encoding="utf-8"))
+    assert speed.PICTURE.read_text(encoding="utf-8") == speed.draw(known), "run python docs/speed.py"
+    assert speed.SHOWN.keys() <= SHAPES.keys() and speed.SERIES.keys() <= VARIANTS.keys()
+    assert {row["shape"] for row in known["rows"]} == speed.SHOWN.keys()  # the slow ones, too
+
+
+def test_the_picture_takes_its_figures_from_bench(speed: ModuleType) -> None:
+    fp8 = "sageattn_qk_int8_pv_fp8_cuda_sm90"
+    plain = {"mask": "", "event_ms": 3.0, "graph_ms": None}
+    rows = [
+        {"shape": "flux_1024", "candidate": speed.BASELINE, **plain},
+        {"shape": "flux_1024", "candidate": fp8, **plain, "graph_ms": 2.0},
+        {"shape": "flux_1024", "candidate": fp8, **plain, "mask": "key"},
+        {"shape": "flux_1024", "candidate": "sdpa_flash", **plain},
+        {"shape": "wan_480p", "candidate": fp8, **plain, "event_ms": None},
+    ]
+    found = speed.record({"machine": {"gpu": "H200"}, "rows": rows})
+    assert [(row["candidate"], row["ms"]) for row in found["rows"]] == [(speed.BASELINE, 3.0), (fp8, 2.0)]
+    assert speed.ratios(found) == {"flux_1024": {fp8: 1.5}}
+    assert ">1.50<" in speed.draw(found) and "H200" in speed.draw(found)
