@@ -22,7 +22,8 @@ class Shares:
         crowded: layers → share, where sparsity can't pay.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.crowded: dict[str, float] = {}
         self._step: object = None
         self._noted: dict[str, torch.Tensor] = {}
@@ -30,7 +31,7 @@ class Shares:
 
     def begin(self, step: object) -> None:
         """Called before each call; does something where a step begins."""
-        if step is self._step or torch.cuda.is_current_stream_capturing():
+        if step is self._step or (self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return
         self._step = step
         self._read()

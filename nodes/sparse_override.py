@@ -191,7 +191,7 @@ class SparseOverride(Override):
             self._sampling, self._shares = entry.sampling, {}
         shares = self._shares.get(entry.device)
         if shares is None:
-            shares = self._shares[entry.device] = Shares()
+            shares = self._shares[entry.device] = Shares(entry.device)
         shares.begin(entry.place.step)
         crowded = shares.crowded.get(entry.place.layer)
         return "" if crowded is None else f"{crowded:.0%} of the blocks were needed, too many to gain"

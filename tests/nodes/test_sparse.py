@@ -581,7 +581,7 @@ def test_on_this_gpu_it_is_right_and_never_waits_for_it(selection):
 
 @pytest.mark.gpu
 def test_shares_on_a_gpu_are_read_a_step_later_without_a_wait():
-    shares = part("shares").Shares()
+    shares = part("shares").Shares(torch.device("cuda"))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
