@@ -92,7 +92,9 @@ def _product_with_values(p: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def _by_tensor_cores(t: torch.Tensor) -> bool:
-    """Whether torch multiplies this type with fp32 sums and an fp32 result."""
-    if not t.is_cuda or t.dtype not in (torch.float16, torch.bfloat16) or torch.__version__ < "2.8":
+    """Whether torch multiplies this type with fp32 sums and an fp32 result here."""
+    if not t.is_cuda or t.dtype not in (torch.float16, torch.bfloat16) or torch.__version__ < "2.8" or torch.version.cuda is None:
         return False
-    return not (t.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation)  # ComfyUI's --fast sets it
+    if t.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:  # ComfyUI's --fast sets it
+        return False
+    return torch.cuda.get_device_capability(t.device) >= (8, 0)

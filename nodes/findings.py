@@ -45,7 +45,10 @@ def _sampling(model: ModelPatcher) -> list[str]:
         return []
     said = list(record.notes)
     if not record.begun:
-        said.append("The model has not been sampled since it was patched: connect something that comes out of the sampler.")
+        said.append(
+            "This model has not been sampled since it was patched: connect the very one that goes to the sampler, "
+            "and something that comes out of the sampler."
+        )
     elif not record.entries and isinstance(slot.owner(model), Override):
         said.append(
             "The model was sampled and never called ComfyUI's attention: it has one of its own, as Nunchaku's models have, "

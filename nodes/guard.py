@@ -78,7 +78,8 @@ class Guard:
             self._leave(entry, choice)
             return None
         if call.plan.variant.name != choice.variant:
-            call = _by(choice.variant, call)
+            planned, call = call, _by(choice.variant, call)
+            del planned.k, planned.v  # so that this one can let go of them early
         if step % EVERY == LOOKS_AGAIN[choice.turn] and choice.looked != step:
             choice.looked = step
             return self._look(entry, call, choice)
@@ -106,6 +107,7 @@ class Guard:
                 choice.variant = variant
                 entry.computed(candidate)
                 return result[0]
+            del result  # before the next one's output is allocated
             entry.pass_on(f"{variant}: {NOT_ALL_OFF}")
         choice.variant = ""
         self._leave(entry, choice)

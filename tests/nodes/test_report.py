@@ -136,7 +136,7 @@ def test_a_model_that_was_not_patched_or_not_sampled():
     bare.model = torch.nn.Module()
     assert findings.of_model(bare) == ["No node of ours has patched this model."]
     (said,) = findings.of_model(patched())
-    assert "not been sampled" in said and "connect something" in said
+    assert "not been sampled" in said and "comes out of the sampler" in said
 
 
 def test_a_model_with_an_attention_of_its_own():
