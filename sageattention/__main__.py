@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--quick", action="store_true", help="fewer repeats, and without --shapes only flux_512 and flux_1024")
     bench.add_argument("--models", action="store_true", help="without --shapes: the attention of today's image and video models")
     bench.add_argument("--masks", action="store_true", help="each shape also with the masks that models hand over")
+    bench.add_argument("--sparse", action="store_true", help="block-sparse attention on long videos, beside dense attention")
     bench.add_argument("--device", help="a torch device such as cuda:1; default: cuda where there is one")
     bench.add_argument("--calibrate", action="store_true", help="time what `auto` may choose on this card (a minute), and remember it")
     bench.add_argument("--reset", action="store_true", help="with --calibrate: forget it, on every card")

@@ -44,28 +44,30 @@ def ring(
         out like q; with `return_lse` (out, lse [B, Hq, n] fp32, natural log).
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    to, source = (dist.get_global_rank(group or dist.group.WORLD, (rank + step) % size) for step in (1, -1))
-    kv = [k.contiguous(), v.contiguous()]
-    out: torch.Tensor | None = None
-    lse = torch.empty(0)
+    to, source = ((rank + step) % size for step in (1, -1))
+    if group is not None:
+        to, source = dist.get_global_rank(group, to), dist.get_global_rank(group, source)
+    kv = k.contiguous(), v.contiguous()
+    found: tuple[torch.Tensor, torch.Tensor] | None = None
     for step in range(size):
-        coming, requests = [], []
+        coming, requests = kv, []
         if step + 1 < size:
-            coming = [torch.empty_like(t) for t in kv]
+            coming = torch.empty_like(kv[0]), torch.empty_like(kv[1])
             operations = [dist.P2POp(dist.isend, t, to, group) for t in kv]
             requests = dist.batch_isend_irecv(operations + [dist.P2POp(dist.irecv, t, source, group) for t in coming])
         part = (rank - step) % size  # whose keys these are
         if not is_causal or part <= rank:
-            own = sageattn(q, *kv, tensor_layout, is_causal and part == rank, sm_scale, variant=variant, return_lse=True)
-            if out is None:
-                out, lse = own
+            own = sageattn(q, *kv, tensor_layout, is_causal and part == rank, sm_scale, return_lse=True, variant=variant)
+            assert isinstance(own, tuple)
+            if found is None:
+                found = own
             else:
-                merge(out, lse, *own, tensor_layout)
+                merge(*found, *own, tensor_layout)
         for request in requests:
             request.wait()
         kv = coming
-    assert out is not None  # its own part, at least
-    return (out, lse) if return_lse else out
+    assert found is not None  # its own part, at least
+    return found if return_lse else found[0]
 
 
 def merge(
@@ -97,7 +99,7 @@ def ulysses(
     sm_scale: float | None = None,
     *,
     group: dist.ProcessGroup | None = None,
-    attention: Callable[..., torch.Tensor] = sageattn,
+    attention: Callable[..., Any] = sageattn,
     **options: Any,
 ) -> torch.Tensor:
     """Attention of this process's queries over the keys of all processes of `group`, each of which computes its share of the heads.

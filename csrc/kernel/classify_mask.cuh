@@ -19,7 +19,8 @@ constexpr int kClassifyThreads = 256, kClassifyWarps = kClassifyThreads / 32;
 
 struct ClassifyShared {
   u32 plane[2][kMaxWords];  // the CTA's words of each
-  i32 row_max[kBandRows];   // ordered()
+  i32 row_max[kBandRows];   // ordered(); −inf: no key of the row is negligible
+  i32 lowest, highest;      // ordered(): of the biases that the CTA has read, but for −inf
 };
 
 // Integers that are ordered as the floats are, and back.
@@ -172,9 +173,10 @@ __device__ __forceinline__ void find_row_max(const ClassifyParams& p, const Mask
   __syncthreads();  // maxima are complete
 }
 
-// Bits of a lane's keys, over the rows of a band.
+// Bits of a lane's keys, over the rows of a band, and the range of their finite biases.
 struct KeyState {
   u32 seen = 0, uneven = 0, alive = 0;
+  float lowest = kInf, highest = -kInf;
 };
 
 // Adds the band's rows to the state of the lane's keys from `key` on. kVectors: their elements are there, and aligned.
@@ -205,7 +207,8 @@ __device__ __forceinline__ void add_rows(const ClassifyParams& p, const MaskBand
       // One row for all queries: some query sees keys up to last_row, every one up to row0.
       const u32 some = p.causal ? kept & first_bits<kKeys>((band.one_row ? band.last_row : band.row0 + r) - key + 1) : kept;
       const u32 every = p.causal ? some & first_bits<kKeys>(band.row0 + r - key + 1) : some;
-      state.seen |= some, state.uneven |= ~(run[i].plain() & every) & kAll;
+      // Biased keys, or removed ones too.
+      state.seen |= some, state.uneven |= p.absent ? kept & ~run[i].plain() : ~(run[i].plain() & every) & kAll;
       if constexpr (kKind == kMaskBool) {
         state.alive |= some;
         const u32 word = join_lanes<kKeys>(kept);
@@ -214,7 +217,11 @@ __device__ __forceinline__ void add_rows(const ClassifyParams& p, const MaskBand
       } else {
         const float least = from_ordered(shared.row_max[r]) - kNegligibleBias;
 #pragma unroll
-        for (int e = 0; e < kKeys; ++e) state.alive |= run[i].bias[e] < least ? 0u : some & 1u << e;
+        for (int e = 0; e < kKeys; ++e) {
+          const float bias = run[i].bias[e];
+          state.alive |= bias < least ? 0u : some & 1u << e;
+          state.lowest = fminf(state.lowest, bias == -kInf ? kInf : bias), state.highest = fmaxf(state.highest, bias);
+        }
         if (p.bias && key < band.key_end) {
           const auto bias = [&](int e) { return bias_to_base2(run[i].bias[e]); };
           *reinterpret_cast<float4*>(p.bias + (i64)band.matrix * p.bias_len + key) = make_float4(bias(0), bias(1), bias(2), bias(3));
@@ -224,20 +231,13 @@ __device__ __forceinline__ void add_rows(const ClassifyParams& p, const MaskBand
   }
 }
 
+// Adds the CTA's keys to its planes, and stores which are live. A collective of the CTA.
 template <int kKind>
-__device__ __forceinline__ void classify(const ClassifyParams& p, ClassifyShared& shared) {
+__device__ __forceinline__ void classify_keys(const ClassifyParams& p, const MaskBand& band, ClassifyShared& shared) {
   constexpr int kKeys = MaskRun<kKind>::kKeys, kStrip = 32 * kKeys, kLanes = 32 / kKeys;  // lanes of a word
-  const MaskBand band(p);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int last_tile = (p.len_kv - 1) / p.tile, last_word = last_tile / 32 - band.word0;
-  for (int i = threadIdx.x; i < 2 * band.words; i += kClassifyThreads) {
-    const int plane = i / band.words, w = i % band.words;  // a ragged last tile is mixed: its keys beyond the end are masked
-    shared.plane[plane][w] = plane && w == last_word && p.len_kv % p.tile ? 1u << last_tile % 32 : 0u;
-  }
-  if (threadIdx.x < kBandRows) shared.row_max[threadIdx.x] = ordered(-kInf);
-  __syncthreads();  // planes and maxima are initialised
-  if constexpr (kKind != kMaskBool) find_row_max<kKind>(p, band, shared);
   u32* live = p.live + (i64)(blockIdx.x / p.parts) * p.live_words;
+  float lowest = kInf, highest = -kInf;
   for (int strip = band.key0 + warp * kStrip; strip < band.key_end; strip += kClassifyWarps * kStrip) {
     const int key = strip + kKeys * lane;
     KeyState state;
@@ -254,8 +254,37 @@ __device__ __forceinline__ void classify(const ClassifyParams& p, ClassifyShared
       if (uneven & lanes) atomicOr(&shared.plane[1][w], 1u << tile % 32);
       live[key / 32] = word;
     }
+    lowest = fminf(lowest, state.lowest), highest = fmaxf(highest, state.highest);
   }
-  __syncthreads();  // the planes are complete
+  if constexpr (kKind != kMaskBool) {
+    atomicMin(&shared.lowest, ordered(lowest));
+    atomicMax(&shared.highest, ordered(highest));
+  }
+  __syncthreads();  // planes and range are complete
+}
+
+template <int kKind>
+__device__ __forceinline__ void classify(const ClassifyParams& p, ClassifyShared& shared) {
+  const MaskBand band(p);
+  const int last_tile = (p.len_kv - 1) / p.tile, last_word = last_tile / 32 - band.word0;
+  for (int i = threadIdx.x; i < 2 * band.words; i += kClassifyThreads) {
+    const int plane = i / band.words, w = i % band.words;  // a ragged last tile is mixed: its keys beyond the end are masked
+    shared.plane[plane][w] = plane && w == last_word && p.len_kv % p.tile && !p.absent ? 1u << last_tile % 32 : 0u;
+  }
+  if (threadIdx.x < kBandRows) shared.row_max[threadIdx.x] = ordered(-kInf);
+  if (threadIdx.x == 0) shared.lowest = ordered(kInf), shared.highest = ordered(-kInf);
+  __syncthreads();  // planes, maxima and range are initialised
+  if constexpr (kKind == kMaskBool) {
+    classify_keys<kKind>(p, band, shared);
+  } else {
+    // Of a band of many rows the CTA has all keys, and knows by the range of their biases whether any can be negligible. If so, a second
+    // turn: the planes are the same then, and fewer keys live.
+    for (bool known = band.one_row;; known = true) {
+      if (known) find_row_max<kKind>(p, band, shared);
+      classify_keys<kKind>(p, band, shared);
+      if (known || from_ordered(shared.highest) - from_ordered(shared.lowest) <= kNegligibleBias) break;
+    }
+  }
   u32* lists = p.lists + (i64)(blockIdx.x / p.parts) * 2 * p.words + band.word0;
   for (int i = threadIdx.x; i < 2 * band.words; i += kClassifyThreads)
     lists[i / band.words * p.words + i % band.words] = shared.plane[i / band.words][i % band.words];

@@ -37,8 +37,8 @@ __device__ __forceinline__ void merge(const MergeParams& p) {
     constexpr int kDtype = decltype(type)::value;
     constexpr bool kVectors = decltype(vectors)::value;
     u8* to = static_cast<u8*>(p.out) + (batch * p.out_stride_b + head * p.out_stride_h + n * p.out_stride_n) * kElementBytes<kDtype>;
-    const u8* from =
-        static_cast<const u8*>(p.other) + (batch * p.other_stride_b + head * p.other_stride_h + n * p.other_stride_n) * kElementBytes<kDtype>;
+    const u8* from = static_cast<const u8*>(p.other) +
+                     (batch * p.other_stride_b + head * p.other_stride_h + n * p.other_stride_n) * kElementBytes<kDtype>;
     float x[kChunk], y[kChunk];
     unpack8<kDtype>(load8<kDtype, kVectors>(to, kChunk * lane, p.head_dim), x);
     unpack8<kDtype>(load8<kDtype, kVectors>(from, kChunk * lane, p.head_dim), y);

@@ -31,6 +31,7 @@ template <class C>
 __device__ __forceinline__ void store_output(const AttendParams& p, const float (&o)[C::kOutRegisters], const float (&l_i)[2],
                                              const float (&m_i)[2], u32 own) {
   constexpr int kHeadDim = C::kHeadDim;
+  constexpr bool kMayBeEmpty = C::kMask == Mask::list;
   constexpr int kHeld = kHeadDim <= 128 ? kHeadDim / 32 : 1;  // chunks whose scale and mean fit the registers beside O
   const int t = special_tid_x() % 4;
   float scale[kHeld][kChunk], mean[kHeld][kChunk] = {};
@@ -72,8 +73,8 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
         float y[kChunk];
 #pragma unroll
         for (int e = 0; e < kChunk; ++e)
-          y[e] = dequantize_o < C::kMask ==
-                 Mask::list > (o[16 * c + e / 2 * 4 + 2 * half + e % 2], inverse[half], scale[c % kHeld][e], mean[c % kHeld][e]);
+          y[e] =
+              dequantize_o<kMayBeEmpty>(o[16 * c + e / 2 * 4 + 2 * half + e % 2], inverse[half], scale[c % kHeld][e], mean[c % kHeld][e]);
         store8<kDtype, decltype(vectors)::value>(row[half], 32 * c + kChunk * t, width[half], y);
       }
     }

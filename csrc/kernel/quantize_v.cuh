@@ -123,14 +123,12 @@ __device__ __forceinline__ void stage8(u8* row, int chunk, const float (&y)[kChu
 
 // sum[8] += (the eight e4m3 values that stage8 wrote at `row` + those at `other`) / 256, read as fp16 after moving e4m3's bits to fp16's
 // places. Each pair's sum is rounded to eleven bits; the pairs are always the same two keys, so results are reproducible.
-__device__ __forceinline__ void sum_rounded_e4m3(const u8* row, const u8* other, int chunk, bool counts, bool other_counts,
-                                                 float (&sum)[kChunk]) {
+__device__ __forceinline__ void sum_rounded_e4m3(const u8* row, const u8* other, int chunk, float (&sum)[kChunk]) {
   const int from = chunk / 4 * 32 + chunk % 4 * 4;
   const auto halves = [](u32 bytes) { return (bytes & 0x80008000u) | (bytes & 0x7F007F00u) >> 1; };  // bytes 1 and 3 as fp16 pairs
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const u32 a = counts ? *reinterpret_cast<const u32*>(row + from + 16 * i) : 0;
-    const u32 b = other_counts ? *reinterpret_cast<const u32*>(other + from + 16 * i) : 0;
+    const u32 a = *reinterpret_cast<const u32*>(row + from + 16 * i), b = *reinterpret_cast<const u32*>(other + from + 16 * i);
     const float2 odd = unpack_f16(add_f16(halves(a), halves(b))), even = unpack_f16(add_f16(halves(a << 8), halves(b << 8)));
     float* to = sum + 4 * i;  // the bytes are values 0, 2, 1, 3 of the four
     to[0] += even.x, to[2] += odd.x, to[1] += even.y, to[3] += odd.y;
@@ -148,40 +146,46 @@ __device__ __forceinline__ uint4 transpose(const u8* rows, int pitch, int p) {
                     __byte_perm(v.z, v.w, 0x7531));
 }
 
-// For the lane's words of `transpose`, by half of the keys: a byte of 1 for each of the unit's first `keys` keys, 0 beyond.
-__device__ __forceinline__ uint2 valid_key_bytes(int keys) {
-  const int left = keys - (int)threadIdx.x % 4 * 2;
-  const auto word = [&](int first) {
-    return (left > first ? 1u : 0u) | (left > first + 1 ? 1u << 8 : 0u) | (left > first + 8 ? 1u << 16 : 0u) |
-           (left > first + 9 ? 1u << 24 : 0u);
-  };
+// For the lane's words of `transpose`, by half of the keys: `one` for each of the unit's keys that there is, 0 for others. counts: bit i is
+// key i of the unit.
+template <int kBytes>
+__device__ __forceinline__ uint2 ones_of_keys(u32 counts, u32 one) {
+  counts >>= threadIdx.x % 4 * 2;
+  const auto of = [&](int key, int place) { return counts >> key & 1 ? one << place : 0u; };
+  if constexpr (kBytes == 2) return make_uint2(of(0, 0) | of(1, 16), of(8, 0) | of(9, 16));
+  const auto word = [&](int first) { return of(first, 0) | of(first + 1, 8) | of(first + 8, 16) | of(first + 9, 24); };
   return make_uint2(word(0), word(16));
 }
 
 // Adds INT8 values from `transpose` to the sums of their channels; of the four lanes that share a column, lane t adds to sums[t].
 template <int kPitch>
-__device__ __forceinline__ void sum_quantized_s8(i32 (&sums)[4][kPitch], int p, uint4 v, uint2 ones) {
+__device__ __forceinline__ void sum_quantized_s8(i32 (&sums)[4][kPitch], int p, uint4 v) {
+  constexpr i32 kOnes = 0x01010101;
   const int t = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
   i32* to = sums[t] + p / 2 * 32 + g / 2 * 8 + p % 2 * 4 + g % 2;
-  atomicAdd(to, __dp4a((i32)v.y, (i32)ones.y, __dp4a((i32)v.x, (i32)ones.x, 0)));
-  atomicAdd(to + 2, __dp4a((i32)v.w, (i32)ones.y, __dp4a((i32)v.z, (i32)ones.x, 0)));
+  atomicAdd(to, __dp4a((i32)v.y, kOnes, __dp4a((i32)v.x, kOnes, 0)));
+  atomicAdd(to + 2, __dp4a((i32)v.w, kOnes, __dp4a((i32)v.z, kOnes, 0)));
 }
 
-// Stores n-tiles 2p and 2p + 1 of unit `unit` of the tile at `tile`.
+// Stores n-tiles 2p and 2p + 1 of unit `unit` of the tile at `tile`. counts: bit i: key i of the unit is there, so its ones
+// are; whole: all are.
 template <int kHeadDim, int kBytes>
-__device__ __forceinline__ void store_v(Fragment<kHeadDim, kBytes>, u8* tile, int unit, int p, uint4 v) {
+__device__ __forceinline__ void store_v(Fragment<kHeadDim, kBytes>, u8* tile, int unit, int p, uint4 v, u32, bool) {
   *reinterpret_cast<uint4*>(tile + Fragment<kHeadDim, kBytes>::v_block(unit, p) + 16 * (threadIdx.x % 32)) = v;
 }
 
 template <int kHeadDim, int kBytes, int kTile, bool kOnes>
-__device__ __forceinline__ void store_v(CoreMatrix<kHeadDim, kBytes, kTile, kOnes>, u8* tile, int unit, int p, uint4 v) {
+__device__ __forceinline__ void store_v(CoreMatrix<kHeadDim, kBytes, kTile, kOnes>, u8* tile, int unit, int p, uint4 v, u32 counts,
+                                        bool whole) {
   using Layout = CoreMatrix<kHeadDim, kBytes, kTile, kOnes>;
   u32* first = reinterpret_cast<u32*>(tile + Layout::kV + 2 * unit * Layout::kVPitch + 256 * p) + threadIdx.x % 32;
   u32* second = first + Layout::kVPitch / 4;
   first[0] = v.x, second[0] = v.y, first[32] = v.z, second[32] = v.w;
   if (kOnes && p == 0) {
-    constexpr u32 kOne = kBytes == 2 ? 0x3C003C00u : 0x38383838u;  // fp16, e4m3
-    first[4 * kHeadDim] = kOne, second[4 * kHeadDim] = kOne;
+    constexpr u32 kOne = kBytes == 2 ? 0x3C00u : 0x38u, kWord = kOne * (kBytes == 2 ? 0x00010001u : 0x01010101u);  // fp16, e4m3
+    uint2 ones = {kWord, kWord};
+    if (!whole) ones = ones_of_keys<kBytes>(counts, kOne);
+    first[4 * kHeadDim] = ones.x, second[4 * kHeadDim] = ones.y;
   }
 }
 
@@ -211,15 +215,17 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
     for (int i = 0; i < kChunk; ++i) mean[i] *= -scale[i];
   __syncthreads();  // `partial` has been read: `rows` shares its memory
   for (int unit = first + warp; unit < last; unit += kQuantizeVWarps) {
-    // Bit i: key i of the unit is live. A unit of 16 keys has half of a word.
-    const int first_key = unit * Shared::kUnitKeys;
-    const u32 counts = kLiveMask && p.live.bits ? first_key < p.len ? live.word_by_warp(first_key / 32) >> first_key % 32 : 0u : ~0u;
+    // Bit i: key i of the unit exists and is live. A unit of 16 keys has half of a word.
+    const int first_key = unit * Shared::kUnitKeys, left = p.len - first_key;
+    constexpr u32 kAll = Shared::kUnitKeys == 32 ? ~0u : (1u << Shared::kUnitKeys % 32) - 1;
+    u32 counts = left >= Shared::kUnitKeys ? kAll : left > 0 ? (1u << left) - 1 : 0u;
+    if (kLiveMask && p.live.bits && left > 0) counts &= live.word_by_warp(first_key / 32) >> first_key % 32;
 #pragma unroll 1
     for (int pass = 0; pass < kPasses; pass += kBatch) {
       Raw8<kDtype> raw[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {  // keys beyond the end repeat the last; attention masks them
-        const int key = min(unit * Shared::kUnitKeys + (pass + i) * kRows + row, p.len - 1);
+      for (int i = 0; i < kBatch; ++i) {  // keys beyond the end repeat the last
+        const int key = min(first_key + (pass + i) * kRows + row, p.len - 1);
         raw[i] = load8<kDtype, kVectors>(v + (kLiveMask && p.order ? p.order[key] : key) * row_bytes, kChunk * chunk, p.head_dim);
       }
 #pragma unroll
@@ -228,19 +234,21 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
         unpack8<kDtype>(raw[i], x);
 #pragma unroll
         for (int e = 0; e < kChunk; ++e) x[e] = kOneStep ? fmaf(x[e], scale[e], mean[e]) : (x[e] - mean[e]) * scale[e];
-        if (kLiveMask && p.live.bits && !(counts >> (pass + i) * kRows + row & 1))  // whatever a key that nobody sees holds, it is 0
-#pragma unroll
-          for (int e = 0; e < kChunk; ++e) x[e] = 0.0f;
         stage8<kPvType>(rows + ((pass + i) * kRows + row) * Shared::kPitch, chunk, x);
       }
     }
+    if (counts != kAll)  // whatever a key that nobody sees holds, it is 0; rarely run, so that whole units pay nothing
+#pragma unroll 1
+      for (int key = row; key < Shared::kUnitKeys; key += kRows) {
+        constexpr float kZeros[kChunk] = {};
+        if (!(counts >> key & 1)) stage8<kPvType>(rows + key * Shared::kPitch, chunk, kZeros);
+      }
     if constexpr (kPvType == PvType::fp8) {
       float rounded[kChunk] = {};
 #pragma unroll 2
       for (int pass = 0; pass < kPasses; pass += 2) {
         const u8* at = rows + (pass * kRows + row) * Shared::kPitch;
-        const int beyond = p.len - unit * Shared::kUnitKeys - pass * kRows - row;  // keys left from here on
-        sum_rounded_e4m3(at, at + kRows * Shared::kPitch, chunk, beyond > 0, beyond > kRows, rounded);
+        sum_rounded_e4m3(at, at + kRows * Shared::kPitch, chunk, rounded);
       }
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
@@ -248,12 +256,11 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
     }
     __syncwarp();  // the unit is staged
     u8* tile = p.kv + ((i64)bh * p.kv_tiles + unit / kUnits) * Layout::kTileBytes;
-    const uint2 ones = valid_key_bytes(p.len - unit * Shared::kUnitKeys);
 #pragma unroll
     for (int n = 0; n < kHeadDim / 16; ++n) {
       const uint4 values = transpose<kPvType>(rows, Shared::kPitch, n);
-      store_v(Layout{}, tile, unit % kUnits, n, values);
-      if constexpr (kPvType == PvType::int8) sum_quantized_s8(shared.quant_sum, n, values, ones);
+      store_v(Layout{}, tile, unit % kUnits, n, values, counts, counts == kAll);
+      if constexpr (kPvType == PvType::int8) sum_quantized_s8(shared.quant_sum, n, values);
     }
     __syncwarp();  // the staged unit has been read
   }

@@ -96,7 +96,7 @@ struct Scheduler {
       tiles = count.x + count.y, masked = count.x;
     } else {
       const auto [seen, full] = count_kv_tiles<C::kTile>(p, tile.row0, C::kBlockM, C::kMask == Mask::causal);
-      tiles = seen, masked = seen - full;
+      tiles = seen, masked = C::kMask == Mask::causal ? seen - full : 0;  // keys beyond the end take no part (core_matrix.cuh)
     }
     const int begin = from ? tiles * from / blocks : 0, count = (to == blocks ? tiles : tiles * to / blocks) - begin;
     masked = min(max(masked - begin, 0), count);

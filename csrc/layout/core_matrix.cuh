@@ -12,6 +12,8 @@
 //      accumulators, converted in place, are the A fragments of P.
 //      Column 8i + c is channel 32·(i/4) + 8·(c/2) + 2·(i%4) + c%2, so a lane, which holds columns 2t and 2t + 1 of four i, owns eight
 //      consecutive channels of the output. With kOnes eight columns of ones follow: P·V's extra columns are the row sums of rounded P.
+//      Keys that do not exist, or that nobody sees, have zeros in all columns, those of ones included, and zeros in K: they take no part
+//      whatever P is, and no mask need hide them.
 #pragma once
 #include "../ptx/types.cuh"
 

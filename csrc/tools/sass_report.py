@@ -44,15 +44,12 @@ LOOP_LOCAL: dict[tuple[str, str], int] = {
     ("sm_75", "attend_mma_fp16_d256_list_fp32"): 5,
     ("sm_75", "attend_mma_fp16_d256_list_fp16"): 5,
     ("sm_89", "attend_mma_fp8_d256_list_fp8"): 1,
-    ("sm_89", "attend_mma_fp8_d256_none_fp8"): 3,
-    ("sm_89", "attend_mma_fp8_d256_causal_fp8"): 3,
     ("sm_90a", "attend_mma_fp8_d256_none_fp8"): 12,
     ("sm_100", "attend_mma_fp8_d256_list_fp16"): 1,
     ("sm_100", "attend_mma_fp8_d256_list_fp8"): 15,
     ("sm_120", "attend_mma_fp16_d256_list_fp16"): 3,
     ("sm_120", "attend_mma_int8_d256_list_int32"): 1,
     ("sm_120", "attend_mma_fp8_d256_list_fp8"): 3,
-    ("sm_120", "attend_mma_fp8_d256_causal_fp8"): 2,
     # Row scales and a barrier's parity, read again each tile behind products under way; O, the scores and P take 212 of 240 registers.
     ("sm_90a", "attend_wgmma_fp8_wide_d256_list_fp8"): 3,
 }

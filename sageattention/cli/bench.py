@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import KernelMissing, Unsupported
 from ..variants import Candidate
-from . import workloads
+from . import sparse_forms, workloads
 from .candidates import SDPA_BACKENDS, Attention, chosen_device, ready, sdpa_backend, variant
 from .mask_forms import MASK_FORMS, MaskForm
 from .text import table
@@ -298,11 +298,13 @@ def host_times(
 
 def measure(
     device: torch.device, shapes: list[Shape], named: list[Attention], *, peaked: bool = False, quick: bool = False, masks: bool = False,
+    sparse: bool = False,
     begun: Callable[[dict[str, Any]], None] = lambda report: None, told: Callable[[str, list[Row]], None] = lambda title, rows: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Time `named`, or else `auto` and every ready variant, beside torch's backends on a GPU, as plain data.
 
     Args:
+        sparse: block-sparse calls, on inputs with structure.
         begun: called with what is known before the first shape.
         told: called with each shape's title and rows.
     """
@@ -311,8 +313,10 @@ def measure(
     torch.cuda.set_device(device.index or 0)
     found, refused = (named, []) if named else ready(device)
     ours = found if named else [variant("auto"), *(c for c in found if c.name not in ("sdpa", "reference"))]
+    if sparse:
+        ours = [variant("auto"), *sparse_forms.candidates([c.name for c in named] or ["auto"])]
     candidates = [*map(sdpa_backend, SDPA_BACKENDS), *ours]
-    kind = "logits6" if peaked else "normal"
+    kind = "video" if sparse else "logits6" if peaked else "normal"
     dtype = str(_dtype(device)).removeprefix("torch.")
     report: dict[str, Any] = {"machine": _machine(device), "kind": kind, "dtype": dtype, "not_run": dict(refused)}
     report["host_us"] = host_times(candidates, device)  # first, before the card is hot
@@ -338,14 +342,19 @@ def main(args: argparse.Namespace) -> int:
     """The command; exit code 0, also where there is no GPU (it says so and times one small shape on the CPU)."""
     if args.reset:
         raise Unsupported("--reset", "goes with --calibrate: it removes what that made")
-    shapes = [parse_shape(text) for text in args.shapes or (MODELS if args.models else QUICK_SHAPES if args.quick else SHAPES)]
+    if args.sparse and (args.masks or args.peaked):
+        raise Unsupported("--sparse", "has inputs of its own and no masks: leave out --masks and --peaked")
+    default = sparse_forms.SHAPES if args.sparse else MODELS if args.models else QUICK_SHAPES if args.quick else SHAPES
+    shapes = [parse_shape(text) for text in args.shapes or default]
+    if args.sparse and any(shape.len_q != shape.len_kv for shape in shapes):
+        raise Unsupported("--shapes", "block-sparse calls are timed on as many queries as keys")
     named = [variant(name) for name in args.variants or ()]
     device = chosen_device(args.device)
     if device.type != "cuda":
         found = measure_on_cpu(named, args.shapes)
         print(json.dumps(found, indent=2)) if args.json else _print_cpu(found)
         return 0
-    options = {"peaked": args.peaked, "quick": args.quick, "masks": args.masks}
+    options = {"peaked": args.peaked, "quick": args.quick, "masks": args.masks, "sparse": args.sparse}
     if args.json:
         found = measure(device, shapes, named, **options, told=lambda title, rows: print(f"{title} done", file=sys.stderr))
         print(json.dumps(found, indent=2))

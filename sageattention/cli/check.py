@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..device import capability
 from ..errors import KernelMissing, Unsupported
 from ..variants import VARIANTS
-from . import workloads
+from . import sparse_forms, workloads
 from .candidates import Attention, chosen_device, ready, variant
 from .mask_forms import MASK_FORMS, padding, text_then_image
 from .text import table
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 SMALL = Shape("small", 1, 2, 70, 333, 64)  # the call forms and head dimensions; odd lengths
 # On a CPU a few rows of two heads tell as much about the numerics, in seconds; key counts stay, for the sums are along them.
 CPU = replace(workloads.ACCURACY, heads=2, len_q=48)
+SPARSE = Shape("sparse", 1, 8, 3001, 3001, 128)
+# Relative L2 error against the algorithm in fp64, by the type of P and V. A block whose score is within rounding of the threshold may be
+# exact for the one and not for the other.
+SPARSE_BOUNDS = {"fp16": 0.04, "int8": 0.06, "fp8": 0.08}
+VIDEO_TOKENS = (15360, 104050)
 HEAD_DIMS = (40, 64, 80, 128, 160, 256)
 
 
@@ -37,6 +42,16 @@ class Result:
     error: float | None = None  # relative L2 against the oracle
     bound: float | None = None
     detail: str = ""
+
+
+@dataclass(frozen=True)
+class VideoError:
+    """What a variant makes of the kind `video`: relative L2 errors against dense attention in fp64, dense and block-sparse."""
+
+    variant: str
+    tokens: int
+    dense: float
+    sparse: float
 
 
 @dataclass(frozen=True)
@@ -184,10 +199,49 @@ def _deviations(out: torch.Tensor, lse: torch.Tensor | None, case: Case) -> list
     return found
 
 
+def judge_sparse(candidate: Attention, device: torch.device) -> Iterator[Result]:
+    """Block-sparse calls of a variant against the algorithm in fp64."""
+    if candidate.variant is None or not candidate.variant.sparse_kernels or not candidate.scheme:
+        return
+    q, k, v = workloads.make("video", SPARSE, device=device)
+    bound = SPARSE_BOUNDS[candidate.scheme.pv]
+    for form, keywords in sparse_forms.FORMS.items():
+        name = f"sparse, {form}"
+        try:
+            out = sparse_forms.call(q, k, v, variant=candidate.variant.name, **keywords)
+        except (Unsupported, KernelMissing) as refused:
+            status = "missing" if isinstance(refused, KernelMissing) else "unsupported"
+            yield Result(candidate.name, name, status, bound=bound, detail=str(refused))
+            continue
+        exact = sparse_forms.call(q, k, v, variant="reference", **keywords)
+        error = workloads.relative_l2(out, exact)
+        yield Result(
+            candidate.name, name, "ok" if error <= bound else "off", error, bound, "" if error <= bound else "error above its bound"
+        )
+
+
+def video_errors(candidates: list[Attention], device: torch.device) -> Iterator[VideoError]:
+    """Each variant's that has a block-sparse form, on 64 rows of eight heads."""
+    from ..numerics.reference import oracle
+
+    for tokens in VIDEO_TOKENS:
+        q, k, v = workloads.make("video", Shape("video", 1, 8, tokens, tokens, 128), device=device)
+        rows = slice(None, None, tokens // 64)
+        exact, _ = oracle(q[:, :, rows], k, v)
+        for candidate in candidates:
+            if candidate.variant is None or not candidate.variant.sparse_kernels:
+                continue
+            sparse = sparse_forms.call(q, k, v, variant=candidate.variant.name, **sparse_forms.FORMS["mass 2"])
+            dense, chosen = (workloads.relative_l2(out[:, :, rows], exact) for out in (candidate.call(q, k, v), sparse))
+            yield VideoError(candidate.name, tokens, dense, chosen)
+
+
 def run(device: torch.device, names: list[str] | None = None, *, quick: bool = False) -> tuple[list[Result], list[tuple[str, str]]]:
     """Judge the ready variants (or those named) on every case: the results, and (name, reason) of the variants left out."""
     chosen, refused = ([variant(name) for name in names], []) if names else ready(device, accumulators=True)
     results = [judge(candidate, case) for case in cases(device, quick=quick) for candidate in chosen]
+    if device.type == "cuda":
+        results += [result for candidate in chosen for result in judge_sparse(candidate, device)]
     results.sort(key=lambda r: [c.name for c in chosen].index(r.variant))
     return results, refused
 
@@ -198,13 +252,16 @@ def findings(device: torch.device, names: list[str] | None = None, *, quick: boo
     results, refused = run(device, names, quick=quick)
     bad = [r for r in results if r.status in ("off", "failed") or (names and r.status in ("missing", "unsupported"))]
     judged = {r.variant.partition(":")[0] for r in results if r.status in ("ok", "off", "failed")}
+    kernels = sorted(name for name in judged if VARIANTS[name].has_kernels)
+    videos = list(video_errors([variant(name) for name in kernels], device)) if device.type == "cuda" and not quick and not bad else []
     return {
         "device": str(device),
         "ok": not bad,
         "right": sum(r.status == "ok" for r in results),
         "wrong": len(bad),
-        "kernels": sorted(name for name in judged if VARIANTS[name].has_kernels),
+        "kernels": kernels,
         "results": [asdict(r) for r in results],
+        "video": [asdict(e) for e in videos],
         "not_run": dict(refused),
     }
 
@@ -231,6 +288,10 @@ def main(args: argparse.Namespace) -> int:
     print(f"Relative L2 error against fp64, bf16 inputs, on {found['device']}.")
     rows = [(r["variant"], r["case"], r["status"], _number(r["error"]), _number(r["bound"]), r["detail"]) for r in found["results"]]
     print(table(("variant", "case", "status", "error", "bound", ""), rows, numeric=(3, 4)))
+    if found["video"]:
+        print("\nInputs of kind video against dense attention in fp64; block-sparse by `mass` 2 in 4x4x4 cubes.")
+        errors = [(e["variant"], f"{e['tokens']:,}", _number(e["dense"]), _number(e["sparse"])) for e in found["video"]]
+        print(table(("variant", "tokens", "dense", "block-sparse"), errors, numeric=(1, 2, 3)))
     for name, reason in found["not_run"].items():
         print(f"not run: {name} - {reason}")
     print(verdict(found))

@@ -72,6 +72,8 @@ class KernelFamily:
     masks: tuple[str, ...] = MASKS  # kinds of kernels that there are; those of lists alone serve block-sparse calls
     quantizers: str = "mma"  # families of the same name have their quantisers in one image and, for tiles of equal size, K's in common
     scale_blocks: int = 1  # of a tile's keys: those of each share K's scales
+    # V has columns of ones, whose products are the softmax's sums: where K and V of a key are zeros, ones included, it needs no mask.
+    v_ones: bool = False
     # Persistent kernels: bytes of split-KV partials (O, l, m) that a CTA leaves for the CTA with which it shares its last work tile, by
     # compiled head dimension.
     split_kv_bytes: Callable[[int], int] | None = None

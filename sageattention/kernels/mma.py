@@ -89,6 +89,7 @@ MMA_BYTE_TILES |= {
     (100, 256, "causal", "fp8"): replace(_SHARED, stages=2, loop_state_in_smem=True, delay_v_load=1),
     (100, 256, "none", "fp16"): _SHARED,
     (100, 256, "causal", "fp16"): _SHARED,
+    (89, 256, "none", "fp8"): replace(MMA_BYTE_TILES[89, 256, "none", "fp8"], q_in_smem=True),
     (120, 256, "causal", "fp8"): replace(MMA_BYTE_TILES[120, 256, "causal", "fp8"], q_in_smem=True),
 }
 MMA_TILES |= LIST_TILES

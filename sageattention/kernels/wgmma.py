@@ -26,7 +26,7 @@ WGMMA_LOCAL_WIDE = 216
 
 def _wgmma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:
     t = find_tile(kernels.tiles, arch, head_dim, mask, accumulate)
-    q_stages = 2 if head_dim == 128 else 1  # by measurement at 64; at 256 there is no room for two
+    q_stages = 2 if head_dim == 128 else 1  # by measurement at 64; at 256 two were not tried
     form = "" if kernels.pv == "fp16" else "_fp8_wide" if head_dim == 256 else "_fp8"
     tile = initializer("WgmmaTile", {"mask": f"Mask::{mask}", "stages": t.stages, "q_stages": q_stages})
     config = f"Wgmma{form.title().replace('_', '')}Config<{kernels.layout.format(d=head_dim)}, {tile}>"
@@ -59,14 +59,14 @@ def _split_kv_bytes(tiles: Tiles) -> Callable[[int], int]:
 
 WGMMA_FP16 = KernelFamily(
     "wgmma_fp16", "kernel/mainloop_sm90_fp16.cuh", _core_matrix(2, _FP16), _core_matrix_bytes(2, _FP16),
-    {"fp32": FP16_FP32_WGMMA}, WGMMA_TILES, _wgmma_entry, arch=90, quantizers="wgmma", scale_blocks=2,
+    {"fp32": FP16_FP32_WGMMA}, WGMMA_TILES, _wgmma_entry, arch=90, quantizers="wgmma", scale_blocks=2, v_ones=True,
     split_kv_bytes=_split_kv_bytes(WGMMA_TILES),
 )  # fmt: skip
 
 WGMMA_FP8 = KernelFamily(
     "wgmma_fp8", "kernel/mainloop_sm90_fp8.cuh", _core_matrix(1, _FP8), _core_matrix_bytes(1, _FP8),
     {"fp32+fp32": FP8_FP32_WGMMA, "fp32": FP8_FP32_WGMMA, "fp32+fp16": FP8_FP32_WGMMA},  # fp16 accumulators are no faster
-    WGMMA_BYTE_TILES, _wgmma_entry, arch=90, quantizers="wgmma", scale_blocks=2,
+    WGMMA_BYTE_TILES, _wgmma_entry, arch=90, quantizers="wgmma", scale_blocks=2, v_ones=True,
     split_kv_bytes=_split_kv_bytes(WGMMA_BYTE_TILES),
 )  # fmt: skip
 

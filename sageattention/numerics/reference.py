@@ -232,16 +232,22 @@ def _steps(tokens: int, head_dim: int, scheme: Scheme) -> list[_Step]:
     return steps
 
 
+def _step_size(head_dim: int, scheme: Scheme) -> int:
+    """Keys of a step of a lazy scheme."""
+    return max(scheme.lazy // head_dim, 1)
+
+
 def _lazy_steps(rows: range, tokens: int, head_dim: int, scheme: Scheme, mask: torch.Tensor | None, is_causal: bool) -> list[_Step]:
     """The steps of one block of queries, in the kernel's order: tiles with masked keys first, each step with an accumulator of its own;
-    then full ones, unless there is a single one, `promote` keys to an accumulator. Without a dense mask the last tile comes first."""
-    size, tiles = max(scheme.lazy // head_dim, 1), [(i, min(i + scheme.kv_tile, tokens)) for i in range(0, tokens, scheme.kv_tile)]
+    then full ones, unless there is a single one, `promote` keys to an accumulator. Without a dense mask the last tile comes first. Keys
+    that are there for no query, being masked for all or beyond the end, make no tile masked: they have no part in K and V."""
+    size, tiles = _step_size(head_dim, scheme), [(i, min(i + scheme.kv_tile, tokens)) for i in range(0, tokens, scheme.kv_tile)]
     if is_causal:
         tiles = [t for t in tiles if t[0] <= rows[-1]]
     mixed: list[tuple[int, int]] = []
     full: list[tuple[int, int]] = []
     for start, stop in tiles:
-        uneven = stop - start < scheme.kv_tile or (is_causal and stop - 1 > rows[0])
+        uneven = is_causal and (stop - start < scheme.kv_tile or stop - 1 > rows[0])
         if mask is not None:
             part = mask[rows[0] : rows[-1] + 1, start:stop] if mask.shape[0] > 1 else mask[:, start:stop] if mask.shape[1] > 1 else mask
             kept = part if part.dtype == torch.bool else part != -math.inf
@@ -250,7 +256,9 @@ def _lazy_steps(rows: range, tokens: int, head_dim: int, scheme: Scheme, mask: t
                 kept = kept & reached
             if not kept.any():
                 continue
-            uneven = uneven or not kept.all() or (part.dtype != torch.bool and bool((part != 0).any()))
+            if mask.shape[0] > 1 or is_causal:
+                uneven = uneven or stop - start < scheme.kv_tile or not bool(kept.all())
+            uneven = uneven or (part.dtype != torch.bool and bool((part.masked_fill(~kept, 0) != 0).any()))
         (mixed if uneven else full).append((start, stop))
     if mask is None:
         mixed, full = mixed[::-1], full[::-1]
@@ -323,6 +331,7 @@ def _attend_rows(
     k8, k_scale, k_mean = keys
     v, v_scale, v_mean = values
     tokens, head_dim = k8.shape
+    size = _step_size(head_dim, scheme)
     factor = min(abs(sm_scale) * hadamard.gain(head_dim), FINITE_MAX)  # finite, so that 0 · factor is 0
     rotated = rotate(q, scheme) * math.copysign(1.0, sm_scale)
     q8, unit = QUANTIZE_QK[scheme.qk](rotated, rotated.abs().amax(-1, keepdim=True))
@@ -341,6 +350,8 @@ def _attend_rows(
         if is_causal:
             s = s.masked_fill(rows < torch.arange(start, stop, device=q.device), -math.inf)
         top = s.amax(-1, keepdim=True)
+        if lines and (stop - start < size or mask is not None):  # absent keys have a score of 0
+            top = torch.where((s == -math.inf).any(-1, keepdim=True) | (stop - start < size), top.clamp_min(0), top)
         if scheme.lazy:
             base = torch.maximum(m, near)
             raised = (top - math.log2(scheme.p_max)).ceil() + math.log2(scheme.p_max)  # P = 2^(score − a whole number)

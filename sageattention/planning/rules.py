@@ -46,6 +46,7 @@ class Rule:
         head_dims: the compiled head dimensions it is for.
         masks: "none", "causal" or "list".
         min_q, min_kv: the shortest lengths, in tokens.
+        key_masks: of dense masks only bool ones with one row for all queries, whose hidden keys cost nothing.
         waves: blocks of queries, over all heads, for each multiprocessor. One wave of the shortest call saves about what the
             quantising launches cost (20 µs).
         cards: a pattern that the card's name has to contain; "" is any card.
@@ -59,6 +60,7 @@ class Rule:
     masks: tuple[str, ...] = ("none", "causal", "list")
     min_q: int = MIN_TOKENS
     min_kv: int = MIN_TOKENS
+    key_masks: bool = False
     waves: float = 2.0
     cards: str = ""
 
@@ -69,6 +71,8 @@ class Rule:
             return f"no variant is faster at head_dim {head_dim}"
         if problem.mask_kind not in self.masks:
             return f"no variant is faster with a mask of the kind {problem.mask_kind!r}"
+        if self.key_masks and (problem.mask != "bool" or problem.mask_shape[2] > 1 or problem.causal):
+            return f"at head_dim {head_dim} no variant is surely faster with another dense mask than a bool one of keys alone"
         for given, least, what in ((problem.len_q, self.min_q, "queries"), (problem.len_kv, self.min_kv, "keys")):
             if given < least:
                 return f"under {least:,} {what} quantising costs more than it saves"
@@ -106,16 +110,21 @@ RULES: tuple[Rule, ...] = (
         (89, 120), (_INT8, _FAST8, _FAST16, _TRITON), "static",
         "INT8 and FP8 products at four times the rate of fp16 with fp32 sums",
     ),
-    # Whole calls, cuDNN = 1, FP8: at 4,096 to 4,608 tokens 1.32 to 1.47 at head_dim 128, 1.21 at 64 and 1.32 at 40.
-    # Causal calls were not measured.
+    # Whole calls, cuDNN = 1, FP8: at 4,096 to 4,608 tokens 1.32 to 1.47 at head_dim 128, 1.21 at 64 and 1.32 at 40. Causal, torch's
+    # best = 1: 1.07 to 1.12 at 4,096 to 4,608 tokens, 1.26 and 1.30 at 8,192, 1.45 at 16,384; .95 at 3,072, .77 at 2,048.
     Rule(
         (90,), (_HOPPER8, _ACCURATE), "measured", "INT8 and FP8 products by wgmma, faster than cuDNN quantising included",
-        (64, 128), ("none",), min_q=4096, min_kv=4096,
+        (64, 128), ("none", "causal"), min_q=4096, min_kv=4096,
     ),
-    # Whole calls, torch = 1, FP8, at 4,608 tokens: 1.9 to 2.6 where whole tiles of keys are masked, 1.03 to 1.2 where none is.
+    # Whole calls, torch = 1, FP8, at 4,608 tokens: 1.9 to 2.6 where whole tiles of keys are masked, 1.03 to 1.2 where none is. At
+    # head_dim 64 and 4,096 tokens 1.67 with a mask of keys, 1.98 with one of text, but .82 where every tile is masked.
     Rule(
         (90,), (_HOPPER8, _ACCURATE), "measured", "masked tiles are left out, and torch has no fast masked kernel",
         (128,), ("list",), min_q=4096, min_kv=4096,
+    ),
+    Rule(
+        (90,), (_HOPPER8, _ACCURATE), "measured", "masked keys cost nothing, and torch has no fast masked kernel",
+        (64,), ("list",), min_q=4096, min_kv=4096, key_masks=True,
     ),
     # mma.sync, all that we have for it, reaches a part of what cuDNN's tcgen05 kernels do.
     Rule((100,), (), "static", "cuDNN uses tensor memory, which no variant does"),

@@ -148,16 +148,15 @@ def codes_of_k(kernels: KernelFamily, tile: torch.Tensor, head_dim: int) -> tupl
     return lanes[:, place // 16, b[3] + 2 * b[4], place % 16].float(), scale
 
 
-def values_of(kernels: KernelFamily, tile: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Of one tile: V's numbers [keys, D], the columns of ones checked."""
+def values_of(kernels: KernelFamily, tile: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of one tile: V's numbers [keys, D], its columns of ones [keys, 8] where it has them."""
     keys = find_tile(kernels.tiles, 0, head_dim).block_n
     size = 2 if kernels.pv == "fp16" else 1
     kind = {"fp16": torch.float16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}[kernels.pv]
     run = 16 // size  # keys of a column in 16 bytes
     if kernels.arch:
         chunks = tile[keys * head_dim + 128 :].view(kind).float().view(keys // run, -1, run)
-        assert (chunks[:, head_dim:] == 1).all()
-        columns = chunks[:, :head_dim].permute(0, 2, 1).reshape(keys, head_dim)
+        columns = chunks.permute(0, 2, 1).reshape(keys, -1)
     else:  # block, lane 4g + t, {n-tile 2p: b0, b1; n-tile 2p + 1: b0, b1}
         blocks = tile[keys * head_dim : -16].view(kind).float().view(-1, head_dim // 16, 8, 4, 2, 2, 4 // size)
         # c, p, g, t, tile, b, e → (c, b, t, e), (p, tile, g)
@@ -169,9 +168,10 @@ def values_of(kernels: KernelFamily, tile: torch.Tensor, head_dim: int) -> torch
         else:  # of sixteen: t, i
             key = p // 16 * 16 + 8 * (p % 4 // 2) + 2 * (p % 16 // 4) + p % 2
         columns = torch.empty_like(columns).index_copy_(0, key, columns)
+    columns, ones = columns[:, :head_dim], columns[:, head_dim:] if kernels.v_ones else None
     n = torch.arange(head_dim)
     channel = n // 32 * 32 + 8 * (n % 8 // 2) + 2 * (n // 8 % 4) + n % 2
-    return torch.empty_like(columns).index_copy_(1, channel, columns)
+    return torch.empty_like(columns).index_copy_(1, channel, columns), ones
 
 
 @pytest.mark.parametrize("kernels", KERNELS, ids=[k.name for k in KERNELS])
@@ -205,7 +205,7 @@ def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: Ker
         assert (codes - k8).abs().max() <= 1 and (codes != k8).float().mean() <= 1e-2
         assert torch.allclose(scales, k_scale[:, 0] / K_SCALE_SHIFT, rtol=1e-5)
         assert buffer(w.k_scale_max, torch.float32, 4)[pair] == scales.max()
-        values = torch.cat([values_of(kernels, tile.contiguous(), d) for tile in tiles[pair]])[:tokens]
+        values = torch.cat([values_of(kernels, tile.contiguous(), d)[0] for tile in tiles[pair]])[:tokens]
         assert (values - v8).abs().max() <= 2e-3 * v8.abs().max() + (chosen.scheme.pv != "fp16") * 32
         assert (values != v8).float().mean() <= 2e-2
         amax, mean = (buffer(at, torch.float32, 4, d)[pair] for at in (w.v_amax, w.v_mean))
@@ -219,6 +219,34 @@ def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: Ker
         assert torch.allclose(mean, v_mean, atol=1e-6)
         k_mean = t["k"].flatten(0, 1)[pair, :: k_mean_stride(tokens)].float().mean(0)
         assert torch.allclose(buffer(w.k_mean, torch.float32, 4, d)[pair, : d - missing], k_mean, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", KERNELS, ids=[k.name for k in KERNELS])
+@pytest.mark.parametrize("hidden", ["none", "some"])
+def test_absent_keys_are_zeros(card: Lanes, kernels: KernelFamily, hidden: str) -> None:
+    """Keys that a key mask hides, whatever they hold, and those beyond the end; the columns of ones too."""
+    d, arch, tokens = card.head_dim, card.capability.arch, 203
+    if d not in kernels.head_dims or not kernels.built_for(ARCHITECTURES[arch].target) or kernels.masks == ("list",):
+        pytest.skip(f"{kernels.name} is not for sm_{arch} or head_dim {d}, or not for masks")
+    t, _ = matrix.tensors(matrix.Case(d, len_q=1, len_kv=tokens))
+    there = torch.ones(tokens, dtype=torch.bool)
+    if hidden == "some":
+        there[::3], there[100:140] = False, False
+    t["k"][:, :, ~there] = t["v"][:, :, ~there] = torch.nan
+    variant = next(v for v in VARIANTS.values() if kernels in v.kernels)
+    mask = None if hidden == "none" else there.view(1, 1, 1, -1)
+    problem = on_card(t, attn_mask=mask)
+    chosen = fit_cuda(problem, Target(card.capability, 0 if kernels.arch else arch), variant, next(iter(kernels.schemes)), "", False)
+    kv = host.quantize(t["k"], t["v"], problem, chosen, mask)
+    launch_plan, size = workspace.launch_plan_of(problem, chosen, True), kernels.tile_bytes(d)
+    tiles = kv.buffer[launch_plan.workspace.kv :][: launch_plan.tiles * size].view(launch_plan.tiles, size)
+    codes = torch.cat([codes_of_k(kernels, tile.contiguous(), d)[0] for tile in tiles])
+    values, ones = zip(*(values_of(kernels, tile.contiguous(), d) for tile in tiles))
+    there = torch.nn.functional.pad(there, (0, len(codes) - tokens))
+    for x in (codes, torch.cat(values)):
+        assert (x[~there] == 0).all() and (x[there] != 0).any(1).all()
+    if kernels.v_ones:
+        assert torch.equal(torch.cat(ones), there[:, None].float().expand(-1, 8))
 
 
 # --- eight rows of Q by MMAs, as Hopper's own kernels have them -------------------------------------------------

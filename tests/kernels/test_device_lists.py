@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from types import SimpleNamespace
 
 import matrix
@@ -35,7 +36,9 @@ def classify(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return compiled(90, tmp_path_factory.mktemp("classify"), ("common/warp.cuh", "kernel/classify_mask.cuh"), CLASSIFY_FUNCTION)
 
 
-def classified(library: ctypes.CDLL, mask: torch.Tensor, len_q: int, len_kv: int, tile: int, is_causal: bool) -> torch.Tensor:
+def classified(
+    library: ctypes.CDLL, mask: torch.Tensor, len_q: int, len_kv: int, tile: int, is_causal: bool, v_ones: bool = False
+) -> torch.Tensor:
     """What the pre-pass writes for a mask of one (batch, head) or more, uint8."""
     heads = max(mask.shape[1], 2)
     q, kv = torch.zeros(mask.shape[0], heads, len_q, 64), torch.zeros(mask.shape[0], heads, len_kv, 64)
@@ -43,8 +46,9 @@ def classified(library: ctypes.CDLL, mask: torch.Tensor, len_q: int, len_kv: int
     launch_plan = SimpleNamespace(
         problem=problem, len_kv=reachable(len_q, len_kv, is_causal), classify="classify", plan=SimpleNamespace(tile=Tile(128, tile, 4, 2))
     )
-    lists, space, ((_, blocks, *_, params, _),) = host._classify(launch_plan, mask)
-    space.fill_(FILLER)
+    lists = host._lists(launch_plan, mask, mask.data_ptr() % 16, v_ones)
+    space = torch.full((lists.size,), FILLER, dtype=torch.uint8)
+    _, blocks, *_, params, _ = host._classify_launch(launch_plan, lists, mask.data_ptr(), space.data_ptr())
     library.classify(ctypes.create_string_buffer(params, len(params)), ctypes.c_uint(blocks))
     return space
 
@@ -92,6 +96,21 @@ def test_pre_pass_reads_any_strides(classify: ctypes.CDLL, view: str, dtype: tor
     len_q, len_kv = mask.shape[2:]
     expected = tile_bits.classify(mask, len_q, len_kv, 64, False)
     assert torch.equal(classified(classify, mask, len_q, len_kv, 64, False), expected.words(FILLER))
+
+
+@pytest.mark.parametrize("tokens, tile", [(333, 96), (4500, 64), (8300, 128)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hidden_keys_make_no_tile_uneven_where_they_are_absent(classify: ctypes.CDLL, dtype: torch.dtype, tokens: int, tile: int) -> None:
+    """And neither do keys beyond the end; biases do. Long rows are classified by several CTAs."""
+    mask = mask_of(dtype, (2, 1, 2, tokens))[:, :, 1:].contiguous()
+    if dtype != torch.bool:
+        mask[..., 70:75] = 1.5
+    bits = tile_bits.classify(mask, 20, tokens, tile, False)
+    biased = (mask != 0) & (mask != -torch.inf) if dtype != torch.bool else torch.zeros_like(mask)
+    uneven = tile_bits.by_tiles(biased, tile, 1, False).any(-1)
+    assert (bits.uneven & ~uneven).any() and uneven.any() == (dtype != torch.bool)
+    assert torch.equal(classified(classify, mask, 20, tokens, tile, False), bits.words(FILLER))
+    assert torch.equal(classified(classify, mask, 20, tokens, tile, False, v_ones=True), replace(bits, uneven=uneven).words(FILLER))
 
 
 @pytest.mark.parametrize("lowest", [-1e4, torch.finfo(torch.float32).min])

@@ -21,9 +21,9 @@ VARIANTS = {"fp16": CUDA_FP16, "fp8": CUDA_FP8_SM90}
 each_pv = pytest.mark.parametrize("pv", VARIANTS)
 
 
-@pytest.fixture(scope="module")
-def lanes(tmp_path_factory: pytest.TempPathFactory) -> Lanes:
-    return lanes_of(90, 128, tmp_path_factory.mktemp("hopper"), wgmma=True)
+@pytest.fixture(scope="module", params=[128, 256], ids="d{}".format)
+def lanes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Lanes:
+    return lanes_of(90, request.param, tmp_path_factory.mktemp("hopper"), wgmma=True)
 
 
 @pytest.fixture

@@ -196,6 +196,7 @@ inline void __threadfence() {}
 inline int atomicAdd(int* p, int x) { return *p += x, *p - x; }
 inline u64 atomicAdd(u64* p, u64 x) { return *p += x, *p - x; }
 inline u32 atomicOr(u32* p, u32 x) { return *p |= x, *p; }
+inline int atomicMin(int* p, int x) { return *p = *p < x ? *p : x; }
 inline int atomicMax(int* p, int x) { return *p = *p > x ? *p : x; }
 template <class T> T min(T a, T b) { return a < b ? a : b; }
 template <class T> T max(T a, T b) { return a > b ? a : b; }

@@ -143,6 +143,25 @@ def test_a_rule_looks_at_head_dim_and_mask():
     assert "'list'" in rule.miss(problem(head_dim=64, mask="bool"), gpu(90))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("changes", "everywhere"),
+    [
+        ({"mask": "bool"}, True),
+        ({"mask": "bool", "mask_shape": (2, 1, 1), "batch": 2}, True),
+        ({"mask": "additive"}, False),
+        ({"mask": "bool", "mask_shape": (1, 1, 4096)}, False),
+        ({"mask": "bool", "causal": True}, False),
+        ({"causal": True}, True),
+    ],
+)
+def test_masks_that_hopper_takes(changes: dict, everywhere: bool, head_dim: int) -> None:
+    """At head_dim 64 only those of which no tile needs masking."""
+    found = choose(problem(head_dim=head_dim, **changes), gpu(90), 90)
+    assert bool(found.candidates) == (everywhere or head_dim == 128)
+    assert found.candidates or "bool one of keys alone" in found.reason
+
+
 @pytest.mark.parametrize(("arch", "family"), [(61, 75), (75, 75), (87, 86), (90, 90), (103, 100), (121, 120), (130, 120)])
 def test_an_unknown_architecture_takes_the_rules_of_the_one_before(arch, family):
     assert rules.family(arch) == family

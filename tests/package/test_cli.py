@@ -155,6 +155,36 @@ def test_check_of_a_variant_asked_for_by_name_fails_where_it_cannot_run(capsys):
     assert "needs a tensor on an NVIDIA GPU" in capsys.readouterr().out
 
 
+def test_check_of_block_sparse_calls(monkeypatch):
+    import torch
+
+    from sageattention.cli import check, sparse_forms
+    from sageattention.cli.candidates import variant
+
+    monkeypatch.setattr(check, "SPARSE", check.Shape("sparse", 1, 1, 700, 700, 32))
+    given, spoil = sparse_forms.call, {"sol 1": 1.2, "mass 2": float("nan")}
+
+    def call(q, k, v, *, variant, **keywords):
+        form = next(name for name, own in sparse_forms.FORMS.items() if own == keywords)
+        return given(q, k, v, variant="reference", **keywords) * (1 if variant == "reference" else spoil.get(form, 1))
+
+    monkeypatch.setattr(sparse_forms, "call", call)
+    found = list(check.judge_sparse(variant("sageattn_qk_int8_pv_fp8_cuda"), torch.device("cpu")))
+    assert {r.case: r.status for r in found} == {f"sparse, {f}": "off" if f in spoil else "ok" for f in sparse_forms.FORMS}
+    assert not list(check.judge_sparse(variant("sdpa"), torch.device("cpu")))
+
+
+def test_bench_has_every_form_of_block_sparse_calls():
+    import torch
+
+    from sageattention.cli import sparse_forms, workloads
+
+    q, k, v = workloads.make("video", workloads.Shape("video", 1, 1, 900, 900, 32))
+    made = list(sparse_forms.candidates(["reference", "auto"]))
+    assert [c.name for c in made[:2]] == ["sol 1 reference", "sol 1.3 reference"] and len(made) == 2 * len(sparse_forms.FORMS)
+    assert all(torch.equal(one.call(q, k, v), other.call(q, k, v)) for one, other in zip(made, made[len(sparse_forms.FORMS) :]))
+
+
 def test_check_tells_a_kernel_that_turns_out_to_be_missing(monkeypatch, capsys):
     from sageattention import KernelMissing
     from sageattention.backends import emulation
@@ -189,6 +219,8 @@ def test_bench_on_a_cpu_says_that_there_is_nothing_to_time(capsys):
         (["bench", "--shapes", "flux_9000"], "flux_9000"),
         (["bench", "--variants", "sageattn3"], "sageattn3"),
         (["bench", "--device", "gpu"], "--device"),
+        (["bench", "--sparse", "--masks"], "--sparse"),
+        (["bench", "--sparse", "--shapes", "wan_cross"], "as many queries as keys"),
         (["check", "--device", "cuda:99"], "cuda:99"),
         (["check", "--device", "meta"], "--device"),
         (["check", "--variants", "sageattn_qk_int8_pv_fp16_triton:fp8"], "pv_accum_dtype"),

@@ -50,7 +50,7 @@ def run(call: PreparedCall[CudaPlan]) -> Result:
     form = bound.get(unaligned)
     if form is None:
         launch_plan = launch_plan_of(p, call.plan)
-        lists = None if mask is None else _lists(launch_plan, mask, unaligned[2])
+        lists = None if mask is None else _lists(launch_plan, mask, unaligned[2], call.plan.kernels.v_ones)
         form = bound[unaligned] = bind(launch_plan, q, k, v, out, mask, lists, unaligned[:2])
     lists = form.lists
     ring = torch.empty(form.size + (lists.size if lists else 0), dtype=torch.uint8, device=q.device)
@@ -268,7 +268,8 @@ def _broadcast_strides(shape: tuple[int, int, int], size: int) -> tuple[int, int
     return heads * rows * size if batches > 1 else 0, rows * size if heads > 1 else 0, size if rows > 1 else 0
 
 
-def _lists(r: LaunchPlan, mask: torch.Tensor, unaligned: int) -> Lists:
+def _lists(r: LaunchPlan, mask: torch.Tensor, unaligned: int, v_ones: bool = False) -> Lists:
+    """`v_ones`: K and V are quantised by this very mask, for kernels that need no mask for a key which no query of its KV head sees."""
     p, tile = r.problem, r.plan.tile
     shape = tile_list_shape(p, r.len_kv, tile.block_n)
     batches, heads, mask_rows, bands, words, live_words, is_bool, bias_len = shape
@@ -277,10 +278,11 @@ def _lists(r: LaunchPlan, mask: torch.Tensor, unaligned: int) -> Lists:
     part_words = max(1, CLASSIFY_KEYS // (WORD_BITS * tile.block_n)) if is_bool or mask_rows == 1 else words
     parts = -(-words // part_words)
     vectors = _runs_of(mask, 16 if is_bool else 4, unaligned)
+    absent = v_ones and bands == 1 and (heads == 1 or p.heads_q == p.heads_kv)
     return Lists(
         batches * heads * bands * parts,
         _classify_constants(
-            *_mask_strides(mask), heads, bands, p.len_q, r.len_kv, _MASK_KINDS[mask.dtype], p.causal, vectors, tile.block_n,
+            *_mask_strides(mask), heads, bands, p.len_q, r.len_kv, _MASK_KINDS[mask.dtype], p.causal, vectors, absent, tile.block_n,
             words, live_words, bias_len, parts, part_words,
         ),
         (*_broadcast_strides((batches, heads, bands), 2 * words), words, BAND_ROWS if bands > 1 else 1 << 30),

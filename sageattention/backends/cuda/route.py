@@ -219,7 +219,10 @@ def _live_rows(live: torch.Tensor | None) -> tuple[int, int, int, int]:
 
 
 def _mask_strides(mask: torch.Tensor | None) -> tuple[int, int]:
-    return (0, 0) if mask is None else tuple(0 if size == 1 else stride for size, stride in zip(mask.shape[:2], mask.stride()[:2]))
+    if mask is None:
+        return 0, 0
+    batch, head = (0 if size == 1 else stride for size, stride in zip(mask.shape[:2], mask.stride()[:2]))
+    return batch, head
 
 
 def _all_live(live: torch.Tensor, view: BlockView) -> torch.Tensor:

@@ -54,7 +54,7 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparse: SparseProblem
             routed = _by_reference(part, plan, view, exact)
         _attend(part, plan, routed)
     if tensors.coarse_gate is not None:
-        by_heads = (to_hnd(t, p.layout) for t in (q, k, v))
+        by_heads = to_hnd(q, p.layout), to_hnd(k, p.layout), to_hnd(v, p.layout)
         added = coarse(*by_heads, geometry_of(sparse, tensors, LIST_ROWS), sm_scale=p.sm_scale, dtype=torch.float32)
         out += (tensors.coarse_gate * from_hnd(added, p.layout)).to(out.dtype)
     return SparseResult(out, lse, (exact / visible_blocks(sparse)).float())
@@ -96,14 +96,14 @@ def _heads(whole: Part, b: int, kv: slice) -> Part:
         given["block_mask"] = mask[:, own] if mask.shape[1] > 1 else mask
     problem = p._replace(batch=1, heads_q=own.stop - own.start, heads_kv=kv.stop - kv.start)
     sparse = whole.sparse._replace(problem=problem)
-    views = (to_hnd(t, p.layout) for t in (q, k, v, out))  # to_hnd is its own inverse
+    views = to_hnd(q, p.layout), to_hnd(k, p.layout), to_hnd(v, p.layout), to_hnd(out, p.layout)  # to_hnd is its own inverse
     return Part(*views, whole.lse[batch, own], sparse, tensors._replace(**given))
 
 
 def _by_reference(part: Part, plan: CudaPlan, view: BlockView, exact: torch.Tensor) -> Routed:
     """Routed by PyTorch's operations, in fp32."""
     p, tensors = part.sparse.problem, part.tensors
-    by_heads = (to_hnd(t, p.layout) for t in (part.q, part.k, part.v))
+    by_heads = to_hnd(part.q, p.layout), to_hnd(part.k, p.layout), to_hnd(part.v, p.layout)
     chosen = route(
         *by_heads, selections(part.sparse, tensors), view.geometry, tail=part.sparse.tail, block_mask=tensors.block_mask,
         sm_scale=p.sm_scale, dtype=torch.float32,
