@@ -1,4 +1,6 @@
-"""ComfyUI's entry to the pack: the list of its nodes."""
+"""ComfyUI's entry to the pack: the list of its nodes, and the folder with their help pages."""
+
+from .nodes import functions
 
 try:
     from comfy_api.latest import ComfyExtension
@@ -19,3 +21,7 @@ else:
     def comfy_entrypoint() -> SageAttentionExtension:
         """Called by ComfyUI once it has imported the pack."""
         return SageAttentionExtension()
+
+
+WEB_DIRECTORY = "./web"
+functions.register()

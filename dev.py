@@ -7,12 +7,13 @@
     python3 dev.py build    the CUDA kernels (further arguments go to csrc/tools/build.py)
     python3 dev.py wheels   the launchers' wheels and their index (further arguments go to wheels/build.py)
     python3 dev.py windows  installer, loader and launchers as on Windows, under wine (Linux; `--full` for all of it)
+    python3 dev.py browser  the nodes in ComfyUI's front end, in a headless Chromium (Linux; needs COMFYUI_PATH; screenshots in out/browser)
     python3 dev.py bench    the kernels' speed (further arguments go to `python -m sageattention bench`)
 
 Each makes .venv beside this file on its first run, with the packages that requirements-dev.txt pins (`test` also .clients, with
 those of requirements-clients.txt). `--here` uses the Python that
 runs this file instead, and installs nothing. With COMFYUI_PATH set, `demo` samples in that ComfyUI, with the Python that
-COMFYUI_PYTHON names, or ComfyUI's own virtual environment, or (with --here) this one.
+COMFYUI_PYTHON names, or ComfyUI's own virtual environment, or (with --here) this one; so does `browser`, which needs pytest there.
 """
 
 from __future__ import annotations
@@ -206,6 +207,20 @@ def windows(here: bool, arguments: list[str]) -> int:
     return subprocess.call([python, str(ROOT / "tests" / "windows" / "run.py"), *arguments], cwd=ROOT)
 
 
+def browser(here: bool, arguments: list[str]) -> int:
+    """In the Python of the ComfyUI that COMFYUI_PATH names, which has to have pytest."""
+    comfyui = os.environ.get("COMFYUI_PATH")
+    if not comfyui:
+        raise Failed("set COMFYUI_PATH to a ComfyUI checkout; its front end comes with ComfyUI's own requirements.", 2)
+    missing = [name for name in ("chromium", "chromedriver") if not os.environ.get(name.upper()) and not shutil.which(name)]
+    if missing:
+        names = " and ".join(missing)
+        raise Failed(
+            f"{names} not found: on Debian apt install chromium chromium-driver; elsewhere set CHROMIUM and CHROMEDRIVER to theirs.", 2
+        )
+    return subprocess.call([comfyui_python(comfyui, here), "-m", "pytest", "tests/nodes/test_browser.py", *arguments], cwd=ROOT)
+
+
 def bench(here: bool, arguments: list[str]) -> int:
     return subprocess.call([_python(here), "-m", "sageattention", "bench", *arguments], cwd=ROOT)
 
@@ -214,7 +229,16 @@ def _python(here: bool) -> str:
     return sys.executable if here else environment()
 
 
-COMMANDS = {"demo": demo, "test": test, "lint": lint, "build": build, "wheels": wheels, "windows": windows, "bench": bench}
+COMMANDS = {
+    "demo": demo,
+    "test": test,
+    "lint": lint,
+    "build": build,
+    "wheels": wheels,
+    "windows": windows,
+    "browser": browser,
+    "bench": bench,
+}
 
 
 def main() -> int:

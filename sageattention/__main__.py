@@ -1,4 +1,5 @@
-"""`python -m sageattention doctor | check | bench | explain | card`. `doctor` runs without torch; the others say that they need it.
+"""`python -m sageattention doctor | check | bench | explain | card | report`. `doctor` and `report` run without torch; the others say that
+they need it.
 
 `python path/to/sageattention doctor` is the same for a Python that does not look into the current folder: the embedded one of
 ComfyUI's portable build.
@@ -29,6 +30,8 @@ def parser() -> argparse.ArgumentParser:
     )
     bench = commands.add_parser("bench", help="the ready variants' speed and memory beside torch's SDPA backends")
     explain = commands.add_parser("explain", help="which variant a call gets on this machine, and why not another")
+    report = commands.add_parser("report", help="what ran in a model's last sampling in ComfyUI, as the report node saved it")
+    report.add_argument("file", nargs="?", help="the saved JSON; default: report.json in the user directory of the ComfyUI around here")
     card = commands.add_parser("card", help="doctor, check and bench in one JSON file, to send with a report")
     check.add_argument("--quick", action="store_true", help="only the input kinds: no masks, head dimensions, GQA")
     check.add_argument("--device", help="a torch device such as cuda:1 or cpu; default: cuda where there is one")
@@ -53,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     card.add_argument("--quick", action="store_true", help="check without masks and call forms, bench on the two quick shapes")
     card.add_argument("--device", help="a torch device such as cuda:1 or cpu; default: cuda where there is one")
     card.add_argument("--out", metavar="FILE", default="sageattention-card.json", help="where to (sageattention-card.json)")
-    for command in (doctor, check, bench, explain, card):
+    for command in (doctor, check, bench, explain, card, report):
         command.add_argument("--json", action="store_true", help="machine-readable output")
     return top
 
@@ -69,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a Windows console of a legacy code page has no '·' or 'ᵀ'
-    if args.command != "doctor" and importlib.util.find_spec("torch") is None:
+    if args.command not in ("doctor", "report") and importlib.util.find_spec("torch") is None:
         print(f"{args.command} needs torch, which {sys.executable} does not have; `doctor` tells what else is missing.", file=sys.stderr)
         return 2
     try:

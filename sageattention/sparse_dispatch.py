@@ -18,6 +18,20 @@ from .planning.sparse_plan import sparse_plan
 from .planning.sparse_problem import SparseProblem
 
 
+def variant_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensor_layout: str, variant: str) -> str:
+    """The name of the variant that runs a block-sparse call of such tensors; nothing runs.
+
+    Raises:
+        Unsupported, KernelMissing: as `sageattn_sparse`.
+    """
+    dense = Problem.from_tensors(q, k, v, tensor_layout=tensor_layout, is_causal=False, sm_scale=None, return_lse=True)
+    problem, _ = SparseProblem.from_call(
+        dense, q, selection="sol", tau=None, keep=None, similarity=0.0, q_block=128, tail=True, neighbours=None, q_start=None, sinks=(),
+        query_sinks=(), order=None, block_len=None, block_mask=None, key_mask=None, coarse_gate=None,
+    )  # fmt: skip
+    return sparse_plan(problem, machine(dense), variant, *binaries.forced()).variant.name
+
+
 def compute(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -41,16 +42,20 @@ class Result:
 
     Attributes:
         seconds, own_seconds: of the sampling, patched and by PyTorch's attention.
+        max_error: what the guard allows, 0 without one.
         relative_l2: distance from the latent by PyTorch's attention, over that latent's norm.
+        unchanged: the latent is that of the unpatched model, bit for bit.
         ran, kept, fallbacks: the override's counts, as `nodes.record.Record` describes them.
     """
 
     model: str
     variant: str
+    max_error: float
     device: str
     seconds: float
     own_seconds: float
     relative_l2: float
+    unchanged: bool
     finite: bool
     ran: dict[str, int]
     kept: dict[str, int]
@@ -166,9 +171,9 @@ def pack_node() -> Any:
     pack = load_pack()
     if hasattr(pack, "comfy_entrypoint"):
         node = next(n for n in asyncio.run(pack.comfy_entrypoint().get_node_list()) if n.GET_SCHEMA().node_id == "PatchSageAttention")
-        return pack, lambda model, variant: node.execute(model, variant).result[0]
+        return pack, lambda model, variant, **inputs: node.execute(model, variant, **inputs).result[0]
     node = pack.NODE_CLASS_MAPPINGS["PatchSageAttention"]()
-    return pack, lambda model, variant: node.execute(model, variant)[0]
+    return pack, lambda model, variant, **inputs: node.execute(model, variant, **inputs)[0]
 
 
 def ready_variants() -> list[str]:
@@ -190,13 +195,14 @@ def own_attention(model: Any, function: str) -> Any:
     return clone
 
 
-def compare(name: str, variants: list[str], warm_up: bool = False) -> list[Result]:
-    """Sample a model by PyTorch's attention, and then with each variant through the node.
+def compare(name: str, variants: list[str], warm_up: bool = False, max_errors: Sequence[float] = (0.0,)) -> list[Result]:
+    """Sample a model by PyTorch's attention, and then with each variant and guard through the node.
 
     Args:
         warm_up: sample each once more before, so that the seconds hold no loading, compiling or tuning.
     """
     import comfy.model_management
+    import torch
 
     pack, patch = pack_node()
     device = str(comfy.model_management.get_torch_device())
@@ -208,14 +214,16 @@ def compare(name: str, variants: list[str], warm_up: bool = False) -> list[Resul
         return sample(name, patched)
 
     exact, own_seconds = measure(own_attention(model, "attention_pytorch"))
+    unpatched, _ = measure(model)
     results = []
-    for variant in variants:
-        patched = patch(model, variant)
+    for variant, max_error in itertools.product(variants, max_errors):
+        patched = patch(model, variant, max_error=max_error)
         record = pack.nodes.slot.owner(patched).record
         out, seconds = measure(patched)
         counts = {what: {why: n // 2 if warm_up else n for why, n in of.items()} for what, of in record.as_dict().items()}
         distance = float((out - exact).norm() / exact.norm())
-        results.append(Result(name, variant, device, seconds, own_seconds, distance, bool(out.isfinite().all()), **counts))
+        same, finite = torch.equal(out, unpatched), bool(out.isfinite().all())
+        results.append(Result(name, variant, max_error, device, seconds, own_seconds, distance, same, finite, **counts))
     return results
 
 
@@ -230,12 +238,13 @@ def main() -> None:
     parser.add_argument("comfy_path")
     parser.add_argument("--models", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--variants", nargs="+", help="default: every variant that is ready here")
+    parser.add_argument("--max-errors", nargs="+", type=float, default=[0.0], help="guards to sample with; default: none")
     parser.add_argument("--cpu", action="store_true", help="do not use a GPU")
     parser.add_argument("--warm-up", action="store_true", help="sample twice, time the second")
     given = parser.parse_args()
     start(given.comfy_path, given.cpu or None)
     for name in given.models:
-        for result in compare(name, given.variants or ready_variants(), given.warm_up):
+        for result in compare(name, given.variants or ready_variants(), given.warm_up, given.max_errors):
             print(json.dumps(asdict(result)), flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -19,19 +20,52 @@ from typing import Any
 from pack import ROOT
 
 READY_SECONDS, PROMPT_SECONDS = 240, 120
+TEXT_EVENT = (3).to_bytes(4, "big")  # of ComfyUI's binary messages
 NOT_SHIPPED = shutil.ignore_patterns(".*", "__pycache__", "tests", "csrc", "out", "build", "dist")
 
 
 class Server:
     """A running server; `log` is what it wrote so far."""
 
-    def __init__(self, url: str, log_file: Path, pack: Path) -> None:
-        self.url, self.pack = url, pack
+    def __init__(self, url: str, log_file: Path, pack: Path, base: Path) -> None:
+        self.url, self.pack, self.base = url, pack, base
         self._log_file = log_file
 
     @property
     def log(self) -> str:
         return self._log_file.read_text(encoding="utf-8", errors="replace")
+
+    def lines(self, prompt: dict[str, Any]) -> list[tuple[str, str]]:
+        """Queue a prompt and wait for it; (node, text) of each line that a node was told to show meanwhile, as the front end hears it."""
+        return asyncio.run(self._lines(prompt))
+
+    async def _lines(self, prompt: dict[str, Any]) -> list[tuple[str, str]]:
+        import aiohttp  # which ComfyUI needs
+
+        heard = []
+        async with aiohttp.ClientSession() as session, session.ws_connect(self.url + "/ws") as socket_:
+            running = asyncio.get_running_loop().run_in_executor(None, self.outputs, prompt)
+            while not running.done():
+                with contextlib.suppress(asyncio.TimeoutError):
+                    message = await asyncio.wait_for(socket_.receive(), 0.5)
+                    if message.type == aiohttp.WSMsgType.BINARY and message.data[:4] == TEXT_EVENT:
+                        length = int.from_bytes(message.data[4:8], "big")
+                        heard.append((message.data[8 : 8 + length].decode(), message.data[8 + length :].decode()))
+            await running
+        return heard
+
+    def refusal(self, prompt: dict[str, Any]) -> dict[str, Any]:
+        """What the server answers to a prompt that it does not accept: id of a node → its errors."""
+        try:
+            self.get("/prompt", {"prompt": prompt})
+        except urllib.error.HTTPError as error:
+            assert error.code == 400
+            return json.load(error)["node_errors"]
+        raise AssertionError("the prompt was accepted")
+
+    def bytes(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return answer.read()
 
     def get(self, path: str, data: Any = None) -> Any:
         body = None if data is None else json.dumps(data).encode()
@@ -41,6 +75,10 @@ class Server:
 
     def run(self, prompt: dict[str, Any]) -> dict[str, Any]:
         """Queue a prompt and wait for it; the `Report` node's findings."""
+        return json.loads(self.outputs(prompt)["report"]["text"][0])
+
+    def outputs(self, prompt: dict[str, Any]) -> dict[str, Any]:
+        """Queue a prompt and wait for it: id of a node → what it shows."""
         prompt_id = self.get("/prompt", {"prompt": prompt})["prompt_id"]
         deadline = time.monotonic() + PROMPT_SECONDS
         while time.monotonic() < deadline:
@@ -48,8 +86,7 @@ class Server:
             if prompt_id in history:
                 done = history[prompt_id]
                 assert done["status"]["status_str"] == "success", done["status"]
-                (texts,) = (output["text"] for output in done["outputs"].values())
-                return json.loads(texts[0])
+                return done["outputs"]
             time.sleep(0.1)
         raise AssertionError(f"no result after {PROMPT_SECONDS} s:\n{self.log[-3000:]}")
 
@@ -75,7 +112,7 @@ def serving(comfy_path: Path, base: Path, *flags: str, **environment: str) -> It
             env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"} | environment,
         )  # fmt: skip
         try:
-            server = Server(f"http://127.0.0.1:{port}", log_file, pack)
+            server = Server(f"http://127.0.0.1:{port}", log_file, pack, base)
             _wait(server, process)
             yield server
         finally:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from types import ModuleType
+import functools
+from collections.abc import Callable, Sequence
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -109,18 +111,74 @@ def sdpa(
 
 
 class Model:
-    """A ComfyUI model as a node sees it: options that a clone copies deeply, and a device."""
+    """A ComfyUI model as a node sees it: options that a clone copies deeply, wrappers of the sampler, and a device."""
 
     load_device = torch.device("cpu")
 
     def __init__(self, override: Any = None) -> None:
         self.model_options: dict[str, Any] = {"transformer_options": {} if override is None else {KEY: override}}
+        self.wrappers: dict[str, dict[str, list[Any]]] = {}
 
     def clone(self) -> Model:
         other = Model()
         other.model_options = copy.deepcopy(self.model_options)
+        other.wrappers = {kind: {key: list(of) for key, of in by_key.items()} for kind, by_key in self.wrappers.items()}
         return other
+
+    def add_wrapper_with_key(self, kind: str, key: str, wrapper: Any) -> None:
+        self.wrappers.setdefault(kind, {}).setdefault(key, []).append(wrapper)
+
+    def get_model_object(self, name: str) -> Any:
+        assert name == "model_sampling"
+        return SimpleNamespace(percent_to_sigma=lambda percent: torch.tensor(1e9 if percent <= 0 else 1.0 - percent))
+
+    def remove_wrappers_with_key(self, kind: str, key: str) -> None:
+        self.wrappers.get(kind, {}).pop(key, None)
 
     @property
     def options(self) -> dict[str, Any]:
         return self.model_options["transformer_options"]
+
+
+def sample(
+    model: Model, network: Callable[..., torch.Tensor], sigmas: Sequence[float] = (1.0, 0.75, 0.5, 0.25), passes: int = 1
+) -> list[torch.Tensor]:  # fmt: skip
+    """What a sampler does with a patched model: its wrappers around all, and around each step; then the network, once a pass.
+
+    Args:
+        network: called with `transformer_options`.
+        passes: through the network a step, where cond and uncond go one after the other.
+
+    Returns:
+        The output of each step.
+    """
+
+    def whole() -> list[torch.Tensor]:
+        return [
+            wrapped("calc_cond_batch", step)(None, [], torch.zeros(1), torch.tensor([sigma]), model.model_options)[0] for sigma in sigmas
+        ]
+
+    def step(inner: Any, conds: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any]) -> list[torch.Tensor]:
+        outs = []
+        for i in range(passes):
+            options = {**model_options["transformer_options"], "cond_or_uncond": [i], "sigmas": timestep}
+            outs.append(network(dict(options)))
+        return [torch.stack(outs).mean(0)]
+
+    def wrapped(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        guider = SimpleNamespace(model_options=model.model_options, model_patcher=model)
+        for wrapper in (w for of in model.wrappers.get(kind, {}).values() for w in of):
+            original = functools.partial(wrapper, _Executor(original, guider))
+        return original
+
+    return wrapped("outer_sample", whole)()
+
+
+class _Executor:
+    """What a wrapper is given: calls the next wrapper, or what they are around."""
+
+    def __init__(self, inside: Callable[..., Any], class_obj: Any) -> None:
+        self._inside, self.class_obj = inside, class_obj
+
+    def __call__(self, *args: Any) -> Any:
+        return self._inside(*args)

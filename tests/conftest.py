@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import browser
 import pytest
 
 collect_ignore = ["../__init__.py"]  # the node pack's entry is ComfyUI's to import, not pytest's
@@ -31,6 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     missing = {
         "gpu": "" if _has_gpu() else "need an NVIDIA GPU",
         "comfyui": "" if os.environ.get("COMFYUI_PATH") else "need COMFYUI_PATH",
+        "browser": "" if browser.CHROMIUM and browser.DRIVER else "need Chromium and ChromeDriver",
         "comfy_clients": "" if os.environ.get("COMFY_CLIENTS") else "need COMFY_CLIENTS",
         "clients": "" if (CLIENTS / "diffusers").is_dir() else "need the programs of requirements-clients.txt (dev.py test gets them)",
     }

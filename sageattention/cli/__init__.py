@@ -1,1 +1,4 @@
-"""The command line: `python -m sageattention doctor | check | bench`. Nothing here is imported by the attention itself."""
+"""The command line: `python -m sageattention doctor | check | bench | explain | report`.
+
+Nothing here is imported by the attention itself.
+"""

@@ -5,6 +5,7 @@ Needs COMFYUI_PATH, a ComfyUI checkout whose requirements are installed in the r
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -20,6 +21,7 @@ torch = pytest.importorskip("torch")
 from comfy_models import STEPS, WORKLOADS  # noqa: E402
 from comfy_server import Server, serving  # noqa: E402
 from pack import ROOT  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from sageattention.variants import VARIANTS  # noqa: E402
 
@@ -30,23 +32,25 @@ pytestmark = pytest.mark.comfyui
 # .004 with fp16, .005 with int8, .014 with fp8. The rest is for a card's own rounding between the attentions.
 BOUNDS = {"fp16": 0.02, "int8": 0.02, "fp8": 0.04}
 BOUND = BOUNDS["fp16"]
+NOTHING_MEETS = 1e-9
+GUARDS = (0.0, 0.05, NOTHING_MEETS)
 
 
 @pytest.fixture(scope="module")
-def sampled() -> dict[tuple[str, str], dict[str, Any]]:
-    """(model, variant) → result, for every model and every variant that is ready on this machine, sampled in one process."""
+def sampled() -> dict[tuple[str, str, float], dict[str, Any]]:
+    """(model, variant, max_error) → result: every model, every variant that is ready on this machine, every guard, in one process."""
     # Tensors are tiny, so that threads would only wait for each other; and an interpreted kernel would take minutes.
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    command = [sys.executable, str(ROOT / "tests" / "comfy_models.py"), COMFYUI]
+    command = [sys.executable, str(ROOT / "tests" / "comfy_models.py"), COMFYUI, "--max-errors", *map(str, GUARDS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {(r["model"], r["variant"]): r for r in results}
+    return {(r["model"], r["variant"], r["max_error"]): r for r in results}
 
 
 @pytest.mark.parametrize("model", WORKLOADS)
 def test_models_sample_through_the_node(model, sampled):
-    results = [r for (name, _), r in sampled.items() if name == model]
+    results = [r for (name, _, max_error), r in sampled.items() if name == model and max_error != NOTHING_MEETS]
     assert any(r["variant"] == "reference" for r in results)
     for result in results:
         assert result["ran"] == {result["variant"]: WORKLOADS[model].calls}, result
@@ -55,12 +59,20 @@ def test_models_sample_through_the_node(model, sampled):
         assert result["finite"] and 1e-6 < result["relative_l2"] < bound, result
 
 
-def workflow(variant: str | None) -> dict[str, Any]:
-    """TinyWan, the node (unless `variant` is None), a sampler, the report: as the front end would post it."""
+@pytest.mark.parametrize("model", WORKLOADS)
+def test_the_guard_leaves_every_layer_to_the_model_where_nothing_is_good_enough(model, sampled):
+    results = [r for (name, _, max_error), r in sampled.items() if name == model and max_error == NOTHING_MEETS]
+    assert results
+    for result in results:
+        assert result["unchanged"] and result["ran"] == {} and sum(result["kept"].values()) == WORKLOADS[model].calls, result
+
+
+def workflow(variant: str | None, **inputs: Any) -> dict[str, Any]:
+    """TinyWan, the node (unless `variant` is None) with more inputs, a sampler, the report: as the front end would post it."""
     model = ["wan", 0] if variant is None else ["patch", 0]
     prompt = {
         "wan": {"class_type": "TinyWan", "inputs": {}},
-        "patch": {"class_type": "PatchSageAttention", "inputs": {"model": ["wan", 0], "variant": variant}},
+        "patch": {"class_type": "PatchSageAttention", "inputs": {"model": ["wan", 0], "variant": variant, **inputs}},
         "sampler": {
             "class_type": "KSampler",
             "inputs": {
@@ -132,6 +144,98 @@ def test_a_prompt_without_a_variant_runs_the_default(server, unpatched):
     del prompt["patch"]["inputs"]["variant"]
     result = server.run(prompt)
     assert sum(result["counts"]["kept"].values()) == WORKLOADS["wan"].calls and distance(result, unpatched) < 1e-4
+
+
+def test_a_workflow_of_version_3_0_0_offers_the_new_inputs_with_its_behaviour(server):
+    """Its widgets are one value, "auto"; the others take their defaults, and stand behind it."""
+    info = server.get("/object_info/PatchSageAttention")["PatchSageAttention"]
+    assert list(info["input"]["required"]) == ["model"]
+    widgets = {name: kind[1].get("default") for name, kind in info["input"]["optional"].items()}
+    assert list(widgets.items()) == [
+        ("variant", "auto"), ("start_percent", 0.0), ("end_percent", 1.0), ("blocks", ""), ("max_error", 0.0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({"start_percent": 0.6, "end_percent": 0.4}, "start_percent (0.6) is above end_percent (0.4)"),
+        ({"blocks": "0, x"}, "'x' is no block"),
+        ({"max_error": -1}, "max_error is -1"),
+    ],
+)
+def test_bad_input_is_refused_with_a_sentence(inputs, said, server):
+    errors = server.refusal(workflow("reference", **inputs))
+    assert any(said in error["details"] for error in errors["patch"]["errors"])
+
+
+def test_the_guard_samples_like_the_unpatched_model_where_nothing_is_good_enough(server, unpatched):
+    result = server.run(workflow("reference", max_error=1e-9))
+    assert result["latent"] == unpatched["latent"] and result["counts"]["ran"] == {}
+    result = server.run(workflow("reference", max_error=0.05))
+    assert result["counts"]["ran"] == {"reference": WORKLOADS["wan"].calls} and 1e-6 < distance(result, unpatched) < BOUND
+
+
+def test_a_window_of_steps(server, unpatched):
+    result = server.run(workflow("reference", start_percent=0.3))
+    half = WORKLOADS["wan"].calls // STEPS
+    assert result["counts"]["ran"] == {"reference": half} and list(result["counts"]["kept"].values()) == [half]
+    assert 1e-6 < distance(result, unpatched) < BOUND
+
+
+def test_the_report_shows_what_ran(server):
+    prompt = workflow("reference", max_error=0.05)
+    prompt["sampler"]["inputs"]["seed"] = 5
+    prompt["shown"] = {"class_type": "SageAttentionReport", "inputs": {"model": ["patch", 0], "after": ["sampler", 0]}}
+    prompt["text"] = {"class_type": "PreviewAny", "inputs": {"source": ["shown", 1]}}
+    prompt["json"] = {"class_type": "PreviewAny", "inputs": {"source": ["shown", 2]}}
+    prompt["passed"] = {"class_type": "Report", "inputs": {"model": ["patch", 0], "samples": ["shown", 3]}}
+    shown = server.outputs(prompt)
+    found = json.loads(shown["json"]["text"][0])
+    assert found["ran"] == {"reference": WORKLOADS["wan"].calls} and found["steps"] == STEPS and found["findings"] == []
+    assert found["model"] == "WanModel" and found["attention_ms"] > 0 and found["step_ms"] > found["attention_ms"]
+    assert all(0 < row["error"] < 0.05 and row["share"] > 0 for row in found["layers"])
+    assert f"{STEPS} steps, {WORKLOADS['wan'].calls} attention calls: reference" in shown["text"]["text"][0]
+    (image,) = shown["shown"]["images"]
+    picture = Image.open(io.BytesIO(server.bytes(f"/view?filename={image['filename']}&type={image['type']}")))
+    assert picture.width == 1024 and picture.height > 600
+    assert len(json.loads(shown["passed"]["text"][0])["latent"]) == 1024
+
+    prompt["shown"]["inputs"]["model"] = ["wan", 0]
+    found = json.loads(server.outputs(prompt)["json"]["text"][0])
+    assert found["calls"] == 0 and found["findings"] == ["No node of ours has patched this model."]
+    saved = json.loads((server.base / "user" / "__sageattention" / "report.json").read_text(encoding="utf-8"))
+    assert saved == found
+
+
+def test_the_node_shows_a_line_while_it_samples(server):
+    prompt = workflow("reference")
+    prompt["sampler"]["inputs"]["seed"] = 7
+    heard = server.lines(prompt)
+    calls = WORKLOADS["wan"].calls // STEPS
+    assert heard and set(heard) <= {("patch", f"step {step}, attention calls: reference {calls}") for step in (1, 2)}
+    assert heard[-1][1].startswith(f"step {STEPS}")
+
+
+def test_the_benchmark_finds_the_model_s_shapes_by_itself(server):
+    prompt = {
+        "wan": {"class_type": "TinyWan", "inputs": {}},
+        "bench": {
+            "class_type": "SageAttentionBenchmark",
+            "inputs": {"model": ["wan", 0], "latent": ["wan", 3], "positive": ["wan", 1]},
+        },
+        "text": {"class_type": "PreviewAny", "inputs": {"source": ["bench", 1]}},
+        "json": {"class_type": "PreviewAny", "inputs": {"source": ["bench", 2]}},
+    }
+    shown = server.outputs(prompt)
+    found = json.loads(shown["json"]["text"][0])
+    assert {row["case"]: row["calls"] for row in found["rows"]} == {"1x2x16x16x128": 2, "1x2x16x8x128": 2}
+    assert found["step_ms"]["pytorch"] > 0 and found["step_ms"]["reference"] > 0
+    assert "A step: " in shown["text"]["text"][0] and len(shown["bench"]["images"]) == 1
+
+
+def test_the_variants_are_among_the_server_s_attention_functions(unpatched):
+    assert "sage_auto" in unpatched["functions"]
 
 
 def test_the_pack_loaded_without_a_complaint(server, unpatched):

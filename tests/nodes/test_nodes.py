@@ -52,6 +52,15 @@ def test_the_tooltip_is_short_and_tells_what_this_machine_lacks(lacking, monkeyp
     assert set(told) == set(lacking) and (lacking or lines[-1] == "This machine has them all.")
 
 
+@pytest.mark.parametrize("node", PACK.NODE_CLASS_MAPPINGS.values(), ids=list(PACK.NODE_CLASS_MAPPINGS))
+def test_every_tooltip_fits_below_the_top_bar(node):
+    """The front end cuts off a taller one; a beginner reads no more, either."""
+    inputs = node.INPUT_TYPES()
+    for name, (_, *extra) in {**inputs["required"], **inputs["optional"]}.items():
+        lines = extra[0]["tooltip"].splitlines()
+        assert 1 <= len(lines) <= 6 and max(map(len, lines)) <= 100, name
+
+
 def test_a_prompt_without_a_variant_gets_the_default_and_a_saved_reference_still_runs(caplog):
     assert slot.owner(NODE().execute(Model())[0]).variant == "auto" and NODE.VALIDATE_INPUTS() is True
     with caplog.at_level(logging.INFO):
@@ -116,7 +125,7 @@ sys.path.insert(0, sys.argv[1])
 from pack import load_pack
 pack = load_pack()
 assert not any(m == "sageattention" or m.startswith("sageattention.") for m in sys.modules), "took the public name"
-assert set(pack.NODE_CLASS_MAPPINGS) == {"PatchSageAttention"} and not hasattr(pack, "comfy_entrypoint")
+assert set(pack.NODE_CLASS_MAPPINGS) >= {"PatchSageAttention", "SageSparseAttention"} and not hasattr(pack, "comfy_entrypoint")
 sys.path.insert(0, sys.argv[2])
 import sageattention
 assert sageattention.foreign and pack.sageattention is not sageattention

@@ -1,0 +1,213 @@
+"""The override that runs a model's long self attention on `sageattn_sparse`, and hands everything else on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..sageattention import KernelMissing, Unsupported, sageattn_sparse, tracing
+from ..sageattention import settings as environment
+from ..sageattention.sparse_dispatch import variant_of
+from . import grid, key_masks, vsa
+from .budgets import Budgets
+from .form import Form
+from .forward import KEY as FORWARD
+from .override import Attention, Override
+from .progress import short
+from .record import Entry, record_of
+from .shares import Shares
+from .sparse_layout import Layout, lay_out
+from .sparse_settings import AUTO, METHODS, Settings
+
+NODE = "SageSparseAttention"
+SLOT = "optimized_attention_override"  # in transformer_options
+CORE_MODULE = "comfy_extras.", "sparse_attention"  # how the module of ComfyUI's own sparse override begins, and what its name holds
+MAX_FORMS, MAX_LAYOUTS = 4096, 16  # the order or the mask of a long video takes megabytes
+
+
+class SparseOverride(Override):
+    """An attention override for one patched model.
+
+    Attributes:
+        chosen: what the node is set to.
+    """
+
+    RANK = 1  # it leaves calls to the dense override, which would take all
+
+    def __init__(self, chosen: Settings, previous: Attention | None = None):
+        super().__init__(previous)
+        self.chosen = chosen
+        self._forms: dict[tuple[Any, ...], tuple[Form, str] | str] = {}
+        self._layouts: dict[tuple[Any, ...], tuple[Layout | str, str]] = {}
+        self._budgets = Budgets()
+        self._sampling: object = None
+        self._shares: dict[torch.device, Shares] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it starts with nothing measured."""
+        return SparseOverride, (self.chosen, self.previous)
+
+    def settings(self) -> dict[str, Any]:
+        return {"node": NODE, **self.chosen.as_inputs()}
+
+    def attempt(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any], contained: bool) -> torch.Tensor | None:
+        """The result of a long self-attention call; None for every other call."""
+        tensors = tuple(container.peek() for container in args[:3]) if contained else args[:3]
+        try:
+            out = self._run(entry, *tensors, *args[3:], **kwargs)
+        except (Unsupported, KernelMissing) as refusal:
+            entry.fell_back(str(refusal), NODE)
+            return None
+        if isinstance(out, torch.Tensor):
+            if contained:
+                for container in args[:3]:
+                    container.take()
+            return out
+        if isinstance(self.previous, Override):
+            entry.pass_on(out)
+        else:
+            entry.kept(out, NODE)
+        return None
+
+    def _run(
+        self, entry: Entry, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int | None = None,
+        mask: torch.Tensor | None = None, attn_precision: torch.dtype | None = None, skip_reshape: bool = False,
+        skip_output_reshape: bool = False,
+        *,
+        scale: float | None = None, enable_gqa: bool = False, low_precision_attention: bool = True,
+        transformer_options: dict[str, Any] | None = None, **others: Any,
+    ) -> torch.Tensor | str:  # fmt: skip
+        """The result, or why the call is not sparse."""
+        key = (
+            q.shape, k.shape, v.shape, q.dtype, q.device, heads, skip_reshape, skip_output_reshape, enable_gqa, low_precision_attention,
+            environment.state,
+        )  # fmt: skip
+        try:
+            known = self._forms.get(key)
+        except TypeError:
+            return "its sizes are symbolic"
+        if known is None:
+            if len(self._forms) >= MAX_FORMS:
+                self._forms.clear()
+            known = self._forms[key] = self._new_form(
+                q, k, v, heads, skip_reshape, skip_output_reshape, enable_gqa, low_precision_attention
+            )
+        if isinstance(known, str):
+            return known
+        form, variant = known
+        options = transformer_options if isinstance(transformer_options, dict) else {}
+        layout, unknown = self._layout(q.shape[-2], options, q.device)
+        if unknown:
+            self._remark(options, f"Tokens keep their own order: {unknown}.")
+        if isinstance(layout, str):
+            return layout
+        dense = self._dense_here(entry, options)
+        if dense:
+            if self.chosen.method == "budget" and self._budgets.due(entry, self.chosen.window, options):
+                q, k = (t if form.layout == "HND" else t.transpose(1, 2) for t in form.view(q, k, v)[:2])
+                self._budgets.measure(entry.place.layer, options, q, k, scale, layout.order)
+            return dense
+        key_mask = key_masks.of_mask(mask)
+        if isinstance(key_mask, str):
+            return key_mask
+        if tracing.transformed():
+            return "torch.jit.trace or a torch.func transform is at work, which only torch's own attention can follow"
+        out, share = self._compute(entry, options, form.view(q, k, v), form.layout, layout, key_mask, scale)
+        self._shares[entry.device].note(entry.place.layer, share)
+        entry.ran(f"sparse {short(variant)}", kernel=f"{self.chosen.named}, {layout.name}", share=share, node=NODE)
+        if self.chosen.verbose:
+            shape = "x".join(map(str, q.shape))
+            self._remark(options, f"Sparse: q {shape}, {self.chosen.named}, {layout.name}, exact for all {layout.sinks}.")
+        return form.give_back(out)
+
+    def _compute(
+        self, entry: Entry, options: dict[str, Any], qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], tensor_layout: str,
+        layout: Layout, key_mask: torch.Tensor | None, scale: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """The result in `tensor_layout`, and the share of the blocks that were computed."""
+        if layout.tiles is not None:
+            if key_mask is not None:
+                raise Unsupported("mask", "vsa takes none")
+            return vsa.attend(*qkv, tensor_layout, layout.tiles, self.chosen.threshold, scale, self.chosen.variant, options)
+        if key_mask is not None:
+            key_mask = key_mask.expand(qkv[0].shape[0], -1).contiguous()
+        method = METHODS[self.chosen.method]
+        threshold: dict[str, Any] = {}
+        if method.threshold is not None:
+            threshold[method.threshold] = self._threshold(entry.place.layer, options)
+        return sageattn_sparse(  # type: ignore[return-value]
+            *qkv, tensor_layout=tensor_layout, sm_scale=scale, variant=self.chosen.variant, selection=method.selection,
+            order=layout.order, sinks=layout.sinks, query_sinks=layout.query_sinks, block_mask=layout.block_mask, key_mask=key_mask,
+            return_share=True, **threshold,
+        )  # fmt: skip
+
+    def _threshold(self, layer: str, options: dict[str, Any]) -> float | torch.Tensor:
+        if self.chosen.method != "budget":
+            return self.chosen.threshold
+        measured = self._budgets.of(layer, options, self.chosen.threshold)
+        if measured is None:
+            self._remark(options, "Every head has the same budget, for no dense step came before; a start_percent above 0 makes one.")
+            return self.chosen.threshold
+        return measured
+
+    def _new_form(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int | None, skip_reshape: bool, skip_output_reshape: bool,
+        enable_gqa: bool, low_precision_attention: bool,
+    ) -> tuple[Form, str] | str:  # fmt: skip
+        """How such calls are viewed, and the variant that runs them; or why they are never sparse."""
+        dense = self._dense_shape(q, k, low_precision_attention)
+        if dense:
+            return dense
+        form = Form.of(q, k, v, heads, skip_reshape, skip_output_reshape, enable_gqa)
+        return form, variant_of(*form.view(q, k, v), form.layout, self.chosen.variant)
+
+    def _dense_shape(self, q: torch.Tensor, k: torch.Tensor, low_precision_attention: bool) -> str:
+        """Why calls of this shape are never sparse; "" where they may be."""
+        if low_precision_attention is False:
+            return "the model asks for full precision in some layers"
+        if q.shape[-2] != k.shape[-2]:
+            return "queries and keys are not the same tokens (cross attention)"
+        if q.shape[-2] < self.chosen.min_tokens:
+            return f"under {self.chosen.min_tokens:,} tokens (min_tokens)"
+        if self.chosen.variant == AUTO and q.device.type != "cuda":
+            return "block-sparse kernels are for NVIDIA GPUs"
+        return ""
+
+    def _dense_here(self, entry: Entry, options: dict[str, Any]) -> str:
+        """Why a long call is dense at this step and in this layer; "" where it is sparse."""
+        module = getattr(options.get(SLOT), "__module__", "")
+        if module.startswith(CORE_MODULE[0]) and CORE_MODULE[1] in module:
+            return "ComfyUI's Model Sparse Attention is on top, and what it leaves dense stays dense"
+        outside = self.chosen.window.outside(entry.sampling, entry.place)
+        if outside:
+            return outside
+        if self.chosen.dense_blocks:
+            if entry.place.block is None:
+                self._remark(options, "This model does not report its blocks, so dense_blocks has no effect.")
+            elif entry.place.block in self.chosen.dense_blocks:
+                return f"the block is among dense_blocks ({self.chosen.dense_blocks})"
+        if entry.sampling is not self._sampling:
+            self._sampling, self._shares = entry.sampling, {}
+        shares = self._shares.get(entry.device)
+        if shares is None:
+            shares = self._shares[entry.device] = Shares(entry.device)
+        shares.begin(entry.place.step)
+        crowded = shares.crowded.get(entry.place.layer)
+        return "" if crowded is None else f"{crowded:.0%} of the blocks were needed, too many to gain"
+
+    def _layout(self, tokens: int, options: dict[str, Any], device: torch.device) -> tuple[Layout | str, str]:
+        """How the tokens are laid out, or why they can't be; and why their grid is not known, "" where it is."""
+        h3 = options.get("minimax_h3_layout")
+        key = tokens, device, options.get(FORWARD), None if h3 is None else (*h3.signature, *h3.segments)
+        known = self._layouts.get(key)
+        if known is None:
+            if len(self._layouts) >= MAX_LAYOUTS:
+                self._layouts.clear()
+            found = grid.find(tokens, options)
+            known = self._layouts[key] = lay_out(found, self.chosen, device), found if isinstance(found, str) else ""
+        return known
+
+    def _remark(self, options: dict[str, Any], sentence: str) -> None:
+        """Tell, once a sampling, what is no single call's, in a sentence."""
+        record_of(options, self.record).note(sentence, NODE)

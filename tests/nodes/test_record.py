@@ -1,0 +1,263 @@
+"""What a sampling leaves behind: which call stood where, who computed it, and what the line on the node says of it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from comfy_standin import KEY, Model, OldCore, sample, sdpa  # noqa: E402
+from pack import load_pack  # noqa: E402
+
+PACK = load_pack()
+slot, record, sampling, override, progress = (
+    getattr(PACK.nodes, name) for name in ("slot", "record", "sampling", "override", "progress")
+)  # fmt: skip
+NODE = PACK.NODE_CLASS_MAPPINGS["PatchSageAttention"]
+QKV = [torch.randn(1, 24, 64, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+
+class Half(override.Override):
+    """Stands in front of dense attention, computes every second call, and leaves the others."""
+
+    RANK = 1
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def settings(self):
+        return {"node": "Half"}
+
+    def attempt(self, entry, args, kwargs, contained):
+        self.calls += 1
+        if self.calls % 2:
+            entry.ran("sparse", share=torch.tensor(0.25), node="Half")
+            return sdpa(*args, **kwargs)
+        entry.pass_on("its turn is another")
+        return None
+
+
+def patched(variant: str = "reference", model: Model | None = None, **inputs) -> Model:
+    return NODE().execute(model or Model(), variant, **inputs)[0]
+
+
+def blocks(core, count: int = 2):
+    def network(options):
+        return sum(core.attention(*QKV, 4, transformer_options={**options, "block_index": i}) for i in range(count))
+
+    return network
+
+
+def what(model: Model) -> list[tuple[int, str, str, tuple[str, ...]]]:
+    return [(e.place.step.number, e.place.layer, e.variant, e.reasons) for e in slot.record_of(model).entries]
+
+
+def test_steps_and_layers_are_told_apart():
+    model = patched()
+    sample(model, blocks(OldCore()), sigmas=[1.0, 0.5], passes=2)
+    assert [(step, layer) for step, layer, *_ in what(model)] == [(s, f"block {b}") for s in (0, 1) for _ in (0, 1) for b in (0, 1)]
+    assert slot.record_of(model).sampling.steps == 2
+    sample(model, blocks(OldCore()), sigmas=[1.0])
+    assert len(what(model)) == 2 and slot.record_of(model).ran == {"reference": 10}  # the last sampling's calls, and all counts
+
+
+def test_calls_of_no_block_are_numbered_in_each_pass():
+    model, core = patched(), OldCore()
+    sample(model, lambda options: sum(core.attention(*QKV, 4, transformer_options=dict(options)) for _ in range(3)), [1.0], passes=2)
+    assert [layer for _, layer, *_ in what(model)] == ["call 0", "call 1", "call 2"] * 2
+
+
+def test_equal_sigmas_of_two_steps_are_two_steps():
+    model = patched()
+    sample(model, blocks(OldCore(), 1), sigmas=[0.5, 0.5])
+    assert [step for step, *_ in what(model)] == [0, 1]
+
+
+@pytest.mark.parametrize("first", ["sparse", "dense"])
+def test_two_nodes_of_ours_share_one_record_and_one_entry_a_call(first):
+    """Whatever the order of the nodes, the one that computes less stands in front."""
+    model = Model()
+    for kind in ["sparse", "dense"] if first == "sparse" else ["dense", "sparse"]:
+        model = slot.install(model, Half()) if kind == "sparse" else patched(model=model)
+    assert [type(one).__name__ for one in slot.ours(slot.owner(model))] == ["Half", "SageOverride"]
+    core = OldCore()
+    sample(model, blocks(core), sigmas=[1.0, 0.5])
+    left = ("its turn is another",)
+    assert what(model) == [(s, f"block {b}", *(("reference", left) if b else ("sparse", ()))) for s in (0, 1) for b in (0, 1)]
+    assert slot.record_of(model).ran == {"sparse": 2, "reference": 2} and not core.own_calls
+    assert [entry.blocks for entry in slot.record_of(model).entries] == [0.25, None] * 2
+
+
+def test_taking_one_of_two_out_leaves_the_other():
+    both = patched(model=slot.install(Model(), Half()))
+    assert [type(one).__name__ for one in slot.ours(slot.owner(patched("disabled", both)))] == ["Half"]
+    assert [type(one).__name__ for one in slot.ours(slot.owner(slot.remove(both, Half)))] == ["SageOverride"]
+    assert KEY not in patched("disabled", slot.remove(both, Half)).options
+    again = patched("auto", both)
+    assert [getattr(one, "variant", None) for one in slot.ours(slot.owner(again))] == [None, "auto"]
+
+
+def foreign(previous):
+    """Another pack's override, which calls the one that it replaced."""
+
+    def call(func, *args, **kwargs):
+        return previous(func, *args, **kwargs) if previous else func(*args, **kwargs)
+
+    return call
+
+
+def test_an_override_of_ours_behind_another_pack_s_writes_into_the_model_s_record():
+    inner = patched()
+    between = inner.clone()
+    between.options[KEY] = foreign(inner.options[KEY])
+    model, core = slot.install(between, Half()), OldCore()
+    sample(model, blocks(core), sigmas=[1.0])
+    assert [variant for _, _, variant, _ in what(model)] == ["sparse", "reference"] and not core.own_calls
+    assert not slot.record_of(inner).entries
+
+
+def test_models_of_one_workflow_have_records_of_their_own():
+    first = patched()
+    second = patched("auto", first)
+    sample(first, blocks(OldCore()), sigmas=[1.0])
+    assert slot.record_of(first).ran and not slot.record_of(second).ran
+    clone = copy.deepcopy(first.options)[record.KEY]
+    assert clone is slot.record_of(first)  # a LoRA after our node clones the model
+    assert not pickle.loads(pickle.dumps(clone)).ran
+
+
+def test_a_suspended_model_runs_on_its_own_attention():
+    model, core = patched(), OldCore()
+    out = core.attention(*QKV, 4, transformer_options={**model.options, override.SUSPENDED: True})
+    assert torch.equal(out, sdpa(*QKV, 4)) and len(core.own_calls) == 1 and not slot.record_of(model).ran
+
+
+def test_an_interrupted_sampling_leaves_a_record_that_ends():
+    model, core = patched(), OldCore()
+
+    def network(options):
+        if core.own_calls:
+            raise InterruptedError
+        core.own_calls.append(((), {}))
+        return core.attention(*QKV, 4, transformer_options=options)
+
+    with pytest.raises(InterruptedError):
+        sample(model, network)
+    assert not slot.record_of(model).running and len(what(model)) == 1
+
+
+def test_an_attention_that_fails_does_not_hold_the_next_call_s_entry():
+    model, core = patched("auto"), OldCore()
+
+    def failing(*args, **kwargs):
+        raise RuntimeError("the device failed")
+
+    def network(options):
+        with pytest.raises(RuntimeError):
+            options[KEY](failing, *QKV, 4, transformer_options=options)
+        return core.attention(*QKV, 4, transformer_options=options)
+
+    sample(model, network, sigmas=[1.0])
+    assert [layer for _, layer, *_ in what(model)] == ["call 0", "call 1"]
+
+
+def test_devices_that_share_a_step_count_their_own():
+    run = sampling.Sampling()
+    sigmas = {name: [SimpleNamespace(device=name, numel=lambda: 0) for _ in range(3)] for name in ("cuda:0", "cuda:1")}
+    numbers = [(name, run.place({"sigmas": sigmas[name][step]}).step.number) for step in range(3) for name in sigmas for _ in range(2)]
+    assert numbers == [(name, step) for step in range(3) for name in sigmas for _ in range(2)]
+
+
+def test_threads_have_entries_of_their_own():
+    model, core = patched(), OldCore()
+    barrier = threading.Barrier(4)
+
+    def network(options):
+        def work(block):
+            barrier.wait()
+            for _ in range(20):
+                core.attention(*QKV, 4, transformer_options={**options, "block_index": block})
+
+        threads = [threading.Thread(target=work, args=(block,)) for block in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return QKV[0]
+
+    sample(model, network, sigmas=[1.0])
+    layers = [layer for _, layer, *_ in what(model)]
+    assert {layer: layers.count(layer) for layer in layers} == {f"block {i}": 20 for i in range(4)}
+
+
+def test_calls_are_timed_in_some_steps_and_all_steps_are():
+    model = patched()
+    sample(model, blocks(OldCore(), 1), sigmas=torch.linspace(1, 0, 20).tolist())
+    timed = {e.place.step.number for e in slot.record_of(model).entries if e.begin is not None and e.end is not None}
+    assert timed == {n for n in record.TIMED_STEPS if n < 20} and set(slot.record_of(model).starts) == set(range(21))
+    assert all(e.end.ms_since(e.begin) > 0 for e in slot.record_of(model).entries if e.begin)
+
+
+def test_calls_outside_of_a_sampling_are_counted_and_not_kept():
+    model, core = patched(), OldCore()
+    core.attention(*QKV, 4, transformer_options=model.options)
+    assert slot.record_of(model).ran == {"reference": 1} and not slot.record_of(model).entries
+
+
+def test_compiled_attention_is_one_entry_a_call_also_through_two_of_ours():
+    model = slot.install(patched(), Half())
+
+    def layer(options, q, k, v):
+        return options[KEY](sdpa, q, k, v, 4, transformer_options=options)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager")
+    sample(model, lambda options: compiled(options, *QKV), sigmas=[1.0, 0.75, 0.5, 0.25])
+    assert [(variant, reasons) for _, _, variant, reasons in what(model)] == [
+        ("sparse", ()), ("reference", ("its turn is another",)),
+    ] * 2  # fmt: skip
+
+
+@pytest.fixture
+def server(monkeypatch) -> list[tuple[str, str]]:
+    """What a ComfyUI server was told to show: (node, text)."""
+    shown: list[tuple[str, str]] = []
+    module = ModuleType("server")
+    instance = SimpleNamespace(send_progress_text=lambda text, node_id: shown.append((node_id, text)))
+    module.PromptServer = SimpleNamespace(instance=instance)
+    monkeypatch.setitem(sys.modules, "server", module)
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    return shown
+
+
+def test_the_line_on_the_nodes_tells_what_ran_in_the_step_before(server):
+    dense, sparse = patched(unique_id="7"), Half()
+    sparse.node_id = "12"
+    model = slot.install(dense, sparse)
+    sample(model, blocks(OldCore()), sigmas=[1.0, 0.5, 0.2])
+    said = [f"step {n}, attention calls: sparse 1, reference 1; 25% of the blocks" for n in (1, 2, 3)]
+    assert [text for node, text in server if node == "7"] == [text for node, text in server if node == "12"] == said
+
+
+def test_the_line_tells_of_fallbacks_and_the_model_s_own(server):
+    model = patched("reference", unique_id="7")
+    core = OldCore()
+    sample(model, lambda options: core.attention(*(torch.randn(1, 4, 300) for _ in range(3)), 1, transformer_options=options), [1.0])
+    assert server[-1] == ("7", "step 1, attention calls: the model's own 1; fallbacks: 1, see the log")
+
+
+def test_the_line_is_not_sent_more_often_than_one_can_read(server, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS", 60.0)
+    sample(patched(unique_id="7"), blocks(OldCore()), sigmas=torch.linspace(1, 0, 9).tolist())
+    assert [text.split(",")[0] for _, text in server] == ["step 9"]  # the first step has none before it, the end is always told
+
+
+def test_without_a_server_there_is_no_line():
+    assert slot.record_of(patched(unique_id="7")).on_step is None
