@@ -503,7 +503,9 @@ struct Router {
         if (!left_out) list.scores[r * p.pitch + at.block] = -kInf;
       }
     });
-    for (int word = (seen + 31) / 32 + lane; word < p.words; word += 32) bits[word] = bits[p.words + word] = 0;  // beyond the diagonal
+    // Beyond the strip's diagonal, and beyond what each_word rounds that up to.
+    for (int word = (seen - 1) / (32 * kPitchWords) * kPitchWords + kPitchWords + lane; word < p.words; word += 32)
+      bits[word] = bits[p.words + word] = 0;
     if (lane == 0) atomicAdd(p.exact_blocks, (u64)exact_blocks);
     if (!p.tail) return;
 #pragma unroll
