@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,7 +13,8 @@ import torch
 
 from ..sageattention import KernelMissing, Unsupported, prepare, settings, tracing
 from .form import Form, four_dimensional
-from .override import Attention, Override
+from .override import SUSPENDED, Attention, Override
+from .record import record_of
 from .schedule import Schedule, Window
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class SageOverride(Override):
         schedule: the calls that it is for.
         guard: what watches over the error; None where nobody asked.
         forms: what is known of calls like earlier ones: their `Form`, or why they are left to the model's own attention on purpose.
+        kept: an entry for each of the latter.
     """
 
     def __init__(self, variant: str, previous: Attention | None = None, schedule: Schedule | None = None, guard: Guard | None = None):
@@ -43,6 +46,7 @@ class SageOverride(Override):
         self.schedule = schedule
         self.guard = guard
         self.forms: dict[tuple[Any, ...], Form | str] = {}
+        self.kept: dict[tuple[Any, ...], Entry] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process it starts with counts of its own."""
@@ -63,6 +67,18 @@ class SageOverride(Override):
             "max_error": self.guard.max_error if self.guard else 0.0,
         }
 
+    def _call(self, func: Attention | None, args: tuple[Any, ...], kwargs: dict[str, Any], contained: bool) -> torch.Tensor:
+        """As any override's. Calls like one that was kept are most of some models' calls, and too short for much ado about them."""
+        options = kwargs.get("transformer_options")
+        if self.kept and func is not None and isinstance(options, dict) and not torch.compiler.is_compiling():
+            try:
+                like = self.kept.get(_key(*args, **kwargs))
+            except TypeError:  # symbolic sizes have no hash
+                like = None
+            if like is not None and SUSPENDED not in options and record_of(options, self.record).again(like, options):
+                return self._behind(func, args, kwargs, False)
+        return super()._call(func, args, kwargs, contained)
+
     def attempt(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any], contained: bool) -> torch.Tensor | None:
         """Our attention's result, or None where the call is left to the attention behind."""
         if self.schedule is not None:
@@ -75,6 +91,8 @@ class SageOverride(Override):
             prepared = self.prepare(*(_peeked(args) if contained else args), **kwargs)
             if isinstance(prepared, str):
                 entry.kept(prepared)
+                if self.schedule is None and not contained and entry.reasons == (prepared,):
+                    self._remember_kept(entry, args, kwargs)
                 return None
             call, form = prepared
             if self.guard is not None:
@@ -111,9 +129,9 @@ class SageOverride(Override):
         Raises:
             Unsupported, KernelMissing: our variant can't do this call.
         """
-        key: tuple[Any, ...] = (
-            q.shape, k.shape, v.shape, q.dtype, q.device, None if mask is None else (mask.shape, mask.dtype),
-            heads, skip_reshape, skip_output_reshape, enable_gqa, low_precision_attention, settings.state,
+        key = _key(
+            q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, enable_gqa=enable_gqa,
+            low_precision_attention=low_precision_attention,
         )  # fmt: skip
         try:
             known = self.forms.get(key)
@@ -141,12 +159,39 @@ class SageOverride(Override):
     ) -> Call:  # fmt: skip
         return prepare(*form.view(q, k, v), form.layout, sm_scale=scale, attn_mask=four_dimensional(mask), variant=self.variant)
 
+    def _remember_kept(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(self.kept) >= MAX_FORMS:
+            self.kept.clear()
+        with contextlib.suppress(TypeError):  # symbolic sizes have no hash
+            self.kept.setdefault(_key(*args, **kwargs), entry)
+
     def _remember(self, key: tuple[Any, ...], known: F) -> F:
         if key:  # else it has no hash
             if len(self.forms) >= MAX_FORMS:
                 self.forms.clear()
             self.forms[key] = known
         return known
+
+
+def _key(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    heads: int | None = None,
+    mask: torch.Tensor | None = None,
+    attn_precision: torch.dtype | None = None,
+    skip_reshape: bool = False,
+    skip_output_reshape: bool = False,
+    *,
+    enable_gqa: bool = False,
+    low_precision_attention: bool = True,
+    **others: Any,
+) -> tuple[Any, ...]:
+    """All that decides how a call is computed, or whether."""
+    return (
+        q.shape, k.shape, v.shape, q.dtype, q.device, None if mask is None else (mask.shape, mask.dtype),
+        heads, skip_reshape, skip_output_reshape, enable_gqa, low_precision_attention, settings.state,
+    )  # fmt: skip
 
 
 def _peeked(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -81,13 +81,18 @@ class Sampling:
         """Steps begun so far."""
         return max((step.number + 1 for step in self._steps.values()), default=0)
 
-    def place(self, options: dict[str, Any]) -> Place:
-        """Where the next call stands that comes with these `transformer_options`."""
-        sigmas, pass_ = options.get("sigmas"), options.get("cond_or_uncond")
+    def step(self, options: dict[str, Any]) -> Step:
+        """The step of a call that comes with these `transformer_options`."""
+        sigmas = options.get("sigmas")
         device = CPU if sigmas is None else sigmas.device
         step = self._steps.get(device)
         if step is None or step._sigmas is not sigmas:
             step = self._steps[device] = Step(0 if step is None else step.number + 1, sigmas)
+        return step
+
+    def place(self, options: dict[str, Any], step: Step) -> Place:
+        """Where the next call of a step stands."""
+        pass_ = options.get("cond_or_uncond")
         if step.pass_ is not pass_:
             step.pass_, step.calls = pass_, 0
         number, step.calls = step.calls, step.calls + 1

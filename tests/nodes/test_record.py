@@ -171,7 +171,7 @@ def test_an_attention_that_fails_does_not_hold_the_next_call_s_entry():
 def test_devices_that_share_a_step_count_their_own():
     run = sampling.Sampling()
     sigmas = {name: [SimpleNamespace(device=name, numel=lambda: 0) for _ in range(3)] for name in ("cuda:0", "cuda:1")}
-    numbers = [(name, run.place({"sigmas": sigmas[name][step]}).step.number) for step in range(3) for name in sigmas for _ in range(2)]
+    numbers = [(name, run.step({"sigmas": sigmas[name][step]}).number) for step in range(3) for name in sigmas for _ in range(2)]
     assert numbers == [(name, step) for step in range(3) for name in sigmas for _ in range(2)]
 
 
@@ -203,6 +203,26 @@ def test_calls_are_timed_in_some_steps_and_all_steps_are():
     timed = {e.place.step.number for e in slot.record_of(model).entries if e.begin is not None and e.end is not None}
     assert timed == {n for n in record.TIMED_STEPS if n < 20} and set(slot.record_of(model).starts) == set(range(21))
     assert all(e.end.ms_since(e.begin) > 0 for e in slot.record_of(model).entries if e.begin)
+
+
+def test_calls_that_are_kept_again_are_entries_as_any_other():
+    """In steps that are not timed they take a shorter way."""
+    model, core = patched("auto"), OldCore()
+    sample(model, blocks(core), sigmas=torch.linspace(1, 0, 4).tolist(), passes=2)
+    entries = slot.record_of(model).entries
+    assert [type(e).__name__ for e in entries] == ["Entry"] * 8 + ["Entry", "Again", "Again", "Again"] * 2
+    assert [(e.place.step.number, e.place.layer) for e in entries] == [(s, f"block {b}") for s in range(4) for _ in (0, 1) for b in (0, 1)]
+    for name in ("q_shape", "k_shape", "dtype", "heads", "hnd", "masked", "variant", "kernel", "reasons", "blocks", "error"):
+        assert len({getattr(e, name) for e in entries}) == 1, name
+    assert list(slot.record_of(model).kept.values()) == [16] == [len(core.own_calls)]
+    assert all(e.begin is None for e in entries[8:])
+
+
+def test_calls_that_are_kept_again_behind_another_of_ours_stay_one_entry():
+    model = slot.install(patched("auto"), Half())
+    sample(model, blocks(OldCore()), sigmas=torch.linspace(1, 0, 4).tolist())
+    reasons = [e.reasons for e in slot.record_of(model).entries]
+    assert len(reasons) == 8 and reasons[0] == () and len(reasons[1]) == 2 and reasons == reasons[:2] * 4
 
 
 def test_calls_outside_of_a_sampling_are_counted_and_not_kept():
