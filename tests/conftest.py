@@ -68,8 +68,11 @@ MEMOS = {
     "settings": ["read"],
     "device.capability": ["of_device"],
     "planning.calibration": ["of_card"],
+    "planning.verdicts": ["_known"],
+    "planning.rules": ["table"],
     "planning.plan": ["plan"],
     "planning.here": ["_absent", "_told"],
+    "verify": ["_given_up"],
     "dispatch": ["_prepared", "_ran"],
     "backends.cuda.workspace": ["launch_plan_of"],
 }

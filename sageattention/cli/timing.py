@@ -16,3 +16,33 @@ def gpu_ms(work: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end)
+
+
+def captured(work: Callable[[], object]) -> Callable[[], object] | None:
+    """`work` as a replay of a CUDA graph, without gaps between launches; None where it can't be captured.
+
+    torch.cuda.graph collects garbage first, which takes longer than what is timed here.
+    """
+    import torch
+
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()  # whatever is made at the first call on a stream
+        torch.cuda.synchronize()
+        graph.capture_begin()
+        try:
+            work()
+        except RuntimeError:
+            refused = True
+        else:
+            refused = False
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            refused = True
+    torch.cuda.current_stream().wait_stream(stream)
+    if refused:
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
