@@ -43,6 +43,12 @@ def install(monkeypatch: pytest.MonkeyPatch, free: int = 8 << 30) -> Gpu:
             return other.at - self.at
 
     class CUDAGraph:
+        def capture_begin(self):
+            clock.capturing = self.captured = []
+
+        def capture_end(self):
+            clock.capturing = None
+
         def replay(self):
             clock.now += sum(self.captured) * 0.8  # without launch gaps
 
@@ -72,6 +78,7 @@ def install(monkeypatch: pytest.MonkeyPatch, free: int = 8 << 30) -> Gpu:
         "mem_get_info": lambda device=None: (free, 2 * free),
         "empty_cache": lambda: None,
         "device": lambda device: contextlib.nullcontext(),
+        "is_current_stream_capturing": lambda: clock.capturing is not None,
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)

@@ -150,19 +150,20 @@ def time_form(form: Form, timed: list[Attention], device: torch.device) -> Point
             continue
         once[key] = gpu_ms(repeated(candidate, 1))
     best = min(once.values())
+    if best >= LONGEST_MS:  # launches and turns don't show
+        return Point(form, once, off)
     works: dict[Candidate, Callable[[], object]] = {}
     counts = {}
     for candidate in timed:
         key = settled(Candidate.parse(candidate.name))
         if key in once and (key == TORCH or once[key] < HOPELESS * max(best, GRAPH_MS / 10)):  # the launches of shorter ones take longer
             counts[key] = max(1, min(20, int(TURN_MS / max(once[key], 1e-3))))
-            work = repeated(candidate, counts[key])
+            work: Callable[[], object] = repeated(candidate, counts[key])
             works[key] = (captured(work) if once[key] < GRAPH_MS else None) or work
     turns: dict[Candidate, list[float]] = {key: [] for key in works}
-    for _ in range(TURNS if best < LONGEST_MS else 1):
+    for _ in range(TURNS):
         for key, work in works.items():
-            if best < LONGEST_MS:
-                gpu_ms(work)  # untimed: a card's clock follows what it has just been doing
+            gpu_ms(work)  # untimed: a card's clock follows what it has just been doing
             turns[key].append(gpu_ms(work) / counts[key])
     return Point(form, {key: statistics.median(times) for key, times in turns.items()}, off)
 

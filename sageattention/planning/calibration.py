@@ -26,6 +26,7 @@ from .. import _version, settings
 from ..device import libcuda
 from ..device.capability import Capability
 from ..errors import CudaError
+from ..numerics.constants import HEAD_DIMS
 from ..variants import VARIANTS, Candidate, settled
 from . import rules
 from .cost import KINDS, TORCH, Cost, Form, Kind, fit, work_of
@@ -66,7 +67,7 @@ class Point:
         """
         form, ms = Form(**given["form"]), times_from_json(given["ms"])
         sizes = [size for name, size in form._asdict().items() if name != "mask"]
-        if not all(type(size) is int and size > 0 for size in sizes) or form.kind not in KINDS:
+        if not all(type(size) is int and size > 0 for size in sizes) or form.head_dim > HEAD_DIMS[-1] or form.kind not in KINDS:
             raise ValueError(f"{given['form']} is no call")
         if TORCH not in ms:
             raise ValueError("torch's own attention was not timed")
