@@ -69,7 +69,7 @@ def test_the_model_in_figures():
 
 
 def test_a_static_cost_in_figures():
-    """An RTX 4090's wave of blocks over 4,096 keys: 1 + .086 clocks a pair for PyTorch, .25 + .109 for INT8, two thirds of them by waves."""
+    """An RTX 4090's clocks a pair: 1 + .086 for PyTorch, .25 + .109 for INT8; two thirds of them count by waves."""
     per_key = datasheet.IN_WAVES * 128 * 1024 / 2.4e3
     torch, int8 = (datasheet.static_cost(89, candidate, (128, "none"), 128) for candidate in (TORCH, CANDIDATES[89][0]))
     assert torch.wave_keys == pytest.approx(per_key * (128 * 2 / 256 + 11 / 128))
