@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import settings
+from . import settings, torch_internals
 from .errors import KernelMissing, Unsupported
 from .kernels import binaries
 from .layout import AXES
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # candidates takes four turns within a second.
 PART_MS, TURNS = 40.0, 3
 MIN_ROWS = 1024  # queries of the part, where one head is too long by itself
+LAUNCH_CYCLES = 2_000_000  # a millisecond, in which the host launches a turn: the GPU is not to wait for it while it is timed
 SAMPLE = 64  # rows of each head that are compared
 # The relative L2 distance from PyTorch's result that a candidate may have, in terms of the bound of its type. What kernels get wrong is
 # off by far more; the data of a call may be harder than those that bounds are made for.
@@ -111,6 +112,7 @@ def _times(runs: dict[Candidate, Call]) -> dict[Candidate, float]:
     """Milliseconds of each, the median of turns. The host waits once, behind all of them."""
     marks = []
     for _ in range(TURNS):
+        torch_internals.gpu_sleep(LAUNCH_CYCLES)
         for candidate, run in runs.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

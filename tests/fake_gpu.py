@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 
+from sageattention import torch_internals
 from sageattention.cli.bench import MIB
 from sageattention.cli.candidates import Attention
 
@@ -43,12 +44,6 @@ def install(monkeypatch: pytest.MonkeyPatch, free: int = 8 << 30) -> Gpu:
             return other.at - self.at
 
     class CUDAGraph:
-        def capture_begin(self):
-            clock.capturing = self.captured = []
-
-        def capture_end(self):
-            clock.capturing = None
-
         def replay(self):
             clock.now += sum(self.captured) * 0.8  # without launch gaps
 
@@ -80,6 +75,7 @@ def install(monkeypatch: pytest.MonkeyPatch, free: int = 8 << 30) -> Gpu:
         "device": lambda device: contextlib.nullcontext(),
         "is_current_stream_capturing": lambda: clock.capturing is not None,
     }
+    monkeypatch.setattr(torch_internals, "gpu_sleep", lambda cycles: None)
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     return clock

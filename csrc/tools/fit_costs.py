@@ -19,8 +19,9 @@ sys.path.insert(0, str(ROOT))
 from sageattention.cli.calibrate import results  # noqa: E402
 from sageattention.device.capability import Capability  # noqa: E402
 from sageattention.planning import datasheet, measured, rules  # noqa: E402
-from sageattention.planning.calibration import Point  # noqa: E402
-from sageattention.planning.cost import KINDS, TORCH, Costs, fit, work_of  # noqa: E402
+from sageattention.planning.calibration import Point, fitted  # noqa: E402
+from sageattention.planning.cost import KINDS, TORCH, Cost, Costs, Kind  # noqa: E402
+from sageattention.variants import Candidate  # noqa: E402
 
 HEAD = '''"""What calls cost where a card of the architecture was timed. Written by csrc/tools/fit_costs.py; docs/kernels.md says how.
 
@@ -45,16 +46,14 @@ MEASURED: dict[int, Costs] = {
 '''
 
 
-def fitted(points: list[Point], arch: int, multiprocessors: int) -> Costs:
-    """The costs of each candidate of `auto` in each kind of call; where a kind was not timed, those of the data sheet."""
-    costs: Costs = {}
-    for kind in KINDS:
-        alike = [point for point in points if point.form.kind == kind]
-        costs[kind] = {}
-        for candidate in (TORCH, *rules.CANDIDATES[arch]):
-            timed = [(work_of(p.form, multiprocessors), p.ms[candidate]) for p in alike if candidate in p.ms]
-            costs[kind][candidate] = fit(timed, datasheet.static_cost(arch, candidate, kind, multiprocessors))
-    return costs
+def fitted_costs(points: list[Point], arch: int, multiprocessors: int) -> Costs:
+    """The costs of each candidate of `auto` in each kind of call, drawn to those of the data sheet."""
+
+    def prior(candidate: Candidate, kind: Kind) -> Cost:
+        return datasheet.static_cost(arch, candidate, kind, multiprocessors)
+
+    named = (TORCH, *rules.CANDIDATES[arch])
+    return {kind: {c: fitted(points, c, kind, prior, multiprocessors) for c in named} for kind in KINDS}
 
 
 def text() -> str:
@@ -78,7 +77,7 @@ def main() -> int:
     made = json.loads(parser.parse_args().calibration.read_text(encoding="utf-8"))
     points, card = [Point.from_json(point) for point in made["points"]], made["made_for"]
     arch, count = int(card["arch"].removeprefix("sm_")), int(card["multiprocessors"])
-    measured.MEASURED[arch] = fitted(points, arch, count)
+    measured.MEASURED[arch] = fitted_costs(points, arch, count)
     measured.MADE_FROM[arch] = f"{card['card']}, driver {card['driver']}, torch {card['torch']}"
     Path(measured.__file__).write_text(text(), encoding="utf-8")
     rules.table.cache_clear()

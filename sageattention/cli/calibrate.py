@@ -23,11 +23,12 @@ from ..errors import KernelMissing, Unsupported
 from ..planning import calibration, rules, verdicts
 from ..planning.calibration import Calibration, Point
 from ..planning.cost import KINDS, TORCH, Form, Kind
+from ..planning.measured import MEASURED
 from ..variants import Candidate, settled
 from .bench import dtype_of
 from .candidates import Attention, chosen_device, ready
 from .text import table
-from .timing import captured, gpu_ms
+from .timing import gpu_ms, queued_ms
 from .workloads import MODELS, SHAPES
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
 LIMIT = 55.0  # seconds
 SEED = 0  # of the calls that are drawn
 LONGEST_MS = 20.0  # that SDPA may take for a call, as predicted
-TURNS, TURN_MS = 3, 3.0
-GRAPH_MS = 2.0  # shorter calls are timed as CUDA graphs: a model's launches wait for the GPU, not the other way round
-HOPELESS = 1.8  # times the fastest candidate's time: such a one is not timed further
+TURNS, TURN_MS, MOST_CALLS = 3, 2.0, 10
+# A candidate that takes so many times the fastest one's time is not timed further; of shorter calls that shows launches alone.
+HOPELESS, TELLING_MS = 1.8, 0.3
 OFF = 0.1  # relative L2 distance from SDPA; the coarsest variant has .04
 REPORT_S = 5.0  # between two lines of progress
 
@@ -83,19 +84,27 @@ def forms(card: Capability) -> Iterator[Form]:
 
 
 def candidates(device: torch.device) -> list[Attention]:
-    """What is timed: torch's SDPA as `auto` calls it, and each way of rounding that is ready here, Triton's where there is no other."""
+    """What is timed: torch's SDPA as `auto` calls it, and each way of rounding that is ready here and may turn out to be the fastest."""
+    card = capability.of_device("cuda", device.index or 0)
     found: dict[str, Attention] = {}
     for candidate in ready(device, accumulators=True)[0]:
-        if candidate.name != "sdpa" and (candidate.variant is None or not candidate.variant.has_kernels):
-            continue
-        # Triton takes minutes to compile for such a card, and has no INT8 product there.
-        slow = candidate.variant and candidate.variant.backend == "triton" and capability.of_device("cuda", device.index or 0).arch < 80
-        known = any((c.variant, c.scheme) == (candidate.variant, candidate.scheme) for c in found.values())
-        if not slow and not known:
-            found[candidate.name] = candidate
+        if candidate.name == "sdpa" or _may_be_fastest(candidate, card):
+            known = any((c.variant, c.scheme) == (candidate.variant, candidate.scheme) for c in found.values())
+            if not known:
+                found[candidate.name] = candidate
     if any(c.variant and c.variant.backend == "cuda" for c in found.values()):
         return [c for c in found.values() if not c.variant or c.variant.backend != "triton"]
     return list(found.values())
+
+
+def _may_be_fastest(candidate: Attention, card: Capability) -> bool:
+    """Not `reference`; where others of the architecture were measured, what `auto` chooses from there. Triton takes minutes to compile
+    for cards before 8.0, and has no INT8 product there."""
+    if candidate.variant is None or not candidate.variant.has_kernels:
+        return False
+    if rules.family(card.arch) in MEASURED:
+        return settled(Candidate.parse(candidate.name)) in rules.CANDIDATES[rules.family(card.arch)]
+    return candidate.variant.backend != "triton" or card.arch >= 80
 
 
 def measure(
@@ -133,7 +142,7 @@ def time_form(form: Form, timed: list[Attention], device: torch.device) -> Point
 
         return work
 
-    exact, off, once = None, {}, {}
+    exact, off, once, host = None, {}, {}, {}
     for candidate in timed:  # warms up, and compiles
         key = settled(Candidate.parse(candidate.name))
         try:
@@ -148,23 +157,25 @@ def time_form(form: Form, timed: list[Attention], device: torch.device) -> Point
         elif not float((out[:, :1].float() - exact).norm() / exact.norm()) < OFF:
             off[key] = "its result is not SDPA's; `check` tells more"
             continue
+        start = time.perf_counter()
+        candidate.call(q, k, v, **keywords)
+        host[key] = time.perf_counter() - start
         once[key] = gpu_ms(repeated(candidate, 1))
     best = min(once.values())
     if best >= LONGEST_MS:  # launches and turns don't show
         return Point(form, once, off)
     works: dict[Candidate, Callable[[], object]] = {}
-    counts = {}
+    counts: dict[Candidate, int] = {}
     for candidate in timed:
         key = settled(Candidate.parse(candidate.name))
-        if key in once and (key == TORCH or once[key] < HOPELESS * max(best, GRAPH_MS / 10)):  # the launches of shorter ones take longer
-            counts[key] = max(1, min(20, int(TURN_MS / max(once[key], 1e-3))))
-            work: Callable[[], object] = repeated(candidate, counts[key])
-            works[key] = (captured(work) if once[key] < GRAPH_MS else None) or work
+        if key in once and (key == TORCH or once[key] < HOPELESS * max(best, TELLING_MS)):
+            counts[key] = max(1, min(MOST_CALLS, int(TURN_MS / max(once[key], 1e-3))))
+            works[key] = repeated(candidate, counts[key])
     turns: dict[Candidate, list[float]] = {key: [] for key in works}
     for _ in range(TURNS):
         for key, work in works.items():
             gpu_ms(work)  # untimed: a card's clock follows what it has just been doing
-            turns[key].append(gpu_ms(work) / counts[key])
+            turns[key].append(queued_ms(work, counts[key] * host[key]) / counts[key])
     return Point(form, {key: statistics.median(times) for key, times in turns.items()}, off)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+CYCLES = 4e9  # of a GPU to wait for each second of the host's: twice what its clock does
+
 
 def gpu_ms(work: Callable[[], object]) -> float:
     """The time between two CUDA events around `work`, in ms."""
@@ -18,31 +20,21 @@ def gpu_ms(work: Callable[[], object]) -> float:
     return begin.elapsed_time(end)
 
 
-def captured(work: Callable[[], object]) -> Callable[[], object] | None:
-    """`work` as a replay of a CUDA graph, without gaps between launches; None where it can't be captured.
+def queued_ms(work: Callable[[], object], host_s: float) -> float:
+    """As `gpu_ms`, but all of `work` is launched before the GPU comes to it, as in a model, whose launches run ahead.
 
-    torch.cuda.graph collects garbage first, which takes longer than what is timed here.
+    Args:
+        host_s: the time that launching takes, in seconds; the GPU is kept waiting so much longer.
     """
     import torch
 
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()  # whatever is made at the first call on a stream
-        torch.cuda.synchronize()
-        graph.capture_begin()
-        try:
-            work()
-        except RuntimeError:
-            refused = True
-        else:
-            refused = False
-        try:
-            graph.capture_end()
-        except RuntimeError:
-            refused = True
-    torch.cuda.current_stream().wait_stream(stream)
-    if refused:
-        torch.cuda.synchronize()
-        return None
-    return graph.replay
+    from .. import torch_internals
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch_internals.gpu_sleep(int(CYCLES * host_s))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)

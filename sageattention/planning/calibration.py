@@ -17,7 +17,7 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from ..errors import CudaError
 from ..numerics.constants import HEAD_DIMS
 from ..variants import VARIANTS, Candidate, settled
 from . import rules
-from .cost import KINDS, TORCH, Cost, Form, Kind, fit, work_of
+from .cost import KINDS, TORCH, Cost, Form, Kind, Work, fit, work_of
 
 FOLDER = "SAGEATTENTION_CACHE"  # replaces the user's cache directory
 FORMAT = 2
@@ -90,16 +90,35 @@ class Calibration:
         return self._fitted[key]
 
     def _fit(self, kind: Kind, arch: int, multiprocessors: int) -> dict[Candidate, Cost]:
-        alike = [(work_of(point.form, multiprocessors), point.ms) for point in self.points if point.form.kind == kind]
-        fitted = {}
-        for candidate in dict.fromkeys(candidate for _, ms in alike for candidate in ms):
-            timed = [(work, ms[candidate]) for work, ms in alike if candidate in ms]
-            fitted[candidate] = fit(timed, rules.prior(candidate, kind, arch, multiprocessors))
-        return fitted
+        def prior(candidate: Candidate, kind: Kind) -> Cost:
+            return rules.prior(candidate, kind, arch, multiprocessors)
+
+        timed = dict.fromkeys(candidate for point in self.points if point.form.kind == kind for candidate in point.ms)
+        return {candidate: fitted(self.points, candidate, kind, prior, multiprocessors) for candidate in timed}
 
     def off(self, kind: Kind) -> dict[Candidate, str]:
         """Reason by candidate of those whose results were wrong, or that could not run, in calls of a kind."""
         return {candidate: reason for point in self.points if point.form.kind == kind for candidate, reason in point.off.items()}
+
+
+def fitted(
+    points: Iterable[Point], candidate: Candidate, kind: Kind, prior: Callable[[Candidate, Kind], Cost], multiprocessors: int
+) -> Cost:
+    """What a candidate costs in calls of a kind, by those that were timed.
+
+    Calls with a mask are expected to differ from `prior` as those without one do.
+    """
+
+    def timed(kind: Kind) -> list[tuple[Work, float]]:
+        alike = [point for point in points if point.form.kind == kind and candidate in point.ms]
+        return [(work_of(point.form, multiprocessors), point.ms[candidate]) for point in alike]
+
+    expected, plain = prior(candidate, kind), (kind[0], "none")
+    if kind != plain:
+        before = prior(candidate, plain)
+        after = fit(timed(plain), before)
+        expected = Cost(*(e * a / b if b else e for e, a, b in zip(expected, after, before)))
+    return fit(timed(kind), expected)
 
 
 def candidates_from_json(given: dict[str, Any], value: Callable[[Any], T]) -> dict[Candidate, T]:

@@ -19,6 +19,8 @@ MASKS = ("none", "causal", "keys", "bool", "additive")
 TORCH = Candidate(SDPA.name)
 BLOCK = 128  # queries that a block of an attention kernel takes
 MI = 1 << 20
+# Bytes of quantised K and V that a CUDA variant keeps at once: the rest of its 128 MiB are statistics.
+WORKSPACE_LIMIT = 126 << 20
 
 
 class Form(NamedTuple):
@@ -77,8 +79,11 @@ class Work(NamedTuple):
     call: float = 1.0
     waves: float = 0.0  # of blocks over the multiprocessors, the last one counted as whole
     wave_keys: float = 0.0  # waves times thousands of keys: how long the multiprocessors are busy
-    pairs: float = 0.0  # millions of queries times keys, for each multiprocessor: the same, if blocks were divisible
+    idle_keys: float = 0.0  # thousands of keys, times the share of multiprocessors that have no block at all
+    blocks: float = 0.0  # for each multiprocessor: waves, if the last one were not whole
+    pairs: float = 0.0  # millions of queries times keys, for each multiprocessor: busy time, likewise
     products: float = 0.0  # pairs times 64 channels
+    grouped: float = 0.0  # pairs of a call whose K and V exceed the workspace: its heads are computed group by group
     query: float = 0.0  # millions of elements of q, 16 bits each
     key: float = 0.0  # millions of elements of k, likewise
     mask: float = 0.0  # MB of the mask
@@ -106,14 +111,16 @@ def work_of(form: Form, multiprocessors: int) -> Work:
     masked = form.mask not in ("none", "causal")
     mask_bytes = form.mask_rows * form.len_kv * (form.itemsize if form.mask == "additive" else 1) if masked else 0
     return Work(
-        1.0, waves, waves * keys / 1024, pairs, pairs * form.head_dim / 64,
+        1.0, waves, waves * keys / 1024, max(0.0, 1 - blocks / multiprocessors) * keys / 1024, blocks / multiprocessors,
+        pairs, pairs * form.head_dim / 64, pairs if 2 * form.heads_kv * form.len_kv * form.kind[0] > WORKSPACE_LIMIT else 0.0,
         form.heads * form.len_q * width, form.heads_kv * form.len_kv * width,
         mask_bytes / MI, pairs if masked and form.len_kv % 2 else 0.0,
     )  # fmt: skip
 
 
-# How much a cost may leave the prior one: a change by all of itself weighs as much as one time of a hundred being off by 30 %.
-RIDGE = 1e-3
+# How strongly a cost is drawn to the prior one: to be off from it by all of that weighs as much as to be off from one time by 14 %. By
+# ten-fold cross-validation on an H200 the best, with a tenth and with five times of it nearly as good.
+RIDGE = 0.02
 SWEEPS = 300
 
 

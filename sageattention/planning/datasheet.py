@@ -29,11 +29,15 @@ MULTIPROCESSORS = {75: 46, 80: 108, 86: 68, 89: 76, 90: 132, 100: 148, 120: 70} 
 BANDWIDTH = 8.0  # GB/s of memory for each multiprocessor; cards have 8 (RTX 4090) to 36 (H200)
 
 # Instructions for a score beside the products, of 128 a clock and multiprocessor: exponential, maximum, sum, conversion, scales; what a
-# masked tile adds to ours, and how much longer torch's masked kernels take than its others (measured on 9.0).
+# masked tile adds to ours, and how much longer torch's masked kernels take than its others, with an odd number of keys still (as on 9.0).
 SOFTMAX, SOFTMAX_QUANTIZED, SOFTMAX_TRITON = 11, 14, 28
 MASKED = {"bool": 25, "additive": 45}
-TORCH_MASKED = 2.0
+TORCH_MASKED, TORCH_ODD = 2.0, 0.6
 ISSUED = 128
+# How much longer a block takes for its keys where it is alone on the card: nobody else brings keys into the cache.
+IDLE, IDLE_QUANTIZED = 0.1, 1.0
+# How much longer pairs take whose heads are computed group by group.
+GROUPED = 0.03
 # How much of the work waits for the last wave: blocks are not divisible. On 9.0 it is two thirds for torch and for us.
 IN_WAVES = 0.67
 # Microseconds: a call with its launches, and what a block does before and behind its loop.
@@ -48,17 +52,21 @@ def static_cost(arch: int, candidate: Candidate, kind: Kind, multiprocessors: in
     head_dim, mask = kind
     if candidate == TORCH:
         both, instructions, factor = 2 / TORCH_RATES[arch], SOFTMAX, TORCH_MASKED if mask in ("keys", *MASKED) else 1.0
-        call, ends, moved = CALL, BLOCK_ENDS, TORCH_BYTES
+        call, ends, alone, moved = CALL, BLOCK_ENDS, IDLE, TORCH_BYTES
     else:
         both, factor = products(arch, candidate), 1.0
         instructions = SOFTMAX_TRITON if VARIANTS[candidate.variant].backend == "triton" else SOFTMAX_QUANTIZED + MASKED.get(mask, 0)
-        call, ends, moved = CALL_QUANTIZED, BLOCK_ENDS_QUANTIZED, QUANTIZED_BYTES
+        call, ends, alone, moved = CALL_QUANTIZED, BLOCK_ENDS_QUANTIZED, IDLE_QUANTIZED, QUANTIZED_BYTES
     us = MI / CLOCKS[arch] / 1e3  # of a million clocks
     score, channels = factor * instructions / ISSUED * us, factor * 64 * both * us
     byte = MI / (BANDWIDTH * multiprocessors) / 1e3
     busy = (score + channels * head_dim / 64) * IN_WAVES * 128 * 1024 / MI
     query, key, masks = (count * byte for count in moved)
-    return Cost(call, ends, busy, score * (1 - IN_WAVES), channels * (1 - IN_WAVES), query, key, masks, 0.0)
+    odd = TORCH_ODD * (score + channels * head_dim / 64) if candidate == TORCH and factor > 1 else 0.0
+    smooth, grouped = 1 - IN_WAVES, 0.0 if candidate == TORCH else GROUPED * (score + channels * head_dim / 64)
+    return Cost(
+        call, IN_WAVES * ends, busy, alone * busy, smooth * ends, smooth * score, smooth * channels, grouped, query, key, masks, odd
+    )  # fmt: skip
 
 
 def products(arch: int, candidate: Candidate) -> float:

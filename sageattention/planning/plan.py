@@ -16,7 +16,7 @@ from ..numerics.constants import HEAD_DIMS, pad_head_dim
 from ..numerics.scheme import Scheme
 from ..variants import SDPA, VARIANTS, Candidate, Variant, settled
 from . import rules
-from .cost import Form
+from .cost import WORKSPACE_LIMIT, Form
 from .problem import Problem
 from .tile_lists import MAX_WORDS, WORD_BITS, tile_list_shape
 
@@ -118,8 +118,8 @@ class CudaPlan(KernelPlan):
         attend: the attention kernel's symbol.
     """
 
-    # A group is quantised while another one is attended. The rest of the 128 MiB are statistics.
-    WORKSPACE_LIMIT = 126 << 20
+    # A group is quantised while another one is attended.
+    WORKSPACE_LIMIT = WORKSPACE_LIMIT
     GROUPS_ALIVE = 2
     COMPILES_AT_LAUNCH = False
 
