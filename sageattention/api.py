@@ -335,10 +335,15 @@ class Explanation:
         predicted = {str(candidate): ms for candidate, ms in plan.predicted}
         return cls(plan.variant.name, plan.reason, rejected, machine(problem).name, plan.basis, plan.accum, predicted)
 
+    def _by_time(self) -> list[tuple[str, float]]:
+        return sorted(self.predicted_ms.items(), key=lambda item: item[1])
+
     def __str__(self) -> str:
         accum = f" ({self.accum})" if self.accum else ""
         lines = [f"{self.variant}{accum} on {self.device}: {self.reason}"]
         lines += [f"  not {name}: {reason}" for name, reason in self.rejected]
+        if self.predicted_ms:
+            lines.append("  expected: " + ", ".join(f"{name} {ms:.3g} ms" for name, ms in self._by_time()))
         return "\n".join(lines)
 
 

@@ -193,7 +193,7 @@ def plan(
         if verdicts and choice.basis == "static" and _to_verify(problem, chosen, verdicts, auto=True):
             unverified = (candidate, *_next_to_verify(candidates[place + 1 :]))
         return replace(chosen, rejected=tuple(rejected), basis=choice.basis, auto=True, predicted=predicted, unverified=unverified)
-    reason = f"nothing is left of the {choice.reason}" if choice.candidates else choice.reason
+    reason = f"nothing is left of what would gain: {choice.reason}" if choice.candidates else choice.reason
     return Plan(SDPA, reason, target.family, auto=True, basis=choice.basis, rejected=tuple(rejected), predicted=predicted)
 
 
