@@ -43,7 +43,9 @@ def card(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> Lanes:
         ("row", "float16", "HND", (2, 1), (20, 165)),
     ],
 )
-def test_kernels_agree_with_the_emulation(card: Lanes, mask: str, dtype: str, layout: str, heads: tuple, lengths: tuple, variant: str) -> None:
+def test_kernels_agree_with_the_emulation(
+    card: Lanes, mask: str, dtype: str, layout: str, heads: tuple, lengths: tuple, variant: str
+) -> None:
     head_dim = card.head_dim - 24  # padded inside the kernels
     t, given_mask = matrix.tensors(matrix.Case(head_dim, dtype, layout, mask, *heads, *lengths))
     given = t if layout == "HND" else {n: x.transpose(1, 2).contiguous() for n, x in t.items()}
