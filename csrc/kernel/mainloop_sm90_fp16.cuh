@@ -2,7 +2,8 @@
 //
 // A CTA has 128 queries of one head at a time. Its first warpgroup produces: KV tiles, Q, V's scales. Each of the other two owns 64 queries
 // and goes over the KV tiles, masked ones first. During the softmax of a tile the tensor cores work on the scores of the next tile and on
-// P·V of the previous one. P stays in registers: the score accumulators, converted, are its A fragments. l is O's columns of ones.
+// P·V of the previous one. P stays in registers: the score accumulators, converted, are its A fragments. l is O's columns of ones. At
+// head_dim 256, where O takes 132 registers, the softmax is one tile ahead of P·V instead, with two arrays of P for two of scores.
 //
 // wgmma stays asynchronous only with the present shape of unmasked_tiles' loop and order of waits (docs/kernels.md).
 #pragma once
@@ -18,11 +19,11 @@ struct MainloopFp16 : MainloopSm90<C> {
       Base::q_scale, Base::sQ, Base::p;
   static constexpr int kHeadDim = C::kHeadDim, kSteps = kHeadDim / 32;
   // Steps of Q·Kᵀ whose A fragments are in registers, as far as there are any left: shared memory then serves fewer reads.
-  static constexpr int kQStepsInRegs = kHeadDim == 128 ? 2 : kHeadDim == 256 ? 2 : 0;
-  // Whether the exponentials come before the wait for P·V of the previous tile, and how many are chained by a false dependency: otherwise
-  // the compiler schedules all exponentials before all conversions. Both chosen by measurement.
+  static constexpr int kQStepsInRegs = kHeadDim == 64 ? 0 : kHeadDim == 128 ? 2 : 4;
+  // Whether the exponentials come before the wait for P·V of the previous tile: at head_dim 256 that is all there is beside it. And how many
+  // are chained by a false dependency: otherwise the compiler schedules all exponentials before all conversions. Chosen by measurement.
   static constexpr bool kExpBeforeWait = kHeadDim != 128;
-  static constexpr int kExpChain = kHeadDim == 64 ? 8 : kHeadDim == 256 ? 0 : 0;
+  static constexpr int kExpChain = kHeadDim == 64 ? 8 : 0;
 
   float o[C::kOutRegisters];
   float m_limit[2];              // [half]: a score above this rescales the row
@@ -217,8 +218,7 @@ struct MainloopFp16 : MainloopSm90<C> {
     }
   }
 
-  // step() where registers are short of two score arrays, but not of two of P: the softmax is that of the next tile, and overlaps with
-  // P·V of the current one.
+  // P·V of the current tile, whose P is `prob`, and meanwhile the next tile's scores and its P, `next`.
   __device__ __forceinline__ void step_ahead(Scores& s, const ProbFragments& prob, ProbFragments& next) {
     const Ring<C::kStages> before = ring;
     ring.advance();
@@ -234,6 +234,7 @@ struct MainloopFp16 : MainloopSm90<C> {
     });
   }
 
+  // unmasked_tiles() by step_ahead().
   __device__ __forceinline__ void unmasked_tiles_ahead(int tiles) {
     Scores s;
     ProbFragments even, odd;

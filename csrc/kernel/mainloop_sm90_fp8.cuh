@@ -27,7 +27,7 @@ struct SoftmaxFp8 : MainloopSm90<C> {
   using Base = MainloopSm90<C>;
   using typename Base::Layout, typename Base::Scores, typename Base::ProbFragments;
   using Base::barrier, Base::k_scales, Base::m_i, Base::p, Base::q_scale;
-  using Scales = float[C::kScaleCount][2];  // [part of the step's keys][row half]
+  using Scales = float[C::kScaleCount][2];   // [part of the step's keys][row half]
   static constexpr float kNoScore = -3e38f;  // an m below all scores, and finite
 
   // P = 2^(score − m_p); O and l_i are relative to m_i.

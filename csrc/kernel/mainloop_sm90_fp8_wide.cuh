@@ -1,8 +1,10 @@
-// The same as mainloop_sm90_fp8.cuh for head_dim 256, where O takes 128 registers of a thread and an accumulator of its size has no room.
+// Third launch on Hopper, FP8 at head_dim 256: O takes 128 registers of a thread, which leaves no room for an accumulator of its size.
 //
 // P·V is computed 64 channels at a time, over a tile of 128 keys, by two accumulators in turns: while the tensor cores fill one, the other
 // is promoted to O. Their registers are those of the scores, which are P by then. So a warpgroup's softmax overlaps with none of its own
 // products; it overlaps with those of the other warpgroup, which take longer than it: the two take turns.
+//
+// wgmma stays asynchronous, without spills, only as registers, waits and barriers are put here (docs/kernels.md).
 #pragma once
 #include "mainloop_sm90_fp8.cuh"
 
@@ -26,7 +28,7 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
   using Base::barrier, Base::tile, Base::mask_scores, Base::load_k_scales, Base::tile_number, Base::m_i, Base::ring, Base::sQ, Base::p;
   using Base::begin_group, Base::l_i, Base::m_p, Base::o, Base::release, Base::update_m_i;
   static constexpr int kHeadDim = C::kHeadDim;
-  static constexpr int kTurnBarrier = 3;  // and 4; 1 and 2 are each warpgroup's own
+  static constexpr int kTurnBarrier = 3, kTurnThreads = 128 * C::kConsumers;  // one for each warpgroup; 1 and 2 are for its own threads
   using Half = i32[C::kScoreRegisters / 2];
 
   // The registers of the scores; as bits of fp32 those of P·V of 64 channels, twice; and sums of P.
@@ -52,8 +54,8 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
 
   // The warpgroups take turns at the tensor cores, so that one's softmax is under the other's products.
   static __device__ __forceinline__ int warpgroup() { return special_tid_x() / 128 - 1; }
-  static __device__ __forceinline__ void await_turn() { named_barrier<128 * C::kConsumers>(kTurnBarrier + warpgroup()); }
-  static __device__ __forceinline__ void pass_turn() { named_barrier_arrive<128 * C::kConsumers>(kTurnBarrier + 1 - warpgroup()); }
+  static __device__ __forceinline__ void await_turn() { named_barrier<kTurnThreads>(kTurnBarrier + warpgroup()); }
+  static __device__ __forceinline__ void pass_turn() { named_barrier_arrive<kTurnThreads>(true, kTurnBarrier + 1 - warpgroup()); }
 
   // Issues S = Q·Kᵀ of keys kFirst … kFirst + 63 of the tile at `at`.
   template <int kFirst>
@@ -94,7 +96,7 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
     for (int half = 0; half < 2; ++half) alpha[half] = exp2_approx(m_p[half] - m_i[half]), m_p[half] = m_i[half];
     Ring<C::kStages> after = ring;
     after.advance();
-    // A wait is a loop, before which the compiler issues nothing that stands behind it: an accumulator is promoted before it is used again.
+    // The wait is a loop, and the compiler moves nothing across: an accumulator is promoted before the next product is issued into it.
     const auto begin_part = [&] {
       mbarrier_wait(barrier(ring.stage) + kVFull, ring.parity);
       wgmma_fence();
@@ -120,6 +122,7 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
     wgmma_wait<1>();
     promote<128>(w.first(), alpha);
     if constexpr (kNext) issue_scores<0>(w.first(), after);
+    pass_turn();  // not later: the other's products fill the gap between the two halves of the scores
     wgmma_wait<kNext>();
     promote<192>(w.second(), alpha);
     warpgroup_fence_operand(w.sums);
@@ -131,7 +134,6 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
       issue_scores<64>(w.second(), ring);
       load_k_scales(ring.stage);
     }
-    pass_turn();
   }
 
   // Waits for the scores of the current tile. scale: of them.
@@ -142,7 +144,7 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
     release(kKEmpty, ring.stage);
   }
 
-  // Scores of the current tile → P. Each tile is a promotion group.
+  // Scores of the current tile → P. A tile is a promotion group of its own.
   __device__ __forceinline__ void softmax(Scores& s, ProbFragments& prob) {
     Scales scale;
     float top[2];
@@ -155,6 +157,7 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
     Base::template softmax_step<false>(s, scale, prob);
   }
 
+  // Issues all scores of the current tile.
   __device__ __forceinline__ void issue_all_scores(Accumulators& w) {
     issue_scores<0>(w.first(), ring);
     issue_scores<64>(w.second(), ring);
@@ -195,7 +198,8 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
 
   __device__ __forceinline__ void run(KvRange range, float (&l_out)[2]) {
     Base::begin(range);
-    if (Base::iteration == 0 && warpgroup() == 1) pass_turn();  // the other begins
+    // The first warpgroup has the first turn. The number is a constant: with warpgroup() in it descriptors leave the uniform registers.
+    named_barrier_arrive<kTurnThreads>(Base::iteration == 0 && warpgroup() == 1, kTurnBarrier);
     for (int left = range.masked; left; --left) masked_tile();
     if (range.unmasked) unmasked_tiles(range.unmasked);
     l_out[0] = l_i[0], l_out[1] = l_i[1];

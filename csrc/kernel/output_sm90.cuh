@@ -72,8 +72,8 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
         float y[kChunk];
 #pragma unroll
         for (int e = 0; e < kChunk; ++e)
-          y[e] = dequantize_o < C::kMask == Mask::list >
-                 (o[16 * c + e / 2 * 4 + 2 * half + e % 2], inverse[half], scale[c % kHeld][e], mean[c % kHeld][e]);
+          y[e] = dequantize_o < C::kMask ==
+                 Mask::list > (o[16 * c + e / 2 * 4 + 2 * half + e % 2], inverse[half], scale[c % kHeld][e], mean[c % kHeld][e]);
         store8<kDtype, decltype(vectors)::value>(row[half], 32 * c + kChunk * t, width[half], y);
       }
     }

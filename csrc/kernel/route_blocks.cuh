@@ -53,11 +53,11 @@ constexpr int route_shared_bytes() {
 __device__ __forceinline__ float log2_sum(float a, float b) { return fmaxf(a, b) + log2_approx(1.0f + exp2_approx(-fabsf(a - b))); }
 
 // A number's bits, in the order of the numbers, all above 0.
-__device__ __forceinline__ u32 ordered(float x) {
+__device__ __forceinline__ u32 sortable(float x) {
   const u32 bits = __float_as_uint(x);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
-__device__ __forceinline__ float from_ordered(u32 x) { return __uint_as_float(x >> 31 ? x & 0x7FFFFFFFu : ~x); }
+__device__ __forceinline__ float from_sortable(u32 x) { return __uint_as_float(x >> 31 ? x & 0x7FFFFFFFu : ~x); }
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
@@ -428,7 +428,7 @@ struct Router {
     u32* const weights = ordered_weights() + threadIdx.x % 32;  // the lane's own
     u32 low = 0xFFFFFFFFu, high = 0;
     each_word(list, [&](int word, const Place& at) {
-      const u32 x = at.asked[0] | at.asked[1] ? ordered(weight(at, line)) : 0u;
+      const u32 x = at.asked[0] | at.asked[1] ? sortable(weight(at, line)) : 0u;
       weights[32 * word] = x, high = max(high, x), low = min(low, x - 1);  // 0 − 1: none
     });
 #pragma unroll
@@ -440,7 +440,7 @@ struct Router {
       const float number = fminf((float)rint(share * candidates), candidates - (share < 1.0 ? 1.0f : 0.0f));
       return search(low, high, fmaxf(number, 1.0f), [&](u32 least) { return sum_above(weights, least, [](u32) { return 1.0f; }); });
     }
-    const auto above = [&](u32 least) { return sum_above(weights, least, [](u32 x) { return exp2_approx(from_ordered(x)); }); };
+    const auto above = [&](u32 least) { return sum_above(weights, least, [](u32 x) { return exp2_approx(from_sortable(x)); }); };
     return search(low, high, (float)share * above(0), above);
   }
 

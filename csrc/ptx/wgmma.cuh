@@ -53,7 +53,7 @@ __device__ __forceinline__ void warpgroup_fence_operand(float (&d)[kCount]) {
 template <int kFirst, int kCount, int kAll, class T>
 __device__ __forceinline__ T (&registers(T (&d)[kAll]))[kCount] {
   static_assert(kFirst + kCount <= kAll, "within the array");
-  return reinterpret_cast<T (&)[kCount]>(d[kFirst]);
+  return reinterpret_cast<T(&)[kCount]>(d[kFirst]);
 }
 
 // Makes ordinary stores to shared memory visible to wgmma and to bulk copies.
@@ -84,10 +84,10 @@ __device__ __forceinline__ void named_barrier(int id) {
   asm volatile("bar.sync %0,%1;" ::"r"(id), "n"(kThreads) : "memory");
 }
 
-// Arrives at it, and does not wait.
+// Arrives at it, if the predicate is set, which is the same for a warp's lanes, and does not wait. As mbarrier_arrive, it does not branch.
 template <int kThreads>
-__device__ __forceinline__ void named_barrier_arrive(int id) {
-  asm volatile("bar.arrive %0,%1;" ::"r"(id), "n"(kThreads) : "memory");
+__device__ __forceinline__ void named_barrier_arrive(bool predicate, int id) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p,%0,0; @p bar.arrive %1,%2;}" ::"r"((u32)predicate), "r"(id), "n"(kThreads) : "memory");
 }
 
 // An instruction names up to 68 accumulator registers one by one. W_n: the text "%0,…" of n of them; W_OUT_n: their operands.

@@ -53,6 +53,7 @@ LOOP_LOCAL: dict[tuple[str, str], int] = {
     ("sm_120", "attend_mma_int8_d256_list_int32"): 1,
     ("sm_120", "attend_mma_fp8_d256_list_fp8"): 3,
     ("sm_120", "attend_mma_fp8_d256_causal_fp8"): 2,
+    # Row scales and a barrier's parity, read again each tile behind products under way; O, the scores and P take 212 of 240 registers.
     ("sm_90a", "attend_wgmma_fp8_wide_d256_list_fp8"): 3,
 }
 

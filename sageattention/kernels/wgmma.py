@@ -21,7 +21,7 @@ _FP16_WIDE, _FP8_WIDE = Tile(128, KV_TILE_SM90_WIDE["fp16"], 12, 3), Tile(128, K
 PRODUCER_WARPS = 4  # among a tile's
 # Bytes of local memory a thread may use outside its main loop.
 WGMMA_LOCAL = 48
-WGMMA_LOCAL_WIDE = 200
+WGMMA_LOCAL_WIDE = 216
 
 
 def _wgmma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, accumulate: str) -> Entry:

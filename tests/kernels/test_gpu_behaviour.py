@@ -80,9 +80,10 @@ def test_streams_and_threads_give_the_same_bits(variant: str) -> None:
 
 
 @pytest.mark.parametrize("form", [{}, {"is_causal": True}], ids=["plain", "causal"])
-def test_an_image_alone_is_as_in_a_batch(variant: str, form: dict) -> None:
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_an_image_alone_is_as_in_a_batch(variant: str, head_dim: int, form: dict) -> None:
     """How work is shared out follows from the batch; what comes of a row should not."""
-    q, k, v = (torch.randn(3, 24, 4347, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    q, k, v = (torch.randn(3, 24, 4347, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     together = sageattn(q, k, v, variant=variant, **form)
     for image in range(3):
         alone = sageattn(*(t[image : image + 1] for t in (q, k, v)), variant=variant, **form)

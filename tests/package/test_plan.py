@@ -259,7 +259,10 @@ def test_hopper_runs_its_own_kernels_unless_an_architecture_is_forced(monkeypatc
     assert plan(problem(), gpu(90), name).kernels.name == "wgmma_fp16"
     assert plan(problem(), gpu(90), name, "fp32").scheme.kv_tile == 96
     assert plan(problem(), gpu(90), name, "fp16").kernels.name == "mma_fp16"
-    assert plan(problem(head_dim=160), gpu(90), name).kernels.name == "mma_fp16"
+    wide = plan(problem(head_dim=160), gpu(90), name)
+    assert wide.kernels.name == "wgmma_fp16_wide" and wide.head_dim == 256 and wide.scheme.kv_tile == 64
+    assert plan(problem(head_dim=160), gpu(90), "sageattn_qk_int8_pv_fp8_cuda_sm90").kernels.name == "wgmma_fp8_wide"
+    assert plan(problem(head_dim=160), gpu(90), name, "fp16").kernels.name == "mma_fp16"
     assert plan(problem(), gpu(100), name).kernels.name == "mma_fp16"
     forced = plan(problem(), gpu(90), name, arch=90)
     assert forced.kernels.name == "mma_fp16" and forced.images[1].arch == "sm_90a" and forced.scheme.kv_tile == 64

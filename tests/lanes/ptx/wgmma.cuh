@@ -29,7 +29,7 @@ inline void fence_async_proxy() {}
 template <int kCount> void setmaxnreg_dec() {}
 template <int kCount> void setmaxnreg_inc() {}
 template <int kThreads> void named_barrier(int id) { block.barriers[id].wait(kThreads); }
-template <int kThreads> void named_barrier_arrive(int id) { block.barriers[id].arrive(kThreads); }
+template <int kThreads> void named_barrier_arrive(bool predicate, int id) { if (predicate) block.barriers[id].arrive(kThreads); }
 
 constexpr int kWgmmaBytes = 32;  // of a row along k
 
