@@ -20,7 +20,7 @@ Source of the method: SageAttention (arXiv:2410.02367) and SageAttention2 (arXiv
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from . import neutral
@@ -339,8 +339,9 @@ def available_variants(device: torch.device | str | None = None) -> list[Availab
 class Explanation:
     """Which variant a call gets and why; `rejected` lists the candidates before it, each with its reason.
 
-    `reason` of an "auto" call is the row of `rules.RULES` that decided, `basis` what that rests on: "measured", "static" (the
-    architecture's rates) or "" where no row was needed. `accum` is the `pv_accum_dtype`, "" the variant's default.
+    `basis` is what an "auto" call's choice rests on: "measured" (a card of the architecture), "static" (its data sheet), "calibrated",
+    "verified" (this card) or "" where nothing had to be predicted. `accum` is the `pv_accum_dtype`, "" the variant's default.
+    `predicted_ms` has what was expected of each candidate, "sdpa" among them.
     """
 
     variant: str
@@ -349,6 +350,7 @@ class Explanation:
     device: str
     basis: str = ""
     accum: str = ""
+    predicted_ms: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, problem: Problem, plan: Plan) -> Explanation:
@@ -356,12 +358,18 @@ class Explanation:
         from .planning.here import machine
 
         rejected = tuple((str(candidate), reason) for candidate, reason in plan.rejected)
-        return cls(plan.variant.name, plan.reason, rejected, machine(problem).name, plan.basis, plan.accum)
+        predicted = {str(candidate): ms for candidate, ms in plan.predicted}
+        return cls(plan.variant.name, plan.reason, rejected, machine(problem).name, plan.basis, plan.accum, predicted)
+
+    def _by_time(self) -> list[tuple[str, float]]:
+        return sorted(self.predicted_ms.items(), key=lambda item: item[1])
 
     def __str__(self) -> str:
         accum = f" ({self.accum})" if self.accum else ""
         lines = [f"{self.variant}{accum} on {self.device}: {self.reason}"]
         lines += [f"  not {name}: {reason}" for name, reason in self.rejected]
+        if self.predicted_ms:
+            lines.append("  expected: " + ", ".join(f"{name} {ms:.3g} ms" for name, ms in self._by_time()))
         return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import settings
+from . import settings, verify
 from .backends import emulation, sdpa
 from .backends.call import Backend, KernelBackend, PreparedCall, QuantizedKV, Result, empty_result
 from .errors import KernelMissing, TorchOnly, Unsupported
@@ -38,7 +38,7 @@ class Call(PreparedCall[Plan]):
             return ""
         return "; ".join(f"{candidate}: {reason}" for candidate, reason in self.plan.rejected) or self.plan.reason
 
-    def run(self, release: Callable[[], object] | None = None) -> Result:
+    def run(self, release: Callable[[], object] | None = None, *, compiled: bool = False) -> Result:
         """Compute the call: (out in q's layout and dtype, lse [B, H, Nq] fp32 or None).
 
         Where "auto" chose a variant whose kernel turns out to be missing, its next candidate runs.
@@ -46,24 +46,34 @@ class Call(PreparedCall[Plan]):
         Args:
             release: lets go of the caller's K and V. It is called as soon as they are quantised, where that lowers the peak of memory:
                 the call itself does not hold them any more then, and the output is not allocated yet.
+            compiled: as of `attempt`.
 
         Raises:
             KernelMissing: the kernel of a variant that was asked for by name.
         """
-        result = self.attempt(release) or self._compute()
+        result = self.attempt(release, compiled=compiled) or self.compute()
         say_what_runs(self.plan)
         return result
 
-    def attempt(self, release: Callable[[], object] | None = None) -> Result | None:
-        """As `run`, but None where the call is left to the model, be it that the last kernel of ours turned out to be missing."""
+    def attempt(self, release: Callable[[], object] | None = None, *, compiled: bool = False) -> Result | None:
+        """As `run`, but None where the call is left to the model, be it that the last kernel of ours turned out to be missing.
+
+        A plan that nobody has tried on such a card is verified first.
+
+        Args:
+            compiled: the call is made by a compiled graph, which nothing is to be verified in.
+        """
         while self.plan.variant is not SDPA:
             try:
-                return self._compute(release)
+                if self.plan.unverified and not compiled and (plan := verify.verified(self)):
+                    self.plan, self.bound = plan, {}
+                    continue
+                return self.compute(release)
             except KernelMissing as error:
                 self.plan, self.bound = plan_without(self.problem, self.plan, error), {}
         return None
 
-    def _compute(self, release: Callable[[], object] | None = None) -> Result:
+    def compute(self, release: Callable[[], object] | None = None) -> Result:
         """By the plan and no other."""
         problem, plan, device = self.problem, self.plan, self.problem.device
         if problem.empty:
@@ -85,7 +95,7 @@ class Call(PreparedCall[Plan]):
         q, mask, problem = self.q, self.mask, self.problem
         kernels = plan.variant.name, problem.device_index, problem.head_dim, problem.dtype, problem.mask
         if plan.COMPILES_AT_LAUNCH and kernels not in _compiled:  # the second half might fail, with K and V gone
-            result = self._compute()
+            result = self.compute()
             _compiled.add(kernels)
             return result
         kv = kernel_backend(plan.variant).quantize(self.k, self.v, problem, plan, mask)
@@ -140,6 +150,7 @@ def compute(
     return_lse: bool,
     variant: str,
     accum: str = "",
+    compiled: bool = False,
 ) -> Result:
     """One attention call: `prepare` and `run`, and torch's own attention where it is the one that can.
 
@@ -166,7 +177,7 @@ def compute(
             q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse,
             variant="sdpa",
         )  # fmt: skip
-    return call.run()
+    return call.run(compiled=compiled)
 
 
 def _stands_in_torchs_place() -> bool:

@@ -11,7 +11,7 @@ from .backends.call import empty_result
 from .backends.cuda import sparse as sparse_cuda
 from .backends.sparse_reference import SparseResult
 from .kernels import binaries
-from .planning.here import machine
+from .planning.here import machine, seen_on
 from .planning.plan import CudaPlan
 from .planning.problem import Problem
 from .planning.sparse_plan import sparse_plan
@@ -50,7 +50,8 @@ def compute(
     """
     dense = Problem.from_tensors(q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, sm_scale=sm_scale, return_lse=True)
     problem, tensors = SparseProblem.from_call(dense, q, **sparse)
-    plan = sparse_plan(problem, machine(dense), variant, *binaries.forced())
+    card = machine(dense)
+    plan = sparse_plan(problem, card, variant, *binaries.forced(), seen_on(card))
     if dense.empty:
         out, lse = empty_result(q, dense)
         assert lse is not None  # as asked for above

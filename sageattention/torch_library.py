@@ -58,7 +58,7 @@ def _run(
 ) -> Result:  # fmt: skip
     out, lse = dispatch.compute(
         q, k, v, tensor_layout=layout, is_causal=causal, attn_mask=mask, sm_scale=sm_scale, return_lse=return_lse,
-        variant=variant, accum=accum,
+        variant=variant, accum=accum, compiled=True,
     )  # fmt: skip
     return out.contiguous(), lse  # as the fake says; SDPA's strides vary with its backend
 

@@ -141,3 +141,9 @@ CUDA_INT8 = Variant(
 )
 
 VARIANTS: dict[str, Variant] = {v.name: v for v in (SDPA, REFERENCE, TRITON_FP16, CUDA_FP16, CUDA_FP8, CUDA_FP8_SM90, CUDA_INT8)}
+
+
+def settled(candidate: Candidate) -> Candidate:
+    """The same candidate, its accumulator unsaid where that is the variant's default."""
+    accums = VARIANTS[candidate.variant].accum
+    return Candidate(candidate.variant) if candidate.accum == next(iter(accums), "") else candidate

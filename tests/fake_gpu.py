@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 
+from sageattention import torch_internals
 from sageattention.cli.bench import MIB
 from sageattention.cli.candidates import Attention
 
@@ -72,7 +73,9 @@ def install(monkeypatch: pytest.MonkeyPatch, free: int = 8 << 30) -> Gpu:
         "mem_get_info": lambda device=None: (free, 2 * free),
         "empty_cache": lambda: None,
         "device": lambda device: contextlib.nullcontext(),
+        "is_current_stream_capturing": lambda: clock.capturing is not None,
     }
+    monkeypatch.setattr(torch_internals, "gpu_sleep", lambda cycles: None)
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     return clock

@@ -97,7 +97,7 @@ def time_shape(
     import torch
 
     try:
-        q, k, v = workloads.make(kind, shape, dtype=_dtype(device), device=device)
+        q, k, v = workloads.make(kind, shape, dtype=dtype_of(device), device=device)
         keywords = form.keywords(shape, q.dtype, device) if form else {}
         sample, exact = _exact_sample(q, k, v, **keywords)
     except torch.cuda.OutOfMemoryError:
@@ -200,7 +200,7 @@ def _summarise(rows: list[Row], shape: Shape) -> None:
             row.graph_ratio = base.graph_ms / row.graph_ms
 
 
-def _dtype(device: torch.device) -> torch.dtype:
+def dtype_of(device: torch.device) -> torch.dtype:
     """What models run in: bf16, but fp16 before Ampere, which emulates bf16."""
     import torch
 
@@ -261,7 +261,7 @@ def host_times(
     """
     import torch
 
-    q, k, v = workloads.make("normal", TINY, dtype=_dtype(device), device=device)
+    q, k, v = workloads.make("normal", TINY, dtype=dtype_of(device), device=device)
 
     def turn(candidate: Attention) -> float:
         with candidate.context():
@@ -317,7 +317,7 @@ def measure(
         ours = [variant("auto"), *sparse_forms.candidates([c.name for c in named] or ["auto"])]
     candidates = [*map(sdpa_backend, SDPA_BACKENDS), *ours]
     kind = "video" if sparse else "logits6" if peaked else "normal"
-    dtype = str(_dtype(device)).removeprefix("torch.")
+    dtype = str(dtype_of(device)).removeprefix("torch.")
     report: dict[str, Any] = {"machine": _machine(device), "kind": kind, "dtype": dtype, "not_run": dict(refused)}
     report["host_us"] = host_times(candidates, device)  # first, before the card is hot
     report["rows"] = measured = []

@@ -25,18 +25,20 @@ from ..errors import CudaError, KernelMissing, Unsupported
 from ..kernels import binaries, store
 from ..kernels.architectures import ARCHITECTURES
 from ..kernels.table import IMAGES
-from ..planning import calibration
+from ..planning import calibration, verdicts
 from ..planning.calibration import Calibration
+from ..planning.here import forced_kernels
 from ..planning.plan import plan, refusal
 from ..planning.problem import Problem
+from ..planning.verdicts import Verdicts
 from ..variants import CUDA_FP16, VARIANTS, Candidate
 from .text import table
 from .workloads import SHAPES, Shape
 
 PACKAGE = Path(__file__).resolve().parents[1]
 VARIABLES = (
-    "SAGEATTENTION_VARIANT", "SAGEATTENTION_ARCH", "SAGEATTENTION_LAUNCHER", "SAGEATTENTION_CACHE", "TRITON_INTERPRET",
-    "CUDA_VISIBLE_DEVICES",
+    "SAGEATTENTION_VARIANT", "SAGEATTENTION_ARCH", "SAGEATTENTION_LAUNCHER", "SAGEATTENTION_CACHE", "SAGEATTENTION_VERIFY",
+    "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
 MULTIPROCESSOR_COUNT, COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 16, 75, 76  # CUdevice_attribute
 
@@ -217,22 +219,26 @@ def _device(machine: Capability, has_torch: bool, problems: list[str]) -> dict[s
         error = refusal(variant, machine, *forced)
         status = "missing" if isinstance(error, KernelMissing) else "unsupported" if error else "ready" if has_torch else "needs torch"
         rows.append({"name": variant.name, "status": status, "summary": variant.summary, "reason": error.reason if error else ""})
-    calibrated = has_torch and machine.device == "cuda"  # a calibration holds for one torch
-    known = calibration.of_card(machine) if calibrated else None
-    auto = {name: auto_choice(shape, machine, forced, known) for name, shape in SHAPES.items()}
+    remembers = has_torch and machine.device == "cuda"  # calibrations and verdicts hold for one torch
+    kernels = forced_kernels(*forced)
+    known = calibration.of_card(machine) if remembers else None
+    seen = verdicts.of_card(machine, kernels) if remembers and verdicts.needed(forced[0] or machine.arch) else None
+    auto = {name: auto_choice(shape, machine, forced, known, seen) for name, shape in SHAPES.items()}
     found = {"name": machine.name, "device": machine.device, "arch": machine.arch, "variants": rows, "auto": auto}
-    return found | ({"calibration": calibration.state(machine)} if calibrated else {})
+    if not remembers:
+        return found
+    return found | {"calibration": calibration.state(machine), "verified": verdicts.lines(machine, forced[0] or machine.arch, kernels)}
 
 
 def auto_choice(
-    shape: Shape, machine: Capability, forced: tuple[int, bool] = (0, False), known: Calibration | None = None
+    shape: Shape, machine: Capability, forced: tuple[int, bool] = (0, False), known: Calibration | None = None, seen: Verdicts | None = None
 ) -> dict[str, str]:
     """What `auto` chooses for a bf16 call of `shape` on a machine: {"variant", "accum", "basis", "reason"}."""
     problem = Problem(
         shape.batch, shape.heads, shape.kv_heads, shape.len_q, shape.len_kv, shape.head_dim, "bfloat16", machine.device, 0,
         sm_scale=shape.head_dim**-0.5,
     )  # fmt: skip
-    chosen = plan(problem, machine, "auto", "", forced[0], known, forced[1])
+    chosen = plan(problem, machine, "auto", "", forced[0], known, forced[1], verdicts=seen)
     return {"variant": chosen.variant.name, "accum": chosen.accum, "basis": chosen.basis, "reason": chosen.reason}
 
 
@@ -282,6 +288,7 @@ def report(found: dict[str, Any]) -> str:
         lines += ["", f"What `auto` {'runs' if torch and 'error' not in torch else 'would run'} here", _auto_text(device["auto"])]
         if "calibration" in device:
             lines.append(f"calibration: {device['calibration']}")
+            lines += [f"verified: {line}" for line in device["verified"]]
     if found["cards"]:
         rows = [(arch, c["cards"], c["flux_1024"], c["wan_480p"]) for arch, c in found["cards"].items()]
         lines += ["", "What `auto` of this installation would run on a card", table(("", "", "flux_1024", "wan_480p"), rows)]

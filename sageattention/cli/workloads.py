@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..numerics.constants import ERROR_BOUNDS
 from . import video
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ KINDS: dict[str, Kind] = {
         ),
         Kind("large_v", "V of the order 3e5, beyond fp16's range", _large_v, {"fp16": 0.0110, "fp8": 0.0385, "int8": 0.0150}),
         Kind("peaked", "Q and K 16 times larger: one key takes all", _scaled(16.0), {"fp16": 0.200, "fp8": 0.200, "int8": 0.200}),
-        Kind("logits6", "logits with a standard deviation of 6 nats", _scaled(6**0.5), {"fp16": 0.030, "fp8": 0.044, "int8": 0.032}),
+        Kind("logits6", "logits with a standard deviation of 6 nats", _scaled(6**0.5), ERROR_BOUNDS),
         Kind(
             "sink",
             "one key 8 nats above a flat tail of 16 thousand",

@@ -1,10 +1,10 @@
 """What `python -m sageattention bench --calibrate` measured on a card, kept in the user's cache directory. No CUDA at import.
 
-    {"format": 1, "made_for": {"card", "arch", "driver", "torch", "sageattention"}, "made_at": "2026-11-22 16:00",
-     "points": [{"head_dim", "mask", "heads", "len_q", "len_kv", "sdpa_ms", "ms": {"variant[:pv_accum_dtype]": …}, "off": {…: reason}}]}
+    {"format": 2, "made_for": {"card", "arch", "multiprocessors", "driver", "torch", "sageattention"}, "made_at": "2026-11-22 16:00",
+     "points": [{"form": {"heads", "heads_kv", "len_q", …}, "ms": {"sdpa": …, "variant[:pv_accum_dtype]": …}, "off": {…: reason}}]}
 
-`auto` reads a card's file once, when it first chooses for that card. A file made for something else, or one that can't be read, is
-ignored with one logged line; nothing here ever ends a run.
+`auto` reads a card's file once, when it first chooses for that card, and fits costs to its points. A file made for something else, or
+one that can't be read, is ignored with one logged line; nothing here ever ends a run.
 """
 
 from __future__ import annotations
@@ -17,30 +17,25 @@ import platform
 import re
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .. import _version, settings
 from ..device import libcuda
 from ..device.capability import Capability
 from ..errors import CudaError
-from ..kernels.family import MASKS
-from ..numerics.constants import pad_head_dim
-from ..variants import VARIANTS, Candidate
-from .problem import Problem
+from ..numerics.constants import HEAD_DIMS
+from ..variants import VARIANTS, Candidate, settled
+from . import rules
+from .cost import KINDS, TORCH, Cost, Form, Kind, Work, fit, work_of
 
 FOLDER = "SAGEATTENTION_CACHE"  # replaces the user's cache directory
-FORMAT = 1
+FORMAT = 2
 COMMAND = "python -m sageattention bench --calibrate"
-# A variant has to be this much faster than SDPA to be chosen: times vary by a few per cent from run to run.
-MARGIN = 1.03
-# Tokens of the longest call that is timed. Where SDPA won at a shorter one and time was up before the next, that says nothing about
-# calls of more than REACH times its queries times keys.
-LONGEST, REACH = 16384, 4
-
 LOG = logging.getLogger("sageattention")
+T = TypeVar("T")
 
 
 class Ignored(Exception):
@@ -49,34 +44,34 @@ class Ignored(Exception):
 
 @dataclass(frozen=True)
 class Point:
-    """One call that was timed: milliseconds of torch's SDPA and of each candidate, by its text.
+    """One call that was timed: milliseconds of each candidate, torch's attention among them.
 
-    `off` holds the candidates that were timed for nothing: reason by text. They are not chosen where this point counts.
+    `off` holds the candidates that were timed for nothing: reason by candidate. They are not chosen for calls of this kind.
     """
 
-    head_dim: int  # compiled
-    mask: str  # of `kernels.family.MASKS`
-    heads: int  # over all batches
-    len_q: int
-    len_kv: int
-    sdpa_ms: float
-    ms: dict[str, float]
-    off: dict[str, str] = field(default_factory=dict)
+    form: Form
+    ms: dict[Candidate, float]
+    off: dict[Candidate, str] = field(default_factory=dict)
 
-    def faster(self) -> list[Candidate]:
-        """The candidates that beat SDPA, fastest first."""
-        faster = [name for name, ms in self.ms.items() if ms * MARGIN < self.sdpa_ms]
-        return [Candidate.parse(name) for name in sorted(faster, key=self.ms.__getitem__)]
+    def as_json(self) -> dict[str, Any]:
+        """For a file."""
+        texts = {str(candidate): ms for candidate, ms in self.ms.items()}
+        return {"form": self.form._asdict(), "ms": texts, "off": {str(candidate): reason for candidate, reason in self.off.items()}}
 
-    def slower(self) -> list[tuple[Candidate, str]]:
-        """(candidate, reason) of those that don't."""
-        faster = set(self.faster())
-        beaten = {Candidate.parse(name): f"{ms:.3g} ms, SDPA {self.sdpa_ms:.3g} ms" for name, ms in self.ms.items()}
-        slower = {candidate: reason for candidate, reason in beaten.items() if candidate not in faster}
-        return list((slower | {Candidate.parse(name): reason for name, reason in self.off.items()}).items())
+    @classmethod
+    def from_json(cls, given: dict[str, Any]) -> Point:
+        """What `as_json` gave.
 
-    def __str__(self) -> str:
-        return f"head_dim {self.head_dim}, {self.heads} heads, {self.len_q:,} queries, {self.len_kv:,} keys, mask {self.mask}"
+        Raises:
+            LookupError, TypeError, ValueError, AttributeError: it gave something else.
+        """
+        form, ms = Form(**given["form"]), times_from_json(given["ms"])
+        sizes = [size for name, size in form._asdict().items() if name != "mask"]
+        if not all(type(size) is int and size > 0 for size in sizes) or form.head_dim > HEAD_DIMS[-1] or form.kind not in KINDS:
+            raise ValueError(f"{given['form']} is no call")
+        if TORCH not in ms:
+            raise ValueError("torch's own attention was not timed")
+        return cls(form, ms, candidates_from_json(given["off"], str))
 
 
 @dataclass(frozen=True, eq=False)  # compared, and hashed, by identity: plans are cached by it
@@ -85,22 +80,75 @@ class Calibration:
 
     points: tuple[Point, ...]
     made_at: str
+    _fitted: dict[tuple[Kind, int, int], dict[Candidate, Cost]] = field(default_factory=dict)
 
-    def point(self, problem: Problem) -> Point | None:
-        """The longest call that was timed of the problem's kind and is in no respect larger than it: beyond it a variant only gains.
+    def costs(self, kind: Kind, arch: int, multiprocessors: int) -> dict[Candidate, Cost]:
+        """What each candidate costs in calls of a kind, fitted once; empty where no call of the kind was timed."""
+        key = kind, arch, multiprocessors
+        if key not in self._fitted:
+            self._fitted[key] = self._fit(kind, arch, multiprocessors)
+        return self._fitted[key]
 
-        None where there is none, or where SDPA won at one so much shorter that a variant may have overtaken it since.
-        """
-        head_dim, heads = pad_head_dim(problem.head_dim), problem.batch * problem.heads_q
-        alike = [
-            p for p in self.points
-            if (p.head_dim, p.mask) == (head_dim, problem.mask_kind) and p.len_q <= problem.len_q and p.len_kv <= problem.len_kv
-            and p.heads * p.len_q * p.len_kv <= heads * problem.len_q * problem.len_kv
-        ]  # fmt: skip
-        longest = max(alike, key=lambda p: p.len_q * p.len_kv, default=None)
-        if longest is None or longest.faster() or longest.len_q >= LONGEST:
-            return longest
-        return None if problem.len_q * problem.len_kv >= REACH * longest.len_q * longest.len_kv else longest
+    def _fit(self, kind: Kind, arch: int, multiprocessors: int) -> dict[Candidate, Cost]:
+        def prior(candidate: Candidate, kind: Kind) -> Cost:
+            return rules.prior(candidate, kind, arch, multiprocessors)
+
+        timed = dict.fromkeys(candidate for point in self.points if point.form.kind == kind for candidate in point.ms)
+        return {candidate: fitted(self.points, candidate, kind, prior, multiprocessors) for candidate in timed}
+
+    def off(self, kind: Kind) -> dict[Candidate, str]:
+        """Reason by candidate of those whose results were wrong, or that could not run, in calls of a kind."""
+        return {candidate: reason for point in self.points if point.form.kind == kind for candidate, reason in point.off.items()}
+
+
+def fitted(
+    points: Iterable[Point], candidate: Candidate, kind: Kind, prior: Callable[[Candidate, Kind], Cost], multiprocessors: int
+) -> Cost:
+    """What a candidate costs in calls of a kind, by those that were timed.
+
+    Calls with a mask are expected to differ from `prior` as those without one do.
+    """
+
+    def timed(kind: Kind) -> list[tuple[Work, float]]:
+        alike = [point for point in points if point.form.kind == kind and candidate in point.ms]
+        return [(work_of(point.form, multiprocessors), point.ms[candidate]) for point in alike]
+
+    expected, plain = prior(candidate, kind), (kind[0], "none")
+    if kind != plain:
+        before = prior(candidate, plain)
+        after = fit(timed(plain), before)
+        expected = Cost(*(e * a / b if b else e for e, a, b in zip(expected, after, before)))
+    return fit(timed(kind), expected)
+
+
+def candidates_from_json(given: dict[str, Any], value: Callable[[Any], T]) -> dict[Candidate, T]:
+    """A mapping by candidate from one by their texts.
+
+    Raises:
+        AttributeError, LookupError, ValueError: it is none.
+    """
+    found = {}
+    for name, item in given.items():
+        candidate = Candidate.parse(name)
+        if candidate.accum not in ("", *VARIANTS[candidate.variant].accum):
+            raise ValueError(f"{candidate} is no variant")
+        found[settled(candidate)] = value(item)
+    return found
+
+
+def times_from_json(given: dict[str, Any]) -> dict[Candidate, float]:
+    """Milliseconds by candidate.
+
+    Raises:
+        AttributeError, LookupError, ValueError: these are none.
+    """
+
+    def time_of(ms: Any) -> float:
+        if type(ms) not in (int, float) or not 0 < ms < 1e9:
+            raise ValueError(f"{ms!r} is no time")
+        return float(ms)
+
+    return candidates_from_json(given, time_of)
 
 
 def folder(environ: Mapping[str, str] = os.environ, system: str = "", home: str = "~") -> Path:
@@ -123,18 +171,18 @@ def folder(environ: Mapping[str, str] = os.environ, system: str = "", home: str 
         raise Ignored(f"no place to keep one ({error}); set {FOLDER} to a folder") from error
 
 
-def path(card: str) -> Path:
-    """The file of a card, by its name."""
-    return folder() / f"calibration-{re.sub(r'[^A-Za-z0-9]+', '-', card).strip('-')}.json"
+def path(card: str, what: str = "calibration") -> Path:
+    """The file of a card, by its name, for calibrations or something else."""
+    return folder() / f"{what}-{re.sub(r'[^A-Za-z0-9]+', '-', card).strip('-')}.json"
 
 
-def place(card: str) -> Path:
+def place(card: str, what: str = "calibration") -> Path:
     """The same, in a folder that exists and can be written to.
 
     Raises:
         OSError: there can't be one.
     """
-    file = path(card)
+    file = path(card, what)
     file.parent.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=file.parent).close()
     return file
@@ -151,6 +199,7 @@ def made_for(card: Capability) -> dict[str, str]:
     return {
         "card": card.name,
         "arch": f"sm_{card.arch}",
+        "multiprocessors": str(card.multiprocessors),  # a part of a card is another card
         "driver": libcuda.driver_version(),
         "torch": torch.__version__,
         "sageattention": _version.__version__,
@@ -163,8 +212,19 @@ def save(card: Capability, points: list[Point]) -> Path:
     Raises:
         OSError: the folder can't be written.
     """
-    file = place(card.name)
-    content = {"format": FORMAT, "made_for": made_for(card), "made_at": time.strftime("%Y-%m-%d %H:%M"), "points": [*map(asdict, points)]}
+    file = write(card, "calibration", {"points": [point.as_json() for point in points]})
+    forget()
+    return file
+
+
+def write(card: Capability, what: str, content: dict[str, Any]) -> Path:
+    """Write a file for a card, with what it holds for, whole or not at all.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    file = place(card.name, what)
+    content = {"format": FORMAT, "made_for": made_for(card), "made_at": time.strftime("%Y-%m-%d %H:%M"), **content}
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.stem)
     try:
         with open(handle, "w", encoding="utf-8") as out:
@@ -172,7 +232,6 @@ def save(card: Capability, points: list[Point]) -> Path:
         os.replace(temporary, file)
     finally:
         Path(temporary).unlink(missing_ok=True)
-    forget()
     return file
 
 
@@ -182,10 +241,20 @@ def reset() -> list[Path]:
     Raises:
         OSError: one can't be deleted.
     """
-    files = sorted(folder().glob("calibration-*"))  # with what a killed `save` left
+    files = remove("calibration")
+    forget()
+    return files
+
+
+def remove(what: str) -> list[Path]:
+    """Delete the files of every card, with what a killed `write` left.
+
+    Raises:
+        OSError: one can't be deleted.
+    """
+    files = sorted(folder().glob(f"{what}-*"))
     for file in files:
         file.unlink()
-    forget()
     return files
 
 
@@ -201,8 +270,20 @@ def load(card: Capability) -> Calibration | None:
     Raises:
         Ignored: it was made for something else, or can't be read.
     """
-    file = path(card.name)
-    again = f"`{COMMAND}` makes it anew, with --reset it goes"
+
+    def parse(content: dict[str, Any]) -> Calibration:
+        return Calibration(tuple(map(Point.from_json, content["points"])), str(content["made_at"]))
+
+    return read(card, "calibration", parse, f"`{COMMAND}` makes it anew, with --reset it goes")
+
+
+def read(card: Capability, what: str, parse: Callable[[dict[str, Any]], T], again: str) -> T | None:
+    """What `parse` makes of a card's file, or None where there is none. `again` says how to be rid of one that is no use.
+
+    Raises:
+        Ignored: it was made for something else, or can't be read.
+    """
+    file = path(card.name, what)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -215,27 +296,12 @@ def load(card: Capability) -> Calibration | None:
         made, here = dict(content["made_for"]), made_for(card)
         other = [f"{name} {made.get(name)} (here {value})" for name, value in here.items() if made.get(name) != value]
         if not other:
-            return Calibration(tuple(map(_point, content["points"])), str(content["made_at"]))
+            return parse(content)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise Ignored(f"{file} is no calibration ({type(error).__name__}: {error}); {again}") from error
+        raise Ignored(f"{file} is no {what} ({type(error).__name__}: {error}); {again}") from error
     except (libcuda.NoDriver, CudaError) as error:
         raise Ignored(f"{file} can't be checked: {error}") from error
     raise Ignored(f"{file} was made for {', '.join(other)}; {again}")
-
-
-def _point(given: dict[str, Any]) -> Point:
-    point = Point(**given)
-    times = [point.sdpa_ms, *point.ms.values()]
-    if not all(type(ms) in (int, float) and 0 < ms < 1e9 for ms in times):
-        raise ValueError(f"a time of {given} is none")
-    if not all(type(number) is int for number in (point.head_dim, point.heads, point.len_q, point.len_kv)):
-        raise ValueError(f"a size of {given} is no whole number")
-    for candidate in map(Candidate.parse, point.ms):
-        if candidate.accum not in ("", *VARIANTS[candidate.variant].accum):
-            raise ValueError(f"{candidate} is no variant")
-    if point.mask not in MASKS or not isinstance(point.off, dict):
-        raise ValueError(f"{given} is no point")
-    return point
 
 
 @functools.cache

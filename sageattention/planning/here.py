@@ -10,9 +10,10 @@ from ..device.capability import Capability
 from ..errors import KernelMissing, Unsupported
 from ..kernels import binaries
 from ..variants import VARIANTS, Candidate
-from . import calibration
+from . import calibration, verdicts
 from .plan import Plan, Rejected, plan
 from .problem import Problem
+from .verdicts import Verdicts
 
 LOG = logging.getLogger("sageattention")
 MAX_ABSENT = 4096
@@ -52,7 +53,19 @@ def _plan_here(problem: Problem, variant: str, accum: str) -> Plan:
     card = machine(problem)
     known = calibration.of_card(card) if variant == "auto" else None
     arch, ptx = binaries.forced()
-    return plan(problem, card, variant, accum, arch, known, ptx, _absent.get(problem, ()) if _absent else ())
+    return plan(problem, card, variant, accum, arch, known, ptx, _absent.get(problem, ()) if _absent else (), seen_on(card))
+
+
+def seen_on(card: Capability) -> Verdicts | None:
+    """What calls have shown on a card, where it is one whose kernels have to be verified."""
+    arch, ptx = binaries.forced()
+    needed = card.device == "cuda" and verdicts.needed(arch or card.arch)
+    return verdicts.of_card(card, forced_kernels(arch, ptx)) if needed else None
+
+
+def forced_kernels(arch: int, ptx: bool) -> str:
+    """What `SAGEATTENTION_ARCH` asks for, "" where nothing: verdicts on such kernels say nothing about the card's own."""
+    return f"{'compute' if ptx else 'sm'}_{arch}" if arch or ptx else ""
 
 
 def plan_without(problem: Problem, chosen: Plan, error: KernelMissing) -> Plan:

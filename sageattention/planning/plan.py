@@ -14,13 +14,15 @@ from ..kernels.family import KernelFamily, Tile, find_tile
 from ..kernels.table import IMAGES
 from ..numerics.constants import HEAD_DIMS, MAX_WORDS, pad_head_dim
 from ..numerics.scheme import Scheme
-from ..variants import SDPA, VARIANTS, Candidate, Variant
+from ..variants import SDPA, VARIANTS, Candidate, Variant, settled
 from . import rules
+from .cost import WORKSPACE_LIMIT, Form
 from .problem import Problem
 from .tile_lists import WORD_BITS, tile_list_shape
 
 if TYPE_CHECKING:
     from .calibration import Calibration
+    from .verdicts import Verdicts
 
 Rejected = tuple[tuple[Candidate, str], ...]
 
@@ -35,6 +37,9 @@ class Plan:
         auto: "auto" chose: another candidate may take its place.
         basis: what "auto" decided by: see `rules.Choice`.
         rejected: each candidate that was looked at before the chosen one, and why it is not.
+        predicted: milliseconds that "auto" expected of each candidate, SDPA among them.
+        unverified: the chosen candidate, and the next one that "auto" would take, where nobody has seen yet that they are right and fast
+            on this card: the call has to be verified. Empty where it need not be.
     """
 
     variant: Variant
@@ -44,6 +49,8 @@ class Plan:
     auto: bool = False
     basis: str = ""
     rejected: Rejected = ()
+    predicted: tuple[tuple[Candidate, float], ...] = ()
+    unverified: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -111,8 +118,8 @@ class CudaPlan(KernelPlan):
         attend: the attention kernel's symbol.
     """
 
-    # A group is quantised while another one is attended. The rest of the 128 MiB are statistics.
-    WORKSPACE_LIMIT = 126 << 20
+    # A group is quantised while another one is attended.
+    WORKSPACE_LIMIT = WORKSPACE_LIMIT
     GROUPS_ALIVE = 2
     COMPILES_AT_LAUNCH = False
 
@@ -142,7 +149,7 @@ class Target(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def plan(
     problem: Problem, capability: Capability, variant: str = "auto", accum: str = "", arch: int = 0,
-    calibration: Calibration | None = None, ptx: bool = False, absent: Rejected = (),
+    calibration: Calibration | None = None, ptx: bool = False, absent: Rejected = (), verdicts: Verdicts | None = None,
 ) -> Plan:  # fmt: skip
     """Choose the variant, tile and grouping for a problem.
 
@@ -155,6 +162,7 @@ def plan(
         arch, ptx: see `Target`.
         calibration: the device's, for "auto".
         absent: (candidate, reason) of those whose kernels turned out to be missing when "auto" called for them.
+        verdicts: what calls have shown on the device, where it is one that has to be verified.
 
     Raises:
         Unsupported: the variant cannot do this problem on this device.
@@ -164,13 +172,13 @@ def plan(
     if variant != "auto":
         if variant not in VARIANTS:
             raise Unsupported("variant", f"got {variant!r}, accepted are 'auto', {', '.join(map(repr, VARIANTS))}")
-        return _fit(problem, target, Candidate(variant, accum), "asked for by name")
-    choice = rules.choose(problem, capability, target.family, calibration)
+        return _named(problem, target, Candidate(variant, accum), verdicts)
+    choice = rules.choose(problem, capability, target.family, calibration, verdicts)
     candidates, reason = choice.candidates, choice.reason
     if accum:
         candidates, reason = _narrowed(candidates, accum), f"{reason}; pv_accum_dtype {accum!r} is asked for"
-    rejected, missing = list(choice.rejected), dict(absent)
-    for candidate in candidates:
+    rejected, missing, predicted = list(choice.rejected), dict(absent), tuple(choice.predicted.items())
+    for place, candidate in enumerate(candidates):
         if candidate in missing:
             rejected.append((candidate, missing[candidate]))
             continue
@@ -181,9 +189,32 @@ def plan(
             continue
         if accum and candidate.accum != accum:
             chosen = replace(chosen, reason=f"{reason}, and no variant that runs here has it")
-        return replace(chosen, rejected=tuple(rejected), basis=choice.basis, auto=True)
-    reason = f"nothing is left of the {choice.reason}" if choice.candidates else choice.reason
-    return Plan(SDPA, reason, target.family, auto=True, basis=choice.basis, rejected=tuple(rejected))
+        unverified: tuple[Candidate, ...] = ()
+        if verdicts and choice.basis == "static" and _to_verify(problem, chosen, verdicts, auto=True):
+            unverified = (candidate, *_next_to_verify(candidates[place + 1 :]))
+        return replace(chosen, rejected=tuple(rejected), basis=choice.basis, auto=True, predicted=predicted, unverified=unverified)
+    reason = f"nothing is left of what would gain: {choice.reason}" if choice.candidates else choice.reason
+    return Plan(SDPA, reason, target.family, auto=True, basis=choice.basis, rejected=tuple(rejected), predicted=predicted)
+
+
+def _named(problem: Problem, target: Target, candidate: Candidate, verdicts: Verdicts | None) -> Plan:
+    """The plan of a variant that was asked for by name."""
+    chosen = _fit(problem, target, candidate, "asked for by name")
+    if verdicts is None or not chosen.variant.has_kernels:
+        return chosen
+    if off := verdicts.off.get(settled(candidate)):
+        raise KernelMissing(candidate.variant, f"{off}; choose 'auto' or another variant")
+    return replace(chosen, unverified=(candidate,)) if _to_verify(problem, chosen, verdicts) else chosen
+
+
+def _to_verify(problem: Problem, chosen: Plan, verdicts: Verdicts, auto: bool = False) -> bool:
+    candidate = Candidate(chosen.variant.name, chosen.accum)
+    return not problem.varlen and not problem.empty and verdicts.wants(Form.of(problem), candidate, auto)
+
+
+def _next_to_verify(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+    """The second likeliest, if there is one: no Triton kernel, which takes longer to compile than a user would wait."""
+    return tuple(c for c in candidates if VARIANTS[c.variant].backend == "cuda")[:1]
 
 
 def _narrowed(candidates: tuple[Candidate, ...], accum: str) -> tuple[Candidate, ...]:

@@ -10,13 +10,16 @@ from ..variants import REFERENCE, VARIANTS, Candidate
 from . import rules
 from .plan import Plan, Target, fit_cuda, refusal
 from .sparse_problem import SparseProblem
+from .verdicts import Verdicts
 
 
 @functools.lru_cache(maxsize=4096)
-def sparse_plan(sparse: SparseProblem, card: Capability, variant: str = "auto", arch: int = 0, ptx: bool = False) -> Plan:
-    """The plan of a block-sparse call: a `CudaPlan`, or one of the `reference` variant. `arch` and `ptx` as for `plan`.
+def sparse_plan(
+    sparse: SparseProblem, card: Capability, variant: str = "auto", arch: int = 0, ptx: bool = False, verdicts: Verdicts | None = None
+) -> Plan:
+    """The plan of a block-sparse call: a `CudaPlan`, or one of the `reference` variant. `arch`, `ptx` and `verdicts` as for `plan`.
 
-    "auto" takes the first CUDA variant of the device's rule that has a kernel; on a device without CUDA, `reference`.
+    "auto" takes the first CUDA variant of the device's candidates that has a kernel; on a device without CUDA, `reference`.
 
     Raises:
         Unsupported: the variant is unknown, has no block-sparse form, can't run on this device or can't do this call.
@@ -24,24 +27,24 @@ def sparse_plan(sparse: SparseProblem, card: Capability, variant: str = "auto", 
     """
     target, able = Target(card, arch, ptx), {name: v for name, v in VARIANTS.items() if v.backend in ("reference", "cuda")}
     if variant == "auto":
-        return _automatic(sparse, target)
+        return _automatic(sparse, target, verdicts)
     if variant not in able:
         raise Unsupported("variant", f"got {variant!r}, accepted of block-sparse calls are 'auto', {', '.join(map(repr, able))}")
     return _fit(sparse, target, Candidate(variant), "asked for by name")
 
 
-def _automatic(sparse: SparseProblem, target: Target) -> Plan:
+def _automatic(sparse: SparseProblem, target: Target, verdicts: Verdicts | None) -> Plan:
     if target.card.device != "cuda":
         return Plan(REFERENCE, "no kernels but for NVIDIA GPUs", target.family, auto=True)
-    # Dense calls of different kinds may have the same candidates; each is tried once.
-    reasons: dict[Candidate, str] = {}
-    for rule in rules.rules(target.family, target.card.name):
-        for candidate in rule.candidates:
-            reasons.setdefault(candidate, rule.reason)
-    rejected: list[str] = []
-    for candidate in (c for c in reasons if VARIANTS[c.variant].sparse_kernels):
+    off, rejected = verdicts.off if verdicts else {}, []
+    for candidate in rules.candidates(target.card, target.family):
+        if not VARIANTS[candidate.variant].sparse_kernels:
+            continue
+        if candidate in off:
+            rejected.append(f"{candidate}: {off[candidate]}")
+            continue
         try:
-            return _fit(sparse, target, candidate, reasons[candidate])
+            return _fit(sparse, target, candidate, "the first of its family by the static model")
         except (Unsupported, KernelMissing) as error:
             rejected.append(str(error))
     found = "; ".join(rejected) or f"no variant is for compute capability {target.family / 10}"

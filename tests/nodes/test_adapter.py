@@ -298,7 +298,7 @@ def test_auto_tries_its_next_candidate_where_a_kernel_is_missing(core, monkeypat
     """On a made-up card whose Triton has no C compiler."""
     calls, rules, candidate = [], part("planning.rules"), part("variants").Candidate(TRITON)
     monkeypatch.setattr(part("device.capability"), "of_device", lambda device, index: CARD)
-    monkeypatch.setattr(rules, "RULES", (rules.Rule((89,), (candidate,), "static", "a test", min_q=1, min_kv=1, waves=0),))
+    monkeypatch.setattr(rules, "choose", lambda *given: rules.Choice((candidate,), "a test", "static"))
 
     def missing(call):
         calls.append(call)

@@ -88,7 +88,7 @@ def test_a_shape_that_does_not_fit_the_card_is_skipped(gpu, monkeypatch):
 def test_turing_is_timed_in_fp16(monkeypatch):
     for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert bench._dtype(torch.device("cuda", 0)) == dtype
+        assert bench.dtype_of(torch.device("cuda", 0)) == dtype
 
 
 def test_a_refusal_is_a_reason_and_stops_nothing(gpu):

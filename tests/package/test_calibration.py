@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -20,13 +21,14 @@ from sageattention.device import capability, libcuda  # noqa: E402
 from sageattention.device.capability import Capability  # noqa: E402
 from sageattention.planning import calibration, rules  # noqa: E402
 from sageattention.planning.calibration import Calibration, Ignored, Point  # noqa: E402
+from sageattention.planning.cost import KINDS, TORCH, Form  # noqa: E402
 from sageattention.planning.plan import plan  # noqa: E402
 from sageattention.planning.problem import Problem  # noqa: E402
 from sageattention.variants import Candidate  # noqa: E402
 
 CARD = Capability("cuda", 89, 100, "native", "NVIDIA GeForce RTX 4090")
 TRITON = "sageattn_qk_int8_pv_fp16_triton"
-FP8 = "sageattn_qk_int8_pv_fp8_cuda:fp32+fp16"
+FP8, INT8 = "sageattn_qk_int8_pv_fp8_cuda", "sageattn_qk_int8_pv_int8_cuda"
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +46,9 @@ def problem(**changes):
 
 
 def point(ms, sdpa_ms=2.0, length=4096, head_dim=128, mask="none", off=None):
-    return Point(head_dim, mask, 24, length, length, sdpa_ms, ms, off or {})
+    named = {TORCH: sdpa_ms} | {Candidate.parse(name): time for name, time in ms.items()}
+    form = Form(24, 24, length, length, head_dim, mask, length if mask in ("bool", "additive") else 1)
+    return Point(form, named, {Candidate.parse(name): reason for name, reason in (off or {}).items()})
 
 
 def kept(*points) -> Calibration:
@@ -104,6 +108,7 @@ def test_a_failed_save_leaves_the_old_file(monkeypatch, place):
 OTHERS = {
     "card": Capability("cuda", 89, 100, "native", "NVIDIA GeForce RTX  4090"),  # the same file name
     "arch": CARD._replace(arch=120),
+    "multiprocessors": CARD._replace(multiprocessors=50),  # half of it
     "driver": "590.10, CUDA 13.1",
     "torch": "99.0",
     "sageattention": "9.9.9",
@@ -125,22 +130,26 @@ def test_one_made_for_something_else_is_ignored_with_one_line(what, monkeypatch,
     assert calibration.state(card).startswith("ignored: ")
 
 
-GOOD = {"head_dim": 128, "mask": "none", "heads": 24, "len_q": 4096, "len_kv": 4096, "sdpa_ms": 2.0, "ms": {FP8: 1.0}, "off": {}}
+FORM = Form(24, 24, 4096, 4096, 128)._asdict()
+GOOD = {"form": FORM, "ms": {"sdpa": 2.0, FP8: 1.0}, "off": {}}
 BAD_POINTS = [
-    {**GOOD, "sdpa_ms": 0},
-    {**GOOD, "sdpa_ms": float("nan")},
-    {**GOOD, "sdpa_ms": 10**400},
-    {**GOOD, "ms": {FP8: -1.0}},
-    {**GOOD, "ms": {FP8: "fast"}},
-    {**GOOD, "ms": {FP8: None}},
+    {**GOOD, "ms": {"sdpa": 0, FP8: 1.0}},
+    {**GOOD, "ms": {"sdpa": float("nan"), FP8: 1.0}},
+    {**GOOD, "ms": {"sdpa": 10**400, FP8: 1.0}},
+    {**GOOD, "ms": {"sdpa": 2.0, FP8: -1.0}},
+    {**GOOD, "ms": {"sdpa": 2.0, FP8: "fast"}},
+    {**GOOD, "ms": {"sdpa": 2.0, FP8: None}},
+    {**GOOD, "ms": {FP8: 1.0}},
     {**GOOD, "ms": [1.0]},
-    {**GOOD, "ms": {"sageattn9": 1.0}},
-    {**GOOD, "ms": {FP8 + "x": 1.0}},
-    {**GOOD, "len_q": "4096"},
-    {**GOOD, "mask": "triangular"},
+    {**GOOD, "ms": {"sdpa": 2.0, "sageattn9": 1.0}},
+    {**GOOD, "ms": {"sdpa": 2.0, FP8 + "x": 1.0}},
+    {**GOOD, "form": {**FORM, "len_q": "4096"}},
+    {**GOOD, "form": {**FORM, "heads": 0}},
+    {**GOOD, "form": {**FORM, "mask": "triangular"}},
+    {**GOOD, "form": {**FORM, "head_dim": 300}},
+    {**GOOD, "form": {**FORM, "colour": "red"}},
     {**GOOD, "off": ["sdpa"]},
-    {**GOOD, "colour": "red"},
-    {"head_dim": 128},
+    {"form": FORM},
     [],
     None,
 ]
@@ -157,9 +166,9 @@ BAD_POINTS = [
         b"null",
         b"3",
         b"{}",
-        b'{"format": 2}',
         b'{"format": 1}',
-        b'{"format": 1, "made_for": 5, "points": []}',
+        b'{"format": 2}',
+        b'{"format": 2, "made_for": 5, "points": []}',
         *BAD_POINTS,
     ],
     ids=lambda t: str(t)[:40],
@@ -205,15 +214,22 @@ def test_auto_takes_what_was_fastest_here():
     known = kept(point({TRITON: 1.1, FP8: 1.5}))
     chosen = plan(problem(), CARD, calibration=known)
     assert chosen.variant.name == TRITON and chosen.basis == "calibrated"
-    assert "calibration of" in chosen.reason and "head_dim 128, 24 heads, 4,096 queries" in chosen.reason
+    assert chosen.reason == "1.1 ms predicted, PyTorch's attention 2 ms (measured on this card)"
+    assert {str(candidate): ms for candidate, ms in chosen.predicted} == pytest.approx({"sdpa": 2.0, TRITON: 1.1, FP8: 1.5}, rel=0.01)
 
 
 def test_auto_takes_nothing_that_was_slower_than_sdpa():
-    known = kept(point({TRITON: 1.99, FP8: 2.5}, off={"sageattn_qk_int8_pv_int8_cuda:int32+fp32": "not SDPA's result"}))
+    known = kept(point({TRITON: 1.99, FP8: 2.5}, off={INT8: "not SDPA's result"}))
     chosen = plan(problem(), CARD, calibration=known)
     assert chosen.variant.name == "sdpa" and chosen.basis == "calibrated"
-    why = {str(candidate): reason for candidate, reason in chosen.rejected}
-    assert why[TRITON] == "1.99 ms, SDPA 2 ms" and "2.5 ms" in why[FP8] and "not SDPA" in why["sageattn_qk_int8_pv_int8_cuda:int32+fp32"]
+    assert {str(candidate): reason for candidate, reason in chosen.rejected} == {INT8: "not SDPA's result"}
+    assert {str(candidate): ms for candidate, ms in chosen.predicted} == pytest.approx({"sdpa": 2.0, TRITON: 1.99, FP8: 2.5}, rel=0.01)
+
+
+def test_what_was_wrong_is_out_for_calls_of_its_kind():
+    known = kept(point({INT8: 0.5}, off={INT8: "not SDPA's result"}), point({INT8: 0.5}, head_dim=64))
+    assert plan(problem(), CARD, calibration=known).variant.name == "sdpa"
+    assert plan(problem(head_dim=40), CARD, calibration=known).variant.name == INT8
 
 
 def test_auto_passes_by_what_has_gone_since():
@@ -222,52 +238,40 @@ def test_auto_passes_by_what_has_gone_since():
     assert chosen.variant.name == "sdpa" and "Triton is not installed" in dict(chosen.rejected)[Candidate(TRITON)]
 
 
-@pytest.mark.parametrize(
-    ("changes", "length"),
-    [
-        ({"len_q": 32760, "len_kv": 32760}, 16384),
-        ({"len_q": 16384, "len_kv": 5000}, 4096),
-        ({"len_q": 3000, "len_kv": 4096}, 1024),
-        ({"len_q": 1000, "len_kv": 4096}, None),
-        ({"heads_q": 20}, 1024),  # less work than what was timed at 4096
-        ({"heads_q": 20, "len_q": 5000}, 4096),
-        ({"heads_q": 1, "heads_kv": 1, "len_q": 2048}, None),
-        ({"head_dim": 96}, 4096),
-        ({"head_dim": 64}, None),
-        ({"causal": True}, None),
-        ({"mask": "bool"}, None),
-    ],
-)
-def test_the_longest_call_that_is_not_longer_counts(changes, length):
-    found = kept(*(point({FP8: 1.0}, length=n) for n in (16384, 1024, 4096))).point(problem(**changes))
-    assert (found and found.len_q) == length
-
-
-@pytest.mark.parametrize(
-    ("timed", "length", "counts"),
-    [(2048, 4000, True), (2048, 4096, False), (2048, 4608, False), (4096, 7000, True), (16384, 65536, True)],
-)
-def test_where_sdpa_won_counts_for_calls_of_about_that_length(timed, length, counts):
-    found = kept(point({FP8: 9.0}, length=timed)).point(problem(len_q=length, len_kv=length))
-    assert (found is not None) == counts
-    assert kept(point({FP8: 1.0}, length=timed)).point(problem(len_q=length, len_kv=length)).faster() == [Candidate.parse(FP8)]
+def test_times_of_other_lengths_are_predicted():
+    """Of two variants one has less to do before it starts, the other is faster then."""
+    times = {256: (0.02, 0.04), 512: (0.05, 0.055), 1024: (0.18, 0.13), 2048: (0.7, 0.43), 4096: (2.8, 1.63), 8192: (11.2, 6.4)}
+    known = kept(*(point({FP8: ours}, sdpa_ms=sdpa, length=length) for length, (sdpa, ours) in times.items()))
+    assert plan(problem(len_q=300, len_kv=300), CARD, calibration=known).variant.name == "sdpa"
+    for length in (1500, 3000, 32768):
+        chosen = plan(problem(len_q=length, len_kv=length), CARD, calibration=known)
+        assert chosen.variant.name == "sageattn_qk_int8_pv_fp8_cuda"
+        predicted = dict(chosen.predicted)
+        assert predicted[TORCH] / predicted[Candidate.parse(FP8)] == pytest.approx(1.6 if length == 1500 else 1.75, abs=0.15)
 
 
 def test_beyond_what_was_timed_the_table_decides():
     known = kept(point({TRITON: 1.0}))
-    for other in (problem(head_dim=64), problem(mask="bool"), problem(heads_q=1, heads_kv=1)):
+    for other in (problem(head_dim=64), problem(mask="bool")):
         assert rules.choose(other, CARD, 89, known) == rules.choose(other, CARD, 89)
     assert rules.choose(problem(), CARD, 80, known) == rules.choose(problem(), CARD, 80)  # SAGEATTENTION_ARCH
 
 
+def test_costs_are_fitted_once(monkeypatch):
+    known = kept(point({TRITON: 1.0}))
+    first = known.costs((128, "none"), 89, 100)
+    monkeypatch.setattr(calibration, "fit", None)  # calling it would raise
+    assert known.costs((128, "none"), 89, 100) is first and not known.costs((64, "none"), 89, 100)
+
+
 def test_a_call_uses_its_card_s(monkeypatch):
-    kept(point({TRITON: 1.0}, length=1024, head_dim=64))
+    kept(point({TRITON: 0.01}, sdpa_ms=1.0, length=1024, head_dim=64))
     monkeypatch.setattr(capability, "of_device", lambda device, index: CARD)
     from sageattention import explain
 
-    q = torch.zeros(1, 24, 1024, 64)
+    q = torch.zeros(1, 24, 1024, 64, dtype=torch.float16)
     found = explain(q, q, q)
-    assert (found.variant, found.basis) == (TRITON, "calibrated")
+    assert (found.variant, found.basis) == (TRITON, "calibrated") and found.predicted_ms["sdpa"] == pytest.approx(1.0)
     calibration.reset()
     assert explain(q, q, q).basis != "calibrated"
 
@@ -275,39 +279,46 @@ def test_a_call_uses_its_card_s(monkeypatch):
 # --- measuring
 
 
-def forms(monkeypatch, *given):
-    small = [calibrate.Form(64, mask, n, n) for mask, n in given]
-    monkeypatch.setattr(calibrate, "FORMS", tuple(small))
+def forms(*given):
+    return [Form(2, 2, n, n, 64, mask, n if mask in ("bool", "additive") else 1) for mask, n in given]
 
 
-def run(gpu, monkeypatch, *timed, seconds=0.0):
+def run(monkeypatch, gpu, given, *timed, seconds=0.0):
     """The points, and what was told; every look at the clock takes `seconds`."""
-    monkeypatch.setattr(calibrate, "candidates", lambda device: [attention(gpu, "sdpa", 2.0), *timed])
+    monkeypatch.setattr(calibrate, "candidates", lambda device: [attention(gpu, "sdpa", 2.5), *timed])
     ticks, told = iter(range(10**6)), []
-    points = list(calibrate.measure(torch.device("cpu"), now=lambda: next(ticks) * seconds, tell=told.append))
+    points = list(calibrate.measure(torch.device("cpu"), given, now=lambda: next(ticks) * seconds, tell=told.append))
     return points, told
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr(calibrate, "HEADS", 2)
     return install(monkeypatch)
 
 
 def test_times_are_the_calls_own(gpu, monkeypatch):
-    forms(monkeypatch, ("none", 64), ("causal", 64), ("dense", 64))
-    points, told = run(gpu, monkeypatch, attention(gpu, TRITON, 1.0), attention(gpu, FP8, 4.0))
-    assert [p.mask for p in points] == ["none", "causal", "dense"]
+    kinds = [(mask, 64) for mask in ("none", "causal", "keys", "bool", "additive")]
+    points, _ = run(monkeypatch, gpu, forms(*kinds), attention(gpu, TRITON, 2.1), attention(gpu, FP8, 3.0))
+    assert [(p.form.mask, p.form.len_q) for p in points] == kinds
     for found in points:
-        assert found.sdpa_ms == pytest.approx(2.0)
-        assert found.ms == pytest.approx({TRITON: 1.0, FP8: 4.0}) and found.faster() == [Candidate(TRITON)]
-    assert len(told) == 3 and "[1/3]" in told[0] and "2.00 x SDPA" in told[0]
+        assert found.ms == pytest.approx({TORCH: 2.5, Candidate(TRITON): 2.1, Candidate.parse(FP8): 3.0})
+
+
+def test_the_gpu_waits_until_all_is_launched(gpu, monkeypatch):
+    from sageattention import torch_internals
+
+    waits = []
+    monkeypatch.setattr(torch_internals, "gpu_sleep", lambda cycles: (waits.append(cycles), gpu.spend(100.0)))
+    points, _ = run(monkeypatch, gpu, forms(("none", 64)), attention(gpu, TRITON, 1.5))
+    assert points[0].ms == pytest.approx({TORCH: 2.5, Candidate(TRITON): 1.5})  # waiting does not count
+    assert len(waits) == 2 * calibrate.TURNS and min(waits) > 0
 
 
 def test_a_wrong_result_is_left_out(gpu, monkeypatch):
-    forms(monkeypatch, ("none", 64))
-    points, _ = run(gpu, monkeypatch, attention(gpu, TRITON, 1.0, factor=0.8), attention(gpu, FP8, 1.0, factor=float("nan")))
-    assert not points[0].ms and set(points[0].off) == {TRITON, FP8} and "not SDPA's" in points[0].off[FP8]
+    wrong = attention(gpu, TRITON, 1.0, factor=0.8), attention(gpu, FP8, 1.0, factor=float("nan"))
+    points, _ = run(monkeypatch, gpu, forms(("none", 64)), *wrong)
+    assert set(points[0].ms) == {TORCH} and set(map(str, points[0].off)) == {TRITON, FP8}
+    assert "not SDPA's" in points[0].off[Candidate.parse(FP8)]
 
 
 @pytest.mark.parametrize(
@@ -319,55 +330,62 @@ def test_a_refusal_is_a_reason(error, gpu, monkeypatch):
     def refuse(q, k, v, **keywords):
         raise error
 
-    forms(monkeypatch, ("none", 64))
-    points, _ = run(gpu, monkeypatch, calibrate.Attention(FP8, refuse, None), attention(gpu, TRITON, 1.0))
-    assert points[0].off == {FP8: str(error)} and points[0].faster() == [Candidate(TRITON)]
+    points, _ = run(monkeypatch, gpu, forms(("none", 64)), calibrate.Attention(FP8, refuse, None), attention(gpu, TRITON, 1.0))
+    assert points[0].off == {Candidate.parse(FP8): str(error)} and Candidate(TRITON) in points[0].ms
 
 
 def test_a_failure_of_ours_ends_it(gpu, monkeypatch):
     def crash(q, k, v, **keywords):
         raise RuntimeError("launch failed")
 
-    forms(monkeypatch, ("none", 64))
     with pytest.raises(RuntimeError, match="launch failed"):
-        run(gpu, monkeypatch, calibrate.Attention(FP8, crash, None))
+        run(monkeypatch, gpu, forms(("none", 64)), calibrate.Attention(FP8, crash, None))
 
 
-def test_the_time_is_limited(gpu, monkeypatch):
-    """Two candidates look at the clock 8 times a call: 2 warm-ups, 6 turns."""
-    forms(monkeypatch, ("none", 64), ("none", 65), ("none", 66))
-    points, told = run(gpu, monkeypatch, attention(gpu, TRITON, 1.0), seconds=calibrate.LIMIT / 12)
-    assert len(points) == 1 and "are over" in told[-1] and len(told) == 2
+def test_the_time_is_limited_and_told(gpu, monkeypatch):
+    endless = (forms(("none", 64 + n))[0] for n in range(10**6))
+    points, told = run(monkeypatch, gpu, endless, attention(gpu, TRITON, 1.0), seconds=2.0)
+    assert 5 < len(points) < 2 * calibrate.LIMIT and told and "calls timed" in told[-1]
 
 
-def test_what_is_hopeless_is_not_timed_again(gpu, monkeypatch):
-    forms(monkeypatch, ("none", 64), ("none", 65), ("causal", 64))
-    points, _ = run(gpu, monkeypatch, attention(gpu, FP8, 7.0), attention(gpu, TRITON, 1.0))
-    assert [set(p.ms) for p in points] == [{FP8, TRITON}, {TRITON}, {FP8, TRITON}]
+def test_what_is_hopeless_is_not_timed_further(gpu, monkeypatch):
+    points, _ = run(monkeypatch, gpu, forms(("none", 64)), attention(gpu, FP8, 7.0), attention(gpu, TRITON, 2.0))
+    assert set(points[0].ms) == {TORCH, Candidate(TRITON)} and not points[0].off
 
 
 def test_a_full_card_is_left_alone(monkeypatch):
     clock = install(monkeypatch, free=1 << 20)
-    forms(monkeypatch, ("none", 4096))
-    points, told = run(clock, monkeypatch, attention(clock, TRITON, 1.0))
+    points, told = run(monkeypatch, clock, forms(("none", 4096)), attention(clock, TRITON, 1.0))
     assert points == [] and "memory" in told[0]
 
 
-def test_half_the_heads_where_memory_is_short(monkeypatch):
-    form = calibrate.Form(128, "none", 16384, 16384)
-    install(monkeypatch, free=8 << 30)
-    assert calibrate._heads(form, torch.device("cpu")) == calibrate.HEADS
-    install(monkeypatch, free=500 << 20)
-    assert calibrate.HEADS / 3 <= calibrate._heads(form, torch.device("cpu")) < calibrate.HEADS
+def test_what_is_drawn_fits_the_card_and_covers_every_kind():
+    for card in (CARD, CARD._replace(arch=75, multiprocessors=30, name="NVIDIA GeForce RTX 2060")):
+        found = list(itertools.islice(calibrate.forms(card), 150))
+        assert found == list(itertools.islice(calibrate.forms(card), 150))  # seeded
+        assert {form.kind for form in found} == set(KINDS) and any(form.heads_kv < form.heads for form in found)
+        for form in found:
+            assert rules.predict(form, card, card.arch)[0][TORCH] <= calibrate.LONGEST_MS and form.heads % form.heads_kv == 0
+    assert Form(24, 24, 4608, 4608, 128) in found
 
 
 def test_each_way_of_rounding_is_timed_once(monkeypatch):
-    ready = [calibrate.Attention("reference", None, None)]
-    for accum in ("fp32", "fp16+fp32", "fp16"):
-        ready.append(cli.importlib.import_module("sageattention.cli.candidates").variant(f"sageattn_qk_int8_pv_fp16_cuda:{accum}"))
+    from sageattention.cli.candidates import variant
+
+    accums = [variant(f"sageattn_qk_int8_pv_fp16_cuda:{accum}") for accum in ("fp32", "fp16+fp32", "fp16")]
+    ready = [variant("sdpa"), variant("reference"), *accums]
     monkeypatch.setattr(calibrate, "ready", lambda device, accumulators: (ready, []))
     monkeypatch.setattr(capability, "of_device", lambda device, index: CARD)
-    assert [c.name for c in calibrate.candidates(torch.device("cuda", 0))] == ["sdpa", *(r.name for r in ready[1:3])]
+    assert [c.name for c in calibrate.candidates(torch.device("cuda", 0))] == ["sdpa", *(r.name for r in accums[:2])]
+
+
+def test_triton_is_timed_where_there_is_nothing_else(monkeypatch):
+    from sageattention.cli.candidates import variant
+
+    monkeypatch.setattr(capability, "of_device", lambda device, index: CARD)
+    for others, expected in (([], ["sdpa", TRITON]), ([INT8], ["sdpa", INT8])):
+        monkeypatch.setattr(calibrate, "ready", lambda device, accumulators: ([*map(variant, ("sdpa", TRITON, *others))], []))  # noqa: B023
+        assert [c.name for c in calibrate.candidates(torch.device("cuda", 0))] == expected
 
 
 # --- the command
@@ -375,20 +393,20 @@ def test_each_way_of_rounding_is_timed_once(monkeypatch):
 
 @pytest.fixture
 def machine(gpu, monkeypatch):
-    forms(monkeypatch, ("none", 1024))
+    monkeypatch.setattr(calibrate, "forms", lambda card: forms(("none", 1024)))
     monkeypatch.setattr(calibrate, "chosen_device", lambda text: torch.device("cuda", 0))
     monkeypatch.setattr(capability, "of_device", lambda device, index: CARD)
     real = calibrate.measure
-    monkeypatch.setattr(calibrate, "measure", lambda device, **keywords: real(torch.device("cpu"), **keywords))
-    monkeypatch.setattr(calibrate, "candidates", lambda device: [attention(gpu, "sdpa", 2.0), attention(gpu, TRITON, 1.0)])
+    monkeypatch.setattr(calibrate, "measure", lambda device, given, **keywords: real(torch.device("cpu"), given, **keywords))
+    monkeypatch.setattr(calibrate, "candidates", lambda device: [attention(gpu, "sdpa", 4.0), attention(gpu, TRITON, 2.5)])
 
 
 @pytest.mark.usefixtures("machine")
 def test_the_command_writes_shows_and_undoes(capsys, place):
     assert cli.main(["bench", "--calibrate"]) == 0
     out = capsys.readouterr().out
-    assert "[1/1]" in out and "2.00" in out and str(place) in out and "--reset" in out
-    assert calibration.of_card(CARD).points[0].ms == pytest.approx({TRITON: 1.0})
+    assert "1 of 1" in out and TRITON in out and str(place) in out and "--reset" in out
+    assert calibration.of_card(CARD).points[0].ms == pytest.approx({TORCH: 4.0, Candidate(TRITON): 2.5})
     assert cli.main(["bench", "--calibrate", "--reset"]) == 0
     assert "removed" in capsys.readouterr().out
     assert calibration.of_card(CARD) is None and not list(place.iterdir())
@@ -401,8 +419,8 @@ def test_the_command_as_json(capsys):
     assert cli.main(["bench", "--calibrate", "--json"]) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)
-    assert found["points"][0]["ms"][TRITON] == pytest.approx(1.0) and found["made_for"]["card"] == CARD.name
-    assert "[1/1]" in captured.err
+    assert found["points"][0]["ms"][TRITON] == pytest.approx(2.5) and found["made_for"]["card"] == CARD.name
+    assert "timing on" in captured.err
     assert cli.main(["bench", "--calibrate", "--reset", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["removed"] == [found["file"]]
 
@@ -432,7 +450,7 @@ def test_what_cannot_be_done_is_said(arguments, named, capsys):
 def test_doctor_shows_it(monkeypatch):
     from sageattention.cli import doctor
 
-    kept(point({TRITON: 1.0}, length=1024))
+    kept(point({TRITON: 0.01}, sdpa_ms=1.0, length=1024))
     found = doctor._device(CARD, True, [])
     assert "1 calls timed" in found["calibration"] and found["auto"]["flux_1024"]["basis"] == "calibrated"
     assert "calibration" not in doctor._device(CARD, False, [])
@@ -446,4 +464,4 @@ def test_on_a_gpu_within_a_minute(capsys):
     assert cli.main(["bench", "--calibrate", "--json"]) == 0
     assert time.monotonic() - start < 65
     found = json.loads(capsys.readouterr().out)
-    assert len(found["points"]) > 5 and all(p["sdpa_ms"] > 0 for p in found["points"])
+    assert len(found["points"]) > 50 and len({(p["form"]["mask"], p["form"]["head_dim"] > 128) for p in found["points"]}) == 10

@@ -13,6 +13,8 @@ from sageattention import Unsupported, dispatch, settings  # noqa: E402
 from sageattention.device import capability  # noqa: E402
 from sageattention.device.capability import Capability  # noqa: E402
 from sageattention.planning import calibration, problem  # noqa: E402
+from sageattention.planning.cost import TORCH, Form  # noqa: E402
+from sageattention.variants import Candidate  # noqa: E402
 
 
 def tensors(**changes):
@@ -103,7 +105,7 @@ def card(monkeypatch, tmp_path):
 
 
 def measured(triton_ms: float) -> list[calibration.Point]:
-    return [calibration.Point(64, "none", 1, 1, 1, 1.0, {"sageattn_qk_int8_pv_fp16_triton": triton_ms})]
+    return [calibration.Point(Form(4, 4, 9, 7, 64), {TORCH: 1.0, Candidate("sageattn_qk_int8_pv_fp16_triton"): triton_ms})]
 
 
 def test_a_calibration_that_was_written_meanwhile_is_honoured(card):

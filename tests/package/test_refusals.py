@@ -112,7 +112,7 @@ def test_auto_runs_its_next_candidate_where_a_kernel_is_missing(monkeypatch, cap
 
     triton, calls = "sageattn_qk_int8_pv_fp16_triton", []
     monkeypatch.setattr(capability, "of_device", lambda device, index: Capability("cuda", 89, 1, "native", "RTX 4090"))
-    monkeypatch.setattr(rules, "RULES", (rules.Rule((89,), (Candidate(triton),), "static", "a test", min_q=1, min_kv=1, waves=0),))
+    monkeypatch.setattr(rules, "choose", lambda *given: rules.Choice((Candidate(triton),), "a test", "static"))
 
     def missing(call):
         calls.append(call)

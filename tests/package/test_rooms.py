@@ -20,7 +20,7 @@ FLOORS = (
     ("variants",),
     ("planning",),
     ("backends",),
-    ("dispatch", "sparse_dispatch", "packed_dispatch"),
+    ("verify", "dispatch", "sparse_dispatch", "packed_dispatch"),
     ("torch_library",),
     ("api", "sparse", "block_order"),
     ("core", "sparge", "sm90_compile", "distributed", ""),  # "" is the package's face

@@ -1,0 +1,149 @@
+"""What attention calls take, as sums: a call is so much `Work`, and each way to compute it has a `Cost` for every unit of that.
+
+Costs are fitted to times that were measured (`fit`), or follow from a data sheet (planning/datasheet.py). They are kept by the compiled
+head dimension and the kind of mask, so that a sum does for everything else: a fixed part, waves of blocks, work at a rate, and bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from ..numerics.constants import HEAD_DIMS, pad_head_dim
+from ..variants import SDPA, Candidate
+from .problem import Problem
+
+# Kinds of masks that take different time: one row for all queries, and masks that tell queries apart, as torch knows them.
+MASKS = ("none", "causal", "keys", "bool", "additive")
+TORCH = Candidate(SDPA.name)
+BLOCK = 128  # queries that a block of an attention kernel takes
+MI = 1 << 20
+# Bytes of quantised K and V that a CUDA variant keeps at once: the rest of its 128 MiB are statistics.
+WORKSPACE_LIMIT = 126 << 20
+
+
+class Form(NamedTuple):
+    """What of a call its time depends on.
+
+    Attributes:
+        heads, heads_kv: over all batches.
+        mask: of `MASKS`.
+        mask_rows: rows of the mask that differ, over batches, heads and queries.
+        itemsize: bytes of an element of q, k and v.
+    """
+
+    heads: int
+    heads_kv: int
+    len_q: int
+    len_kv: int
+    head_dim: int
+    mask: str = "none"
+    mask_rows: int = 1
+    itemsize: int = 2
+
+    @classmethod
+    def of(cls, problem: Problem) -> Form:
+        """Of a call."""
+        mask, batch = problem.mask_kind, problem.batch
+        if mask == "list":
+            mask = "keys" if problem.mask_shape[2] == 1 and not problem.causal else problem.mask
+        return cls(
+            batch * problem.heads_q, batch * problem.heads_kv, problem.len_q, problem.len_kv, problem.head_dim, mask,
+            math.prod(problem.mask_shape), 4 if problem.dtype == "float32" else 2,
+        )  # fmt: skip
+
+    @property
+    def kind(self) -> Kind:
+        return pad_head_dim(self.head_dim), self.mask
+
+    @property
+    def keys_of_a_query(self) -> float:
+        """How many keys a query sees, on average: of a causal call its own and those before it."""
+        if self.mask != "causal" or not self.len_q:
+            return self.len_kv
+        cut = min(self.len_q, self.len_kv)  # queries that don't see all keys
+        return (cut * (cut + 1) / 2 + (self.len_q - cut) * self.len_kv) / self.len_q
+
+    def __str__(self) -> str:
+        return f"head_dim {self.head_dim}, {self.heads} heads, {self.len_q:,} queries, {self.len_kv:,} keys, mask {self.mask}"
+
+
+Kind = tuple[int, str]  # the compiled head dimension, and the mask
+KINDS: tuple[Kind, ...] = tuple((head_dim, mask) for head_dim in HEAD_DIMS for mask in MASKS)
+
+
+class Work(NamedTuple):
+    """How much of each a call is."""
+
+    call: float = 1.0
+    waves: float = 0.0  # of blocks over the multiprocessors, the last one counted as whole
+    wave_keys: float = 0.0  # waves times thousands of keys: how long the multiprocessors are busy
+    idle_keys: float = 0.0  # thousands of keys, times the share of multiprocessors that have no block at all
+    blocks: float = 0.0  # for each multiprocessor: waves, if the last one were not whole
+    pairs: float = 0.0  # millions of queries times keys, for each multiprocessor: busy time, likewise
+    products: float = 0.0  # pairs times 64 channels
+    grouped: float = 0.0  # pairs of a call whose K and V exceed the workspace: its heads are computed group by group
+    query: float = 0.0  # millions of elements of q, 16 bits each
+    key: float = 0.0  # millions of elements of k, likewise
+    mask: float = 0.0  # MB of the mask
+    odd: float = 0.0  # pairs of a masked call with an odd number of keys, which torch's kernels don't like
+
+
+class Cost(Work):
+    """Microseconds for each unit of `Work`, in its order."""
+
+    __slots__ = ()
+
+    def ms(self, work: Work) -> float:
+        """The time of a call."""
+        return sum(each * amount for each, amount in zip(self, work)) / 1e3
+
+
+Costs = dict[Kind, dict[Candidate, Cost]]  # torch's attention among the candidates
+
+
+def work_of(form: Form, multiprocessors: int) -> Work:
+    """What a call is on a card."""
+    blocks, keys = form.heads * -(-form.len_q // BLOCK), form.keys_of_a_query
+    waves, pairs = float(-(-blocks // multiprocessors)), blocks * BLOCK * keys / multiprocessors / MI
+    width = form.head_dim * form.itemsize / 2 / MI
+    masked = form.mask not in ("none", "causal")
+    mask_bytes = form.mask_rows * form.len_kv * (form.itemsize if form.mask == "additive" else 1) if masked else 0
+    return Work(
+        1.0, waves, waves * keys / 1024, max(0.0, 1 - blocks / multiprocessors) * keys / 1024, blocks / multiprocessors,
+        pairs, pairs * form.head_dim / 64, pairs if 2 * form.heads_kv * form.len_kv * form.kind[0] > WORKSPACE_LIMIT else 0.0,
+        form.heads * form.len_q * width, form.heads_kv * form.len_kv * width,
+        mask_bytes / MI, pairs if masked and form.len_kv % 2 else 0.0,
+    )  # fmt: skip
+
+
+# How strongly a cost is drawn to the prior one: to be off from it by all of that weighs as much as to be off from one time by 14 %. By
+# ten-fold cross-validation on an H200 the best, with a tenth and with five times of it nearly as good.
+RIDGE = 0.02
+SWEEPS = 300
+
+
+def fit(timed: Iterable[tuple[Work, float]], prior: Cost) -> Cost:
+    """The costs, none negative, that give (work, ms) of calls with the least squares of relative errors, drawn to `prior`.
+
+    One time scales the prior as a whole, many replace it.
+    """
+    rows = [[amount / (1e3 * ms) for amount in work] for work, ms in timed]  # times the costs: predicted over measured
+    if not rows:
+        return prior
+    ratios = sorted(1 / sum(a * c for a, c in zip(row, prior)) for row in rows)
+    scale = ratios[len(ratios) // 2]
+    start = [scale * c for c in prior]
+    count = range(len(start))
+    gram = [[sum(row[i] * row[j] for row in rows) for j in count] for i in count]
+    given = [sum(row[i] for row in rows) for i in count]
+    pull = [RIDGE / (c * c) if c else 0.0 for c in start]
+    costs = list(start)
+    for _ in range(SWEEPS):  # coordinate descent: each in turn is put where the error is least
+        for i in count:
+            weight = gram[i][i] + pull[i]
+            if weight:
+                others = sum(gram[i][j] * costs[j] for j in count if j != i)
+                costs[i] = max(0.0, (given[i] - others + pull[i] * start[i]) / weight)
+    return Cost(*costs)
