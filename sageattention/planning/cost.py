@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import mul
 from typing import NamedTuple
 
 from ..numerics.constants import HEAD_DIMS, pad_head_dim
@@ -98,7 +99,7 @@ class Cost(Work):
 
     def ms(self, work: Work) -> float:
         """The time of a call."""
-        return sum(each * amount for each, amount in zip(self, work)) / 1e3
+        return sum(map(mul, self, work)) / 1e3
 
 
 Costs = dict[Kind, dict[Candidate, Cost]]  # torch's attention among the candidates
