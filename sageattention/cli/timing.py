@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-CYCLES = 4e9  # of a GPU to wait for each second of the host's: twice what its clock does
+# Cycles of a GPU to wait for each second of the host's: twice what its clock does; and the longest such second.
+CYCLES, LONGEST_S = 4e9, 0.01
 
 
 def gpu_ms(work: Callable[[], object]) -> float:
@@ -32,7 +33,7 @@ def queued_ms(work: Callable[[], object], host_s: float) -> float:
 
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    torch_internals.gpu_sleep(int(CYCLES * host_s))
+    torch_internals.gpu_sleep(int(CYCLES * min(host_s, LONGEST_S)))
     begin.record()
     work()
     end.record()

@@ -1,7 +1,8 @@
 """What `python -m sageattention bench --calibrate` measured on a card, kept in the user's cache directory. No CUDA at import.
 
     {"format": 2, "made_for": {"card", "arch", "multiprocessors", "driver", "torch", "sageattention"}, "made_at": "2026-11-22 16:00",
-     "points": [{"form": {"heads", "heads_kv", "len_q", …}, "ms": {"sdpa": …, "variant[:pv_accum_dtype]": …}, "off": {…: reason}}]}
+     "points": [{"form": {"heads", "heads_kv", "len_q", …}, "ms": {"sdpa": …, "variant[:pv_accum_dtype]": …}, "off": {…: reason},
+                 "weight"}]}
 
 `auto` reads a card's file once, when it first chooses for that card, and fits costs to its points. A file made for something else, or
 one that can't be read, is ignored with one logged line; nothing here ever ends a run.
@@ -34,6 +35,9 @@ from .cost import KINDS, TORCH, Cost, Form, Kind, Work, fit, work_of
 FOLDER = "SAGEATTENTION_CACHE"  # replaces the user's cache directory
 FORMAT = 2
 COMMAND = "python -m sageattention bench --calibrate"
+# How far what calls without a mask have shown about a cost moves what is expected of those with one, as a factor.
+CARRIED = 5.0
+
 LOG = logging.getLogger("sageattention")
 T = TypeVar("T")
 
@@ -46,17 +50,19 @@ class Ignored(Exception):
 class Point:
     """One call that was timed: milliseconds of each candidate, torch's attention among them.
 
-    `off` holds the candidates that were timed for nothing: reason by candidate. They are not chosen for calls of this kind.
+    `off` holds the candidates that were timed for nothing: reason by candidate. They are not chosen for calls of this kind. `weight` says
+    how many times the call counts in a fit.
     """
 
     form: Form
     ms: dict[Candidate, float]
     off: dict[Candidate, str] = field(default_factory=dict)
+    weight: float = 1.0
 
     def as_json(self) -> dict[str, Any]:
         """For a file."""
-        texts = {str(candidate): ms for candidate, ms in self.ms.items()}
-        return {"form": self.form._asdict(), "ms": texts, "off": {str(candidate): reason for candidate, reason in self.off.items()}}
+        ms, off = ({str(candidate): value for candidate, value in found.items()} for found in (self.ms, self.off))
+        return {"form": self.form._asdict(), "ms": ms, "off": off, "weight": self.weight}
 
     @classmethod
     def from_json(cls, given: dict[str, Any]) -> Point:
@@ -71,7 +77,9 @@ class Point:
             raise ValueError(f"{given['form']} is no call")
         if TORCH not in ms:
             raise ValueError("torch's own attention was not timed")
-        return cls(form, ms, candidates_from_json(given["off"], str))
+        if type(given["weight"]) not in (int, float) or not 0 < given["weight"] < 1e9:
+            raise ValueError(f"{given['weight']} is no weight")
+        return cls(form, ms, candidates_from_json(given["off"], str), given["weight"])
 
 
 @dataclass(frozen=True, eq=False)  # compared, and hashed, by identity: plans are cached by it
@@ -109,15 +117,16 @@ def fitted(
     Calls with a mask are expected to differ from `prior` as those without one do.
     """
 
-    def timed(kind: Kind) -> list[tuple[Work, float]]:
+    def timed(kind: Kind) -> list[tuple[Work, float, float]]:
         alike = [point for point in points if point.form.kind == kind and candidate in point.ms]
-        return [(work_of(point.form, multiprocessors), point.ms[candidate]) for point in alike]
+        return [(work_of(point.form, multiprocessors), point.ms[candidate], point.weight) for point in alike]
 
     expected, plain = prior(candidate, kind), (kind[0], "none")
     if kind != plain:
         before = prior(candidate, plain)
         after = fit(timed(plain), before)
-        expected = Cost(*(e * a / b if b else e for e, a, b in zip(expected, after, before)))
+        ratios = [min(max(a / b, 1 / CARRIED), CARRIED) if b else 1.0 for a, b in zip(after, before)]
+        expected = Cost(*(cost * ratio for cost, ratio in zip(expected, ratios)))
     return fit(timed(kind), expected)
 
 

@@ -7,7 +7,8 @@ head dimension and the kind of mask, so that a sum does for everything else: a f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
+from operator import mul
 from typing import NamedTuple
 
 from ..numerics.constants import HEAD_DIMS, pad_head_dim
@@ -81,6 +82,7 @@ class Work(NamedTuple):
     wave_keys: float = 0.0  # waves times thousands of keys: how long the multiprocessors are busy
     idle_keys: float = 0.0  # thousands of keys, times the share of multiprocessors that have no block at all
     blocks: float = 0.0  # for each multiprocessor: waves, if the last one were not whole
+    padded: float = 0.0  # blocks of a call whose head dimension is padded
     pairs: float = 0.0  # millions of queries times keys, for each multiprocessor: busy time, likewise
     products: float = 0.0  # pairs times 64 channels
     grouped: float = 0.0  # pairs of a call whose K and V exceed the workspace: its heads are computed group by group
@@ -97,7 +99,7 @@ class Cost(Work):
 
     def ms(self, work: Work) -> float:
         """The time of a call."""
-        return sum(each * amount for each, amount in zip(self, work)) / 1e3
+        return sum(map(mul, self, work)) / 1e3
 
 
 Costs = dict[Kind, dict[Candidate, Cost]]  # torch's attention among the candidates
@@ -105,17 +107,25 @@ Costs = dict[Kind, dict[Candidate, Cost]]  # torch's attention among the candida
 
 def work_of(form: Form, multiprocessors: int) -> Work:
     """What a call is on a card."""
-    blocks, keys = form.heads * -(-form.len_q // BLOCK), form.keys_of_a_query
-    waves, pairs = float(-(-blocks // multiprocessors)), blocks * BLOCK * keys / multiprocessors / MI
-    width = form.head_dim * form.itemsize / 2 / MI
-    masked = form.mask not in ("none", "causal")
-    mask_bytes = form.mask_rows * form.len_kv * (form.itemsize if form.mask == "additive" else 1) if masked else 0
+    head_dim, mask = form.kind
+    keys, blocks = form.keys_of_a_query, form.heads * -(-form.len_q // BLOCK) / multiprocessors
+    waves, pairs = float(math.ceil(blocks)), blocks * BLOCK * keys / MI
+    masked, elements = mask not in ("none", "causal"), form.head_dim * form.itemsize / 2 / MI
+    mask_bytes = form.mask_rows * form.len_kv * (form.itemsize if mask == "additive" else 1) if masked else 0
     return Work(
-        1.0, waves, waves * keys / 1024, max(0.0, 1 - blocks / multiprocessors) * keys / 1024, blocks / multiprocessors,
-        pairs, pairs * form.head_dim / 64, pairs if 2 * form.heads_kv * form.len_kv * form.kind[0] > WORKSPACE_LIMIT else 0.0,
-        form.heads * form.len_q * width, form.heads_kv * form.len_kv * width,
-        mask_bytes / MI, pairs if masked and form.len_kv % 2 else 0.0,
-    )  # fmt: skip
+        waves=waves,
+        wave_keys=waves * keys / 1024,
+        idle_keys=max(0.0, 1 - blocks) * keys / 1024,
+        blocks=blocks,
+        padded=blocks if form.head_dim < head_dim else 0.0,
+        pairs=pairs,
+        products=pairs * form.head_dim / 64,
+        grouped=pairs if 2 * form.heads_kv * form.len_kv * head_dim > WORKSPACE_LIMIT else 0.0,
+        query=form.heads * form.len_q * elements,
+        key=form.heads_kv * form.len_kv * elements,
+        mask=mask_bytes / MI,
+        odd=pairs if masked and form.len_kv % 2 else 0.0,
+    )
 
 
 # How strongly a cost is drawn to the prior one: to be off from it by all of that weighs as much as to be off from one time by 14 %. By
@@ -124,26 +134,25 @@ RIDGE = 0.02
 SWEEPS = 300
 
 
-def fit(timed: Iterable[tuple[Work, float]], prior: Cost) -> Cost:
-    """The costs, none negative, that give (work, ms) of calls with the least squares of relative errors, drawn to `prior`.
+def fit(timed: Sequence[tuple[Work, float, float]], prior: Cost) -> Cost:
+    """The costs, none negative, that give (work, ms, weight) of calls with the least squares of relative errors, drawn to `prior`.
 
-    One time scales the prior as a whole, many replace it.
+    One time scales the prior as a whole, many replace it. What costs nothing by the prior is no part of what a candidate does.
     """
-    rows = [[amount / (1e3 * ms) for amount in work] for work, ms in timed]  # times the costs: predicted over measured
-    if not rows:
+    if not timed:
         return prior
+    rows = [[amount / (1e3 * ms) for amount in work] for work, ms, _ in timed]  # times the costs: predicted over measured
+    weighted = [(row, weight) for row, (*_, weight) in zip(rows, timed)]
     ratios = sorted(1 / sum(a * c for a, c in zip(row, prior)) for row in rows)
     scale = ratios[len(ratios) // 2]
-    start = [scale * c for c in prior]
-    count = range(len(start))
-    gram = [[sum(row[i] * row[j] for row in rows) for j in count] for i in count]
-    given = [sum(row[i] for row in rows) for i in count]
-    pull = [RIDGE / (c * c) if c else 0.0 for c in start]
-    costs = list(start)
+    costs = [scale * c for c in prior]
+    count = [i for i, c in enumerate(costs) if c]
+    gram = {i: [sum(weight * row[i] * row[j] for row, weight in weighted) for j in range(len(costs))] for i in count}
+    given = {i: sum(weight * row[i] for row, weight in weighted) for i in count}
+    pull = {i: (RIDGE / costs[i] ** 2, costs[i]) for i in count}
     for _ in range(SWEEPS):  # coordinate descent: each in turn is put where the error is least
         for i in count:
-            weight = gram[i][i] + pull[i]
-            if weight:
-                others = sum(gram[i][j] * costs[j] for j in count if j != i)
-                costs[i] = max(0.0, (given[i] - others + pull[i] * start[i]) / weight)
+            strength, towards = pull[i]
+            others = sum(gram[i][j] * costs[j] for j in count if j != i)
+            costs[i] = max(0.0, (given[i] - others + strength * towards) / (gram[i][i] + strength))
     return Cost(*costs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..numerics.scheme import Scheme
 from ..variants import VARIANTS, Candidate
-from .cost import MI, TORCH, Cost, Kind
+from .cost import BLOCK, MI, TORCH, Cost, Kind
 
 # Dense multiply-accumulates per clock and multiprocessor, by operands and accumulator, of the GeForce card of each architecture
 # (white papers: Turing, A100, GA102, Ada, H100, Blackwell, RTX Blackwell). Professional cards of 7.5, 8.6, 8.9 and 12.0 accumulate in
@@ -36,6 +36,8 @@ TORCH_MASKED, TORCH_ODD = 2.0, 0.6
 ISSUED = 128
 # How much longer a block takes for its keys where it is alone on the card: nobody else brings keys into the cache.
 IDLE, IDLE_QUANTIZED = 0.1, 1.0
+# What a block takes longer whose head dimension is padded.
+PADDED = 1.0
 # How much longer pairs take whose heads are computed group by group.
 GROUPED = 0.03
 # How much of the work waits for the last wave: blocks are not divisible. On 9.0 it is two thirds for torch and for us.
@@ -50,23 +52,37 @@ TORCH_BYTES, QUANTIZED_BYTES = (4, 4, 5), (4, 10, 3)
 def static_cost(arch: int, candidate: Candidate, kind: Kind, multiprocessors: int) -> Cost:
     """What a candidate, torch's attention among them, costs on a card of the family `arch`."""
     head_dim, mask = kind
-    if candidate == TORCH:
-        both, instructions, factor = 2 / TORCH_RATES[arch], SOFTMAX, TORCH_MASKED if mask in ("keys", *MASKED) else 1.0
-        call, ends, alone, moved = CALL, BLOCK_ENDS, IDLE, TORCH_BYTES
-    else:
-        both, factor = products(arch, candidate), 1.0
-        instructions = SOFTMAX_TRITON if VARIANTS[candidate.variant].backend == "triton" else SOFTMAX_QUANTIZED + MASKED.get(mask, 0)
-        call, ends, alone, moved = CALL_QUANTIZED, BLOCK_ENDS_QUANTIZED, IDLE_QUANTIZED, QUANTIZED_BYTES
     us = MI / CLOCKS[arch] / 1e3  # of a million clocks
-    score, channels = factor * instructions / ISSUED * us, factor * 64 * both * us
     byte = MI / (BANDWIDTH * multiprocessors) / 1e3
-    busy = (score + channels * head_dim / 64) * IN_WAVES * 128 * 1024 / MI
-    query, key, masks = (count * byte for count in moved)
-    odd = TORCH_ODD * (score + channels * head_dim / 64) if candidate == TORCH and factor > 1 else 0.0
-    smooth, grouped = 1 - IN_WAVES, 0.0 if candidate == TORCH else GROUPED * (score + channels * head_dim / 64)
+    if candidate == TORCH:
+        masked = mask in ("keys", *MASKED)
+        factor = us * (TORCH_MASKED if masked else 1.0)
+        pair, channels = factor * SOFTMAX / ISSUED, factor * 64 * 2 / TORCH_RATES[arch]
+        call, ends, alone, padded, grouped = CALL, BLOCK_ENDS, IDLE, 0.0, 0.0
+        odd, moved = TORCH_ODD if masked else 0.0, TORCH_BYTES
+    else:
+        triton = VARIANTS[candidate.variant].backend == "triton"
+        pair = us * (SOFTMAX_TRITON if triton else SOFTMAX_QUANTIZED + MASKED.get(mask, 0)) / ISSUED
+        channels = us * 64 * products(arch, candidate)
+        call, ends, alone, padded, grouped = CALL_QUANTIZED, BLOCK_ENDS_QUANTIZED, IDLE_QUANTIZED, PADDED, GROUPED
+        odd, moved = 0.0, QUANTIZED_BYTES
+    whole = pair + channels * head_dim / 64  # of a million pairs
+    busy, smooth = IN_WAVES * whole * BLOCK * 1024 / MI, 1 - IN_WAVES
     return Cost(
-        call, IN_WAVES * ends, busy, alone * busy, smooth * ends, smooth * score, smooth * channels, grouped, query, key, masks, odd
-    )  # fmt: skip
+        call=call,
+        waves=IN_WAVES * ends,
+        wave_keys=busy,
+        idle_keys=alone * busy,
+        blocks=smooth * ends,
+        padded=padded,
+        pairs=smooth * pair,
+        products=smooth * channels,
+        grouped=grouped * whole,
+        query=moved[0] * byte,
+        key=moved[1] * byte,
+        mask=moved[2] * byte,
+        odd=odd * whole,
+    )
 
 
 def products(arch: int, candidate: Candidate) -> float:

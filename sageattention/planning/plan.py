@@ -178,6 +178,7 @@ def plan(
     if accum:
         candidates, reason = _narrowed(candidates, accum), f"{reason}; pv_accum_dtype {accum!r} is asked for"
     rejected, missing, predicted = list(choice.rejected), dict(absent), tuple(choice.predicted.items())
+    candidates = tuple(c for c in candidates if settled(c) not in dict(rejected))
     for place, candidate in enumerate(candidates):
         if candidate in missing:
             rejected.append((candidate, missing[candidate]))
@@ -190,7 +191,7 @@ def plan(
         if accum and candidate.accum != accum:
             chosen = replace(chosen, reason=f"{reason}, and no variant that runs here has it")
         unverified: tuple[Candidate, ...] = ()
-        if verdicts and choice.basis == "static" and _to_verify(problem, chosen, verdicts, auto=True):
+        if verdicts and (choice.basis == "static" or accum) and _to_verify(problem, chosen, verdicts, timed=not accum):
             unverified = (candidate, *_next_to_verify(candidates[place + 1 :]))
         return replace(chosen, rejected=tuple(rejected), basis=choice.basis, auto=True, predicted=predicted, unverified=unverified)
     reason = f"nothing is left of what would gain: {choice.reason}" if choice.candidates else choice.reason
@@ -207,9 +208,9 @@ def _named(problem: Problem, target: Target, candidate: Candidate, verdicts: Ver
     return replace(chosen, unverified=(candidate,)) if _to_verify(problem, chosen, verdicts) else chosen
 
 
-def _to_verify(problem: Problem, chosen: Plan, verdicts: Verdicts, auto: bool = False) -> bool:
+def _to_verify(problem: Problem, chosen: Plan, verdicts: Verdicts, timed: bool = False) -> bool:
     candidate = Candidate(chosen.variant.name, chosen.accum)
-    return not problem.varlen and not problem.empty and verdicts.wants(Form.of(problem), candidate, auto)
+    return not problem.varlen and not problem.empty and verdicts.wants(Form.of(problem), candidate, timed)
 
 
 def _next_to_verify(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..device.capability import Capability
@@ -97,7 +97,9 @@ def choose(
         off = off | verdicts.off
         found = None if calibration else verdicts.of(form)
         if found and found.ms:
-            return _ordered(found.ms, "verified", off)
+            choice = _ordered(found.ms, "verified", off)
+            others = (c for c in faster(*predict(form, card, arch)) if c not in found.ms and c not in off)
+            return replace(choice, candidates=(*choice.candidates, *others)) if choice.candidates else choice
     return _ordered(*predict(form, card, arch, calibration), off)
 
 

@@ -23,13 +23,15 @@ def sparse_plan(
 
     Raises:
         Unsupported: the variant is unknown, has no block-sparse form, can't run on this device or can't do this call.
-        KernelMissing: its kernel is not in this installation.
+        KernelMissing: its kernel is not in this installation, or was wrong on this card.
     """
     target, able = Target(card, arch, ptx), {name: v for name, v in VARIANTS.items() if v.backend in ("reference", "cuda")}
     if variant == "auto":
         return _automatic(sparse, target, verdicts)
     if variant not in able:
         raise Unsupported("variant", f"got {variant!r}, accepted of block-sparse calls are 'auto', {', '.join(map(repr, able))}")
+    if verdicts and (off := verdicts.off.get(Candidate(variant))):
+        raise KernelMissing(variant, f"{off}; choose 'auto' or another variant")
     return _fit(sparse, target, Candidate(variant), "asked for by name")
 
 

@@ -70,12 +70,12 @@ class Verdicts:
         found = Class.of(form)
         return self.classes.get(found) if found else None
 
-    def wants(self, form: Form, candidate: Candidate, auto: bool) -> bool:
-        """Whether a call that `candidate` was chosen for has to be verified: by "auto", or by name."""
+    def wants(self, form: Form, candidate: Candidate, timed: bool) -> bool:
+        """Whether a call that `candidate` was chosen for has to be verified, or `timed` as well."""
         if Class.of(form) is None:
             return False
         known = self.of(form)
-        return known is None or settled(candidate) not in known.right or (auto and not known.ms)
+        return known is None or settled(candidate) not in known.right or (timed and not known.ms)
 
     def plus(self, form: Form, verdict: Verdict, off: dict[Candidate, str]) -> Verdicts:
         """These, and what a call has shown."""

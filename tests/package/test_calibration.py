@@ -131,7 +131,7 @@ def test_one_made_for_something_else_is_ignored_with_one_line(what, monkeypatch,
 
 
 FORM = Form(24, 24, 4096, 4096, 128)._asdict()
-GOOD = {"form": FORM, "ms": {"sdpa": 2.0, FP8: 1.0}, "off": {}}
+GOOD = {"form": FORM, "ms": {"sdpa": 2.0, FP8: 1.0}, "off": {}, "weight": 1.0}
 BAD_POINTS = [
     {**GOOD, "ms": {"sdpa": 0, FP8: 1.0}},
     {**GOOD, "ms": {"sdpa": float("nan"), FP8: 1.0}},
@@ -149,6 +149,8 @@ BAD_POINTS = [
     {**GOOD, "form": {**FORM, "head_dim": 300}},
     {**GOOD, "form": {**FORM, "colour": "red"}},
     {**GOOD, "off": ["sdpa"]},
+    {**GOOD, "weight": 0},
+    {**GOOD, "weight": "heavy"},
     {"form": FORM},
     [],
     None,
@@ -299,6 +301,7 @@ def gpu(monkeypatch):
 def test_times_are_the_calls_own(gpu, monkeypatch):
     kinds = [(mask, 64) for mask in ("none", "causal", "keys", "bool", "additive")]
     points, _ = run(monkeypatch, gpu, forms(*kinds), attention(gpu, TRITON, 2.1), attention(gpu, FP8, 3.0))
+    assert {point.weight for point in points} == {1.0}
     assert [(p.form.mask, p.form.len_q) for p in points] == kinds
     for found in points:
         assert found.ms == pytest.approx({TORCH: 2.5, Candidate(TRITON): 2.1, Candidate.parse(FP8): 3.0})

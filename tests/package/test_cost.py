@@ -66,7 +66,7 @@ def test_the_form_of_a_call(changes, mask, rows):
 
 
 TRUE = Cost(call=12.0, waves=3.0, wave_keys=6.0, pairs=20.0, products=1.5, query=0.5, key=3.0)
-PRIOR = Cost(5.0, 2.0, 3.0, 0.3, 1.0, 3.0, 0.5, 0.1, 0.5, 1.0, 0.2, 1.0)
+PRIOR = Cost(5.0, 2.0, 3.0, 0.3, 1.0, 0.5, 3.0, 0.5, 0.1, 0.5, 1.0, 0.2, 1.0)
 
 
 def some(count, seed=0, longest=16384):
@@ -77,22 +77,30 @@ def some(count, seed=0, longest=16384):
 
 
 def test_a_fit_of_many_times_finds_them_again():
-    found = fit([(work, TRUE.ms(work)) for work in some(300)], PRIOR)
+    found = fit([(work, TRUE.ms(work), 1.0) for work in some(300)], PRIOR)
     for work in some(60, seed=1, longest=65536):
         assert found.ms(work) == pytest.approx(TRUE.ms(work), rel=0.03)
 
 
 def test_a_fit_withstands_noise():
     r = random.Random(2)
-    found = fit([(work, TRUE.ms(work) * r.uniform(0.95, 1.05)) for work in some(300)], PRIOR)
+    found = fit([(work, TRUE.ms(work) * r.uniform(0.95, 1.05), 1.0) for work in some(300)], PRIOR)
     for work in some(60, seed=1):
         assert found.ms(work) == pytest.approx(TRUE.ms(work), rel=0.08)
 
 
 def test_a_single_time_scales_the_prior():
     work = next(some(1))
-    found = fit([(work, 3 * PRIOR.ms(work))], PRIOR)
+    found = fit([(work, 3 * PRIOR.ms(work), 1.0)], PRIOR)
     assert found == pytest.approx([3 * cost for cost in PRIOR])
+
+
+def test_a_weight_is_so_many_calls():
+    timed = [(work, TRUE.ms(work) * (2 if index else 1), 1.0) for index, work in enumerate(some(12))]
+    (work, ms, _), others = timed[0], timed[1:]
+    found, repeated = fit([(work, ms, 5.0), *others], PRIOR), fit([(work, ms, 1.0)] * 5 + others, PRIOR)
+    assert found.ms(work) == pytest.approx(repeated.ms(work), rel=0.2)
+    assert abs(found.ms(work) / ms - 1) < abs(fit(timed, PRIOR).ms(work) / ms - 1)
 
 
 def test_nothing_measured_leaves_the_prior():
@@ -101,5 +109,5 @@ def test_nothing_measured_leaves_the_prior():
 
 def test_no_cost_is_negative():
     works = list(some(20))
-    found = fit([(work, TRUE.ms(work) * (1 + index % 2)) for index, work in enumerate(works)], PRIOR)
+    found = fit([(work, TRUE.ms(work) * (1 + index % 2), 1.0) for index, work in enumerate(works)], PRIOR)
     assert min(found) >= 0 and isinstance(found, Cost) and Work._fields == Cost._fields

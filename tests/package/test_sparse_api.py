@@ -20,7 +20,8 @@ from sageattention.numerics.sparse import Geometry, attend, coarse, exact_share,
 from sageattention.planning.problem import Problem  # noqa: E402
 from sageattention.planning.sparse_plan import sparse_plan  # noqa: E402
 from sageattention.planning.sparse_problem import SparseProblem  # noqa: E402
-from sageattention.variants import VARIANTS  # noqa: E402
+from sageattention.planning.verdicts import Verdicts  # noqa: E402
+from sageattention.variants import VARIANTS, Candidate  # noqa: E402
 
 TOKENS, BLOCKS = 500, 8
 
@@ -255,25 +256,32 @@ def test_cuda_variants_say_what_they_lack(name):
         sageattn_sparse(*qkv(130), variant=name)
 
 
-def planned(arch: int, variant: str = "auto", name: str = "a card", **call):
+def planned(arch: int, variant: str = "auto", name: str = "a card", verdicts: Verdicts | None = None, **call):
     q, k, v = qkv(130)
     dense = Problem.from_tensors(q, k, v, tensor_layout="HND", is_causal=call.pop("is_causal", False), sm_scale=None, return_lse=True)
     empty = dict.fromkeys(("tau", "keep", "neighbours", "q_start", "order", "block_len", "block_mask", "key_mask", "coarse_gate"))
     rest = {"selection": "sol", "similarity": 0.0, "q_block": 128, "tail": True, "sinks": (), "query_sinks": ()}
     problem, _ = SparseProblem.from_call(dense, q, **{**empty, **rest, **call})
-    return sparse_plan(problem, Capability("cuda", arch, 132, name=name), variant)
+    return sparse_plan(problem, Capability("cuda", arch, 132, name=name), variant, verdicts=verdicts)
 
 
 @pytest.mark.parametrize(
     "arch, variant",
     [(75, "sageattn_qk_int8_pv_int8_cuda"), (86, "sageattn_qk_int8_pv_int8_cuda"), (89, "sageattn_qk_int8_pv_int8_cuda"),
      (90, "sageattn_qk_int8_pv_fp8_cuda_sm90"), (120, "sageattn_qk_int8_pv_int8_cuda"),
-     # newer ones of a family: as in dense calls, its rule
+     # newer ones of a family: as in dense calls, its candidates
      (87, "sageattn_qk_int8_pv_int8_cuda"), (121, "sageattn_qk_int8_pv_int8_cuda")],
 )  # fmt: skip
-def test_auto_takes_the_first_of_the_rule(arch, variant):
+def test_auto_takes_the_first_of_its_candidates(arch, variant):
     chosen = planned(arch)
     assert chosen.variant.name == variant and chosen.tile.block_n == 64 and chosen.attend.split("_")[-2] == "list"
+
+
+def test_what_was_wrong_on_a_card_is_passed_by_and_refused_by_name():
+    known = Verdicts(off={Candidate("sageattn_qk_int8_pv_int8_cuda"): "its result is off by a lot"})
+    assert planned(89, verdicts=known).variant.name == "sageattn_qk_int8_pv_fp8_cuda"
+    with pytest.raises(KernelMissing, match="off by a lot; choose 'auto'"):
+        planned(89, "sageattn_qk_int8_pv_int8_cuda", verdicts=known)
 
 
 def test_where_no_kernel_is_for_the_card():
@@ -284,7 +292,7 @@ def test_where_no_kernel_is_for_the_card():
     assert planned(100, "sageattn_qk_int8_pv_fp16_cuda").variant.name == "sageattn_qk_int8_pv_fp16_cuda"
 
 
-def test_a_card_without_tensor_cores_gets_none_of_its_rules_variants():
+def test_a_card_without_tensor_cores_gets_none_of_its_candidates():
     with pytest.raises(KernelMissing, match="no block-sparse kernel runs here"):
         planned(75, name="NVIDIA GeForce GTX 1660")
 

@@ -37,7 +37,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_the_names_are_there_in_this_torch() -> None:
-    assert len(PRIVATE) == 6 and len(torch_internals.FAKE_TENSORS) == len(torch_internals.FUNCTIONAL_TENSORS) == 1
+    assert len(PRIVATE) == 7 and len(torch_internals.FAKE_TENSORS) == len(torch_internals.FUNCTIONAL_TENSORS) == 1
     assert not tracing.transformed() and torch_internals.dispatch_modes() == 0
 
 

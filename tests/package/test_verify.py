@@ -218,6 +218,18 @@ def test_a_variant_by_the_environment_that_is_wrong_gives_way_to_auto(card, monk
     assert card.calls[-1][0] == INT8 and "SAGEATTENTION_VARIANT is" in caplog.text
 
 
+def test_an_accumulator_that_was_asked_for_is_verified_too(card):
+    q, k, v = qkv()
+    sageattn(q, k, v)
+    card.calls.clear()
+    card.factors[FP16] = 0.5
+    assert explain(q, k, v, pv_accum_dtype="fp16").variant == FP16
+    assert torch.equal(sageattn(q, k, v, pv_accum_dtype="fp16"), exact(q, k, v))
+    assert card.ran(FP16) == 1 + verify.TURNS and Candidate(FP16, "fp16") in seen().off
+    found = explain(q, k, v, pv_accum_dtype="fp16")
+    assert (found.variant, found.accum) != (FP16, "fp16") and "off by 0.5" in dict(found.rejected)[f"{FP16}:fp16"]
+
+
 # --- when nothing is verified
 
 
