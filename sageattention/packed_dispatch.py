@@ -100,9 +100,8 @@ class PackedCall:
         if not chosen.auto:
             return
         card = machine(problem)
-        candidates = [candidate for rule in rules.rules(card.arch, card.name) for candidate in rule.candidates]
         reason = "PyTorch's own attention would have to compute the sequences one by one"
-        for candidate in dict.fromkeys((*candidates, Candidate(TRITON_FP16.name))):
+        for candidate in dict.fromkeys((*rules.candidates(card, card.arch), Candidate(TRITON_FP16.name))):
             try:
                 plan = plan_for(problem, candidate.variant, candidate.accum)
             except (Unsupported, KernelMissing):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import settings, torch_internals
-from .errors import KernelMissing, Unsupported
+from .errors import CudaError, KernelMissing, Unsupported
 from .kernels import binaries
 from .layout import AXES
 from .numerics.constants import ERROR_BOUNDS
@@ -61,6 +61,11 @@ def verified(call: Call) -> Plan | None:
         with torch.cuda.device(call.q.device):
             found = _look(_part(call, form), call.plan.unverified, timed=call.plan.auto)
     except torch.cuda.OutOfMemoryError:
+        found = None
+    except CudaError:  # of our own kernels: that must be heard
+        raise
+    except RuntimeError as error:  # torch's, about a call that it would not have been given: sampling goes on
+        warn_once(f"{call.plan.variant.name} could not be compared with PyTorch's attention on {card.name}: {error}")
         found = None
     finally:
         _verifying.release()

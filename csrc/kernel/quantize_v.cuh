@@ -11,6 +11,7 @@
 #include "../common/tensor.cuh"
 #include "../block/rotate.cuh"
 #include "../common/pv_type.cuh"
+#include "../ptx/special.cuh"
 #include "../ptx/grid.cuh"
 #include "../ptx/shared.cuh"
 #include "../ptx/special.cuh"
@@ -217,11 +218,7 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
     for (int i = 0; i < kChunk; ++i) mean[i] *= -scale[i];
   __syncthreads();  // `partial` has been read: `rows` shares its memory
   for (int unit = first + warp; unit < last; unit += kQuantizeVWarps) {
-    // Bit i: key i of the unit exists and is live. A unit of 16 keys has half of a word.
-    const int first_key = unit * Shared::kUnitKeys, left = p.len - first_key;
-    constexpr u32 kAll = Shared::kUnitKeys == 32 ? ~0u : (1u << Shared::kUnitKeys % 32) - 1;
-    u32 counts = left >= Shared::kUnitKeys ? kAll : left > 0 ? (1u << left) - 1 : 0u;
-    if (kLiveMask && p.live.bits && left > 0) counts &= live.word_by_warp(first_key / 32) >> first_key % 32;
+    const int first_key = unit * Shared::kUnitKeys;
 #pragma unroll 1
     for (int pass = 0; pass < kPasses; pass += kBatch) {
       Raw8<kDtype> raw[kBatch];
@@ -239,6 +236,11 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
         stage8<kPvType>(rows + ((pass + i) * kRows + row) * Shared::kPitch, chunk, x);
       }
     }
+    // Bit i: key i of the unit exists and is live. A unit of 16 keys has half of a word. Not before the loads, which leave no register.
+    constexpr u32 kAll = Shared::kUnitKeys == 32 ? ~0u : (1u << Shared::kUnitKeys % 32) - 1;
+    const int own_key = opaque(unit) * Shared::kUnitKeys, left = p.len - own_key;
+    u32 counts = left >= Shared::kUnitKeys ? kAll : left > 0 ? (1u << left) - 1 : 0u;
+    if (kLiveMask && p.live.bits && left > 0) counts &= live.word_by_warp(own_key / 32) >> own_key % 32;
     if (counts != kAll)  // whatever a key that nobody sees holds, it is 0; rarely run, so that whole units pay nothing
 #pragma unroll 1
       for (int key = row; key < Shared::kUnitKeys; key += kRows) {

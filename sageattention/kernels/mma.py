@@ -96,9 +96,24 @@ MMA_TILES |= LIST_TILES
 MMA_BYTE_TILES |= LIST_BYTE_TILES
 # Packed sequences, which may be causal, keep a little more in registers than dense calls do and less than lists.
 for _tiles, _lists in ((MMA_TILES, LIST_TILES), (MMA_BYTE_TILES, LIST_BYTE_TILES)):
-    for _arch, _head_dim, _, _sums in list(_lists):
+    for _key in list(_lists):
+        _arch, _head_dim, _sums = int(_key[0]), int(_key[1]), str(_key[3])
         _like = "causal" if _arch == 90 or (_head_dim == 256 and _sums == "fp8" and _arch in (89, 100, 120)) else "list"
-        _tiles[_arch, _head_dim, "packed", _sums] = find_tile(_tiles, int(_arch), int(_head_dim), _like, str(_sums))
+        _tiles[_arch, _head_dim, "packed", _sums] = find_tile(_tiles, _arch, _head_dim, _like, _sums)
+# … and where it is a register or two short at 64 and 128, found by trying.
+for _tiles, _kernel, _options in (
+    (MMA_TILES, (80, 128, "none", "fp32"), {"loop_state_in_smem": True}),
+    (MMA_TILES, (80, 128, "list", "fp32"), {"loop_state_in_smem": True}),
+    (MMA_TILES, (80, 128, "list", "fp16"), {"recompute_thread_idx": True}),
+    (MMA_TILES, (86, 64, "list", "fp32"), {"loop_state_in_smem": True, "recompute_thread_idx": True}),
+    (MMA_TILES, (89, 64, "list", "fp32"), {"loop_state_in_smem": True, "recompute_thread_idx": True}),
+    (MMA_BYTE_TILES, (75, 64, "list", "int32"), {"loop_state_in_smem": True}),
+    (MMA_BYTE_TILES, (90, 64, "list", "int32"), {"loop_state_in_smem": True}),
+    (MMA_BYTE_TILES, (90, 256, "none", "fp8"), {"delay_v_load": 1}),
+    (MMA_BYTE_TILES, (100, 128, "list", "int32"), {"loop_state_in_smem": True, "recompute_thread_idx": True}),
+    (MMA_BYTE_TILES, (120, 128, "list", "int32"), {"recompute_thread_idx": True}),
+):
+    _tiles[_kernel] = replace(find_tile(_tiles, *_kernel), **_options)
 # Bytes of local memory a thread may use outside its main loop: at head_dim 256 the accumulators leave the compiler a register or two
 # short, and a mixed tile of a list wants more than there are.
 MMA_LOCAL, LIST_LOCAL = {64: 0, 128: 0, 256: 16}, 96

@@ -28,10 +28,11 @@ KERNELS: tuple[KernelFamily, ...] = (
 
 QUANTIZE_V_THREADS = 128
 # Threads whose registers fit a multiprocessor, by family where that differs.
-QUANTIZE_V_RESIDENT = {"": 768, "wgmma_fp8_wide": 512}
-# The same for K, by compiled head dimension and by architecture where that differs: on 7.5 the whole rotation is in fp32, for which the
-# compiler lacks two registers.
-QUANTIZE_K_RESIDENT = {(0, 64): 768, (0, 128): 768, (0, 256): 512, (75, 128): 512, (75, 256): 256}
+QUANTIZE_V_RESIDENT = {"": 768, "mma_fp8": 640, "mma_int8": 640, "wgmma_fp8": 640, "wgmma_fp8_wide": 512}
+# The same for K, by compiled head dimension and by architecture where that differs: the compiler lacks two registers there, on 7.5
+# because the whole rotation is in fp32.
+QUANTIZE_K_RESIDENT = {(0, 64): 768, (0, 128): 512, (0, 256): 512, (75, 256): 256, (90, 128): 768}
+QUANTIZE_K_LOCAL = {(90, 256): 8}  # bytes of local memory that are accepted: one block fewer would cost more
 
 LIVE_RESIDENT = {64: 512, 128: 512, 256: 256}  # of kernels that look at which keys are live, which takes registers
 
@@ -49,7 +50,15 @@ def _quantize_k_entry(kernels: KernelFamily, arch: int, head_dim: int, keys: str
         resident = min(resident, LIVE_RESIDENT[head_dim])
     checks = (f"{layout}::kScaleKeys == {kernels.scale_block_keys(head_dim)}",)
     symbol = kernels.quantize_k_symbol(head_dim, keys)
-    return Entry(symbol, f"quantize_k<{layout}, Keys::{keys}>", QuantizeKParams, threads, max(1, resident // threads), checks=checks)
+    return Entry(
+        symbol,
+        f"quantize_k<{layout}, Keys::{keys}>",
+        QuantizeKParams,
+        threads,
+        max(1, resident // threads),
+        local=QUANTIZE_K_LOCAL.get((arch, head_dim), 0),
+        checks=checks,
+    )
 
 
 def _quantize_v_entry(kernels: KernelFamily, arch: int, head_dim: int, keys: str) -> Entry:
@@ -61,7 +70,7 @@ def _quantize_v_entry(kernels: KernelFamily, arch: int, head_dim: int, keys: str
     )  # fmt: skip
 
 
-CLASSIFY = Entry("classify_mask", "classify_band", ClassifyParams, 256, 2)
+CLASSIFY = Entry("classify_mask", "classify_band", ClassifyParams, 256, 2, local=16)  # two blocks, with a register too few on 10.0
 PLACE_SEQUENCES = Entry("place_sequences", "place_group", PlaceSequencesParams, 256, 2, checks=("kPlaceThreads == 256",))
 NARROW_KEYS = 2048  # of a row, in a CTA
 NARROW_MASK = Entry(

@@ -176,3 +176,19 @@ H200 = gpu(90, "NVIDIA H200", 132)
 )
 def test_the_h200_is_as_it_was_measured(changes, ours):
     assert bool(choose(problem(**changes), H200, 90).candidates) == ours
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "ours"),
+    [
+        (90, {"len_q": 1024, "len_kv": 1024}, True),
+        (90, {"len_q": 300, "len_kv": 300}, False),
+        (90, {"len_q": 4096, "len_kv": 4096, "head_dim": 64}, False),
+        (89, {"len_q": 4096, "len_kv": 4096, "head_dim": 64, "causal": True}, True),
+        (100, {"len_q": 4096, "len_kv": 4096}, False),
+    ],
+    ids=str,
+)
+def test_packed_sequences_go_by_the_longest_one(arch, changes, ours):
+    found = choose(problem(varlen=True, batch=4, **changes), gpu(arch), arch)
+    assert bool(found.candidates) == ours and found.reason

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 from fake_gpu import install  # noqa: E402
 
-from sageattention import KernelMissing, dispatch, explain, sageattn, settings, verify  # noqa: E402
+from sageattention import CudaError, KernelMissing, dispatch, explain, sageattn, settings, verify  # noqa: E402
 from sageattention.backends import sdpa  # noqa: E402
 from sageattention.device import capability, libcuda  # noqa: E402
 from sageattention.device.capability import Capability  # noqa: E402
@@ -292,6 +292,20 @@ def test_where_memory_is_short_it_is_left_until_the_next_start(card):
     card.calls.clear()
     sageattn(q, k, v)
     assert [name for name, *_ in card.calls] == [INT8] and not seen().classes
+
+
+def test_what_torch_refuses_ends_no_call(card, caplog):
+    q, k, v = qkv()
+    card.errors["sdpa"] = RuntimeError("no such mask")
+    for _ in range(2):
+        assert torch.equal(sageattn(q, k, v), exact(q, k, v))
+    assert card.ran("sdpa") == 1 and caplog.text.count("no such mask") == 1
+
+
+def test_an_error_of_the_card_s_is_heard(card):
+    card.errors[INT8] = CudaError("an illegal memory access")
+    with pytest.raises(CudaError):
+        sageattn(*qkv())
 
 
 def test_a_result_that_is_not_finite_for_torch_tells_nothing(card, caplog):
