@@ -65,7 +65,11 @@ def install(monkeypatch: pytest.MonkeyPatch, lanes: Lanes) -> Lanes:
     monkeypatch.setattr(store, "missing", lambda image: "")
     monkeypatch.setattr(workspace.capability, "of_device", lambda *_: lanes.capability)
     monkeypatch.setattr(driver, "kernel", lambda index, image, symbol, variant: symbol)
-    monkeypatch.setattr(host, "issue", lambda device, chains, first=(): [lanes.launch(device, 0, part) for part in (first, *chains)])
+    def issue(device: int, chains: list, first: tuple = ()) -> None:
+        for part in filter(None, (first, *chains)):
+            lanes.launch(device, 0, part)
+
+    monkeypatch.setattr(host, "issue", issue)
     return lanes
 
 

@@ -27,6 +27,9 @@ COMFYUI = os.environ.get("COMFYUI_PATH", "")
 LIMIT = 20 << 20
 FILES = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "__init__.py", "install.py", "prestartup_script.py", "pyproject.toml"}
 FOLDERS = {
+    "example_workflows": {".json"},
+    "locales": {".json"},
+    "web": {".md"},
     "docs": {".json", ".md", ".png", ".py", ".svg"},
     "installer": {".py"},
     "nodes": {".py"},

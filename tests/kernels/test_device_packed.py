@@ -121,12 +121,12 @@ def test_groups_give_the_same_bits(card: Lanes, monkeypatch: pytest.MonkeyPatch,
     whole, whole_lse, _ = run(*given, is_causal=True)
     kernels = planned(*given, is_causal=True)[1].kernels
     seen = set()
-    for limit in (20, 10, 4):  # tiles
+    for limit in (20, 10, 4, 2):  # tiles
         monkeypatch.setattr(CudaPlan, "WORKSPACE_LIMIT", limit * kernels.tile_bytes(card.head_dim))
         out, lse, _ = run(*given, is_causal=True)
         assert torch.equal(out, whole) and torch.equal(lse, whole_lse)
         seen.add(backend.packed_plan(*planned(*given, is_causal=True)).shape[:2])
-    assert len(seen) == 3
+    assert len(seen) >= 3
 
 
 # --- work lists
