@@ -65,6 +65,7 @@ def install(monkeypatch: pytest.MonkeyPatch, lanes: Lanes) -> Lanes:
     monkeypatch.setattr(store, "missing", lambda image: "")
     monkeypatch.setattr(workspace.capability, "of_device", lambda *_: lanes.capability)
     monkeypatch.setattr(driver, "kernel", lambda index, image, symbol, variant: symbol)
+
     def issue(device: int, chains: list, first: tuple = ()) -> None:
         for part in filter(None, (first, *chains)):
             lanes.launch(device, 0, part)
