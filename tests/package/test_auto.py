@@ -171,6 +171,7 @@ H200 = gpu(90, "NVIDIA H200", 132)
         ({"len_q": 1024, "len_kv": 1024}, False),
         ({"len_q": 4608, "len_kv": 4608, "causal": True}, True),
         ({"len_q": 4608, "len_kv": 4608, "mask": "bool"}, True),
+        ({"heads_q": 18, "heads_kv": 18, "len_q": 4352, "len_kv": 4352, "head_dim": 256}, True),
     ],
     ids=str,
 )
