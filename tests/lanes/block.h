@@ -1,6 +1,7 @@
 // A thread block on the host: every CUDA thread is a fiber, and what a warp does together (shuffles, votes, MMAs) runs once all 32
 // lanes have arrived. Slow and exact: it executes the device code as written, with every race a missing barrier would cause.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -27,10 +28,11 @@ template <class T> T __ldcg(const T* p) { return *p; }
 template <class T> void __stcg(T* p, T x) { *p = x; }
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // its beginning
+  jmp_buf place;       // where it waits
+  bool begun;
   Index thread;
   bool done;
-  std::vector<char> stack;
 };
 
 struct Warp {
@@ -60,7 +62,7 @@ struct Block {
 
 static Block block;
 static Fiber* current;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static Index block_index, grid_size;
 static std::function<void()>* kernel;
 alignas(1024) static u8 dynamic_shared[232 * 1024];
@@ -70,9 +72,9 @@ static char address_base[8];  // shared addresses are distances from here
 #define blockIdx block_index
 #define gridDim grid_size
 
+// Jumps, as swapcontext asks the kernel about signals each time.
 inline void let_others_run() {
-  Fiber* self = current;
-  swapcontext(&self->context, &scheduler);
+  if (!_setjmp(current->place)) _longjmp(scheduler, 1);
 }
 
 inline bool NamedBarrier::arrive(int threads) {
@@ -87,10 +89,18 @@ inline void NamedBarrier::wait(int threads) {
     while (generation == own) let_others_run();
 }
 
+inline void run(Fiber& fiber) {
+  current = &fiber;
+  if (_setjmp(scheduler)) return;
+  if (fiber.begun) _longjmp(fiber.place, 1);
+  fiber.begun = true;
+  setcontext(&fiber.context);
+}
+
 inline void fiber_main() {
   (*kernel)();
   current->done = true, --block.alive, ++block.progress;
-  swapcontext(&current->context, &scheduler);
+  _longjmp(scheduler, 1);
 }
 
 // The last of the warp's lanes to arrive runs `together` on all lanes' arguments.
@@ -118,6 +128,9 @@ inline void __syncthreads() {
 }
 
 // Runs the blocks one after the other; shared memory starts as garbage. Aborts where all threads wait for ever.
+constexpr size_t kStackBytes = 96 * 1024;
+static std::vector<char*> stacks;  // by thread, kept from one block to the next
+
 static void run_grid(unsigned blocks, int threads, std::function<void()> body) {
   kernel = &body, grid_size = {blocks, 1, 1};
   for (unsigned b = 0; b < blocks; ++b) {
@@ -126,14 +139,15 @@ static void run_grid(unsigned blocks, int threads, std::function<void()> body) {
     block.fibers.resize(threads), block.warps.resize(threads / 32), block.alive = threads, block_index = {b, 0, 0};
     for (int t = 0; t < threads; ++t) {
       Fiber& f = block.fibers[t];
-      f.thread = {(unsigned)t, 0, 0}, f.done = false, f.stack.resize(96 * 1024);
+      f.thread = {(unsigned)t, 0, 0}, f.done = f.begun = false;
+      if ((int)stacks.size() == t) stacks.push_back((char*)malloc(kStackBytes));
       getcontext(&f.context);
-      f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size(), f.context.uc_link = nullptr;
+      f.context.uc_stack.ss_sp = stacks[t], f.context.uc_stack.ss_size = kStackBytes, f.context.uc_link = nullptr;
       makecontext(&f.context, fiber_main, 0);
     }
     for (long idle = 0, last = -1; block.alive; last = block.progress) {
       for (Fiber& f : block.fibers)
-        if (!f.done) current = &f, swapcontext(&scheduler, &f.context);
+        if (!f.done) run(f);
       idle = block.progress == last ? idle + 1 : 0;
       if (idle > 50) fprintf(stderr, "deadlock: %d threads of block %u wait for ever\n", block.alive, b), abort();
     }
