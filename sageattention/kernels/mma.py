@@ -30,7 +30,7 @@ MMA_TILES: Tiles = {
     (75, 128): replace(_EIGHT, stages=2),
     (75, 256): replace(_EIGHT, stages=1),
     (80, 128): _TWELVE,
-    (80, 128, "none", "fp32"): _TWO,
+    (80, 128, "none", "fp32"): replace(_TWO, stages=2),  # 164 KiB of shared memory hold two such blocks, and none of three stages
     (80, 256): mma_tile(128, 8, 2, 1, True),
     (100, 128): _TWELVE,
 }
@@ -41,7 +41,7 @@ MMA_BYTE_TILES: Tiles = {
     (75, 64): mma_tile(128, 8, 3, 2),
     (75, 128): _EIGHT,
     (75, 256): replace(_EIGHT, stages=1),
-    (80, 128): replace(_TWO, stages=4),
+    (80, 128): _TWO,
     (80, 256): _EIGHT,
     (100, 64): mma_tile(128, 8, 3, 2),
     (100, 64, "none", "fp8"): _EIGHT,
