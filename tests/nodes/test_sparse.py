@@ -3,71 +3,42 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import pickle
-import sys
-from types import ModuleType, SimpleNamespace
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from comfy_standin import KEY, Container, Model, NewCore, OldCore, sdpa  # noqa: E402
-from pack import load_pack  # noqa: E402
+from sparse_node import (  # noqa: E402
+    BATCH,
+    DENSE,
+    DIM,
+    GRID,
+    H3,
+    HEADS,
+    NODE,
+    PACK,
+    TOKENS,
+    block_order,
+    by_heads,
+    counts,
+    never_crowded,
+    node,
+    options,
+    override_of,
+    part,
+    reasons,
+    record,
+    sageattn_sparse,
+    sampling,
+    slot,
+    sparse_override,
+    sparse_settings,
+    tensors,
+)
 
-PACK = load_pack()
-NODE = PACK.NODE_CLASS_MAPPINGS["SageSparseAttention"]
-DENSE = PACK.NODE_CLASS_MAPPINGS["PatchSageAttention"]
-slot, forward, record = PACK.nodes.slot, PACK.nodes.forward, PACK.nodes.record
-
-
-def part(name: str) -> ModuleType:
-    return importlib.import_module(f"{PACK.__name__}.nodes.{name}")
-
-
-sparse_override, sparse_settings, grid, budgets, vsa = map(part, ("sparse_override", "sparse_settings", "grid", "budgets", "vsa"))
-sageattn_sparse = PACK.sageattention.sageattn_sparse
-block_order = importlib.import_module(f"{PACK.sageattention.__name__}.block_order")
-
-BATCH, HEADS, DIM = 2, 4, 32
-GRID = (3, 8, 10)  # tokens
-TOKENS = 240
-LATENT = (BATCH, 16, 3, 16, 20)
-PATCH = (1, 2, 2)
-HERE = {"variant": "reference", "min_tokens": 64, "start_percent": 0.0}
-
-
-def tensors(tokens: int = TOKENS, heads_kv: int = HEADS, hnd: bool = False, batch: int = BATCH) -> list[torch.Tensor]:
-    """Smooth along the tokens, so that blocks differ in what they matter."""
-    generator = torch.Generator().manual_seed(1)
-    made = [torch.randn(batch, heads, tokens, DIM, generator=generator).cumsum(2) / 4 for heads in (HEADS, heads_kv, heads_kv)]
-    return made if hnd else [t.transpose(1, 2).flatten(2) for t in made]
-
-
-def options(override, latent=LATENT, patch=PATCH, text=0, text_last=False, **more):
-    return {KEY: override, forward.KEY: forward.Forward(latent, patch, text, text_last), **more}
-
-
-def node(model: Model | None = None, **given) -> Model:
-    return NODE().execute(model or Model(), **(HERE | given))[0]
-
-
-def override_of(**given):
-    return sparse_override.SparseOverride(sparse_settings.Settings.parse(HERE | given))
-
-
-def by_heads(*flat: torch.Tensor) -> list[torch.Tensor]:
-    return [t.unflatten(-1, (-1, DIM)).transpose(1, 2) for t in flat]
-
-
-def counts(override) -> dict[str, dict[str, int]]:
-    return override.record.as_dict()
-
-
-def reasons(override) -> str:
-    found = counts(override)
-    return "; ".join((*found["kept"], *found["fallbacks"]))
-
+__all__ = ["never_crowded"]  # a fixture
 
 # Settings
 
@@ -156,80 +127,6 @@ def test_a_variant_that_this_machine_lacks_loads_and_auto_runs(caplog):
     assert NODE.VALIDATE_INPUTS(**given) is True
     assert slot.owner(NODE().execute(Model(), **given)[0]).chosen.variant == "auto"
     assert "'auto' is used instead" in caplog.text
-
-
-# The grid
-
-
-@pytest.mark.parametrize(
-    ("tokens", "told", "found"),
-    [
-        (240, ((1, 16, 3, 16, 20), (1, 2, 2)), (3, 8, 10, 0, 0)),
-        (240, ((1, 16, 3, 15, 19), (1, 2, 2)), (3, 8, 10, 0, 0)),  # padded to whole patches
-        (320, ((1, 16, 3, 16, 20), (1, 2, 2), 512), (4, 8, 10, 0, 0)),  # a reference frame; the text is not among the tokens
-        (340, ((1, 16, 3, 16, 20), (1, 2, 2), 100), (3, 8, 10, 100, 0)),
-        (340, ((1, 16, 3, 16, 20), (1, 2, 2), 100, True), (3, 8, 10, 0, 100)),
-        (960, ((1, 128, 3, 16, 20), (1, 1, 1)), (3, 16, 20, 0, 0)),
-        (4096 + 77, ((1, 16, 128, 128), (1, 2, 2), 77), (1, 64, 64, 77, 0)),
-        (341, ((1, 16, 3, 16, 20), (1, 2, 2), 100), "101 tokens beside"),
-        (200, ((1, 16, 3, 16, 20), (1, 2, 2), 100), "fewer than"),
-        (240, ((), (1, 2, 2)), "does not tell"),
-        (240, ((1, 16, 3, 16, 20), None), "does not tell"),
-    ],
-)
-def test_grid(tokens, told, found):
-    here = grid.find(tokens, {forward.KEY: forward.Forward(*told)})
-    assert found in here if isinstance(found, str) else here[:5] == found and here.tokens == tokens
-
-
-H3 = SimpleNamespace(
-    seq_len=300,
-    signature=(30, 3, 16, 20, 15),
-    segments=((0, 20, "text"), (20, 30, "ref_img"), (30, 60, "audio"), (60, 300, "video")),
-)  # fmt: skip
-
-
-def test_grid_of_h3_is_its_own_table():
-    here = grid.find(300, {"minimax_h3_layout": H3})
-    assert here[:5] == (3, 8, 10, 60, 0) and here.exact_rows == (30, 60) and here.segments == (20, 10, 30)
-    assert isinstance(grid.find(299, {"minimax_h3_layout": H3}), str)  # a refiner's tokens, not those of the layout
-    crooked = SimpleNamespace(seq_len=300, signature=(30, 3, 16, 22, 15), segments=H3.segments)
-    assert "240 tokens" in grid.find(300, {"minimax_h3_layout": crooked})
-
-
-@pytest.mark.parametrize(
-    ("network", "patch"),
-    [
-        ({"patch_size": (1, 2, 2)}, (1, 2, 2)),
-        ({"patch_size": [1, 2, 2]}, (1, 2, 2)),
-        ({"patch_size": 2}, (1, 2, 2)),
-        ({"patch_size": [1, 1]}, (1, 1, 1)),
-        ({"patchifier": SimpleNamespace(patch_size=(1, 1, 1))}, (1, 1, 1)),
-        ({"patch_spatial": 2, "patch_temporal": 1}, (1, 2, 2)),
-        ({}, None),
-        ({"patch_size": "two"}, None),
-    ],
-)
-def test_a_pass_tells_its_latent_and_the_model_s_patch(network, patch):
-    model, seen = node(), []
-    (wrapper,) = model.wrappers[forward.APPLY_MODEL][forward.KEY]
-
-    class Executor:
-        class_obj = SimpleNamespace(diffusion_model=SimpleNamespace(**network))
-
-        def __call__(self, *args, **kwargs):
-            seen.append((args, kwargs))
-            return "denoised"
-
-    latent, text, given = torch.zeros(LATENT), torch.zeros(2, 77, 8), {"sigmas": torch.ones(1)}
-    assert wrapper(Executor(), latent, torch.ones(2), None, text, None, given, txt_byt5=torch.zeros(2, 5, 8), y=1) == "denoised"
-    args, kwargs = seen[0]
-    assert args[0] is latent and kwargs["y"] == 1 and args[5]["sigmas"] is given["sigmas"] and forward.KEY not in given
-    assert args[5][forward.KEY] == forward.Forward(LATENT, patch, 82, False)
-
-
-def test_patching_twice_observes_once():
-    assert len(node(node()).wrappers[forward.APPLY_MODEL][forward.KEY]) == 1
 
 
 # What is computed
@@ -405,25 +302,6 @@ def test_dense_blocks_without_a_report_of_blocks_has_no_effect_and_says_so():
     assert counts(override)["ran"] and any("does not report its blocks" in note for note in override.record.notes)
 
 
-def sampling(override, sigmas: list[float], layers: int = 1, core=None, **more) -> list[torch.Tensor]:
-    """Calls as a sampler with these sigmas makes them, where percent and sigma add up to 1."""
-    override.record.begin(lambda percent: 1.0 - percent)
-    q, k, v = tensors()
-    core, schedule, outs = core or NewCore(), torch.tensor([*sigmas, 0.0]), []
-    for sigma in sigmas:
-        here = options(override, sigmas=torch.tensor([sigma]), sample_sigmas=schedule, cond_or_uncond=[0], **more)
-        for layer in range(layers):
-            outs.append(core.attention(q, k, v, HEADS, transformer_options={**here, "block_index": layer}))
-    override.record.end()
-    return outs
-
-
-@pytest.fixture
-def never_crowded(monkeypatch):
-    """Four blocks are so few that the neighbours alone are most of them."""
-    monkeypatch.setattr(part("shares"), "MAX_SHARE", 1.0)
-
-
 def test_steps_outside_of_the_window_are_dense(never_crowded):
     override = override_of(start_percent=0.25, end_percent=0.75)
     outs, dense = sampling(override, [1.0, 0.8, 0.6, 0.4, 0.2]), sdpa(*tensors(), HEADS)
@@ -593,149 +471,3 @@ def test_shares_on_a_gpu_are_read_a_step_later_without_a_wait():
     torch.cuda.synchronize()
     shares.begin(object())
     assert shares.crowded.keys() == {"block 0"} and shares.crowded["block 0"] == pytest.approx(0.9)
-
-
-# Budgets
-
-
-def test_a_head_that_looks_everywhere_needs_more_than_one_that_looks_at_itself():
-    tokens, generator = 1024, torch.Generator().manual_seed(3)
-    place = torch.arange(tokens) / tokens * 20
-    near = torch.stack([torch.cos(place), torch.sin(place), *torch.zeros(30, tokens)], -1) * 25
-    near = near + 0.1 * torch.randn(tokens, 32, generator=generator)
-    everywhere = torch.randn(tokens, 32, generator=generator) * 0.1
-    q = torch.stack([near, everywhere])[None]
-    need = budgets.needs(q, q, None, None)
-    assert need[1] > 0.85 and need[0] < 0.35
-    shared = budgets.share_out(need, 0.2)
-    assert shared[1] > 2 * shared[0] and float(shared.mean()) == pytest.approx(0.2, rel=1e-3)
-
-
-@pytest.mark.parametrize("keep", [0.005, 0.1, 0.5, 0.95])
-def test_budgets_stay_in_their_limits_and_add_up(keep):
-    need = torch.tensor([0.01, 0.02, 0.1, 0.9, 1.0])
-    shared = budgets.share_out(need, keep)
-    assert bool((shared <= 1).all() and (shared > 0).all() and (shared.diff() >= -1e-6).all())
-    assert float(shared.mean()) == pytest.approx(keep, rel=0.02)
-
-
-def test_needs_follow_the_order_of_the_blocks_and_groups_of_heads():
-    q, k, _ = tensors(heads_kv=2, hnd=True)
-    order = block_order.cube_order(*GRID, (2, 8, 4))
-    shuffled = budgets.needs(q, k, None, order)
-    assert shuffled.shape == (HEADS,) and torch.equal(shuffled, budgets.needs(q, k.repeat_interleave(2, 1), None, order))
-    sorted_q, sorted_k = q[:, :, order.long()], k[:, :, order.long()]
-    assert not torch.equal(shuffled, budgets.needs(q, k, None, None))
-    assert shuffled.sub(budgets.needs(sorted_q, sorted_k, None, None)).abs().max() < 0.25  # other rows are looked at
-
-
-def test_budget_is_measured_in_the_last_dense_step_of_each_layer(monkeypatch, never_crowded):
-    override, seen, looked = override_of(selection="budget", start_percent=0.25), [], []
-    monkeypatch.setattr(sparse_override, "sageattn_sparse", lambda *a, **kw: seen.append(kw) or sageattn_sparse(*a, **kw))
-    needs = budgets.needs
-    monkeypatch.setattr(budgets, "needs", lambda *a: looked.append(a) or needs(*a))
-    sampling(override, [1.0, 0.9, 0.8, 0.5, 0.3], layers=2)
-    assert len(looked) == 2 and len(seen) == 4  # the step at 0.8 looked, those at 0.5 and 0.3 are sparse
-    assert all(kw["selection"] == "topk" and kw["keep"].shape == (HEADS,) for kw in seen)
-    assert seen[0]["keep"] is seen[2]["keep"]  # one tensor for all steps, whose values are checked once
-    expected = budgets.share_out(needs(*by_heads(*tensors()[:2]), None, block_order.cube_order(*GRID, (2, 8, 4))), 0.1)
-    torch.testing.assert_close(seen[0]["keep"], expected)
-
-
-def test_budget_without_a_dense_step_is_the_same_for_all_heads_and_says_so():
-    override = override_of(selection="budget")
-    sampling(override, [0.9])
-    assert counts(override)["ran"] and any("no dense step" in note for note in override.record.notes)
-
-
-# VSA
-
-
-class Attention:
-    """H3's: what it reads, and a gate layer."""
-
-    def __init__(self, gate=True):
-        self.to_gate_compress = (lambda x: x @ torch.ones(HEADS * DIM, HEADS * DIM) / 50) if gate else None
-
-    def __call__(self, x, rope_freqs=None, transformer_options=None):
-        q, k, v = ((x * s).view(-1, HEADS, DIM).transpose(0, 1)[None] for s in (1.0, 0.7, 0.4))
-        held = [Container(t) for t in (q, k, v)]
-        return NewCore().attention(*held, HEADS, skip_reshape=True, transformer_options=transformer_options)[0]
-
-
-class H3Model(Model):
-    def __init__(self, attention=None, override=None):
-        super().__init__(override)
-        self.network = SimpleNamespace(blocks=[SimpleNamespace(attn=attention or Attention())])
-
-    def clone(self):
-        other = H3Model()
-        other.network = self.network
-        other.model_options, other.wrappers = copy.deepcopy(self.model_options), copy.deepcopy(self.wrappers)
-        return other
-
-    def get_model_object(self, name):
-        return self.network if name == "diffusion_model" else super().get_model_object(name)
-
-    def set_model_patch_replace(self, patch, name, block, number):
-        self.options.setdefault("patches_replace", {}).setdefault(name, {})[(block, number)] = patch
-
-
-def run_block(model: H3Model, x: torch.Tensor, **more) -> torch.Tensor:
-    """A block as H3 runs it."""
-    block = model.network.blocks[0]
-    here = {**model.options, "minimax_h3_layout": H3, "block_index": 0, **more}
-
-    def original(args):
-        attention = args.get("attention") or block.attn
-        return {"img": attention(args["img"], rope_freqs=None, transformer_options=args["transformer_options"])}
-
-    patch = model.options.get("patches_replace", {}).get("dit", {}).get(("double_block", 0))
-    args = {"img": x, "transformer_options": here}
-    return (original(args) if patch is None else patch(args, {"original_block": original}))["img"]
-
-
-def test_vsa_runs_in_tiles_with_the_checkpoint_s_gate():
-    model = node(H3Model(), selection="vsa", **{"selection.keep_percent": 40.0})
-    x = torch.randn(300, HEADS * DIM, generator=torch.Generator().manual_seed(4))
-    out = run_block(model, x)
-    tiles = block_order.vsa_tiles(*GRID, prefix=(20, 10, 30))
-    gate = model.network.blocks[0].attn.to_gate_compress(x)
-    q, k, v, gate = ((t.view(-1, HEADS, DIM))[None] for t in (x, x * 0.7, x * 0.4, gate))
-    expected = sageattn_sparse(
-        *(tiles.pad(t, 1) for t in (q, k, v)), tensor_layout="NHD", selection="topk", keep=0.4, q_block=64, neighbours=-1, tail=False,
-        block_len=tiles.block_len, sinks=tiles.prefix_slots, query_sinks=tiles.prefix_slots, coarse_gate=tiles.pad(gate, 1),
-        variant="reference",
-    )  # fmt: skip
-    torch.testing.assert_close(out, tiles.unpad(expected, 1)[0].flatten(1), rtol=0, atol=0)
-    assert slot.record_of(model).as_dict()["ran"] == {"sparse reference": 1}
-
-
-def test_vsa_keeps_another_pack_s_replacement_of_a_block():
-    seen = []
-
-    def theirs(args, extra):
-        seen.append(args)
-        return extra["original_block"](args)
-
-    given = H3Model()
-    given.set_model_patch_replace(theirs, "dit", "double_block", 0)
-    model = node(node(given, selection="vsa"), selection="vsa")
-    run_block(model, torch.randn(300, HEADS * DIM))
-    assert len(seen) == 1 and given.options["patches_replace"]["dit"][("double_block", 0)] is theirs
-
-
-def test_vsa_of_tokens_that_are_not_the_video_s_is_dense(monkeypatch):
-    for name, module in NewCore().importable().items():
-        monkeypatch.setitem(sys.modules, name, module)
-    model = node(H3Model(), selection="vsa")
-    run_block(model, torch.randn(290, HEADS * DIM))
-    assert "vsa needs the token grid" in "".join(slot.record_of(model).as_dict()["kept"])
-
-
-@pytest.mark.parametrize(("blocks", "said"), [([], "FastH3"), ([SimpleNamespace(attn=Attention(gate=False))], "no gate layers")])
-def test_vsa_is_refused_for_other_models(blocks, said):
-    model = H3Model()
-    model.network.blocks = blocks
-    with pytest.raises(ValueError, match=said):
-        node(model, selection="vsa")
