@@ -24,7 +24,6 @@ MODEL_TOOLTIP = "The model. Where it was patched and sampled before,\nthe shapes
 LATENT_TOOLTIP = "Else the shapes are found by one step at this latent,\nin which attention is left out."
 POSITIVE_TOOLTIP = "The conditioning of that step."
 AFTER_TOOLTIP = "Anything that comes out of the sampler, to run after it.\nIt is passed on."
-OUTPUT_NAMES = ("image", "text", "json", "after")
 
 
 class _Probe(Override):

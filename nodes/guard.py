@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 OFF = "the guard found every variant's error above max_error"
 NOT_ALL_OFF = "the guard found its error above max_error"
 
-# A layer is looked at when it is first seen, and again once in so many steps; a third of the layers at each of three steps, so that no
-# step takes much longer than the others.
+# A layer is looked at when it is first seen, and again in one step of EVERY: a third of the layers in each of the steps LOOKS_AGAIN, so
+# that no step takes much longer than the others.
 LOOKS_AGAIN, EVERY = (6, 10, 14), 24
 
 

@@ -48,17 +48,22 @@ class PatchSageAttention:
         return (patch.apply(model, variant, start_percent, end_percent, blocks, max_error, unique_id),)
 
 
-class SageAttentionReport:
-    """MODEL in; IMAGE, text, JSON, and what was passed in, out."""
+class _Shown:
+    """A node that shows something: IMAGE, text, JSON, and what was passed in, out."""
 
-    NODE_ID = report_node.NODE_ID
-    DISPLAY_NAME = report_node.DISPLAY_NAME
     CATEGORY = patch.CATEGORY
-    DESCRIPTION = report_node.DESCRIPTION
     RETURN_TYPES = ("IMAGE", "STRING", "STRING", "*")
     RETURN_NAMES = report_node.OUTPUT_NAMES
     FUNCTION = "execute"
     OUTPUT_NODE = True
+
+
+class SageAttentionReport(_Shown):
+    """MODEL in."""
+
+    NODE_ID = report_node.NODE_ID
+    DISPLAY_NAME = report_node.DISPLAY_NAME
+    DESCRIPTION = report_node.DESCRIPTION
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -77,17 +82,12 @@ class SageAttentionReport:
         return {"ui": shown, "result": (*outputs, after)}
 
 
-class SageAttentionBenchmark:
-    """MODEL in; IMAGE, text, JSON, and what was passed in, out."""
+class SageAttentionBenchmark(_Shown):
+    """MODEL in."""
 
     NODE_ID = benchmark_node.NODE_ID
     DISPLAY_NAME = benchmark_node.DISPLAY_NAME
-    CATEGORY = patch.CATEGORY
     DESCRIPTION = benchmark_node.DESCRIPTION
-    RETURN_TYPES = ("IMAGE", "STRING", "STRING", "*")
-    RETURN_NAMES = benchmark_node.OUTPUT_NAMES
-    FUNCTION = "execute"
-    OUTPUT_NODE = True
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:

@@ -49,12 +49,17 @@ class PatchSageAttention(io.ComfyNode):
         return io.NodeOutput(patch.apply(model, variant, start_percent, end_percent, blocks, max_error, node_id))
 
 
+def _outputs() -> list[Any]:
+    """Of a node that shows something: IMAGE, text, JSON, and what was passed in."""
+    kinds = (io.Image, io.String, io.String, io.AnyType)
+    return [kind.Output(display_name=name) for kind, name in zip(kinds, report_node.OUTPUT_NAMES)]
+
+
 class SageAttentionReport(io.ComfyNode):
     """MODEL in; IMAGE, text, JSON, and what was passed in, out."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        image, text, json, after = report_node.OUTPUT_NAMES
         return io.Schema(
             node_id=report_node.NODE_ID,
             display_name=report_node.DISPLAY_NAME,
@@ -64,12 +69,7 @@ class SageAttentionReport(io.ComfyNode):
                 io.Model.Input("model", tooltip=report_node.MODEL_TOOLTIP),
                 io.AnyType.Input("after", tooltip=report_node.AFTER_TOOLTIP, optional=True),
             ],
-            outputs=[
-                io.Image.Output(display_name=image),
-                io.String.Output(display_name=text),
-                io.String.Output(display_name=json),
-                io.AnyType.Output(display_name=after),
-            ],
+            outputs=_outputs(),
             is_output_node=True,
         )
 
@@ -89,7 +89,6 @@ class SageAttentionBenchmark(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        image, text, json, after = benchmark_node.OUTPUT_NAMES
         return io.Schema(
             node_id=benchmark_node.NODE_ID,
             display_name=benchmark_node.DISPLAY_NAME,
@@ -101,12 +100,7 @@ class SageAttentionBenchmark(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip=benchmark_node.POSITIVE_TOOLTIP, optional=True),
                 io.AnyType.Input("after", tooltip=benchmark_node.AFTER_TOOLTIP, optional=True),
             ],
-            outputs=[
-                io.Image.Output(display_name=image),
-                io.String.Output(display_name=text),
-                io.String.Output(display_name=json),
-                io.AnyType.Output(display_name=after),
-            ],
+            outputs=_outputs(),
             is_output_node=True,
         )
 
