@@ -39,7 +39,7 @@ FUNCTIONAL_TENSORS = _imported("_subclasses.functional_tensor", "FunctionalTenso
 below_autograd: Callable[[], contextlib.AbstractContextManager[Any]] = _found("_C._AutoDispatchBelowAutograd", torch.no_grad)
 # torch's attention by its own name: torch.nn.functional's may have been replaced, by one of this package's among others.
 attention: Callable[..., torch.Tensor] = _found("_C._nn.scaled_dot_product_attention", torch.nn.functional.scaled_dot_product_attention)
-# Keeps the current stream waiting for so many cycles.
+# Keeps the current stream waiting for a number of cycles.
 gpu_sleep: Callable[[int], None] = _found("cuda._sleep", lambda cycles: None)
 # The handle of a device's current stream; the public way makes an object first.
 current_stream: Callable[[int], int] = _found("_C._cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream)

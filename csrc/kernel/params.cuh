@@ -200,7 +200,7 @@ struct AttendParams {
   i32 dtype, q_vectorized, out_vectorized;
   i32 causal;                                       // 1: key ≤ query index (also with a dense mask)
   i32 mask_kind;                                    // MaskKind
-  i32 kv_tiles, q_tiles;                            // of the layout's keys; of a CTA's queries (Mask::packed: at most so many)
+  i32 kv_tiles, q_tiles;                            // of the layout's keys; of a CTA's queries (Mask::packed: an upper bound)
   i32 full_waves;                                   // whole work tiles of each CTA before the remainder is split
   u32 rcp_q_tiles, rcp_heads_per_kv, rcp_heads_kv;  // (2^32 − 1) / divisor, for fast_divmod
   float score_scale;                                // |sm_scale|·log2(e)·4D / 127

@@ -11,7 +11,6 @@
 #include "../common/tensor.cuh"
 #include "../block/rotate.cuh"
 #include "../common/pv_type.cuh"
-#include "../ptx/special.cuh"
 #include "../ptx/grid.cuh"
 #include "../ptx/shared.cuh"
 #include "../ptx/special.cuh"

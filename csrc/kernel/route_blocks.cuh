@@ -12,7 +12,7 @@ namespace sage {
 
 constexpr int kRouteThreads = 256, kRouteWarps = kRouteThreads / 32;
 constexpr int kListRows = 2;                        // row blocks of a list
-constexpr int kPitchWords = 4;                      // rows of scores are padded to so many words of blocks
+constexpr int kPitchWords = 4;                      // a row of scores is padded to a multiple of it, in words of 32 blocks
 constexpr int kSharedWeights = kRouteWarps * 1792;  // a row of weights for each warp: of 114,688 keys
 
 template <int kHeadDim_>

@@ -40,7 +40,8 @@ LIMIT = 55.0  # seconds
 SEED = 0  # of the calls that are drawn
 LONGEST_MS = 20.0  # that SDPA may take for a call, as predicted
 TURNS, TURN_MS, MOST_CALLS = 3, 2.0, 10
-# A candidate that takes so many times the fastest one's time is not timed further; of shorter calls that shows launches alone.
+# A candidate that takes HOPELESS times the fastest one's time is not timed further. Calls under TELLING_MS decide nothing: they show
+# launches alone.
 HOPELESS, TELLING_MS = 1.8, 0.3
 OFF = 0.1  # relative L2 distance from SDPA; the coarsest variant has .04
 REPORT_S = 5.0  # between two lines of progress

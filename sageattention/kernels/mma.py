@@ -30,7 +30,8 @@ MMA_TILES: Tiles = {
     (75, 128): replace(_EIGHT, stages=2),
     (75, 256): replace(_EIGHT, stages=1),
     (80, 128): _TWELVE,
-    (80, 128, "none", "fp32"): replace(_TWO, stages=2),  # 164 KiB of shared memory hold two such blocks, and none of three stages
+    # 164 KiB of shared memory hold two such blocks, and but one of three stages.
+    (80, 128, "none", "fp32"): replace(_TWO, stages=2, loop_state_in_smem=True),
     (80, 256): mma_tile(128, 8, 2, 1, True),
     (100, 128): _TWELVE,
 }
@@ -102,7 +103,6 @@ for _tiles, _lists in ((MMA_TILES, LIST_TILES), (MMA_BYTE_TILES, LIST_BYTE_TILES
         _tiles[_arch, _head_dim, "packed", _sums] = find_tile(_tiles, _arch, _head_dim, _like, _sums)
 # … and where it is a register or two short at 64 and 128, found by trying.
 for _tiles, _kernel, _options in (
-    (MMA_TILES, (80, 128, "none", "fp32"), {"loop_state_in_smem": True}),
     (MMA_TILES, (80, 128, "list", "fp32"), {"loop_state_in_smem": True}),
     (MMA_TILES, (80, 128, "list", "fp16"), {"recompute_thread_idx": True}),
     (MMA_TILES, (86, 64, "list", "fp32"), {"loop_state_in_smem": True, "recompute_thread_idx": True}),

@@ -29,8 +29,8 @@ KERNELS: tuple[KernelFamily, ...] = (
 QUANTIZE_V_THREADS = 128
 # Threads whose registers fit a multiprocessor, by family where that differs.
 QUANTIZE_V_RESIDENT = {"": 768, "mma_fp8": 640, "mma_int8": 640, "wgmma_fp8": 640, "wgmma_fp8_wide": 512}
-# The same for K, by compiled head dimension and by architecture where that differs: the compiler lacks two registers there, on 7.5
-# because the whole rotation is in fp32.
+# The same for K, by compiled head dimension and by architecture where that differs. On 7.5 the whole rotation is in fp32, which takes more
+# registers.
 QUANTIZE_K_RESIDENT = {(0, 64): 768, (0, 128): 512, (0, 256): 512, (75, 256): 256, (90, 128): 768}
 QUANTIZE_K_LOCAL = {(90, 256): 8}  # bytes of local memory that are accepted: one block fewer would cost more
 
@@ -51,14 +51,9 @@ def _quantize_k_entry(kernels: KernelFamily, arch: int, head_dim: int, keys: str
     checks = (f"{layout}::kScaleKeys == {kernels.scale_block_keys(head_dim)}",)
     symbol = kernels.quantize_k_symbol(head_dim, keys)
     return Entry(
-        symbol,
-        f"quantize_k<{layout}, Keys::{keys}>",
-        QuantizeKParams,
-        threads,
-        max(1, resident // threads),
-        local=QUANTIZE_K_LOCAL.get((arch, head_dim), 0),
-        checks=checks,
-    )
+        symbol, f"quantize_k<{layout}, Keys::{keys}>", QuantizeKParams, threads, max(1, resident // threads),
+        local=QUANTIZE_K_LOCAL.get((arch, head_dim), 0), checks=checks,
+    )  # fmt: skip
 
 
 def _quantize_v_entry(kernels: KernelFamily, arch: int, head_dim: int, keys: str) -> Entry:

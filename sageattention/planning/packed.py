@@ -44,7 +44,7 @@ def packed_shape(packed: PackedProblem, plan: CudaPlan, quantizer_blocks: int) -
     run_keys = _run_keys(packed, tile.block_n, quantizer_blocks)
 
     def shape(sequences: int, heads: int, alive: int = 1) -> PackedShape:
-        def most(total: int, longest: int, tokens: int) -> int:  # pieces of so many: each sequence's last one may be shorter
+        def most(total: int, longest: int, tokens: int) -> int:  # pieces of `tokens`, of which a sequence's last one may be shorter
             return min(sequences * -(-longest // tokens), total // tokens + sequences)
 
         return PackedShape(

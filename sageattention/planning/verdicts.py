@@ -25,7 +25,8 @@ from .cost import KINDS, TORCH, Form
 from .measured import MEASURED
 
 VARIABLE = "SAGEATTENTION_VERIFY"
-# Below so many pairs of a query and a key, over each head, nothing is verified; classes of length are sixteen times as many pairs.
+# Pairs of a query and a key of a head: with fewer than SHORTEST a call tells nothing, and each class of length has 2^CLASS_BITS times those
+# of the class before.
 SHORTEST, CLASS_BITS = 1 << 16, 4
 
 LOG = logging.getLogger("sageattention")
