@@ -123,6 +123,16 @@ __device__ __forceinline__ void stage8(u8* row, int chunk, const float (&y)[kChu
   }
 }
 
+// Stages zeros for eight channels of a token: the same places as stage8's. The compiler packs e4m3 zeros with what a register happens to
+// hold (docs/compiler.md), so these are stored as bits.
+template <PvType kPvType>
+__device__ __forceinline__ void stage_zeros8(u8* row, int chunk) {
+  constexpr int kRowBytes = 32 * kVElementBytes<kPvType>, kWords = 2 * kVElementBytes<kPvType>;  // of four chunks; of this one
+  u8* to = row + chunk / 4 * kRowBytes + chunk % 4 * 4;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) *reinterpret_cast<u32*>(to + 16 * i) = 0;
+}
+
 // sum[8] += (the eight e4m3 values that stage8 wrote at `row` + those at `other`) / 256, read as fp16 after moving e4m3's bits to fp16's
 // places. Each pair's sum is rounded to eleven bits; the pairs are always the same two keys, so results are reproducible.
 __device__ __forceinline__ void sum_rounded_e4m3(const u8* row, const u8* other, int chunk, float (&sum)[kChunk]) {
@@ -242,10 +252,8 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
     if (kLiveMask && p.live.bits && left > 0) counts &= live.word_by_warp(own_key / 32) >> own_key % 32;
     if (counts != kAll)  // whatever a key that nobody sees holds, it is 0; rarely run, so that whole units pay nothing
 #pragma unroll 1
-      for (int key = row; key < Shared::kUnitKeys; key += kRows) {
-        constexpr float kZeros[kChunk] = {};
-        if (!(counts >> key & 1)) stage8<kPvType>(rows + key * Shared::kPitch, chunk, kZeros);
-      }
+      for (int key = row; key < Shared::kUnitKeys; key += kRows)
+        if (!(counts >> key & 1)) stage_zeros8<kPvType>(rows + key * Shared::kPitch, chunk);
     if constexpr (kPvType == PvType::fp8) {
       float rounded[kChunk] = {};
 #pragma unroll 2

@@ -134,32 +134,42 @@ __device__ __forceinline__ void write_mean(const RepairRowsParams& p, const Scor
   }
 }
 
-// A warp has 32 rows. Each lane looks at two keys of one: the first, and the one of the query's own index; of masks as models make them
-// one of the two is plainly visible. Where neither is, or the output is NaN as a bias beyond the limit makes it, the whole warp reads
-// the row.
+// Whether a row plainly sees one of a few keys: of masks as models make them, the first or the one of the query's own index.
+__device__ __forceinline__ bool sees_a_key(const RepairRowsParams& p, const ScoreRow& row) {
+  const int last = row.keys - 1, keys[4] = {0, min(row.query, last), last / 2, last / 4};
+  bool plain = false;
+#pragma unroll
+  for (int key : keys) plain |= row.kind(p, key) >= kPairPlain;
+  return plain;
+}
+
+// A warp has 32 rows, each lane looks at one. A row that is not seen to see a key, or whose output is NaN as a bias beyond the limit makes
+// it, the whole warp reads: to its first plain key, or to its end if it may have biases beyond the limit.
 __device__ __forceinline__ void repair(const RepairRowsParams& p) {
   const int lane = threadIdx.x % 32, first = blockIdx.x * kRepairThreads + threadIdx.x - lane;
-  bool doubtful = false;
+  bool unseen = false, broken = false;
   if (first + lane < p.rows) {
     const ScoreRow row(p, first + lane);
-    doubtful = row.kind(p, 0) < kPairPlain && row.kind(p, min(row.query, p.len_kv - 1)) < kPairPlain;
-    if (!doubtful && p.limit < kInf) {
+    if (p.limit < kInf) {
       const float x = load_value(p, p.out, row.out);
-      doubtful = x != x;
+      broken = x != x;
     }
+    unseen = !sees_a_key(p, row);
   }
-  if (!__any_sync(kAllLanes, doubtful)) return;
-  for (int i = 0; i < 32; ++i) {
-    if (!__any_sync(kAllLanes, doubtful && lane == i)) continue;
-    const ScoreRow row(p, first + i);
+  const u32 broken_rows = __ballot_sync(kAllLanes, broken);
+  for (u32 rows = __ballot_sync(kAllLanes, unseen) | broken_rows; rows; rows &= rows - 1) {
+    const int own = __ffs(rows) - 1;
+    const bool plain_is_right = !(broken_rows >> own & 1);
+    const ScoreRow row(p, first + own);
     int low = 0, high = 0;
     bool plain = false;
     for (int key = lane; key - lane < row.keys; key += 32) {
       const int kind = key < row.keys ? row.kind(p, key) : kPairHidden;
       low += __popc(__ballot_sync(kAllLanes, kind == kPairLow)), high += __popc(__ballot_sync(kAllLanes, kind == kPairHigh));
       plain = plain || __any_sync(kAllLanes, kind == kPairPlain);
-      if (plain && p.limit == kInf) break;
+      if (plain && plain_is_right) break;
     }
+    if (plain && plain_is_right) continue;
     if (high)
       write_mean(p, row, kPairHigh, high, lane);
     else if (!plain)
