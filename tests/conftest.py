@@ -31,6 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out the cases that this machine has nothing to run on; `pytest_terminal_summary` says how many."""
     missing = {
         "gpu": "" if _has_gpu() else "need an NVIDIA GPU",
+        "alone": "need the machine for themselves (run without -n)" if hasattr(config, "workerinput") else "",
         "comfyui": "" if os.environ.get("COMFYUI_PATH") else "need COMFYUI_PATH",
         "browser": "" if browser.CHROMIUM and browser.DRIVER else "need Chromium and ChromeDriver",
         "comfy_clients": "" if os.environ.get("COMFY_CLIENTS") else "need COMFY_CLIENTS",

@@ -44,6 +44,7 @@ def sweep(count: int = COUNT, seconds: float = SECONDS) -> list[Point]:
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 def test_the_choice_is_at_most_a_little_behind_the_best() -> None:
     card = capability.of_device("cuda", torch.cuda.current_device())
     if card.arch not in MEASURED:

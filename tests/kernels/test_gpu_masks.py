@@ -50,8 +50,8 @@ def call(variant: str, accum: str = "", layout: str = "HND", **given) -> tuple[t
 
 
 def wide(case: masked.Case, **changes) -> masked.Case:
-    """Four times the heads: the error of one is a matter of chance."""
-    return replace(case, heads=4 * case.heads, heads_kv=4 * case.heads_kv, **changes)
+    """Sixteen times the heads: the error of a few is a matter of chance."""
+    return replace(case, heads=16 * case.heads, heads_kv=16 * case.heads_kv, **changes)
 
 
 # --- keys that nobody sees
@@ -67,9 +67,10 @@ def test_error_is_that_of_the_keys_cut_off(case: masked.Case, head_dim: int, lay
     exact = reference.oracle(**cut)[0]
     out, lse = call(variant, accum, layout, **spoilt)
     alone, alone_lse = call(variant, accum, layout, **cut)
-    assert out.isfinite().all() and lse.isfinite().all()
+    seeing = alone_lse.isfinite()  # a causal query may see hidden keys alone
+    assert out.isfinite().all() and torch.equal(lse.isfinite(), seeing)
     assert workloads.relative_l2(out, exact) <= 1.05 * workloads.relative_l2(alone, exact)
-    assert (lse - alone_lse).abs().mean() <= 0.02
+    assert (lse - alone_lse)[seeing].abs().mean() <= 0.02
 
 
 @each_candidate
@@ -180,6 +181,7 @@ def test_a_graph_replayed_after_its_mask_was_overwritten(form: str, variant: str
 def test_compiled(form: str, variant: str) -> None:
     t, _ = matrix.tensors(matrix.Case(128, heads_q=4, heads_kv=2, len_q=300, len_kv=700), DEVICE)
     mask = masks_of(300, 700, 0)[form]
+    torch._dynamo.reset()  # it compiles the same code for few variants only
     compiled = torch.compile(lambda q, k, v, mask: sageattn(q, k, v, attn_mask=mask, variant=variant) * 2, fullgraph=True)
     assert torch.equal(compiled(**t, mask=mask), sageattn(**t, attn_mask=mask, variant=variant) * 2)
 

@@ -47,12 +47,7 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparse: SparseProblem
     assert lse is not None  # every block-sparse call has one
     exact = torch.zeros((), dtype=torch.int64, device=q.device)
     for part in _parts(Part(q, k, v, out, lse, sparse, tensors), plan):
-        view = BlockView(p.len_q, p.len_kv, geometry_of(part.sparse, part.tensors, LIST_ROWS), q.device)
-        if has_kernels(sparse):
-            routed = fused(part.q, part.k, part.v, part.sparse, part.tensors, plan, view, exact)
-        else:
-            routed = _by_reference(part, plan, view, exact)
-        _attend(part, plan, routed)
+        _attend(part, plan, _route(part, plan, exact))  # no name keeps a part's lists and tails while the next one is routed
     if tensors.coarse_gate is not None:
         by_heads = to_hnd(q, p.layout), to_hnd(k, p.layout), to_hnd(v, p.layout)
         added = coarse(*by_heads, geometry_of(sparse, tensors, LIST_ROWS), sm_scale=p.sm_scale, dtype=torch.float32)
@@ -98,6 +93,13 @@ def _heads(whole: Part, b: int, kv: slice) -> Part:
     sparse = whole.sparse._replace(problem=problem)
     views = to_hnd(q, p.layout), to_hnd(k, p.layout), to_hnd(v, p.layout), to_hnd(out, p.layout)  # to_hnd is its own inverse
     return Part(*views, whole.lse[batch, own], sparse, tensors._replace(**given))
+
+
+def _route(part: Part, plan: CudaPlan, exact: torch.Tensor) -> Routed:
+    view = BlockView(part.sparse.problem.len_q, part.sparse.problem.len_kv, geometry_of(part.sparse, part.tensors, LIST_ROWS), part.q.device)
+    if has_kernels(part.sparse):
+        return fused(part.q, part.k, part.v, part.sparse, part.tensors, plan, view, exact)
+    return _by_reference(part, plan, view, exact)
 
 
 def _by_reference(part: Part, plan: CudaPlan, view: BlockView, exact: torch.Tensor) -> Routed:
