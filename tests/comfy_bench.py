@@ -2,8 +2,9 @@
 
     python tests/comfy_bench.py COMFYUI_PATH --models wan_720p flux_1024 --attentions pytorch node sparse
 
-The networks have their models' real width and few layers, and random weights: enough for times, not for pictures. Every attention takes
-its turn twice, the second time in reverse order (ABBA), and the median of its steps counts. `--smoke` cuts the latents to a few tokens
+The networks have their models' real width and few layers, and random weights: enough for times, not for pictures. In a round every
+attention takes its turn twice, the second time in reverse order (ABBA), each round begins with another one, and the median of all steps
+counts. `--smoke` cuts the latents to a few tokens
 and each network to a block, to see on a CPU that all of it runs. One JSON line a model, then a table.
 """
 
@@ -16,7 +17,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,14 @@ def patched(patcher: Any, attention: str, offered: dict[str, Any], options: dict
     return offered["PatchSageAttention"](patcher, "auto", max_error=MAX_ERROR if attention == "guard" else 0.0)
 
 
-def measure(name: str, model: Model, attentions: list[str], steps: int, options: dict[str, Any]) -> dict[str, Any]:
+def turns(attentions: list[str], rounds: int) -> Iterator[str]:
+    """There and back, from another one each round."""
+    for first in range(rounds):
+        order = [attentions[(first + i) % len(attentions)] for i in range(len(attentions))]
+        yield from (*order, *reversed(order))
+
+
+def measure(name: str, model: Model, attentions: list[str], steps: int, rounds: int, options: dict[str, Any]) -> dict[str, Any]:
     """Attention → median ms of a step, mean ms of a sampling, peak MiB above the weights, and the share of the blocks; ABBA."""
     import comfy.model_management
     import torch
@@ -216,7 +224,7 @@ def measure(name: str, model: Model, attentions: list[str], steps: int, options:
     peaks: dict[str, float] = {}
     for attention in attentions:
         sample_ms(model, clones[attention], 2)  # loads, compiles, tunes
-    for attention in (*attentions, *reversed(attentions)):
+    for attention in turns(attentions, rounds):
         on_card = torch.cuda.is_available()
         if on_card:
             torch.cuda.reset_peak_memory_stats()
@@ -262,6 +270,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--attentions", nargs="+", choices=ATTENTIONS, default=["pytorch", "node"])
     parser.add_argument("--steps", type=int, default=4, help="of each sampling; the first is not timed")
+    parser.add_argument("--rounds", type=int, default=1, help="in which each takes its turn twice; short steps need several")
     parser.add_argument("--sparse", type=json.loads, default={}, help="inputs of the sparse node, as JSON")
     parser.add_argument("--smoke", action="store_true", help="one block, few tokens: does it run?")
     given = parser.parse_args()
@@ -270,7 +279,7 @@ def main() -> None:
     results = []
     for name in given.models:
         model = MODELS[name].smoke() if given.smoke else MODELS[name]
-        results.append(measure(name, model, given.attentions, given.steps, given.sparse))
+        results.append(measure(name, model, given.attentions, given.steps, given.rounds, given.sparse))
         print(json.dumps(results[-1]), flush=True)
     print(table(results, given.attentions))
 

@@ -85,7 +85,7 @@ class Work(NamedTuple):
     padded: float = 0.0  # blocks of a call whose head dimension is padded
     pairs: float = 0.0  # millions of queries times keys, for each multiprocessor: busy time, likewise
     products: float = 0.0  # pairs times 64 channels
-    grouped: float = 0.0  # pairs of a call whose K and V exceed the workspace: its heads are computed group by group
+    grouped: float = 0.0  # wave_keys more where K and V exceed the workspace: heads are computed group by group, each in waves of its own
     query: float = 0.0  # millions of elements of q, 16 bits each
     key: float = 0.0  # millions of elements of k, likewise
     mask: float = 0.0  # MB of the mask
@@ -110,22 +110,31 @@ def work_of(form: Form, multiprocessors: int) -> Work:
     head_dim, mask = form.kind
     keys, blocks = form.keys_of_a_query, form.heads * -(-form.len_q // BLOCK) / multiprocessors
     waves, pairs = float(math.ceil(blocks)), blocks * BLOCK * keys / MI
+    longest = min(form.len_q, form.len_kv) if mask == "causal" else keys  # of a block: a single wave takes as long as that
     masked, elements = mask not in ("none", "causal"), form.head_dim * form.itemsize / 2 / MI
     mask_bytes = form.mask_rows * form.len_kv * (form.itemsize if mask == "additive" else 1) if masked else 0
     return Work(
         waves=waves,
-        wave_keys=waves * keys / 1024,
+        wave_keys=max(waves * keys, longest) / 1024,
         idle_keys=max(0.0, 1 - blocks) * keys / 1024,
         blocks=blocks,
         padded=blocks if form.head_dim < head_dim else 0.0,
         pairs=pairs,
         products=pairs * form.head_dim / 64,
-        grouped=pairs if 2 * form.heads_kv * form.len_kv * head_dim > WORKSPACE_LIMIT else 0.0,
+        grouped=max(0.0, _waves_in_groups(form, head_dim, multiprocessors) - waves) * keys / 1024,
         query=form.heads * form.len_q * elements,
         key=form.heads_kv * form.len_kv * elements,
         mask=mask_bytes / MI,
         odd=pairs if masked and form.len_kv % 2 else 0.0,
     )
+
+
+def _waves_in_groups(form: Form, head_dim: int, multiprocessors: int) -> float:
+    """Waves of blocks of a call whose heads are computed as many at a time as the workspace holds, with K and V of a byte each."""
+    most = max(1, WORKSPACE_LIMIT // max(1, 2 * form.len_kv * head_dim))
+    groups, blocks = -(-form.heads_kv // most), form.heads // max(1, form.heads_kv) * -(-form.len_q // BLOCK)
+    last = form.heads_kv - (groups - 1) * most
+    return float((groups - 1) * -(-most * blocks // multiprocessors) + -(-last * blocks // multiprocessors))
 
 
 # How strongly a cost is drawn to the prior one: to be off from it by all of that weighs as much as to be off from one time by 14 %. By

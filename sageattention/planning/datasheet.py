@@ -38,8 +38,6 @@ ISSUED = 128
 IDLE, IDLE_QUANTIZED = 0.1, 1.0
 # What a block takes longer whose head dimension is padded.
 PADDED = 1.0
-# How much longer pairs take whose heads are computed group by group.
-GROUPED = 0.03
 # How much of the work waits for the last wave: blocks are not divisible. On 9.0 it is two thirds for torch and for us.
 IN_WAVES = 0.67
 # Microseconds: a call with its launches, and what a block does before and behind its loop.
@@ -58,13 +56,13 @@ def static_cost(arch: int, candidate: Candidate, kind: Kind, multiprocessors: in
         masked = mask in ("keys", *MASKED)
         factor = us * (TORCH_MASKED if masked else 1.0)
         pair, channels = factor * SOFTMAX / ISSUED, factor * 64 * 2 / TORCH_RATES[arch]
-        call, ends, alone, padded, grouped = CALL, BLOCK_ENDS, IDLE, 0.0, 0.0
+        call, ends, alone, padded = CALL, BLOCK_ENDS, IDLE, 0.0
         odd, moved = TORCH_ODD if masked else 0.0, TORCH_BYTES
     else:
         triton = VARIANTS[candidate.variant].backend == "triton"
         pair = us * (SOFTMAX_TRITON if triton else SOFTMAX_QUANTIZED + MASKED.get(mask, 0)) / ISSUED
         channels = us * 64 * products(arch, candidate)
-        call, ends, alone, padded, grouped = CALL_QUANTIZED, BLOCK_ENDS_QUANTIZED, IDLE_QUANTIZED, PADDED, GROUPED
+        call, ends, alone, padded = CALL_QUANTIZED, BLOCK_ENDS_QUANTIZED, IDLE_QUANTIZED, PADDED
         odd, moved = 0.0, QUANTIZED_BYTES
     whole = pair + channels * head_dim / 64  # of a million pairs
     busy, smooth = IN_WAVES * whole * BLOCK * 1024 / MI, 1 - IN_WAVES
@@ -77,7 +75,7 @@ def static_cost(arch: int, candidate: Candidate, kind: Kind, multiprocessors: in
         padded=padded,
         pairs=smooth * pair,
         products=smooth * channels,
-        grouped=grouped * whole,
+        grouped=0.0 if candidate == TORCH else busy,
         query=moved[0] * byte,
         key=moved[1] * byte,
         mask=moved[2] * byte,

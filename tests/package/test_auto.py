@@ -169,7 +169,7 @@ H200 = gpu(90, "NVIDIA H200", 132)
         ({"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 32760}, True),
         ({"batch": 2, "heads_q": 10, "heads_kv": 10, "head_dim": 64, "len_kv": 77}, False),
         ({"len_q": 1024, "len_kv": 1024}, False),
-        ({"len_q": 4608, "len_kv": 4608, "causal": True}, True),
+        ({"heads_q": 48, "heads_kv": 12, "len_q": 4608, "len_kv": 4608, "causal": True}, True),
         ({"len_q": 4608, "len_kv": 4608, "mask": "bool"}, True),
         ({"heads_q": 18, "heads_kv": 18, "len_q": 4352, "len_kv": 4352, "head_dim": 256}, True),
     ],

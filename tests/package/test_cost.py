@@ -36,8 +36,14 @@ def test_a_causal_query_sees_itself_and_those_before_it(len_q, len_kv, keys):
 def test_work_of_few_and_of_many_heads():
     """A head of 32 blocks leaves 100 of 132 multiprocessors idle; K and V of 136 heads take more than 126 MiB."""
     assert work_of(form(heads=1, heads_kv=1), 132).idle_keys == pytest.approx(4 * 100 / 132)
-    many = work_of(form(heads=136, heads_kv=136), 132)
-    assert many.grouped == many.pairs and work_of(form(heads=126, heads_kv=126), 132).grouped == 0
+    # 126 heads of 32 blocks are 31 waves and 10 more heads 3, of 33 that all of them would be.
+    assert work_of(form(heads=136, heads_kv=136), 132).grouped == 4 * (31 + 3 - 33)
+    assert work_of(form(heads=126, heads_kv=126), 132).grouped == 0
+
+
+def test_a_wave_of_causal_blocks_takes_as_long_as_the_longest() -> None:
+    few, many = (work_of(form(heads=heads, heads_kv=heads, mask="causal"), 132) for heads in (1, 33))
+    assert few.wave_keys == 4 and many.wave_keys == pytest.approx(8 * 4097 / 2 / 1024)
 
 
 def test_work_of_masks():
