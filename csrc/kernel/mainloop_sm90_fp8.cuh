@@ -73,8 +73,9 @@ struct SoftmaxFp8 : MainloopSm90<C> {
   }
 
   // What P of a row whose maximum is `most` is relative to: a whole number, so that other references scale P by powers of two and round it
-  // alike. A block whose keys are shared out to two CTAs then has the result of one that is not.
-  __device__ __forceinline__ float reference(float most) const { return ceilf(most - p.log2_p_max); }
+  // alike. A block whose keys are shared out to two CTAs then has the result of one that is not. Opaque, so that the compiler selects it
+  // instead of branching around the rounding: behind such branches it takes the exponentials apart from the conversions.
+  __device__ __forceinline__ float reference(float most) const { return opaque(ceilf(most - p.log2_p_max)); }
 
   // Raises m_i to m_p and to the scores of a step that begins a promotion group; rescales O and l_i.
   __device__ __forceinline__ void update_m_i(const float (&top)[2]) {
@@ -83,7 +84,8 @@ struct SoftmaxFp8 : MainloopSm90<C> {
     for (int half = 0; half < 2; ++half) {
       const float most = row_max(top[half]);
       m_i[half] = fmaxf(old[half], m_p[half]);
-      if (most > m_i[half] + kLog2E4m3Max) m_i[half] = reference(most);
+      const float raised = reference(most);
+      m_i[half] = most > m_i[half] + kLog2E4m3Max ? raised : m_i[half];
     }
     if (!__any_sync(kAllLanes, l_i[0] + l_i[1] > 0.0f)) return;  // O is 0
     float alpha[2];
@@ -171,7 +173,8 @@ struct MainloopFp8 : SoftmaxFp8<C> {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float most = row_max(top[half]), old = m_p[half];
-      if (most > old + kLog2E4m3Max) m_p[half] = most > m_i[half] + kLog2E4m3Max ? reference(most) : m_i[half];
+      const float raised = reference(most), next = most > m_i[half] + kLog2E4m3Max ? raised : m_i[half];
+      m_p[half] = most > old + kLog2E4m3Max ? next : old;
       alpha[half] = exp2_approx(old - m_p[half]);
     }
   }

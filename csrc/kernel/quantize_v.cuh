@@ -179,25 +179,33 @@ __device__ __forceinline__ void sum_quantized_s8(i32 (&sums)[4][kPitch], int p, 
   atomicAdd(to + 2, __dp4a((i32)v.w, kOnes, __dp4a((i32)v.z, kOnes, 0)));
 }
 
-// Stores n-tiles 2p and 2p + 1 of unit `unit` of the tile at `tile`. counts: bit i: key i of the unit is there, so its ones
-// are; whole: all are.
+// Stores n-tiles 2p and 2p + 1 of unit `unit` of the tile at `tile`.
 template <int kHeadDim, int kBytes>
-__device__ __forceinline__ void store_v(Fragment<kHeadDim, kBytes>, u8* tile, int unit, int p, uint4 v, u32, bool) {
+__device__ __forceinline__ void store_v(Fragment<kHeadDim, kBytes>, u8* tile, int unit, int p, uint4 v) {
   *reinterpret_cast<uint4*>(tile + Fragment<kHeadDim, kBytes>::v_block(unit, p) + 16 * (threadIdx.x % 32)) = v;
 }
 
 template <int kHeadDim, int kBytes, int kTile, bool kOnes>
-__device__ __forceinline__ void store_v(CoreMatrix<kHeadDim, kBytes, kTile, kOnes>, u8* tile, int unit, int p, uint4 v, u32 counts,
-                                        bool whole) {
+__device__ __forceinline__ void store_v(CoreMatrix<kHeadDim, kBytes, kTile, kOnes>, u8* tile, int unit, int p, uint4 v) {
   using Layout = CoreMatrix<kHeadDim, kBytes, kTile, kOnes>;
   u32* first = reinterpret_cast<u32*>(tile + Layout::kV + 2 * unit * Layout::kVPitch + 256 * p) + threadIdx.x % 32;
   u32* second = first + Layout::kVPitch / 4;
   first[0] = v.x, second[0] = v.y, first[32] = v.z, second[32] = v.w;
-  if (kOnes && p == 0) {
+}
+
+// Stores the unit's columns of ones. counts: bit i: key i of the unit is there, so its ones are; whole: all are.
+template <int kHeadDim, int kBytes>
+__device__ __forceinline__ void store_ones(Fragment<kHeadDim, kBytes>, u8*, int, u32, bool) {}
+
+template <int kHeadDim, int kBytes, int kTile, bool kOnes>
+__device__ __forceinline__ void store_ones(CoreMatrix<kHeadDim, kBytes, kTile, kOnes>, u8* tile, int unit, u32 counts, bool whole) {
+  if constexpr (kOnes) {
+    using Layout = CoreMatrix<kHeadDim, kBytes, kTile, kOnes>;
     constexpr u32 kOne = kBytes == 2 ? 0x3C00u : 0x38u, kWord = kOne * (kBytes == 2 ? 0x00010001u : 0x01010101u);  // fp16, e4m3
+    u32* first = reinterpret_cast<u32*>(tile + Layout::kV + 2 * unit * Layout::kVPitch + 16 * kHeadDim) + threadIdx.x % 32;
     uint2 ones = {kWord, kWord};
     if (!whole) ones = ones_of_keys<kBytes>(counts, kOne);
-    first[4 * kHeadDim] = ones.x, second[4 * kHeadDim] = ones.y;
+    first[0] = ones.x, first[Layout::kVPitch / 4] = ones.y;
   }
 }
 
@@ -245,11 +253,16 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
         stage8<kPvType>(rows + ((pass + i) * kRows + row) * Shared::kPitch, chunk, x);
       }
     }
-    // Bit i: key i of the unit exists and is live. A unit of 16 keys has half of a word. Not before the loads, which leave no register.
+    // Bit i: key i of the unit exists and is live. A unit of 16 keys has half of a word. Worked out behind the loads, and without live keys
+    // again behind the stores, which leave no register.
     constexpr u32 kAll = Shared::kUnitKeys == 32 ? ~0u : (1u << Shared::kUnitKeys % 32) - 1;
-    const int own_key = opaque(unit) * Shared::kUnitKeys, left = p.len - own_key;
-    u32 counts = left >= Shared::kUnitKeys ? kAll : left > 0 ? (1u << left) - 1 : 0u;
-    if (kLiveMask && p.live.bits && left > 0) counts &= live.word_by_warp(own_key / 32) >> own_key % 32;
+    const auto counted = [&] {
+      const int own_key = opaque(unit) * Shared::kUnitKeys, left = p.len - own_key;
+      u32 counts = left >= Shared::kUnitKeys ? kAll : left > 0 ? (1u << left) - 1 : 0u;
+      if (kLiveMask && p.live.bits && left > 0) counts &= live.word_by_warp(own_key / 32) >> own_key % 32;
+      return counts;
+    };
+    u32 counts = counted();
     if (counts != kAll)  // whatever a key that nobody sees holds, it is 0; rarely run, so that whole units pay nothing
 #pragma unroll 1
       for (int key = row; key < Shared::kUnitKeys; key += kRows)
@@ -270,9 +283,11 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
 #pragma unroll
     for (int n = 0; n < kHeadDim / 16; ++n) {
       const uint4 values = transpose<kPvType>(rows, Shared::kPitch, n);
-      store_v(Layout{}, tile, unit % kUnits, n, values, counts, counts == kAll);
+      store_v(Layout{}, tile, unit % kUnits, n, values);
       if constexpr (kPvType == PvType::int8) sum_quantized_s8(shared.quant_sum, n, values);
     }
+    if (!kLiveMask) counts = counted();
+    store_ones(Layout{}, tile, unit % kUnits, counts, counts == kAll);
     __syncwarp();  // the staged unit has been read
   }
 }

@@ -28,7 +28,7 @@ KERNELS: tuple[KernelFamily, ...] = (
 
 QUANTIZE_V_THREADS = 128
 # Threads whose registers fit a multiprocessor, by family where that differs.
-QUANTIZE_V_RESIDENT = {"": 768, "mma_fp8": 640, "mma_int8": 640, "wgmma_fp8": 640, "wgmma_fp8_wide": 512}
+QUANTIZE_V_RESIDENT = {"": 768, "mma_fp8": 640, "mma_int8": 640, "wgmma_fp8_wide": 640}
 # The same for K, by compiled head dimension and by architecture where that differs. On 7.5 the whole rotation is in fp32, which takes more
 # registers.
 QUANTIZE_K_RESIDENT = {(0, 64): 768, (0, 128): 512, (0, 256): 512, (75, 256): 256, (90, 128): 768}
