@@ -201,7 +201,7 @@ struct AttendParams {
   i32 causal;                                       // 1: key ≤ query index (also with a dense mask)
   i32 mask_kind;                                    // MaskKind
   i32 kv_tiles, q_tiles;                            // of the layout's keys; of a CTA's queries (Mask::packed: an upper bound)
-  i32 full_waves;                                   // whole work tiles of each CTA before the remainder is split
+  i32 full_waves;                                   // whole work tiles of each CTA before the remainder is split; −1: all are weighed
   u32 rcp_q_tiles, rcp_heads_per_kv, rcp_heads_kv;  // (2^32 − 1) / divisor, for fast_divmod
   float score_scale;                                // |sm_scale|·log2(e)·4D / 127
   float sign;                                       // of sm_scale

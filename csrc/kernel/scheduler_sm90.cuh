@@ -40,21 +40,81 @@ struct KvRange {
   }
 };
 
+constexpr int kWorkTileCost = 3;      // what prologue and epilogue of a work tile take, in KV tiles
+constexpr int kHeadsInL2 = 16 << 20;  // bytes of K and V of the heads whose causal work tiles are dealt out together
+
 // The tile scheduler. First p.full_waves whole work tiles for each CTA: gridDim.x apart, or, where they differ in length, in the order of
 // requests. With p.split_kv_workspace the remaining ones are then cut into one share for each CTA. A share is at least as long as a work
-// tile, so no more than two CTAs have parts of one. Where a work tile is cut depends on its own KV tiles only, so results are reproducible.
+// tile, so no more than two CTAs have parts of one. With p.full_waves < 0 all work tiles are cut into shares, of equal cost, if they are long
+// enough for that. Where a work tile is cut depends on lists only, so results are reproducible.
 template <class C>
 struct Scheduler {
   static constexpr bool kDynamic = C::kMask != Mask::none;
   int iteration = 0;    // requests so far
-  int at = 0, end = 0;  // rest of the current share, in 1/gridDim.x of a work tile
+  int at = 0, end = 0;  // rest of the current share: in 1/gridDim.x of a work tile, or in its cost
   int share = 0;
+  int cost = 0;  // of a head's work tiles; 0: all of them count alike
+
+  // The work tile that holds position `position` of a head's costs, where it begins, its cost. Beyond the last: where that ends.
+  struct Place {
+    int index, first, cost;
+  };
+
+  // A collective of the warp. A lane has a band of each kGroup work tiles.
+  static __device__ __forceinline__ Place find(const AttendParams& p, int position) {
+    constexpr int kBands = C::kBlockM / kBandRows, kGroup = 32 / kBands;
+    const int lane = special_tid_x() % 32, bands = ceil_div(p.len_q, kBandRows);
+    int first = 0;
+#pragma unroll 1
+    for (int base = 0; base < p.q_tiles; base += kGroup) {
+      const int block = p.q_tiles - 1 - base - lane / kBands, band = block * kBands + lane % kBands;
+      const u32* at = p.lists.bits + band * p.lists.stride_band;
+      int up_to = block < 0 || lane % kBands ? 0 : kWorkTileCost;
+#pragma unroll 1
+      for (int w = 0; w < p.lists.words; ++w) {
+        u32 seen = block >= 0 && band < bands ? at[w] : 0u;
+#pragma unroll
+        for (int other = 1; other < kBands; other *= 2) seen |= __shfl_xor_sync(kAllLanes, seen, other);
+        if (lane % kBands == 0) up_to += __popc(seen);
+      }
+      const int own = up_to;
+#pragma unroll
+      for (int other = kBands; other < 32; other *= 2) {
+        const int before = __shfl_sync(kAllLanes, up_to, max(lane - other, 0));
+        if (lane >= other) up_to += before;
+      }
+      const u32 beyond = __ballot_sync(kAllLanes, first + up_to > position && lane % kBands == 0);
+      if (beyond) {
+        const int at = __ffs(beyond) - 1;
+        return {base + at / kBands, first + __shfl_sync(kAllLanes, up_to - own, at), __shfl_sync(kAllLanes, own, at)};
+      }
+      first += __shfl_sync(kAllLanes, up_to, 32 - kBands);
+    }
+    return {p.q_tiles, first, 0};
+  }
+
+  // Makes the CTA's share one of equal cost, if shares are as long as any work tile then. All heads have the same lists.
+  __device__ __forceinline__ void weigh(const AttendParams& p, int blocks) {
+    const int of_head = find(p, 0x7FFFFFFF).first, all = of_head * p.bh_count * p.heads_per_kv;
+    if (all / blocks < p.kv_tiles + kWorkTileCost) return;
+    share = blocks - 1 - blockIdx.x, cost = of_head, iteration = 1;
+    at = (i64)all * share / blocks, end = (i64)all * (share + 1) / blocks;
+  }
+
+  // Causal work tiles are dealt out longest first, so that the last ones level the CTAs: over as many heads as L2 holds K and V of.
+  static __device__ __forceinline__ int longest_first(const AttendParams& p, int index) {
+    const int heads = p.bh_count * p.heads_per_kv, fitting = max(kHeadsInL2 / (p.kv_tiles * C::Layout::kTileBytes), 1) * p.heads_per_kv;
+    const int most = ceil_div(heads, ceil_div(heads, fitting)), first = index / (most * p.q_tiles) * most;
+    const int together = min(most, heads - first), rest = index - first * p.q_tiles;
+    return (first + rest % together) * p.q_tiles + rest / together;
+  }
 
   // Stores the next work tile, without max_scale, at `to_shared`. Returns false if no work is left. A collective of the warp.
   __device__ __forceinline__ bool next(const AttendParams& p, u32 to_shared) {
     const int blocks = gridDim.x;
-    int work_idx, from = 0, to = blocks;
+    int work_idx, parts = blocks, from = 0, to = blocks;
     u32 flags = kWorkValid;
+    if (C::kMask == Mask::list && p.full_waves < 0 && iteration == 0) weigh(p, blocks);
     if (at == end) {
       work_idx = blockIdx.x + iteration * blocks;
       if (kDynamic && p.next_work_idx && iteration) {
@@ -63,12 +123,13 @@ struct Scheduler {
         work_idx = __shfl_sync(kAllLanes, work_idx, 0);
       }
       ++iteration;
-      const int work_count = count_work_tiles<C::kMask>(p), whole = p.full_waves * blocks;
+      const int work_count = count_work_tiles<C::kMask>(p);
+      const int whole = p.full_waves >= 0 ? p.full_waves * blocks : cost ? 0 : work_count;
       if (C::kMask != Mask::packed && work_idx >= whole) {
         // Shares are taken from the last to the first: a CTA that waits for a partial result waits for one whose share was taken earlier,
         // so that there is no deadlock even if few CTAs are resident.
         share = blocks - 1 - (work_idx - whole);
-        if (p.split_kv_workspace && share >= 0)
+        if (p.split_kv_workspace && share >= 0 && whole < work_count)
           at = (work_count - whole) * share, end = at + work_count - whole;
         else
           flags = 0;
@@ -81,9 +142,17 @@ struct Scheduler {
       return false;
     }
     if (at != end) {
-      const int own = at / blocks;
-      from = at - own * blocks, to = min(end - own * blocks, blocks), work_idx = p.full_waves * blocks + own, at += to - from;
-      flags |= (from > 0 ? kWritesPartial : 0u) | (to < blocks ? kJoinsPartial : 0u);
+      if (C::kMask == Mask::list && cost) {
+        const int head = at / cost;
+        const Place own = find(p, at - head * cost);
+        from = at - head * cost - own.first, parts = own.cost, work_idx = head * p.q_tiles + own.index;
+      } else {
+        from = at % blocks, work_idx = p.full_waves * blocks + at / blocks;
+      }
+      to = min(from + end - at, parts), at += to - from;
+      flags |= (from > 0 ? kWritesPartial : 0u) | (to < parts ? kJoinsPartial : 0u);
+    } else if (C::kMask == Mask::causal) {
+      work_idx = longest_first(p, work_idx);
     }
     const WorkTile tile = work_tile<C::kMask, C::kTile>(p, work_idx, C::kBlockM);
     const i64 out = tile.batch * p.out_stride_b + tile.head * p.out_stride_h + tile.span.token0 * p.out_stride_n;
@@ -103,14 +172,14 @@ struct Scheduler {
       const auto [seen, full] = count_kv_tiles<C::kTile>(tile, C::kBlockM, causal);
       tiles = seen, masked = causal ? seen - full : 0;  // keys beyond the end take no part (core_matrix.cuh)
     }
-    const int begin = from ? tiles * from / blocks : 0, count = (to == blocks ? tiles : tiles * to / blocks) - begin;
+    const int begin = from ? tiles * from / parts : 0, count = (to == parts ? tiles : tiles * to / parts) - begin;
     masked = min(max(masked - begin, 0), count);
     masked += (count - masked) % C::kUnmaskedMultiple;
     if (count - masked < C::kUnmaskedLeast) masked = count;
     if (elected()) {  // without a list the last KV tile comes first
       store_shared16(to_shared, {(u32)masked, (u32)(count - masked), flags, 0u});
       store_shared8(to_shared + work::kFirst, (u32)(C::kMask == Mask::list ? begin : tiles - 1 - begin),
-                    (u32)(to < blocks ? share + 1 : share));
+                    (u32)(to < parts ? share + 1 : share));
     }
     return true;
   }

@@ -19,7 +19,7 @@ from sageattention.backends.call import PreparedCall
 from sageattention.backends.cuda import host
 from sageattention.device.capability import Capability
 from sageattention.kernels.params import AttendParams
-from sageattention.numerics.constants import KV_TILE_SM90
+from sageattention.numerics.constants import BAND_ROWS, KV_TILE_SM90
 from sageattention.planning.plan import plan
 from sageattention.variants import CUDA_FP8_SM90, CUDA_FP16
 
@@ -27,6 +27,7 @@ pytestmark = needs_compiler
 VARIANTS = {"fp16": CUDA_FP16, "fp8": CUDA_FP8_SM90}
 CONFIGS = {"fp16": "WgmmaConfig<CoreMatrix<64, 2, {tile}, true>, {own}>", "fp8": "WgmmaFp8Config<CoreMatrix<64, 1, {tile}, true>, {own}>"}
 BLOCK_M, MOST = 128, 1 << 16
+WORK_TILE_COST = 3  # kWorkTileCost
 WRITES, JOINS = 2, 4  # WorkFlag
 FUNCTION = """
 extern "C" int schedule_{pv}_{mask}(const AttendParams* p, unsigned blocks, i32* out) {{
@@ -72,7 +73,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
             config=config.format(tile=KV_TILE_SM90[pv], own=f"WgmmaTile{{.mask = Mask::{mask}, .stages = 4, .q_stages = 1}}"),
         )
         for pv, config in CONFIGS.items()
-        for mask in ("none", "causal")
+        for mask in ("none", "causal", "list")
     )  # fmt: skip
     return compiled(90, tmp_path_factory.mktemp("scheduler"), ("kernel/mainloop_sm90_fp16.cuh", "kernel/mainloop_sm90_fp8.cuh"), functions)
 
@@ -86,17 +87,24 @@ class Card:
 
     def launch(self, device: int, stream: int, launches: tuple) -> None:
         symbol, blocks, _, _, params, _ = launches[-1]
-        assert symbol.startswith("attend")
-        self.attention.append((params, blocks))
+        if symbol.startswith("attend"):
+            self.attention.append((params, blocks))
 
 
-def schedule(library: ctypes.CDLL, card: Card, pv: str, mask: str, heads: tuple[int, int], len_q: int, len_kv: int) -> Iterator[list[Work]]:
-    """What each attention launch of the call, one for a group of heads, gives to its CTAs, in the order of the CTAs."""
+def schedule(
+    library: ctypes.CDLL, card: Card, pv: str, mask: str, heads: tuple[int, int], len_q: int, len_kv: int, planes: torch.Tensor | None = None
+) -> Iterator[list[Work]]:  # fmt: skip
+    """What each attention launch of the call, one for a group of heads, gives to its CTAs, in the order of the CTAs. planes: of the lists,
+    [bands, 2, words], the same for all heads."""
     q, k = (torch.empty(1, 1, 1, 64, dtype=torch.bfloat16).expand(1, h, n, 64) for h, n in zip(heads, (len_q, len_kv)))
-    problem = on_card({"q": q, "k": k, "v": k}, is_causal=mask == "causal")
-    host.run(PreparedCall(q, k, k, None, problem, plan(problem, card.capability, VARIANTS[pv].name), {}))
+    attn_mask = torch.ones(1, 1, len_q, len_kv, dtype=torch.bool) if mask == "list" else None
+    problem = on_card({"q": q, "k": k, "v": k, "attn_mask": attn_mask}, is_causal=mask == "causal")
+    host.run(PreparedCall(q, k, k, attn_mask, problem, plan(problem, card.capability, VARIANTS[pv].name), {}))
     for packed, blocks in card.attention:
         params, counter, out = AttendParams.from_buffer_copy(packed), ctypes.c_int(0), (ctypes.c_int32 * (9 * MOST))()
+        if planes is not None:
+            assert params.lists.words == planes.shape[-1] and params.lists.band_rows == BAND_ROWS
+            params.lists.bits = planes.data_ptr()
         if params.next_work_idx:
             params.next_work_idx = ctypes.addressof(counter)
         count = getattr(library, f"schedule_{pv}_{mask}")(ctypes.byref(params), blocks, out)
@@ -128,6 +136,9 @@ def test_every_kv_tile_once(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatc
         for work in schedule(library, card, pv, mask, heads, len_q, len_kv):
             for one in work:
                 parts[one.head, one.row0].append(one)
+            if mask == "causal":  # longest first, over all heads
+                lengths = [one.masked + one.unmasked for one in work if one.cta == 0]
+                assert lengths == sorted(lengths, reverse=True), form
         assert parts.keys() == {(head, row0) for head in range(heads[0]) for row0 in range(0, len_q, BLOCK_M)}, form
         for (head, row0), own in parts.items():
             reached = min(keys, row0 + BLOCK_M) if mask == "causal" else keys
@@ -148,3 +159,61 @@ def test_every_kv_tile_once(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatc
                 assert joins.first >= writes.first and joins.cta > writes.cta, (form, own)  # who waits, waits for one that began before it
                 split += 1
     assert (split > 100) == (mask == "none"), split
+
+
+def draw_planes(draw: random.Random, len_q: int, len_kv: int, tile: int) -> torch.Tensor:
+    """Lists whose lengths differ: [bands, 2, words] int32."""
+    tiles, bands = -(-len_kv // tile), -(-len_q // BAND_ROWS)
+    planes = torch.zeros(bands, 2, -(-tiles // 32), dtype=torch.int64)
+    for band in range(bands):
+        seen = {t for t in range(draw.randint(0, tiles)) if draw.random() < 0.9}
+        for plane, chosen in ((0, seen), (1, {t for t in seen if draw.random() < 0.2})):
+            for t in chosen:
+                planes[band, plane, t // 32] |= 1 << t % 32
+    return (planes - (planes >> 31 << 32)).to(torch.int32)
+
+
+@pytest.mark.parametrize("pv", VARIANTS)
+def test_lists_are_shared_out_by_their_cost(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, pv: str) -> None:
+    tile, draw, weighed, split = KV_TILE_SM90[pv], random.Random(1), 0, 0
+    for multiprocessors, heads, len_q, len_kv in forms():
+        if len_q <= BAND_ROWS:
+            continue  # one band for all
+        planes = draw_planes(draw, len_q, len_kv, tile)
+        words = planes.to(torch.int64) & 0xFFFFFFFF
+        lengths = {}  # of each block of queries: tiles, mixed ones
+        for row0 in range(0, len_q, BLOCK_M):
+            seen, uneven = (
+                {32 * w + bit for band in words[row0 // BAND_ROWS : (row0 + BLOCK_M) // BAND_ROWS] for w, x in enumerate(band[plane].tolist())
+                 for bit in range(32) if x >> bit & 1} for plane in (0, 1)
+            )  # fmt: skip
+            lengths[row0] = len(seen), len(seen & uneven)
+        card = install(monkeypatch, Card(multiprocessors))
+        (work,) = schedule(library, card, pv, "list", heads, len_q, len_kv, planes)
+        parts: dict[tuple[int, int], list[Work]] = defaultdict(list)
+        for one in work:
+            parts[one.head, one.row0].append(one)
+        assert parts.keys() == {(head, row0) for head in range(heads[0]) for row0 in lengths}
+        for (_, row0), own in parts.items():
+            tiles, mixed = lengths[row0]
+            taken = sorted(one.first + i for one in own for i in range(one.masked + one.unmasked))
+            assert taken == list(range(tiles))
+            for one in own:
+                assert not one.unmasked or one.first + one.masked >= mixed
+            assert len(own) <= 2
+            if len(own) == 2:
+                joins, writes = sorted(own, key=lambda one: -one.flags)
+                assert (joins.flags, writes.flags) == (1 | JOINS, 1 | WRITES) and joins.partial == writes.partial
+                assert joins.first <= writes.first and joins.cta > writes.cta
+                split += 1
+        params = AttendParams.from_buffer_copy(card.attention[0][0])
+        blocks = card.attention[0][1]
+        cost = heads[0] * sum(tiles + WORK_TILE_COST for tiles, _ in lengths.values())
+        if params.full_waves < 0 and cost // blocks >= params.kv_tiles + WORK_TILE_COST:
+            own_cost: dict[int, float] = defaultdict(float)
+            for one in work:
+                tiles = lengths[one.row0][0]
+                own_cost[one.cta] += (one.masked + one.unmasked) / tiles * (tiles + WORK_TILE_COST) if tiles else WORK_TILE_COST
+            assert max(own_cost.values()) <= cost / blocks + 2 * (1 + WORK_TILE_COST), (multiprocessors, heads, len_q, len_kv)
+            weighed += 1
+    assert weighed > 30 and split > 100, (weighed, split)

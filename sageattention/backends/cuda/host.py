@@ -25,6 +25,7 @@ from . import driver
 from .launcher import Launch
 from .workspace import LaunchPlan, Workspace, launch_plan_of
 
+WEIGHED_BYTES = 40 << 20  # of quantised K and V; Hopper's L2 holds 50 MB
 CLASSIFY_KEYS = 4096  # that a CTA of classify_mask has at once: its threads times the 16 keys of each
 _MASK_KINDS = {getattr(torch, name): number for name, number in MASK_KINDS.items()}
 _pack_classify, _classify_constants = packer(ClassifyParams)
@@ -336,11 +337,12 @@ def bind_attend(
         mask_strides, kind = _mask_strides(mask), _MASK_KINDS[mask.dtype]
         pairs_at_once = r.len_kv % 2 == 0 and _runs_of(mask, 2, mask.data_ptr() % 16)
     vectors = rows_vectorized(p, unaligned, q_strides), rows_vectorized(p, unaligned, out_strides)
+    weighed = r.shares and lists is not None and _weighs(r, lists)
 
     def group(first: int, bh_count: int) -> BoundAttend:
         items = r.q_tiles * bh_count * heads_per_kv
         blocks = min(items, r.grid_limit)
-        full_waves = items // blocks - 1 if r.shares else -(-items // blocks)
+        full_waves = -1 if weighed else items // blocks - 1 if r.shares else -(-items // blocks)
         return BoundAttend(
             blocks,
             _attend_constants(
@@ -353,6 +355,13 @@ def bind_attend(
         )  # fmt: skip
 
     return tuple(group(*g) for g in r.groups)
+
+
+def _weighs(r: LaunchPlan, lists: Lists) -> bool:
+    """Whether all work tiles are shared out by their cost: their lists differ, but not from head to head, and the CTAs, spread over all
+    heads then, find K and V in L2."""
+    stride_b, stride_h, stride_band, *_ = lists.lists
+    return not stride_b and not stride_h and stride_band > 0 and r.workspace.v_stats - r.workspace.kv <= WEIGHED_BYTES
 
 
 def rows_vectorized(p: Problem, unaligned: int, *rows: tuple[int, int, int]) -> int:
