@@ -30,45 +30,56 @@ __device__ __forceinline__ i32 ordered(float x) {
 }
 __device__ __forceinline__ float from_ordered(i32 x) { return __int_as_float(x ^ (x >> 31 & 0x7FFFFFFF)); }
 
-// A lane's kKeys consecutive elements of a row. kept(): bit e set unless the mask removes the key; plain(): unless it biases or removes it.
-// Keys beyond the end are removed.
+// A lane's kKeys consecutive elements of a row, 16 bytes as they are in memory. kept(): bit e set unless the mask removes the key; plain():
+// unless it biases or removes it. Keys beyond the end are removed.
 template <int kKind>
 struct MaskRun {
-  static constexpr int kKeys = 4;
-  float bias[kKeys];
+  static constexpr int kBytes = kKind == kMaskF32 ? 4 : 2, kKeys = 16 / kBytes, kPerWord = 4 / kBytes;
+  static constexpr u32 kRemoved = kKind == kMaskF32 ? 0xFF800000u : kKind == kMaskF16 ? 0xFC00FC00u : 0xFF80FF80u;  // −inf
+  u32 word[4];
 
   // All elements at once; they are aligned.
   __device__ __forceinline__ void load(const u8* row, int key) {
-    const u8* at = row + (i64)key * mask_element_bytes(kKind);
-    if constexpr (kKind == kMaskF32) {
-      const float4 v = *reinterpret_cast<const float4*>(at);
-      bias[0] = v.x, bias[1] = v.y, bias[2] = v.z, bias[3] = v.w;
-    } else {
-      const uint2 v = *reinterpret_cast<const uint2*>(at);
-      const u32 word[2] = {v.x, v.y};
-#pragma unroll
-      for (int e = 0; e < kKeys; ++e) {
-        const u32 bits = word[e / 2] >> 16 * (e % 2) & 0xFFFF;
-        bias[e] = kKind == kMaskF16 ? f16_to_f32(bits) : __uint_as_float(bits << 16);
-      }
-    }
+    const uint4 v = *reinterpret_cast<const uint4*>(row + (i64)key * kBytes);
+    word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
   }
   __device__ __forceinline__ void load_each(const u8* row, int key, i64 stride_k, int len_kv) {
 #pragma unroll
-    for (int e = 0; e < kKeys; ++e)
-      bias[e] = key + e < len_kv ? mask_element<kKind>(row + (key + e) * stride_k * mask_element_bytes(kKind)) : -kInf;
+    for (int w = 0; w < 4; ++w) word[w] = kRemoved;
+#pragma unroll
+    for (int e = 0; e < kKeys; ++e) {
+      if (key + e >= len_kv) continue;
+      const u8* at = row + (key + e) * stride_k * kBytes;
+      if constexpr (kKind == kMaskF32)
+        word[e] = *reinterpret_cast<const u32*>(at);
+      else
+        word[e / 2] = __byte_perm(word[e / 2], *reinterpret_cast<const u16*>(at), e % 2 ? 0x5410 : 0x3254);
+    }
+  }
+  __device__ __forceinline__ float bias(int e) const {
+    const u32 bits = word[e / kPerWord];
+    if constexpr (kKind == kMaskF32) return __uint_as_float(bits);
+    if constexpr (kKind == kMaskF16) return f16_to_f32(bits >> 16 * (e % 2) & 0xFFFF);
+    return __uint_as_float(e % 2 ? bits & 0xFFFF0000u : bits << 16);
   }
   __device__ __forceinline__ u32 kept() const {
     u32 bits = 0;
 #pragma unroll
-    for (int e = 0; e < kKeys; ++e) bits |= (bias[e] == -kInf ? 0u : 1u) << e;
+    for (int e = 0; e < kKeys; ++e) bits |= (bias(e) == -kInf ? 0u : 1u) << e;
     return bits;
   }
   __device__ __forceinline__ u32 plain() const {
     u32 bits = 0;
 #pragma unroll
-    for (int e = 0; e < kKeys; ++e) bits |= (bias[e] == 0.0f ? 1u : 0u) << e;
+    for (int e = 0; e < kKeys; ++e) bits |= (bias(e) == 0.0f ? 1u : 0u) << e;
     return bits;
+  }
+  // All elements 0; all −inf.
+  __device__ __forceinline__ bool all_plain() const {
+    return ((word[0] | word[1] | word[2] | word[3]) & (kKind == kMaskF32 ? 0x7FFFFFFFu : 0x7FFF7FFFu)) == 0;
+  }
+  __device__ __forceinline__ bool all_removed() const {
+    return ((word[0] ^ kRemoved) | (word[1] ^ kRemoved) | (word[2] ^ kRemoved) | (word[3] ^ kRemoved)) == 0;
   }
 };
 
@@ -89,16 +100,15 @@ struct MaskRun<kMaskBool> {
       if (key + e < len_kv) bytes[e / 4] |= (u32)row[(key + e) * stride_k] << 8 * (e % 4);
   }
   __device__ __forceinline__ u32 kept() const {
-    u32 bits = 0;
+    u32 half[2];  // eight bits each, in bits 7 to 14
 #pragma unroll
-    for (int w = 0; w < kKeys / 4; ++w) {
-      // The top bit of each byte that is not 0, then these four bits side by side.
-      const u32 set = (bytes[w] | (bytes[w] & 0x7F7F7F7Fu) + 0x7F7F7F7Fu) >> 7 & 0x01010101u;
-      bits |= set * 0x10204080u >> 28 << 4 * w;
+    for (int i = 0; i < 2; ++i) {
+      // The top bit of each byte that is not 0, then these bits side by side.
+      const auto set = [&](int w) { return (bytes[w] | (bytes[w] & 0x7F7F7F7Fu) + 0x7F7F7F7Fu) & 0x80808080u; };
+      half[i] = __dp4a(set(2 * i + 1), 0x80402010u, __dp4a(set(2 * i), 0x08040201u, 0u));
     }
-    return bits;
+    return half[0] >> 7 | half[1] << 1;
   }
-  __device__ __forceinline__ u32 plain() const { return kept(); }
 };
 
 // Sets the lowest `count` of kKeys bits.
@@ -164,7 +174,7 @@ __device__ __forceinline__ void find_row_max(const ClassifyParams& p, const Mask
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)
 #pragma unroll
-        for (int e = 0; e < Run::kKeys; ++e) top = fmaxf(top, run[i].bias[e]);
+        for (int e = 0; e < Run::kKeys; ++e) top = fmaxf(top, run[i].bias(e));
     }
 #pragma unroll
     for (int other = 1; other < 32; other *= 2) top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, other));
@@ -179,53 +189,90 @@ struct KeyState {
   float lowest = kInf, highest = -kInf;
 };
 
-// Adds the band's rows to the state of the lane's keys from `key` on. kVectors: their elements are there, and aligned.
-template <int kKind, bool kVectors>
-__device__ __forceinline__ void add_rows(const ClassifyParams& p, const MaskBand& band, const ClassifyShared& shared, int key,
-                                         KeyState& state) {
-  using Run = MaskRun<kKind>;
+// Adds the band's rows of a bool mask to the state of the lane's keys from `key` on, and stores them as bits. kVectors: their elements are
+// there, and aligned.
+template <bool kVectors>
+__device__ __forceinline__ void add_bool_rows(const ClassifyParams& p, const MaskBand& band, int key, KeyState& state) {
+  using Run = MaskRun<kMaskBool>;
   constexpr int kKeys = Run::kKeys, kBatch = kVectors ? 8 : 2;  // rows that are loaded together
-  constexpr u32 kAll = (1u << kKeys) - 1;
-  const int lane = threadIdx.x % 32;
+  const i64 matrix_row0 = band.one_row ? band.matrix : (i64)band.matrix * p.len_q + band.row0;
+  u16* kept_bits = reinterpret_cast<u16*>(p.kept + matrix_row0 * p.live_words) + key / kKeys;
+  // One row for all queries: some query sees keys up to last_row, every one up to row0.
+  const int some = p.causal ? (band.one_row ? band.last_row : band.row0) - key + 1 : kKeys;
+  const int every = p.causal ? band.row0 - key + 1 : kKeys;
+  const u8* row = band.mask;
+  // Rows beyond the end repeat the last, so that nothing branches.
   for (int base = 0; base < band.rows; base += kBatch) {
-    const int count = band.rows - base;
     Run run[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (i >= count) continue;
-      const u8* row = band.mask + (base + i) * band.row_bytes;
       if constexpr (kVectors)
         run[i].load(row, key);
       else
         run[i].load_each(row, key, p.stride_k, p.len_kv);
+      if (base + i < band.rows - 1) row += band.row_bytes;
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (i >= count) continue;
-      const int r = base + i;
+      const int r = min(base + i, band.rows - 1);
       const u32 kept = run[i].kept();
-      // One row for all queries: some query sees keys up to last_row, every one up to row0.
-      const u32 some = p.causal ? kept & first_bits<kKeys>((band.one_row ? band.last_row : band.row0 + r) - key + 1) : kept;
-      const u32 every = p.causal ? some & first_bits<kKeys>(band.row0 + r - key + 1) : some;
-      // Biased keys, or removed ones too.
-      state.seen |= some, state.uneven |= p.absent ? kept & ~run[i].plain() : ~(run[i].plain() & every) & kAll;
-      if constexpr (kKind == kMaskBool) {
-        state.alive |= some;
-        const u32 word = join_lanes<kKeys>(kept);
-        const i64 row = (i64)band.matrix * (band.one_row ? 1 : p.len_q) + (band.one_row ? 0 : band.row0 + r);
-        if (lane % (32 / kKeys) == 0 && key < p.len_kv) p.kept[row * p.live_words + key / 32] = word;
+      state.seen |= kept & first_bits<kKeys>(some + r);
+      if (!p.absent) state.uneven |= ~(kept & first_bits<kKeys>(every + r)) & (1u << kKeys) - 1;
+      if (kVectors || key < 32 * p.live_words) *kept_bits = kept;
+      if (r < band.rows - 1) kept_bits += 2 * p.live_words;
+    }
+  }
+  state.alive = state.seen;
+}
+
+// Adds the band's rows of an additive mask to the state of the lane's keys from `key` on. kVectors: their elements are there, and aligned.
+template <int kKind, bool kVectors>
+__device__ __forceinline__ void add_bias_rows(const ClassifyParams& p, const MaskBand& band, const ClassifyShared& shared, int key,
+                                              KeyState& state) {
+  using Run = MaskRun<kKind>;
+  constexpr int kKeys = Run::kKeys, kBatch = kVectors ? 8 : 2;  // rows that are loaded together
+  constexpr u32 kAll = (1u << kKeys) - 1;
+  const int last_seen = (p.causal ? (band.one_row ? band.last_row : band.row0) - key + 1 : kKeys), seen_by_all = band.row0 - key + 1;
+  const u8* row = band.mask;
+  for (int base = 0; base < band.rows; base += kBatch) {
+    Run run[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {  // rows beyond the end repeat the last
+      if constexpr (kVectors)
+        run[i].load(row, key);
+      else
+        run[i].load_each(row, key, p.stride_k, p.len_kv);
+      if (base + i < band.rows - 1) row += band.row_bytes;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int r = min(base + i, band.rows - 1);
+      const float least = from_ordered(shared.row_max[r]) - kNegligibleBias;
+      const u32 reached = p.causal ? first_bits<kKeys>(last_seen + r) : kAll;
+      u32 kept = kAll, plain = kAll;
+      // Masks of models are mostly 0 and −inf, in long runs.
+      if (!__any_sync(kAllLanes, !run[i].all_plain())) {
+        state.lowest = fminf(state.lowest, 0.0f), state.highest = fmaxf(state.highest, 0.0f);
+        state.alive |= 0.0f < least ? 0u : reached;
+      } else if (!__any_sync(kAllLanes, !run[i].all_removed())) {
+        kept = plain = 0;
       } else {
-        const float least = from_ordered(shared.row_max[r]) - kNegligibleBias;
+        kept = run[i].kept(), plain = run[i].plain();
 #pragma unroll
         for (int e = 0; e < kKeys; ++e) {
-          const float bias = run[i].bias[e];
-          state.alive |= bias < least ? 0u : some & 1u << e;
+          const float bias = run[i].bias(e);
+          state.alive |= bias < least ? 0u : kept & reached & 1u << e;
           state.lowest = fminf(state.lowest, bias == -kInf ? kInf : bias), state.highest = fmaxf(state.highest, bias);
         }
-        if (p.bias && key < band.key_end) {
-          const auto bias = [&](int e) { return bias_to_base2(run[i].bias[e]); };
-          *reinterpret_cast<float4*>(p.bias + (i64)band.matrix * p.bias_len + key) = make_float4(bias(0), bias(1), bias(2), bias(3));
-        }
+      }
+      const u32 some = kept & reached, every = p.causal ? some & first_bits<kKeys>(seen_by_all + r) : some;
+      // Biased keys, or removed ones too.
+      state.seen |= some, state.uneven |= p.absent ? kept & ~plain : ~(plain & every) & kAll;
+      if (p.bias && key < band.key_end) {
+        float4* to = reinterpret_cast<float4*>(p.bias + (i64)band.matrix * p.bias_len + key);
+        const auto bias = [&](int e) { return bias_to_base2(run[i].bias(e)); };
+#pragma unroll
+        for (int e = 0; e < kKeys; e += 4) to[e / 4] = make_float4(bias(e), bias(e + 1), bias(e + 2), bias(e + 3));
       }
     }
   }
@@ -241,10 +288,16 @@ __device__ __forceinline__ void classify_keys(const ClassifyParams& p, const Mas
   for (int strip = band.key0 + warp * kStrip; strip < band.key_end; strip += kClassifyWarps * kStrip) {
     const int key = strip + kKeys * lane;
     KeyState state;
+    const auto add = [&](auto vectors) {
+      if constexpr (kKind == kMaskBool)
+        add_bool_rows<decltype(vectors)::value>(p, band, key, state);
+      else
+        add_bias_rows<kKind, decltype(vectors)::value>(p, band, shared, key, state);
+    };
     if (p.vectors && strip + kStrip <= p.len_kv)
-      add_rows<kKind, true>(p, band, shared, key, state);
+      add(Constant<true>{});
     else
-      add_rows<kKind, false>(p, band, shared, key, state);
+      add(Constant<false>{});
     const u32 seen = __ballot_sync(kAllLanes, state.seen != 0), uneven = __ballot_sync(kAllLanes, state.uneven != 0);
     const u32 word = join_lanes<kKeys>(state.alive);
     if (lane % kLanes == 0 && key < p.len_kv) {  // 32 keys, which belong to one tile

@@ -283,7 +283,7 @@ def _lists(r: LaunchPlan, mask: torch.Tensor, unaligned: int, v_ones: bool = Fal
     # A CTA has some words of a band's planes, but for additive masks of many rows, of which it needs each row's largest bias.
     part_words = max(1, CLASSIFY_KEYS // (WORD_BITS * tile.block_n)) if is_bool or mask_rows == 1 else words
     parts = -(-words // part_words)
-    vectors = _runs_of(mask, 16 if is_bool else 4, unaligned)
+    vectors = _runs_of(mask, 16 // mask.element_size(), unaligned)
     absent = v_ones and bands == 1 and (heads == 1 or p.heads_q == p.heads_kv)
     return Lists(
         batches * heads * bands * parts,
