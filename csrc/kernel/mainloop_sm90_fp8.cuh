@@ -137,10 +137,8 @@ struct MainloopFp8 : SoftmaxFp8<C> {
   using Base = SoftmaxFp8<C>;
   using typename Base::Layout, typename Base::Scores, typename Base::ProbFragments, typename Base::Scales;
   using Base::barrier, Base::tile, Base::mask_scores, Base::load_k_scales, Base::tile_number, Base::m_i, Base::ring, Base::sQ, Base::p;
-  using typename Base::Keys;
   using Base::begin_group, Base::l_i, Base::m_p, Base::o, Base::reference, Base::release, Base::update_m_i;
   static constexpr int kHeadDim = C::kHeadDim, kStepsPerTile = C::kStepsPerTile;
-  static constexpr bool kOverlapsMasked = C::kMask == Mask::causal && kStepsPerTile == 2;  // a list's biases leave no registers
 
   float acc[C::kAccRegisters];  // P·V of the current promotion group; its columns of ones sum P
 
@@ -242,97 +240,49 @@ struct MainloopFp8 : SoftmaxFp8<C> {
     ring = after;
   }
 
-  // Scores of a masked step → P. Raises m_i before.
-  template <int kStepInTile>
-  __device__ __forceinline__ void masked_softmax(Scores& s, const Keys& keys, ProbFragments& prob) {
-    Scales scale;
-    float top[2];
-    Base::template read_scales<kStepInTile>(scale);
-    warpgroup_fence_operand(s);
-    mask_scores(s, scale, keys, tile_number * C::kTile + kStepInTile * C::kStep, top);
-    if (__any_sync(kAllLanes, top[0] > m_i[0] + kLog2E4m3Max || top[1] > m_i[1] + kLog2E4m3Max)) update_m_i(top);
-    if constexpr (kOverlapsMasked && kStepInTile == 1) await_pv();  // of the first step
-    m_p[0] = m_i[0], m_p[1] = m_i[1];
-    Base::template softmax_step<true>(s, scale, prob);
-  }
-
-  // Waits for P·V under way and promotes it.
-  __device__ __forceinline__ void await_pv() {
-    wgmma_wait<0>();
-    warpgroup_fence_operand(acc);
-    promote();
-  }
-
   // One masked step, without overlap.
   template <int kStepInTile>
   __device__ __forceinline__ void masked_step(Scores& s) {
+    Scales scale;
     ProbFragments prob;
+    float top[2];
     issue_scores<kStepInTile>(s, ring);
     if (kStepInTile == 0) load_k_scales(ring.stage);
-    const auto keys = Base::visible(tile_number * C::kTile + kStepInTile * C::kStep);
+    const int key0 = tile_number * C::kTile + kStepInTile * C::kStep;
+    const auto keys = Base::visible(key0);
     wgmma_wait<0>();
+    Base::template read_scales<kStepInTile>(scale);
+    warpgroup_fence_operand(s);
     if (kStepInTile == kStepsPerTile - 1) release(kKEmpty, ring.stage);
-    masked_softmax<kStepInTile>(s, keys, prob);
+    mask_scores(s, scale, keys, key0, top);
+    if (__any_sync(kAllLanes, top[0] > m_i[0] + kLog2E4m3Max || top[1] > m_i[1] + kLog2E4m3Max)) update_m_i(top);
+    m_p[0] = m_i[0], m_p[1] = m_i[1];
+    Base::template softmax_step<true>(s, scale, prob);
     issue_pv<kStepInTile>(prob, true);
-    await_pv();
-  }
-
-  // Whether any query of the warpgroup sees a key of the masked tile's second step.
-  __device__ __forceinline__ bool reaches_second_step() const {
-    bool reached = true;
-    if constexpr (C::kMask == Mask::causal || C::kMask == Mask::packed) {
-      const int key0 = tile_number * C::kTile + C::kStep;
-      reached = C::kMask == Mask::causal || key0 < Base::work_tile().span.len_kv;
-      if (Base::causal) reached = reached && key0 <= Base::last_row();
-      reached = __any_sync(kAllLanes, reached);
-    }
-    return reached;
+    wgmma_wait<0>();
+    warpgroup_fence_operand(acc);
+    promote();
   }
 
   __device__ __forceinline__ void masked_tile() {
     Scores s;
     masked_step<0>(s);
     if constexpr (kStepsPerTile == 2) {
-      if (reaches_second_step())
+      bool reached = true;
+      // Whether any query of the warpgroup sees a key of the second half.
+      if constexpr (C::kMask == Mask::causal || C::kMask == Mask::packed) {
+        const int key0 = tile_number * C::kTile + C::kStep;
+        reached = C::kMask == Mask::causal || key0 < Base::work_tile().span.len_kv;
+        if (Base::causal) reached = reached && key0 <= Base::last_row();
+        reached = __any_sync(kAllLanes, reached);
+      }
+      if (reached)
         masked_step<1>(s);
       else
         release(kKEmpty, ring.stage);
     }
     release(kVEmpty, ring.stage);
     ring.advance();
-  }
-
-  // The same with overlap: begins and ends as `step` does, with the first step's scores in `s` and the last P·V under way. first: that is the
-  // dummy. last: no tile follows.
-  __device__ __forceinline__ void overlapping_masked_tile(Scores& s, Scores& second, ProbFragments& prob, bool first, bool last) {
-    Ring<C::kStages> after = ring, before = ring;
-    if (!last) after.advance();
-    before.retreat();
-    issue_scores<1>(second, ring);
-    const auto keys = Base::visible(tile_number * C::kTile);
-    wgmma_wait<1>();
-    warpgroup_fence_operand(acc);
-    if (!first) {
-      release(kVEmpty, before.stage);
-      promote();
-    }
-    masked_softmax<0>(s, keys, prob);
-    issue_scores<0>(s, after);
-    issue_pv<0>(prob, true);
-    const auto more_keys = Base::visible(tile_number * C::kTile + C::kStep);
-    wgmma_wait<2>();
-    warpgroup_fence_operand(second);
-    if (!last) release(kKEmpty, ring.stage);
-    if (reaches_second_step()) {
-      masked_softmax<1>(second, more_keys, prob);
-      issue_pv<1>(prob, true);
-    }
-    load_k_scales(after.stage);
-    wgmma_wait<1>();
-    warpgroup_fence_operand(s);
-    if (last) release(kKEmpty, ring.stage);
-    // The shuffles tell the compiler that all lanes have the same: it keeps them in uniform registers.
-    if (!last) ring.stage = __shfl_sync(kAllLanes, after.stage, 0), ring.parity = __shfl_sync(kAllLanes, after.parity, 0);
   }
 
   // Waits for P·V of the last step and promotes it.
@@ -357,12 +307,11 @@ struct MainloopFp8 : SoftmaxFp8<C> {
     issue_pv<0>(prob, true);
   }
 
-  // The next `tiles` tiles, which have no masked key. first: there was none before. Two exits, because ptxas serialises wgmma with one
-  // (docs/compiler.md).
-  __device__ __forceinline__ void unmasked_tiles(Scores& even, Scores& odd, ProbFragments& prob, int tiles, int first) {
+  // The next `tiles` tiles, which have no masked key. Two exits, because ptxas serialises wgmma with one (docs/compiler.md).
+  __device__ __forceinline__ void unmasked_tiles(Scores& even, Scores& odd, ProbFragments& prob, int tiles) {
     if constexpr (C::kGroupSteps == 4) {
       constexpr int kSecond = kStepsPerTile - 1;  // a step's place in its tile
-      for (int pairs = tiles / (3 - kStepsPerTile);; first = 0, pairs -= 2) {
+      for (int pairs = tiles / (3 - kStepsPerTile), first = 1;; first = 0, pairs -= 2) {
         step<0>(even, odd, prob, true, first, false);
         step<kSecond>(odd, even, prob, false, false, pairs == 1);
         if (pairs == 1) {
@@ -397,25 +346,13 @@ struct MainloopFp8 : SoftmaxFp8<C> {
     Scores even, odd;
     ProbFragments prob;
     Base::begin(range);
-    if constexpr (kOverlapsMasked) {
-      if (range.masked + range.unmasked) {
-        enter(even, prob);
-        for (int left = range.masked; left; --left)
-          overlapping_masked_tile(even, odd, prob, left == range.masked, left + range.unmasked == 1);
-        if (range.unmasked)
-          unmasked_tiles(even, odd, prob, range.unmasked, !range.masked);
-        else
-          finish();
-      }
-    } else {
-      for (int left = range.masked; left; --left) masked_tile();
-      if (range.unmasked) {
-        if constexpr (C::kGroupSteps == 2)  // the shuffles tell the compiler that all lanes have the same: it keeps them in uniform registers
-          range.unmasked = __shfl_sync(kAllLanes, range.unmasked, 0), ring.stage = __shfl_sync(kAllLanes, ring.stage, 0),
-          ring.parity = __shfl_sync(kAllLanes, ring.parity, 0);
-        enter(even, prob);
-        unmasked_tiles(even, odd, prob, range.unmasked, 1);
-      }
+    for (int left = range.masked; left; --left) masked_tile();
+    if (range.unmasked) {
+      if constexpr (C::kGroupSteps == 2)  // the shuffles tell the compiler that all lanes have the same: it keeps them in uniform registers
+        range.unmasked = __shfl_sync(kAllLanes, range.unmasked, 0), ring.stage = __shfl_sync(kAllLanes, ring.stage, 0),
+        ring.parity = __shfl_sync(kAllLanes, ring.parity, 0);
+      enter(even, prob);
+      unmasked_tiles(even, odd, prob, range.unmasked);
     }
     l_out[0] = l_i[0], l_out[1] = l_i[1];
   }
