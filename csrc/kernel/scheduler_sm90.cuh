@@ -51,13 +51,13 @@ template <class C>
 struct Scheduler {
   static constexpr bool kDynamic = C::kMask != Mask::none;
   int iteration = 0;    // requests so far
-  int at = 0, end = 0;  // rest of the current share: in 1/gridDim.x of a work tile, or in its cost
+  int at = 0, end = 0;  // rest of the current share, in 1/gridDim.x of a work tile
   int share = 0;
-  int cost = 0;  // of a head's work tiles; 0: all of them count alike
+  int own = -1;  // of a share of equal cost the next work tile, from whose start `at` and `end` count costs then
 
-  // The work tile that holds position `position` of a head's costs, where it begins, its cost. Beyond the last: where that ends.
+  // The work tile that holds position `position` of a head's costs, and where it begins. Beyond the last: where that ends.
   struct Place {
-    int index, first, cost;
+    int index, first;
   };
 
   // A collective of the warp. A lane has a band of each kGroup work tiles.
@@ -70,14 +70,14 @@ struct Scheduler {
       const int block = p.q_tiles - 1 - base - lane / kBands, band = block * kBands + lane % kBands;
       const u32* at = p.lists.bits + band * p.lists.stride_band;
       int up_to = block < 0 || lane % kBands ? 0 : kWorkTileCost;
-#pragma unroll 1
+#pragma unroll 2
       for (int w = 0; w < p.lists.words; ++w) {
         u32 seen = block >= 0 && band < bands ? at[w] : 0u;
 #pragma unroll
         for (int other = 1; other < kBands; other *= 2) seen |= __shfl_xor_sync(kAllLanes, seen, other);
         if (lane % kBands == 0) up_to += __popc(seen);
       }
-      const int own = up_to;
+      const int cost = up_to;
 #pragma unroll
       for (int other = kBands; other < 32; other *= 2) {
         const int before = __shfl_sync(kAllLanes, up_to, max(lane - other, 0));
@@ -86,19 +86,22 @@ struct Scheduler {
       const u32 beyond = __ballot_sync(kAllLanes, first + up_to > position && lane % kBands == 0);
       if (beyond) {
         const int at = __ffs(beyond) - 1;
-        return {base + at / kBands, first + __shfl_sync(kAllLanes, up_to - own, at), __shfl_sync(kAllLanes, own, at)};
+        return {base + at / kBands, first + __shfl_sync(kAllLanes, up_to - cost, at)};
       }
       first += __shfl_sync(kAllLanes, up_to, 32 - kBands);
     }
-    return {p.q_tiles, first, 0};
+    return {p.q_tiles, first};
   }
 
   // Makes the CTA's share one of equal cost, if shares are as long as any work tile then. All heads have the same lists.
   __device__ __forceinline__ void weigh(const AttendParams& p, int blocks) {
     const int of_head = find(p, 0x7FFFFFFF).first, all = of_head * p.bh_count * p.heads_per_kv;
     if (all / blocks < p.kv_tiles + kWorkTileCost) return;
-    share = blocks - 1 - blockIdx.x, cost = of_head, iteration = 1;
-    at = (i64)all * share / blocks, end = (i64)all * (share + 1) / blocks;
+    share = blocks - 1 - blockIdx.x, iteration = 1;
+    const int first = (i64)all * share / blocks, head = first / of_head;
+    const Place place = find(p, first - head * of_head);
+    own = head * p.q_tiles + place.index, at = first - head * of_head - place.first;
+    end = at + (int)((i64)all * (share + 1) / blocks) - first;
   }
 
   // Causal work tiles are dealt out longest first, so that the last ones level the CTAs: over as many heads as L2 holds K and V of.
@@ -124,7 +127,7 @@ struct Scheduler {
       }
       ++iteration;
       const int work_count = count_work_tiles<C::kMask>(p);
-      const int whole = p.full_waves >= 0 ? p.full_waves * blocks : cost ? 0 : work_count;
+      const int whole = p.full_waves >= 0 ? p.full_waves * blocks : own < 0 ? work_count : 0;
       if (C::kMask != Mask::packed && work_idx >= whole) {
         // Shares are taken from the last to the first: a CTA that waits for a partial result waits for one whose share was taken earlier,
         // so that there is no deadlock even if few CTAs are resident.
@@ -141,16 +144,14 @@ struct Scheduler {
       if (elected()) store_shared16(to_shared, {0u, 0u, 0u, 0u});
       return false;
     }
-    if (at != end) {
-      if (C::kMask == Mask::list && cost) {
-        const int head = at / cost;
-        const Place own = find(p, at - head * cost);
-        from = at - head * cost - own.first, parts = own.cost, work_idx = head * p.q_tiles + own.index;
-      } else {
-        from = at % blocks, work_idx = p.full_waves * blocks + at / blocks;
-      }
+    const bool weighed = C::kMask == Mask::list && own >= 0;
+    const auto partial = [&] { return (from > 0 ? kWritesPartial : 0u) | (to < parts ? kJoinsPartial : 0u); };
+    if (weighed) {
+      from = at, work_idx = own++;
+    } else if (at != end) {
+      from = at % blocks, work_idx = p.full_waves * blocks + at / blocks;
       to = min(from + end - at, parts), at += to - from;
-      flags |= (from > 0 ? kWritesPartial : 0u) | (to < parts ? kJoinsPartial : 0u);
+      flags |= partial();
     } else if (C::kMask == Mask::causal) {
       work_idx = longest_first(p, work_idx);
     }
@@ -171,6 +172,10 @@ struct Scheduler {
       const bool causal = C::kMask == Mask::causal || (kCausalAtRunTime<C::kMask> && p.causal);
       const auto [seen, full] = count_kv_tiles<C::kTile>(tile, C::kBlockM, causal);
       tiles = seen, masked = causal ? seen - full : 0;  // keys beyond the end take no part (core_matrix.cuh)
+    }
+    if (weighed) {
+      parts = tiles + kWorkTileCost, to = min(end, parts), at = 0, end -= to;
+      flags |= partial();
     }
     const int begin = from ? tiles * from / parts : 0, count = (to == parts ? tiles : tiles * to / parts) - begin;
     masked = min(max(masked - begin, 0), count);
