@@ -307,17 +307,22 @@ __device__ __forceinline__ void quantize_cta(const QuantizeKParams& p, const u8*
   constexpr int kHeadDim = Layout::kHeadDim, kKeys = Layout::kScaleKeys, kBlocksPerTile = Layout::kTile / kKeys;
   using Rotate = typename RotateKOf<kMma16 && kDtype != kFloat32, Layout, kDtype>::Type;
   // Loads the next scale block while this one is rotated, where the registers allow it.
-  constexpr bool kPrefetch = !kLiveMask && kHeadDim <= 128 && kDtype != kFloat32 && kVectors;
+  constexpr bool kPrefetch = kHeadDim <= 128 && kDtype != kFloat32 && kVectors;
   const i64 row_bytes = p.k.stride_n * kElementBytes<kDtype>;
   const int scale_blocks = kBlocksPerTile * p.kv_tiles, length = (scale_blocks + p.ctas_per_head - 1) / p.ctas_per_head,
             first = cta * length, last = min(first + length, scale_blocks);
   RawRow<kHeadDim, kDtype> raw;
   int window = 0;  // first key of shared.live
   const auto row_of = [&](int i) { return kLiveMask && p.order ? p.order[i] : i; };
-  const u8* key = k + min(first * kKeys + Rotate::row(), p.len - 1) * row_bytes;
+  const u8* key = k + row_of(min(first * kKeys + Rotate::row(), p.len - 1)) * row_bytes;
   const auto load = [&] { raw.template load<kVectors>(key, threadIdx.x % 4, p.head_dim); };
   const auto advance = [&](int scale_block) {  // stays on an existing key at the end
-    if (scale_block * kKeys + Rotate::row() < p.len) key += kKeys * row_bytes;
+    const int i = scale_block * kKeys + Rotate::row();
+    if (i >= p.len) return;
+    if (kLiveMask && p.order)
+      key = k + p.order[i] * row_bytes;
+    else
+      key += kKeys * row_bytes;
   };
   if (kPrefetch) load();
   const auto keep_k_mean = [&](int, int c, float mean) {
@@ -343,7 +348,6 @@ __device__ __forceinline__ void quantize_cta(const QuantizeKParams& p, const u8*
   rotate_k.prepare(shared);
   float top = 0.0f;
   for (int scale_block = first; scale_block < last; ++scale_block) {
-    if (kLiveMask && p.order) key = k + row_of(min(scale_block * kKeys + Rotate::row(), p.len - 1)) * row_bytes;
     if (!kPrefetch) raw = {}, load();  // loaded here, `raw` takes no registers in between
     u8* out = p.kv + ((i64)bh * p.kv_tiles + scale_block / kBlocksPerTile) * p.tile_bytes;
     const auto load_next = [&] {

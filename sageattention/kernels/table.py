@@ -58,7 +58,9 @@ def _quantize_k_entry(kernels: KernelFamily, arch: int, head_dim: int, keys: str
 
 def _quantize_v_entry(kernels: KernelFamily, arch: int, head_dim: int, keys: str) -> Entry:
     layout = kernels.layout.format(d=head_dim)
-    resident = LIVE_RESIDENT[head_dim] if _wants_registers(arch, keys) else QUANTIZE_V_RESIDENT.get(kernels.name, QUANTIZE_V_RESIDENT[""])
+    resident = QUANTIZE_V_RESIDENT.get(kernels.name, QUANTIZE_V_RESIDENT[""])
+    if _wants_registers(arch, keys) and not (kernels.arch == 90 and head_dim <= 128):
+        resident = LIVE_RESIDENT[head_dim]
     return Entry(
         kernels.quantize_v_symbol(head_dim, keys), f"quantize_v<{layout}, PvType::{kernels.pv}, Keys::{keys}>", QuantizeVParams,
         QUANTIZE_V_THREADS, resident // QUANTIZE_V_THREADS, checks=(f"{layout}::kTileBytes == {kernels.tile_bytes(head_dim)}",),
