@@ -30,6 +30,24 @@ __device__ __forceinline__ i32 ordered(float x) {
 }
 __device__ __forceinline__ float from_ordered(i32 x) { return __int_as_float(x ^ (x >> 31 & 0x7FFFFFFF)); }
 
+// How MaskRun::kKeys consecutive elements of a row are loaded: one by one; they are consecutive in memory, 16 bytes of the 32 around them;
+// they are also aligned.
+enum class RunLoad { each, shifted, aligned };
+
+// The 16 bytes at `at`, from the two aligned pieces that hold them. Lanes whose `at` differs by multiples of 16 do the same.
+__device__ __forceinline__ uint4 load_shifted16(const u8* at) {
+  const u32 offset = (u64)at % 16;
+  const uint4* from = reinterpret_cast<const uint4*>(at - offset);
+  const uint4 low = from[0], high = from[1];
+  u32 w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+  for (int step = 2; step; step /= 2)
+#pragma unroll
+    for (int i = 0; i < 4 + step; ++i) w[i] = offset & 4 * step ? w[i + step] : w[i];
+  const auto shifted = [&](int i) { return (u32)(((u64)w[i + 1] << 32 | w[i]) >> offset % 4 * 8); };
+  return make_uint4(shifted(0), shifted(1), shifted(2), shifted(3));
+}
+
 // A lane's kKeys consecutive elements of a row, 16 bytes as they are in memory. kept(): bit e set unless the mask removes the key; plain():
 // unless it biases or removes it. Keys beyond the end are removed.
 template <int kKind>
@@ -38,10 +56,15 @@ struct MaskRun {
   static constexpr u32 kRemoved = kKind == kMaskF32 ? 0xFF800000u : kKind == kMaskF16 ? 0xFC00FC00u : 0xFF80FF80u;  // −inf
   u32 word[4];
 
-  // All elements at once; they are aligned.
-  __device__ __forceinline__ void load(const u8* row, int key) {
-    const uint4 v = *reinterpret_cast<const uint4*>(row + (i64)key * kBytes);
-    word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
+  template <RunLoad kLoad>
+  __device__ __forceinline__ void load(const u8* row, int key, i64 stride_k, int len_kv) {
+    if constexpr (kLoad == RunLoad::each) {
+      load_each(row, key, stride_k, len_kv);
+    } else {
+      const u8* at = row + (i64)key * kBytes;
+      const uint4 v = kLoad == RunLoad::aligned ? *reinterpret_cast<const uint4*>(at) : load_shifted16(at);
+      word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
+    }
   }
   __device__ __forceinline__ void load_each(const u8* row, int key, i64 stride_k, int len_kv) {
 #pragma unroll
@@ -88,9 +111,14 @@ struct MaskRun<kMaskBool> {
   static constexpr int kKeys = 16;
   u32 bytes[kKeys / 4];
 
-  __device__ __forceinline__ void load(const u8* row, int key) {
-    const uint4 v = *reinterpret_cast<const uint4*>(row + key);
-    bytes[0] = v.x, bytes[1] = v.y, bytes[2] = v.z, bytes[3] = v.w;
+  template <RunLoad kLoad>
+  __device__ __forceinline__ void load(const u8* row, int key, i64 stride_k, int len_kv) {
+    if constexpr (kLoad == RunLoad::each) {
+      load_each(row, key, stride_k, len_kv);
+    } else {
+      const uint4 v = kLoad == RunLoad::aligned ? *reinterpret_cast<const uint4*>(row + key) : load_shifted16(row + key);
+      bytes[0] = v.x, bytes[1] = v.y, bytes[2] = v.z, bytes[3] = v.w;
+    }
   }
   __device__ __forceinline__ void load_each(const u8* row, int key, i64 stride_k, int len_kv) {
 #pragma unroll
@@ -166,8 +194,10 @@ __device__ __forceinline__ void find_row_max(const ClassifyParams& p, const Mask
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int key = strip + i * step + Run::kKeys * lane;
-        if (p.vectors && key + Run::kKeys <= keys)
-          run[i].load(row, key);
+        if (p.vectors == (i32)RunLoad::aligned && key + Run::kKeys <= keys)
+          run[i].template load<RunLoad::aligned>(row, key, 1, keys);
+        else if (p.vectors && key + 2 * Run::kKeys <= keys)
+          run[i].template load<RunLoad::shifted>(row, key, 1, keys);
         else
           run[i].load_each(row, key, p.stride_k, keys);
       }
@@ -189,12 +219,11 @@ struct KeyState {
   float lowest = kInf, highest = -kInf;
 };
 
-// Adds the band's rows of a bool mask to the state of the lane's keys from `key` on, and stores them as bits. kVectors: their elements are
-// there, and aligned.
-template <bool kVectors>
+// Adds the band's rows of a bool mask to the state of the lane's keys from `key` on, and stores them as bits.
+template <RunLoad kLoad>
 __device__ __forceinline__ void add_bool_rows(const ClassifyParams& p, const MaskBand& band, int key, KeyState& state) {
   using Run = MaskRun<kMaskBool>;
-  constexpr int kKeys = Run::kKeys, kBatch = kVectors ? 8 : 2;  // rows that are loaded together
+  constexpr int kKeys = Run::kKeys, kBatch = kLoad == RunLoad::aligned ? 8 : 4;  // rows that are loaded together
   const i64 matrix_row0 = band.one_row ? band.matrix : (i64)band.matrix * p.len_q + band.row0;
   u16* kept_bits = reinterpret_cast<u16*>(p.kept + matrix_row0 * p.live_words) + key / kKeys;
   // One row for all queries: some query sees keys up to last_row, every one up to row0.
@@ -206,10 +235,7 @@ __device__ __forceinline__ void add_bool_rows(const ClassifyParams& p, const Mas
     Run run[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if constexpr (kVectors)
-        run[i].load(row, key);
-      else
-        run[i].load_each(row, key, p.stride_k, p.len_kv);
+      run[i].template load<kLoad>(row, key, p.stride_k, p.len_kv);
       if (base + i < band.rows - 1) row += band.row_bytes;
     }
 #pragma unroll
@@ -218,19 +244,19 @@ __device__ __forceinline__ void add_bool_rows(const ClassifyParams& p, const Mas
       const u32 kept = run[i].kept();
       state.seen |= kept & first_bits<kKeys>(some + r);
       if (!p.absent) state.uneven |= ~(kept & first_bits<kKeys>(every + r)) & (1u << kKeys) - 1;
-      if (kVectors || key < 32 * p.live_words) *kept_bits = kept;
+      if (kLoad != RunLoad::each || key < 32 * p.live_words) *kept_bits = kept;
       if (r < band.rows - 1) kept_bits += 2 * p.live_words;
     }
   }
   state.alive = state.seen;
 }
 
-// Adds the band's rows of an additive mask to the state of the lane's keys from `key` on. kVectors: their elements are there, and aligned.
-template <int kKind, bool kVectors>
+// Adds the band's rows of an additive mask to the state of the lane's keys from `key` on.
+template <int kKind, RunLoad kLoad>
 __device__ __forceinline__ void add_bias_rows(const ClassifyParams& p, const MaskBand& band, const ClassifyShared& shared, int key,
                                               KeyState& state) {
   using Run = MaskRun<kKind>;
-  constexpr int kKeys = Run::kKeys, kBatch = kVectors ? 8 : 2;  // rows that are loaded together
+  constexpr int kKeys = Run::kKeys, kBatch = kLoad == RunLoad::aligned ? 8 : kLoad == RunLoad::shifted ? 4 : 2;  // rows loaded together
   constexpr u32 kAll = (1u << kKeys) - 1;
   const int last_seen = (p.causal ? (band.one_row ? band.last_row : band.row0) - key + 1 : kKeys), seen_by_all = band.row0 - key + 1;
   const u8* row = band.mask;
@@ -238,10 +264,7 @@ __device__ __forceinline__ void add_bias_rows(const ClassifyParams& p, const Mas
     Run run[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {  // rows beyond the end repeat the last
-      if constexpr (kVectors)
-        run[i].load(row, key);
-      else
-        run[i].load_each(row, key, p.stride_k, p.len_kv);
+      run[i].template load<kLoad>(row, key, p.stride_k, p.len_kv);
       if (base + i < band.rows - 1) row += band.row_bytes;
     }
 #pragma unroll
@@ -288,16 +311,20 @@ __device__ __forceinline__ void classify_keys(const ClassifyParams& p, const Mas
   for (int strip = band.key0 + warp * kStrip; strip < band.key_end; strip += kClassifyWarps * kStrip) {
     const int key = strip + kKeys * lane;
     KeyState state;
-    const auto add = [&](auto vectors) {
+    const auto add = [&](auto how) {
+      constexpr RunLoad kLoad = (RunLoad) decltype(how)::value;
       if constexpr (kKind == kMaskBool)
-        add_bool_rows<decltype(vectors)::value>(p, band, key, state);
+        add_bool_rows<kLoad>(p, band, key, state);
       else
-        add_bias_rows<kKind, decltype(vectors)::value>(p, band, shared, key, state);
+        add_bias_rows<kKind, kLoad>(p, band, shared, key, state);
     };
-    if (p.vectors && strip + kStrip <= p.len_kv)
-      add(Constant<true>{});
+    // Of what is beyond the last key nothing is loaded.
+    if (p.vectors == (i32)RunLoad::aligned && strip + kStrip <= p.len_kv)
+      add(Constant<(int)RunLoad::aligned>{});
+    else if (p.vectors && strip + kStrip + kKeys <= p.len_kv)
+      add(Constant<(int)RunLoad::shifted>{});
     else
-      add(Constant<false>{});
+      add(Constant<(int)RunLoad::each>{});
     const u32 seen = __ballot_sync(kAllLanes, state.seen != 0), uneven = __ballot_sync(kAllLanes, state.uneven != 0);
     const u32 word = join_lanes<kKeys>(state.alive);
     if (lane % kLanes == 0 && key < p.len_kv) {  // 32 keys, which belong to one tile

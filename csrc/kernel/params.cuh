@@ -71,7 +71,7 @@ struct ClassifyParams {
   float* bias;       // [batches, heads, bias_len]: an additive mask of one row, in base 2, −inf beyond the end; null: not wanted
   i32 heads, bands;  // of the lists: 1 where the mask broadcasts
   i32 len_q, len_kv;
-  i32 mask_kind, causal, vectors;  // vectors: 1 if MaskRun::kKeys consecutive elements of a row are one aligned load
+  i32 mask_kind, causal, vectors;  // vectors: RunLoad
   i32 absent;                      // 1: keys that are not live take no part in attention anyway: they make no tile uneven
   i32 tile;                        // keys of a KV tile
   i32 words, live_words, bias_len;

@@ -67,7 +67,7 @@ def _quantize_v_entry(kernels: KernelFamily, arch: int, head_dim: int, keys: str
     )  # fmt: skip
 
 
-CLASSIFY = Entry("classify_mask", "classify_band", ClassifyParams, 256, 2)
+CLASSIFY = Entry("classify_mask", "classify_band", ClassifyParams, 256, 2, local=16)  # two blocks, with a register too few on 10.0
 PLACE_SEQUENCES = Entry("place_sequences", "place_group", PlaceSequencesParams, 256, 2, checks=("kPlaceThreads == 256",))
 NARROW_KEYS = 2048  # of a row, in a CTA
 NARROW_MASK = Entry(

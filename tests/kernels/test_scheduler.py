@@ -92,7 +92,8 @@ class Card:
 
 
 def schedule(
-    library: ctypes.CDLL, card: Card, pv: str, mask: str, heads: tuple[int, int], len_q: int, len_kv: int, planes: torch.Tensor | None = None
+    library: ctypes.CDLL, card: Card, pv: str, mask: str, heads: tuple[int, int], len_q: int, len_kv: int,
+    planes: torch.Tensor | None = None,
 ) -> Iterator[list[Work]]:  # fmt: skip
     """What each attention launch of the call, one for a group of heads, gives to its CTAs, in the order of the CTAs. planes: of the lists,
     [bands, 2, words], the same for all heads."""
@@ -173,6 +174,14 @@ def draw_planes(draw: random.Random, len_q: int, len_kv: int, tile: int) -> torc
     return (planes - (planes >> 31 << 32)).to(torch.int32)
 
 
+def bits_of(planes: torch.Tensor) -> tuple[set[int], set[int]]:
+    """The numbers of the tiles that any of the bands has in either plane."""
+    words = planes.to(torch.int64) & 0xFFFFFFFF
+    bits = (words[..., None] >> torch.arange(32) & 1).any(0).flatten(1)
+    seen, uneven = (set(plane.nonzero().flatten().tolist()) for plane in bits)
+    return seen, uneven
+
+
 @pytest.mark.parametrize("pv", VARIANTS)
 def test_lists_are_shared_out_by_their_cost(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, pv: str) -> None:
     tile, draw, weighed, split = KV_TILE_SM90[pv], random.Random(1), 0, 0
@@ -180,13 +189,9 @@ def test_lists_are_shared_out_by_their_cost(library: ctypes.CDLL, monkeypatch: p
         if len_q <= BAND_ROWS:
             continue  # one band for all
         planes = draw_planes(draw, len_q, len_kv, tile)
-        words = planes.to(torch.int64) & 0xFFFFFFFF
         lengths = {}  # of each block of queries: tiles, mixed ones
         for row0 in range(0, len_q, BLOCK_M):
-            seen, uneven = (
-                {32 * w + bit for band in words[row0 // BAND_ROWS : (row0 + BLOCK_M) // BAND_ROWS] for w, x in enumerate(band[plane].tolist())
-                 for bit in range(32) if x >> bit & 1} for plane in (0, 1)
-            )  # fmt: skip
+            seen, uneven = bits_of(planes[row0 // BAND_ROWS : (row0 + BLOCK_M) // BAND_ROWS])
             lengths[row0] = len(seen), len(seen & uneven)
         card = install(monkeypatch, Card(multiprocessors))
         (work,) = schedule(library, card, pv, "list", heads, len_q, len_kv, planes)

@@ -27,6 +27,7 @@ from .workspace import LaunchPlan, Workspace, launch_plan_of
 
 WEIGHED_BYTES = 40 << 20  # of quantised K and V; Hopper's L2 holds 50 MB
 CLASSIFY_KEYS = 4096  # that a CTA of classify_mask has at once: its threads times the 16 keys of each
+_EACH, _SHIFTED, _ALIGNED = range(3)  # RunLoad
 _MASK_KINDS = {getattr(torch, name): number for name, number in MASK_KINDS.items()}
 _pack_classify, _classify_constants = packer(ClassifyParams)
 (_pack_quantize_k, _quantize_k_constants), (_pack_quantize_v, _quantize_v_constants), (_pack_attend, _attend_constants) = (
@@ -283,7 +284,8 @@ def _lists(r: LaunchPlan, mask: torch.Tensor, unaligned: int, v_ones: bool = Fal
     # A CTA has some words of a band's planes, but for additive masks of many rows, of which it needs each row's largest bias.
     part_words = max(1, CLASSIFY_KEYS // (WORD_BITS * tile.block_n)) if is_bool or mask_rows == 1 else words
     parts = -(-words // part_words)
-    vectors = _runs_of(mask, 16 // mask.element_size(), unaligned)
+    *_, stride_k = _mask_strides(mask)
+    vectors = _ALIGNED if _runs_of(mask, 16 // mask.element_size(), unaligned) else _SHIFTED if stride_k == 1 else _EACH
     absent = v_ones and bands == 1 and (heads == 1 or p.heads_q == p.heads_kv)
     return Lists(
         batches * heads * bands * parts,
