@@ -78,7 +78,10 @@ def sageattn_sparse(
     else:
         from .sparse_dispatch import compute
 
-        result = compute(q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, sm_scale=sm_scale, variant=variant, **arguments)
+        result = compute(
+            q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, sm_scale=sm_scale, return_lse=return_lse, variant=variant,
+            **arguments,
+        )  # fmt: skip
     out, lse, share = result
     extra = (lse,) * bool(return_lse) + (share,) * bool(return_share)
     return (out, *extra) if extra else out

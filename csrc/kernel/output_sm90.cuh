@@ -34,17 +34,10 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
   constexpr int kHeld = kHeadDim <= 128 ? kHeadDim / 32 : 1;  // chunks whose scale and mean fit the registers beside O
   const int t = special_tid_x() % 4;
   float scale[kHeld][kChunk], mean[kHeld][kChunk] = {};
-  const auto take = [&](u32 from, float (&x)[kChunk]) {
-#pragma unroll
-    for (int i = 0; i < kChunk; i += 4) {
-      const uint4 v = load_shared16(from + 4 * i);
-      x[i] = __uint_as_float(v.x), x[i + 1] = __uint_as_float(v.y), x[i + 2] = __uint_as_float(v.z), x[i + 3] = __uint_as_float(v.w);
-    }
-  };
   const auto take_chunk = [&](int c) {
     const u32 channels = C::channel_scales(own) + 4 * (32 * c + kChunk * t);
-    take(channels, scale[c % kHeld]);
-    if constexpr (C::Layout::kVElementBytes == 1) take(channels + 4 * kHeadDim, mean[c % kHeld]);
+    load_shared8_floats(channels, scale[c % kHeld]);
+    if constexpr (C::Layout::kVElementBytes == 1) load_shared8_floats(channels + 4 * kHeadDim, mean[c % kHeld]);
   };
 #pragma unroll
   for (int c = 0; c < kHeld; ++c) take_chunk(c);  // first, to hide their latency

@@ -1,5 +1,6 @@
 // The producer warps of a Hopper CTA: KV tiles, raw Q, work tiles.
 #pragma once
+#include "../block/output.cuh"
 #include "../block/query.cuh"
 #include "../common/pv_type.cuh"
 #include "../ptx/async_copy.cuh"
@@ -18,13 +19,22 @@ __device__ __forceinline__ void load_kv_tiles(const AttendParams& p, u32 shared)
     const u32 at = shared + C::work_slot(iteration);
     const KvRange range(at);
     if (!(range.flags & kWorkValid)) break;
-    const auto fetch = [&](const u8* tile) {
-      const u32 stage = shared + C::kStage0 + ring.stage * Layout::kTileBytes;
+    // Fills a stage. second: of a stage of two, or null.
+    const auto fetch = [&](const u8* tile, const u8* second = nullptr) {
+      const u32 stage = shared + C::kStage0 + ring.stage * C::kStageBytes;
       const u32 barrier = shared + C::kBarriers + ring.stage * C::kBarrierPitch;
-      mbarrier_wait(barrier + kKEmpty, ring.parity);
-      cp_async_bulk(elected(), stage, tile, Layout::kKBytes, barrier + kKFull);
-      mbarrier_wait(barrier + kVEmpty, ring.parity);
-      cp_async_bulk(elected(), stage + Layout::kV, tile + Layout::kV, Layout::kVBytes, barrier + kVFull);
+      const auto copy = [&](u32 offset, u32 bytes, u32 empty, u32 full) {
+        mbarrier_wait(barrier + empty, ring.parity);
+        cp_async_bulk(elected(), stage + offset, tile + offset, bytes, barrier + full);
+        if constexpr (C::kStageTiles == 2) {
+          if (second)
+            cp_async_bulk(elected(), stage + Layout::kTileBytes + offset, second + offset, bytes, barrier + full);
+          else
+            mbarrier_arrive(elected(), barrier + full);
+        }
+      };
+      copy(0, Layout::kKBytes, kKEmpty, kKFull);
+      copy(Layout::kV, Layout::kVBytes, kVEmpty, kVFull);
       ring.advance();
     };
     int left = range.masked + range.unmasked;
@@ -37,7 +47,13 @@ __device__ __forceinline__ void load_kv_tiles(const AttendParams& p, u32 shared)
       };
       ListCursor cursor;
       cursor.skip(first, p.lists.words, load);
-      for (; left; --left) fetch(tiles + (i64)cursor.next(p.lists.words, load) * Layout::kTileBytes);
+      const auto next = [&] { return tiles + (i64)cursor.next(p.lists.words, load) * Layout::kTileBytes; };
+      for (; left > (C::kStageTiles == 2 ? range.unmasked : 0); --left) fetch(next());
+      if constexpr (C::kStageTiles == 2)
+        for (; left; left -= 2) {
+          const u8* tile = next();
+          fetch(tile, next());
+        }
     } else {
       for (const u8* tile = tiles + (i64)first * Layout::kTileBytes; left; --left, tile -= Layout::kTileBytes) fetch(tile);
     }
@@ -79,7 +95,7 @@ __device__ __forceinline__ void load_raw_q(const AttendParams& p, u32 shared) {
   }
 }
 
-// Producer warp 2: the work tile, and V's scale and mean per channel.
+// Producer warp 2: the work tile, V's scale and mean per channel, and the state in which each warpgroup's rows begin.
 template <class C>
 __device__ __forceinline__ void publish_work_tile(const AttendParams& p, u32 shared) {
   const u32 barrier = shared + C::kWorkBarriers;
@@ -103,6 +119,16 @@ __device__ __forceinline__ void publish_work_tile(const AttendParams& p, u32 sha
           store_shared_float(channels + 4 * (C::kHeadDim + c),
                              corrected_v_mean<PvType::fp8>(mean, scale, quant_sum, p.inv_v_max, p.live_keys[bh]));
         }
+      }
+      if (C::kHasTails && p.tail) {
+        const WorkTile tile = load_work_tile<C>(p, to);
+#pragma unroll 1
+        for (u32 at = special_tid_x() % 32 * 16; at < C::kConsumers * C::kTailBytes; at += 32 * 16) {
+          const float* state = initial_state<C::kHeadDim>(p, tile, tile.row0 + at / C::kTailBytes * 64);
+          cp_async16(to + C::kTails + at, state + at % C::kTailBytes / 4);
+        }
+        cp_async_commit();
+        cp_async_wait<0>();
       }
       if (elected()) store_shared_float(to + work::kMaxScale, max_score_scale(p.score_limit, p.k_scale_max[bh]));
     }

@@ -35,6 +35,7 @@ class Tile:
     loop_state_in_smem: bool = False
     recompute_thread_idx: bool = False
     delay_v_load: int = 0
+    stage_tiles: int = 1
 
 
 Tiles = dict[tuple[int | str, ...], Tile]

@@ -78,7 +78,7 @@ ROUTE = "route"  # the image of the router of block-sparse calls
 POOL_THREADS, ROUTE_WARPS = 256, 8
 ROUTE_ROWS = {64: 64, 128: 64, 256: 32}  # query blocks of a strip, by compiled head dimension
 ROUTE_PITCH = 128  # rows of scores are padded to a multiple of it
-ROUTE_SHARED = 60  # KiB of shared memory of a CTA, at most
+ROUTE_SHARED = 64  # KiB of shared memory of a CTA, at most
 
 
 def pool_entry(head_dim: int) -> Entry:
