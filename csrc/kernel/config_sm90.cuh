@@ -31,14 +31,14 @@ struct WgmmaConfig {
   static constexpr int kQPitch = 64 * 16, kQBytes = 64 * kHeadDim;
   static constexpr int kStage0 = kQStages * kConsumers * kQBytes;
   static constexpr int kBarriers = kStage0 + kStages * kStageBytes, kBarrierPitch = 32;
-  // the barriers of work tiles; the rotation's matrix; two slots of {work tile, V's scale and mean per channel, where lists may have tails
-  // also the initial state of each warpgroup's rows}; Q as in memory.
+  // the barriers of work tiles; the rotation's matrix; two slots of {work tile, V's scale and mean per channel, of block-sparse calls also
+  // the initial state of each warpgroup's rows and the token of each row}; Q as in memory.
   static constexpr int kWorkBarriers = kBarriers + kStages * kBarrierPitch;
   static constexpr int kRotation = kWorkBarriers + 32, kWorkSlot0 = kRotation + 32 * 16;
   static constexpr int kWorkTileBytes = kMask == Mask::packed ? 64 : 48;
-  static constexpr bool kHasTails = kMask == Mask::list && kHeadDim <= 128;  // at 256 block-sparse calls have other kernels
+  static constexpr bool kRouted = kMask == Mask::list && kHeadDim <= 128;  // serves such calls; those of 256 have other kernels
   static constexpr int kTailBytes = (4 + kHeadDim) * 4, kTails = kWorkTileBytes + 2 * kHeadDim * 4;
-  static constexpr int kWorkSlotBytes = kTails + (kHasTails ? kConsumers * kTailBytes : 0);
+  static constexpr int kTokens = kTails + kConsumers * kTailBytes, kWorkSlotBytes = kRouted ? kTokens + kBlockM * 4 : kTails;
   static constexpr bool kHasRawQ = kHeadDim <= 128;  // beside KV tiles of head_dim 256 there is no room
   static constexpr int kRawQ = kWorkSlot0 + 2 * kWorkSlotBytes,
                        kRawQPitch = 2 * kHeadDim + 64;  // bytes of a row; + 64 avoids bank conflicts

@@ -57,7 +57,7 @@ struct MainloopSm90 {
   using Keys = KeyBits<8 * kStepNTiles>;
 
   __device__ __forceinline__ bool has_tail(const KvRange& range) const {
-    return C::kHasTails && p.tail && !(range.flags & kWritesPartial);
+    return C::kRouted && p.tail && !(range.flags & kWritesPartial);
   }
 
   // Loads the initial softmax state of the warpgroup's 64 queries: m_i, l, O. no_score: m_i where the state is empty.

@@ -82,8 +82,11 @@ __device__ __forceinline__ void load_raw_q(const AttendParams& p, u32 shared) {
       const u32 to = shared + C::kRawQ + row * C::kRawQPitch + 2 * channel;
       // Rows beyond the end are not copied: garbage in their place affects no other row.
       const int rows = channel < p.head_dim ? min(C::kBlockM, span.len_q - row0) - row : 0;
-      if (C::kMask == Mask::list && p.order) {
-        for (int i = 0; i < rows; i += kRows) cp_async16(to + i * C::kRawQPitch, from + 2 * (i64)p.order[row0 + row + i] * p.q.stride_n);
+      if (C::kRouted && p.order) {
+        const u32 tokens = own + C::kTokens + 4 * row;
+#pragma unroll 4
+        for (int i = 0; i < rows; i += kRows)
+          cp_async16(to + i * C::kRawQPitch, from + 2 * (i64)(int)load_shared(tokens + 4 * i) * p.q.stride_n);
       } else {
         from += 2 * (span.token0 + row0 + row) * p.q.stride_n;
 #pragma unroll 4
@@ -95,7 +98,7 @@ __device__ __forceinline__ void load_raw_q(const AttendParams& p, u32 shared) {
   }
 }
 
-// Producer warp 2: the work tile, V's scale and mean per channel, and the state in which each warpgroup's rows begin.
+// Producer warp 2: the work tile, its rows' tokens, V's scale and mean per channel, and the state in which each warpgroup's rows begin.
 template <class C>
 __device__ __forceinline__ void publish_work_tile(const AttendParams& p, u32 shared) {
   const u32 barrier = shared + C::kWorkBarriers;
@@ -104,6 +107,14 @@ __device__ __forceinline__ void publish_work_tile(const AttendParams& p, u32 sha
     mbarrier_wait(barrier + kWorkEmpty, (iteration & 1) ^ 1);  // the slot's last work tile is done
     const u32 to = shared + C::work_slot(iteration), channels = C::channel_scales(to);
     const bool valid = scheduler.next(p, to);
+    if (C::kRouted && p.order && valid) {  // all at once: one after the other, loads of Q would wait for memory twice
+      __syncwarp();                        // the work tile is stored
+      const int row0 = (int)load_shared(to + work::kRow0);
+#pragma unroll
+      for (int i = special_tid_x() % 32; i < C::kBlockM; i += 32)
+        store_shared_float(to + C::kTokens + 4 * i, __int_as_float(p.order[min(row0 + i, p.len_q - 1)]));
+      __syncwarp();
+    }
     mbarrier_arrive(elected(), barrier + kWorkPublished);
     grid_dependency_wait();
     if (valid) {
@@ -120,7 +131,7 @@ __device__ __forceinline__ void publish_work_tile(const AttendParams& p, u32 sha
                              corrected_v_mean<PvType::fp8>(mean, scale, quant_sum, p.inv_v_max, p.live_keys[bh]));
         }
       }
-      if (C::kHasTails && p.tail) {
+      if (C::kRouted && p.tail) {
         const WorkTile tile = load_work_tile<C>(p, to);
 #pragma unroll 1
         for (u32 at = special_tid_x() % 32 * 16; at < C::kConsumers * C::kTailBytes; at += 32 * 16) {
