@@ -11,6 +11,7 @@ struct WgmmaTile {
   Mask mask;
   int stages, q_stages;  // of KV; of Q: with two, no consumer waits until the last work tile's Q has been read
   int stage_tiles = 1;   // KV tiles of a stage
+  bool routed = false;   // serves block-sparse calls: rows begin with what their list leaves out, and lie in an order
 };
 
 template <class Layout_, WgmmaTile kWgmmaTile>
@@ -36,7 +37,7 @@ struct WgmmaConfig {
   static constexpr int kWorkBarriers = kBarriers + kStages * kBarrierPitch;
   static constexpr int kRotation = kWorkBarriers + 32, kWorkSlot0 = kRotation + 32 * 16;
   static constexpr int kWorkTileBytes = kMask == Mask::packed ? 64 : 48;
-  static constexpr bool kRouted = kMask == Mask::list && kHeadDim <= 128;  // serves such calls; those of 256 have other kernels
+  static constexpr bool kRouted = kWgmmaTile.routed;
   static constexpr int kTailBytes = (4 + kHeadDim) * 4, kTails = kWorkTileBytes + 2 * kHeadDim * 4;
   static constexpr int kTokens = kTails + kConsumers * kTailBytes, kWorkSlotBytes = kRouted ? kTokens + kBlockM * 4 : kTails;
   static constexpr bool kHasRawQ = kHeadDim <= 128;  // beside KV tiles of head_dim 256 there is no room

@@ -28,7 +28,8 @@ def _wgmma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, acc
     t = find_tile(kernels.tiles, arch, head_dim, mask, accumulate)
     q_stages = 2 if head_dim == 128 else 1  # by measurement at 64; at 256 two were not tried
     form = "" if kernels.pv == "fp16" else "_fp8_wide" if head_dim == 256 else "_fp8"
-    fields = {"mask": f"Mask::{mask}", "stages": t.stages, "q_stages": q_stages, "stage_tiles": t.stage_tiles}
+    routed = "true" if kernels.masks == ("list",) else "false"
+    fields = {"mask": f"Mask::{mask}", "stages": t.stages, "q_stages": q_stages, "stage_tiles": t.stage_tiles, "routed": routed}
     tile = initializer("WgmmaTile", fields)
     config = f"Wgmma{form.title().replace('_', '')}Config<{kernels.layout.format(d=head_dim)}, {tile}>"
     return Entry(

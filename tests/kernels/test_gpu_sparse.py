@@ -257,6 +257,6 @@ def test_long_videos_take_256_mib(tokens: int) -> None:
     torch.cuda.reset_peak_memory_stats()
     out = sageattn_sparse(q, k, v, selection="topk", keep=0.05)
     torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before - 2 * out.numel() - 4 * 56 * tokens <= 256 << 20
+    assert torch.cuda.max_memory_allocated() - before - 2 * out.numel() <= 256 << 20
     exact = sageattn_sparse(q[:, 55:], k[:, 55:], v[:, 55:], selection="topk", keep=0.05, variant="reference")
     assert workloads.relative_l2(out[:, 55:], exact.double()) <= 0.08
