@@ -71,6 +71,7 @@ def sageattn_sparse(
         "neighbours": neighbours, "q_start": q_start, "sinks": sinks, "query_sinks": query_sinks, "order": order, "block_len": block_len,
         "block_mask": block_mask, "key_mask": key_mask, "coarse_gate": coarse_gate,
     }  # fmt: skip
+    result: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
     if is_traced(q):
         from . import torch_library
 
@@ -83,5 +84,5 @@ def sageattn_sparse(
             **arguments,
         )  # fmt: skip
     out, lse, share = result
-    extra = (lse,) * bool(return_lse) + (share,) * bool(return_share)
+    extra = [given for given, asked in ((lse, return_lse), (share, return_share)) if asked and given is not None]
     return (out, *extra) if extra else out

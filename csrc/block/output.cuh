@@ -30,7 +30,7 @@ __device__ __forceinline__ const float* initial_state(const AttendParams& p, con
 
 // An element of the initial O, in units of quantised V and P. l: the state's sum; amax, mean: of its channel of V.
 __device__ __forceinline__ float quantize_o(const AttendParams& p, float o, float l, float amax, float mean, float p_max) {
-  return amax > 0.0f ? fmaf(-l, mean, o) * (p_max * rcp_approx(amax * p.inv_v_max)) : 0.0f;
+  return amax > 0.0f ? fmaf(-l, mean, o) * p_max / (amax * p.inv_v_max) : 0.0f;
 }
 
 }  // namespace sage

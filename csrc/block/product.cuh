@@ -58,8 +58,7 @@ struct Product {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-          for (int n = 0; n < kColumnTiles; ++n)
-            mma_tf32(sum[m][n], a[m].part[part % 2], b[n].part[part / 2][0], b[n].part[part / 2][1]);
+          for (int n = 0; n < kColumnTiles; ++n) mma_tf32(sum[m][n], a[m].part[part % 2], b[n].part[part / 2][0], b[n].part[part / 2][1]);
     }
   }
 

@@ -56,9 +56,7 @@ struct MainloopSm90 {
 
   using Keys = KeyBits<8 * kStepNTiles>;
 
-  __device__ __forceinline__ bool has_tail(const KvRange& range) const {
-    return C::kRouted && p.tail && !(range.flags & kWritesPartial);
-  }
+  __device__ __forceinline__ bool has_tail(const KvRange& range) const { return C::kRouted && p.tail && !(range.flags & kWritesPartial); }
 
   // Loads the initial softmax state of the warpgroup's 64 queries: m_i, l, O. no_score: m_i where the state is empty.
   __device__ __forceinline__ void load_tail(float (&o)[C::kOutRegisters], float (&l)[2], float no_score) {
@@ -74,9 +72,11 @@ struct MainloopSm90 {
       load_shared8_floats(state + 16 + channel, x), load_shared8_floats(scales, amax);
       if constexpr (Layout::kVElementBytes == 1) load_shared8_floats(scales + 4 * kHeadDim, mean);
 #pragma unroll
-      for (int e = 0; e < kChunk; ++e)
+      for (int e = 0; e < kChunk; ++e) {
+        const float unit = amax[e] > 0.0f ? p_max * rcp_approx(amax[e] * p.inv_v_max) : 0.0f;  // as quantize_o(), by a reciprocal
 #pragma unroll
-        for (int half = 0; half < 2; ++half) o[16 * c + e / 2 * 4 + 2 * half + e % 2] = quantize_o(p, x[e], sum, amax[e], mean[e], p_max);
+        for (int half = 0; half < 2; ++half) o[16 * c + e / 2 * 4 + 2 * half + e % 2] = fmaf(-sum, mean[e], x[e]) * unit;
+      }
     }
   }
 

@@ -52,10 +52,10 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
     int width[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      row[half] = static_cast<u8*>(p.out) +
-                  (head + (C::kMask == Mask::list ? token_in<C>(p, own, at.tile, min(at.row(half), p.len_q - 1)) : at.row(half)) *
-                              p.out_stride_n) *
-                      kElementBytes<kDtype>;
+      row[half] =
+          static_cast<u8*>(p.out) +
+          (head + (C::kMask == Mask::list ? token_in<C>(p, own, at.tile, min(at.row(half), p.len_q - 1)) : at.row(half)) * p.out_stride_n) *
+              kElementBytes<kDtype>;
       width[half] = at.has(at.row(half)) ? p.head_dim : 0;
     }
 #pragma unroll

@@ -66,7 +66,8 @@ __device__ __forceinline__ bool prefetches_raw_q(const AttendParams& p) {
   return C::kHasRawQ && p.dtype != kFloat32 && p.q_vectorized;
 }
 
-// Producer warp 1: raw Q of the next work tile, so that no consumer waits for memory between two main loops.
+// Producer warp 1: raw Q of the next work tile, and which tokens its rows are, so that no consumer waits for memory between two main loops:
+// behind the KV tiles that fill the ring then, that takes microseconds.
 template <class C>
 __device__ __forceinline__ void load_raw_q(const AttendParams& p, u32 shared) {
   constexpr int kPieces = C::kHeadDim / kChunk, kRows = 32 / kPieces;  // 16-byte pieces of a row; rows at a time
@@ -75,6 +76,13 @@ __device__ __forceinline__ void load_raw_q(const AttendParams& p, u32 shared) {
     mbarrier_wait(barrier + kWorkPublished, iteration & 1);  // then the previous work tile's Q has been read, too
     const u32 own = shared + C::work_slot(iteration);
     const bool valid = KvRange(own).flags & kWorkValid;
+    if (C::kRouted && valid && p.order) {
+      const int row0 = (int)load_shared(own + work::kRow0);
+#pragma unroll
+      for (int i = 0; i < C::kBlockM; i += 32)
+        store_shared_float(own + C::kTokens + 4 * (i + lane), __int_as_float(p.order[min(row0 + i + (int)lane, p.len_q - 1)]));
+      __syncwarp();  // the tokens are stored
+    }
     if (valid && prefetches_raw_q<C>(p)) {
       const auto [bh, batch, head, row0, span] = load_work_tile<C>(p, own);
       const int channel = lane % kPieces * kChunk, row = lane / kPieces;
@@ -94,11 +102,47 @@ __device__ __forceinline__ void load_raw_q(const AttendParams& p, u32 shared) {
       }
     }
     cp_async_mbarrier_arrive(barrier + kWorkFull);
+    if (C::kRouted) mbarrier_arrive(elected(), barrier + kWorkFull);  // the copies' arrival says nothing of stores
     if (!valid) break;
   }
 }
 
-// Producer warp 2: the work tile, its rows' tokens, V's scale and mean per channel, and the state in which each warpgroup's rows begin.
+// V's scale and mean per channel.
+template <class C>
+__device__ __forceinline__ void load_channels(const AttendParams& p, int bh, u32 channels) {
+  constexpr bool kMeans = C::Layout::kVElementBytes == 1;
+  const int lane = special_tid_x() % 32;
+  const auto at = [&](int c) { return bh * C::kHeadDim + c; };
+  if constexpr (C::kRouted && kMeans) {
+    // Work tiles may be so short here that their consumers wait for this: two channels a lane are under way together.
+    const float keys = p.live_keys[bh];
+#pragma unroll 1
+    for (int c = lane; c < C::kHeadDim; c += 64) {
+      const float scale[2] = {p.v_amax[at(c)], p.v_amax[at(c + 32)]}, mean[2] = {p.v_mean[at(c)], p.v_mean[at(c + 32)]};
+      const i32 quant_sum[2] = {p.v_quant_sum[at(c)], p.v_quant_sum[at(c + 32)]};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const u32 to = channels + 4 * (c + 32 * i);
+        store_shared_float(to, scale[i]);
+        store_shared_float(to + 4 * C::kHeadDim, corrected_v_mean<PvType::fp8>(mean[i], scale[i], quant_sum[i], p.inv_v_max, keys));
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int c = lane; c < C::kHeadDim; c += 32) {
+      const float scale = p.v_amax[at(c)];
+      store_shared_float(channels + 4 * c, scale);
+      if constexpr (kMeans) {
+        const float mean = p.v_mean[at(c)];
+        const i32 quant_sum = p.v_quant_sum[at(c)];
+        store_shared_float(channels + 4 * (C::kHeadDim + c),
+                           corrected_v_mean<PvType::fp8>(mean, scale, quant_sum, p.inv_v_max, p.live_keys[bh]));
+      }
+    }
+  }
+}
+
+// Producer warp 2: the work tile, V's scale and mean per channel, and the state in which each warpgroup's rows begin.
 template <class C>
 __device__ __forceinline__ void publish_work_tile(const AttendParams& p, u32 shared) {
   const u32 barrier = shared + C::kWorkBarriers;
@@ -107,30 +151,11 @@ __device__ __forceinline__ void publish_work_tile(const AttendParams& p, u32 sha
     mbarrier_wait(barrier + kWorkEmpty, (iteration & 1) ^ 1);  // the slot's last work tile is done
     const u32 to = shared + C::work_slot(iteration), channels = C::channel_scales(to);
     const bool valid = scheduler.next(p, to);
-    if (C::kRouted && p.order && valid) {  // all at once: one after the other, loads of Q would wait for memory twice
-      __syncwarp();                        // the work tile is stored
-      const int row0 = (int)load_shared(to + work::kRow0);
-#pragma unroll
-      for (int i = special_tid_x() % 32; i < C::kBlockM; i += 32)
-        store_shared_float(to + C::kTokens + 4 * i, __int_as_float(p.order[min(row0 + i, p.len_q - 1)]));
-      __syncwarp();
-    }
     mbarrier_arrive(elected(), barrier + kWorkPublished);
     grid_dependency_wait();
     if (valid) {
       __syncwarp();  // the work tile is stored
       const int bh = (int)load_shared(to + work::kBh);
-#pragma unroll 1
-      for (int c = special_tid_x() % 32; c < C::kHeadDim; c += 32) {
-        const float scale = p.v_amax[bh * C::kHeadDim + c];
-        store_shared_float(channels + 4 * c, scale);
-        if constexpr (C::Layout::kVElementBytes == 1) {
-          const float mean = p.v_mean[bh * C::kHeadDim + c];
-          const i32 quant_sum = p.v_quant_sum[bh * C::kHeadDim + c];
-          store_shared_float(channels + 4 * (C::kHeadDim + c),
-                             corrected_v_mean<PvType::fp8>(mean, scale, quant_sum, p.inv_v_max, p.live_keys[bh]));
-        }
-      }
       if (C::kRouted && p.tail) {
         const WorkTile tile = load_work_tile<C>(p, to);
 #pragma unroll 1
@@ -139,8 +164,9 @@ __device__ __forceinline__ void publish_work_tile(const AttendParams& p, u32 sha
           cp_async16(to + C::kTails + at, state + at % C::kTailBytes / 4);
         }
         cp_async_commit();
-        cp_async_wait<0>();
       }
+      load_channels<C>(p, bh, channels);
+      if (C::kRouted && p.tail) cp_async_wait<0>();
       if (elected()) store_shared_float(to + work::kMaxScale, max_score_scale(p.score_limit, p.k_scale_max[bh]));
     }
     __syncwarp();

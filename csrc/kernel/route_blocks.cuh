@@ -264,12 +264,12 @@ struct Router {
                  for (int i = 0; i < C::kColumnPieces; ++i) {
                    const int piece = threadIdx.x + i * kRouteThreads, k = piece / kOfRow;
                    if (k < C::kDepth)
-                     *reinterpret_cast<float4*>(shared.products.columns[step % 2] + Product::row_of_b(k) + piece % kOfRow * 4) = x.column[i];
+                     *reinterpret_cast<float4*>(shared.products.columns[step % 2] + Product::row_of_b(k) + piece % kOfRow * 4) =
+                         x.column[i];
                  }
                },
                [&](int step) {
-                 if (Product::first_column() < kWidth)
-                   sums.multiply(shared.products.p[step % 2], shared.products.columns[step % 2]);
+                 if (Product::first_column() < kWidth) sums.multiply(shared.products.p[step % 2], shared.products.columns[step % 2]);
                });
       if (weighs && channel0 == 0) {
         l = row_sum(l);
@@ -322,7 +322,7 @@ struct Router {
     float keys;  // that exist
     float score[kListRows];
     float* stored[kListRows];  // where those lie
-    bool visible, sink, cut;  // cut: not every query sees it whole, so it can't be in a tail
+    bool visible, sink, cut;   // cut: not every query sees it whole, so it can't be in a tail
     bool in_question[kListRows], whole_of[kListRows];
 
     __device__ __forceinline__ bool asked(int r) const { return in_question[r]; }  // the row's score is in question

@@ -1,4 +1,4 @@
-"""Block-sparse calls on Hopper's own kernels without a GPU: router, quantisers and attention by lists, emulated lane by lane (tests/lanes)."""
+"""Block-sparse calls on Hopper's own kernels without a GPU: router, quantisers and attention, emulated lane by lane (tests/lanes)."""
 
 from __future__ import annotations
 

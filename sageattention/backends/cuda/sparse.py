@@ -103,7 +103,8 @@ def _heads(whole: Part, b: int, kv: slice) -> Part:
 
 
 def _route(part: Part, plan: CudaPlan, exact: torch.Tensor) -> Routed:
-    view = BlockView(part.sparse.problem.len_q, part.sparse.problem.len_kv, geometry_of(part.sparse, part.tensors, LIST_ROWS), part.q.device)
+    p = part.sparse.problem
+    view = BlockView(p.len_q, p.len_kv, geometry_of(part.sparse, part.tensors, LIST_ROWS), part.q.device)
     if has_kernels(part.sparse):
         return fused(part.q, part.k, part.v, part.sparse, part.tensors, plan, view, exact)
     return _by_reference(part, plan, view, exact)
