@@ -12,6 +12,7 @@ namespace sage {
 template <class C>
 __device__ __forceinline__ void load_kv_tiles(const AttendParams& p, u32 shared) {
   using Layout = typename C::Layout;
+  static_assert(C::kStageTiles == 1 || (C::kStageTiles == 2 && C::kMask == Mask::list), "tiles of lists alone go in twos");
   grid_dependency_wait();
   Ring<C::kStages> ring{0, 1};  // all stages are empty at first: waiting for the phase before the first returns at once
   for (int iteration = 0;; ++iteration) {

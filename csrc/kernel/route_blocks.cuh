@@ -392,8 +392,8 @@ struct Router {
   };
 
   // log2 of the block's shares of the rows' softmaxes, summed; NaN where it is not in question.
-  template <class Place>
-  __device__ __forceinline__ float weight(const Place& at, const Line& line) const {
+  template <class At>
+  __device__ __forceinline__ float weight(const At& at, const Line& line) const {
     return log2_sum(at.asked(0) ? at.score[0] - line.lse[0] : -kInf, at.asked(1) ? at.score[1] - line.lse[1] : -kInf);
   }
 
