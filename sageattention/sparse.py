@@ -71,6 +71,7 @@ def sageattn_sparse(
         "neighbours": neighbours, "q_start": q_start, "sinks": sinks, "query_sinks": query_sinks, "order": order, "block_len": block_len,
         "block_mask": block_mask, "key_mask": key_mask, "coarse_gate": coarse_gate,
     }  # fmt: skip
+    result: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
     if is_traced(q):
         from . import torch_library
 
@@ -78,7 +79,10 @@ def sageattn_sparse(
     else:
         from .sparse_dispatch import compute
 
-        result = compute(q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, sm_scale=sm_scale, variant=variant, **arguments)
+        result = compute(
+            q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, sm_scale=sm_scale, return_lse=return_lse, variant=variant,
+            **arguments,
+        )  # fmt: skip
     out, lse, share = result
-    extra = (lse,) * bool(return_lse) + (share,) * bool(return_share)
+    extra = [given for given, asked in ((lse, return_lse), (share, return_share)) if asked and given is not None]
     return (out, *extra) if extra else out

@@ -24,10 +24,10 @@ __device__ __forceinline__ void attend_block(const AttendParams& p) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < C::kStages; ++i) {
       const u32 barrier = shared + C::kBarriers + i * C::kBarrierPitch;
-      mbarrier_init(barrier + kKFull, 1), mbarrier_init(barrier + kVFull, 1);
+      mbarrier_init(barrier + kKFull, C::kStageTiles), mbarrier_init(barrier + kVFull, C::kStageTiles);
       mbarrier_init(barrier + kKEmpty, C::kConsumerWarps), mbarrier_init(barrier + kVEmpty, C::kConsumerWarps);
     }
-    mbarrier_init(shared + C::kWorkBarriers + kWorkFull, 32 + 1);  // the lanes of producer warp 1, and producer warp 2
+    mbarrier_init(shared + C::kWorkBarriers + kWorkFull, 32 + C::kRouted + 1);  // the lanes of producer warp 1, itself, producer warp 2
     mbarrier_init(shared + C::kWorkBarriers + kWorkEmpty, C::kConsumerWarps);
     mbarrier_init(shared + C::kWorkBarriers + kWorkPublished, 1);
     fence_async_proxy();

@@ -9,13 +9,16 @@ namespace sage {
 // One kernel: a row of sageattention/kernels/wgmma.py.
 struct WgmmaTile {
   Mask mask;
-  int stages, q_stages;  // of KV tiles; of Q: with two, no consumer waits until the last work tile's Q has been read
+  int stages, q_stages;  // of KV; of Q: with two, no consumer waits until the last work tile's Q has been read
+  int stage_tiles = 1;   // KV tiles of a stage
+  bool routed = false;   // serves block-sparse calls: rows begin with what their list leaves out, and lie in an order
 };
 
 template <class Layout_, WgmmaTile kWgmmaTile>
 struct WgmmaConfig {
   using Layout = Layout_;
   static constexpr int kHeadDim = Layout::kHeadDim, kTile = Layout::kTile, kStages = kWgmmaTile.stages, kQStages = kWgmmaTile.q_stages;
+  static constexpr int kStageTiles = kWgmmaTile.stage_tiles, kStageBytes = kStageTiles * Layout::kTileBytes;
   static constexpr Mask kMask = kWgmmaTile.mask;
   static constexpr int kUnmaskedLeast = 1,
                        kUnmaskedMultiple = 1;  // tiles of unmasked_tiles(): at least, and a multiple of; the rest is done as masked
@@ -28,11 +31,15 @@ struct WgmmaConfig {
   // Shared memory, byte offsets: Q in core-matrix order, 64 rows after another; KV stages; their barriers;
   static constexpr int kQPitch = 64 * 16, kQBytes = 64 * kHeadDim;
   static constexpr int kStage0 = kQStages * kConsumers * kQBytes;
-  static constexpr int kBarriers = kStage0 + kStages * Layout::kTileBytes, kBarrierPitch = 32;
-  // the barriers of work tiles; the rotation's matrix; two slots of {work tile, V's scale and mean per channel}; Q as in memory.
+  static constexpr int kBarriers = kStage0 + kStages * kStageBytes, kBarrierPitch = 32;
+  // the barriers of work tiles; the rotation's matrix; two slots of {work tile, V's scale and mean per channel, of block-sparse calls also
+  // the initial state of each warpgroup's rows and the token of each row}; Q as in memory.
   static constexpr int kWorkBarriers = kBarriers + kStages * kBarrierPitch;
   static constexpr int kRotation = kWorkBarriers + 32, kWorkSlot0 = kRotation + 32 * 16;
-  static constexpr int kWorkTileBytes = kMask == Mask::packed ? 64 : 48, kWorkSlotBytes = kWorkTileBytes + 2 * kHeadDim * 4;
+  static constexpr int kWorkTileBytes = kMask == Mask::packed ? 64 : 48;
+  static constexpr bool kRouted = kWgmmaTile.routed;
+  static constexpr int kTailBytes = (4 + kHeadDim) * 4, kTails = kWorkTileBytes + 2 * kHeadDim * 4;
+  static constexpr int kTokens = kTails + kConsumers * kTailBytes, kWorkSlotBytes = kRouted ? kTokens + kBlockM * 4 : kTails;
   static constexpr bool kHasRawQ = kHeadDim <= 128;  // beside KV tiles of head_dim 256 there is no room
   static constexpr int kRawQ = kWorkSlot0 + 2 * kWorkSlotBytes,
                        kRawQPitch = 2 * kHeadDim + 64;  // bytes of a row; + 64 avoids bank conflicts

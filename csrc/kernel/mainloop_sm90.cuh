@@ -43,40 +43,41 @@ struct MainloopSm90 {
     return max(a, b);
   }
 
-  // Loads the K scales of the tile in `stage` ahead of their use.
-  __device__ __forceinline__ void load_k_scales(u32 stage) {
-    const uint4 v = load_shared16(tile(stage) + Layout::kScaleOffset + Layout::kScalePitch * (special_tid_x() % 4u));
+  // Loads the K scales of tile number `place` of a stage ahead of their use.
+  __device__ __forceinline__ void load_k_scales(u32 stage, int place = 0) {
+    const u32 scales = tile(stage) + place * Layout::kTileBytes + Layout::kScaleOffset;
+    const uint4 v = load_shared16(scales + Layout::kScalePitch * (special_tid_x() % 4u));
     k_scales = {v.x, v.y}, tile_number = v.w;
   }
 
   __device__ __forceinline__ u32 barrier(u32 stage) const { return shared + C::kBarriers + stage * C::kBarrierPitch; }
-  __device__ __forceinline__ u32 tile(u32 stage) const { return shared + C::kStage0 + stage * Layout::kTileBytes; }
+  // The stage's first tile.
+  __device__ __forceinline__ u32 tile(u32 stage) const { return shared + C::kStage0 + stage * C::kStageBytes; }
 
   using Keys = KeyBits<8 * kStepNTiles>;
 
-  __device__ __forceinline__ bool has_tail(const KvRange& range) const {
-    return C::kMask == Mask::list && p.tail && !(range.flags & kWritesPartial);
-  }
+  __device__ __forceinline__ bool has_tail(const KvRange& range) const { return C::kRouted && p.tail && !(range.flags & kWritesPartial); }
 
   // Loads the initial softmax state of the warpgroup's 64 queries: m_i, l, O. no_score: m_i where the state is empty.
   __device__ __forceinline__ void load_tail(float (&o)[C::kOutRegisters], float (&l)[2], float no_score) {
-    const u32 slot = shared + C::work_slot(iteration);
-    const WorkTile tile = load_work_tile<C>(p, slot);
+    const u32 slot = shared + C::work_slot(iteration), state = slot + C::kTails + (special_tid_x() / 128 - 1) * C::kTailBytes;
     const int t = special_tid_x() % 4;
-    const float* state = initial_state<kHeadDim>(p, tile, tile.row0 + (special_tid_x() / 128 - 1) * 64);
-    const float p_max = exp2_approx(p.log2_p_max), sum = state[1];
+    const float p_max = exp2_approx(p.log2_p_max), sum = load_shared_float(state + 4);
     l[0] = l[1] = sum * p_max;
-    m_i[0] = m_i[1] = sum > 0.0f ? state[0] - p.log2_p_max : no_score;
+    m_i[0] = m_i[1] = sum > 0.0f ? load_shared_float(state) - p.log2_p_max : no_score;
 #pragma unroll
-    for (int c = 0; c < kHeadDim / 32; ++c)
+    for (int c = 0; c < kHeadDim / 32; ++c) {
+      const u32 channel = 4 * (32 * c + kChunk * t), scales = C::channel_scales(slot) + channel;
+      float x[kChunk], amax[kChunk], mean[kChunk] = {};
+      load_shared8_floats(state + 16 + channel, x), load_shared8_floats(scales, amax);
+      if constexpr (Layout::kVElementBytes == 1) load_shared8_floats(scales + 4 * kHeadDim, mean);
 #pragma unroll
       for (int e = 0; e < kChunk; ++e) {
-        const u32 channel = C::channel_scales(slot) + 4 * (32 * c + kChunk * t + e);
-        const float mean = Layout::kVElementBytes == 1 ? load_shared_float(channel + 4 * kHeadDim) : 0.0f;
-        const float x = quantize_o(p, state[4 + 32 * c + kChunk * t + e], sum, load_shared_float(channel), mean, p_max);
+        const float unit = amax[e] > 0.0f ? p_max * rcp_approx(amax[e] * p.inv_v_max) : 0.0f;  // as quantize_o(), by a reciprocal
 #pragma unroll
-        for (int half = 0; half < 2; ++half) o[16 * c + e / 2 * 4 + 2 * half + e % 2] = x;
+        for (int half = 0; half < 2; ++half) o[16 * c + e / 2 * 4 + 2 * half + e % 2] = fmaf(-sum, mean[e], x[e]) * unit;
       }
+    }
   }
 
   // The warpgroup's last query.

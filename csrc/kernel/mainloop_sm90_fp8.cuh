@@ -11,12 +11,15 @@ namespace sage {
 template <class Layout_, WgmmaTile kWgmmaTile>
 struct WgmmaFp8Config : WgmmaConfig<Layout_, kWgmmaTile> {
   using Layout = Layout_;
+  using Base = WgmmaConfig<Layout_, kWgmmaTile>;
   static constexpr int kStep = Layout::kHeadDim == 64 && Layout::kTile == 128 ? 128 : 64;  // keys of a softmax step
-  static constexpr int kStepsPerTile = Layout::kTile / kStep, kScaleCount = kStep / Layout::kScaleKeys;
+  static constexpr int kStepsPerTile = Layout::kTile / kStep, kStepsPerStage = kStepsPerTile * Base::kStageTiles;
+  static constexpr int kScaleCount = kStep / Layout::kScaleKeys;
   static constexpr int kScoreRegisters = kStep / 2, kProbRegisters = kStep / 8;
   static constexpr int kOutRegisters = Layout::kHeadDim / 2, kAccRegisters = Layout::kVColumns / 2;
-  // Unmasked tiles of a run: at least two, and of 64 keys an even number, so that four steps make a group.
-  static constexpr int kGroupSteps = 256 / kStep, kUnmaskedLeast = 2, kUnmaskedMultiple = Layout::kTile == 64 ? 2 : 1;
+  // Unmasked tiles of a run: at least two, and whole stages, so that four steps make a group.
+  static constexpr int kGroupSteps = 256 / kStep, kUnmaskedLeast = 2, kUnmaskedMultiple = Base::kStageTiles;
+  static_assert(kStepsPerStage == 2 || kGroupSteps == 2, "a group of four steps is two stages");
   static_assert((Layout::kTile == 128 || Layout::kTile == 64) && Layout::kOnes && Layout::kVElementBytes == 1,
                 "steps and scales are worked out for this tile");
 };
@@ -138,16 +141,20 @@ struct MainloopFp8 : SoftmaxFp8<C> {
   using typename Base::Layout, typename Base::Scores, typename Base::ProbFragments, typename Base::Scales;
   using Base::barrier, Base::tile, Base::mask_scores, Base::load_k_scales, Base::tile_number, Base::m_i, Base::ring, Base::sQ, Base::p;
   using Base::begin_group, Base::l_i, Base::m_p, Base::o, Base::reference, Base::release, Base::update_m_i;
-  static constexpr int kHeadDim = C::kHeadDim, kStepsPerTile = C::kStepsPerTile;
+  static constexpr int kHeadDim = C::kHeadDim, kStepsPerTile = C::kStepsPerTile, kStepsPerStage = C::kStepsPerStage;
 
   float acc[C::kAccRegisters];  // P·V of the current promotion group; its columns of ones sum P
 
-  // Issues S = Q·Kᵀ of one step of the tile at `at`.
-  template <int kStepInTile>
+  // Where the tile of a stage's step lies, from the stage's beginning.
+  static constexpr u32 tile_of_step(int step) { return step / kStepsPerTile * Layout::kTileBytes; }
+
+  // Issues S = Q·Kᵀ of one step of the stage at `at`.
+  template <int kStepInStage>
   __device__ __forceinline__ void issue_scores(Scores& s, const Ring<C::kStages>& at) const {
     const u64 rows = wgmma_descriptor<C::kQPitch>(sQ);
-    const u64 keys = wgmma_descriptor<Layout::kKPitch>(tile(at.stage)) + (kStepInTile * C::kStep * 16 >> 4);
-    if (kStepInTile == 0) mbarrier_wait(barrier(at.stage) + kKFull, at.parity);
+    const u64 keys = wgmma_descriptor<Layout::kKPitch>(tile(at.stage)) +
+                     (tile_of_step(kStepInStage) + kStepInStage % kStepsPerTile * C::kStep * 16 >> 4);
+    if (kStepInStage == 0) mbarrier_wait(barrier(at.stage) + kKFull, at.parity);
     warpgroup_fence_operand(s);
     wgmma_fence();
 #pragma unroll
@@ -155,11 +162,12 @@ struct MainloopFp8 : SoftmaxFp8<C> {
     wgmma_commit();
   }
 
-  // Issues acc = P·V (+ acc unless fresh) of one step of the current tile.
-  template <int kStepInTile>
+  // Issues acc = P·V (+ acc unless fresh) of one step of the current stage.
+  template <int kStepInStage>
   __device__ __forceinline__ void issue_pv(const ProbFragments& prob, bool fresh) {
-    const u64 v = wgmma_descriptor<Layout::kVPitch>(tile(ring.stage) + Layout::kV) + (kStepInTile * C::kStep / 16 * Layout::kVPitch >> 4);
-    if (kStepInTile == 0) mbarrier_wait(barrier(ring.stage) + kVFull, ring.parity);
+    const u64 v = wgmma_descriptor<Layout::kVPitch>(tile(ring.stage) + Layout::kV) +
+                  (tile_of_step(kStepInStage) + kStepInStage % kStepsPerTile * C::kStep / 16 * Layout::kVPitch >> 4);
+    if (kStepInStage == 0) mbarrier_wait(barrier(ring.stage) + kVFull, ring.parity);
     warpgroup_fence_operand(acc);
     wgmma_fence();
 #pragma unroll
@@ -197,16 +205,17 @@ struct MainloopFp8 : SoftmaxFp8<C> {
   }
 
   // One step, whose scores are in `s`. Meanwhile the tensor cores compute the next step's scores and the previous one's P·V. fresh: a
-  // promotion group begins. last: there is no next tile; the step recomputes its own tile's scores and drops them, as in MainloopFp16.
-  template <int kStepInTile>
+  // promotion group begins. last: there is no next stage; the step recomputes its own stage's scores and drops them, as in MainloopFp16.
+  template <int kStepInStage>
   __device__ __forceinline__ void step(Scores& s, Scores& next, ProbFragments& prob, bool fresh, bool first, bool last) {
-    constexpr bool kTileEnds = kStepInTile == kStepsPerTile - 1;
+    constexpr int kNext = (kStepInStage + 1) % kStepsPerStage;
+    constexpr bool kStageEnds = kNext == 0, kTileEnds = kNext % kStepsPerTile == 0;
     Scales scale;
     float top[2], alpha[2];
     Ring<C::kStages> after = ring, before = ring;
-    if (kTileEnds && !last) after.advance();
+    if (kStageEnds && !last) after.advance();
     before.retreat();
-    Base::template read_scales<kStepInTile>(scale);
+    Base::template read_scales<kStepInStage % kStepsPerTile>(scale);
     warpgroup_fence_operand(s);
     bool moves = false;
 #pragma unroll
@@ -215,18 +224,18 @@ struct MainloopFp8 : SoftmaxFp8<C> {
       moves |= top[half] > m_p[half] + kLog2E4m3Max || (fresh && m_p[half] > m_i[half]);
     }
     moves = __any_sync(kAllLanes, moves);
-    issue_scores<kTileEnds ? 0 : kStepInTile + 1>(next, after);
-    if (kTileEnds) release(kKEmpty, ring.stage);  // after the issue: the last step reads the same K again
+    issue_scores<kNext>(next, after);
+    if (kStageEnds) release(kKEmpty, ring.stage);  // after the issue: the last step reads the same K again
     if (moves) {
       if (fresh)
         update_m_i(top);
       else
         update_m_p(top, alpha);
     }
-    if (kTileEnds) load_k_scales(after.stage);
+    if (kTileEnds) load_k_scales(after.stage, kNext / kStepsPerTile);
     wgmma_wait<1>();
     warpgroup_fence_operand(acc);
-    if (kStepInTile == 0 && !first) release(kVEmpty, before.stage);
+    if (kStepInStage == 0 && !first) release(kVEmpty, before.stage);
     if (fresh) {
       if (!first) promote();
       begin_group(top);
@@ -234,13 +243,13 @@ struct MainloopFp8 : SoftmaxFp8<C> {
       rescale(alpha);
     }
     Base::template softmax_step<false>(s, scale, prob);
-    issue_pv<kStepInTile>(prob, fresh);
+    issue_pv<kStepInStage>(prob, fresh);
     wgmma_wait<1>();
     warpgroup_fence_operand(next);
     ring = after;
   }
 
-  // One masked step, without overlap.
+  // One masked step, without overlap. The stage has one tile, whatever others have.
   template <int kStepInTile>
   __device__ __forceinline__ void masked_step(Scores& s) {
     Scales scale;
@@ -310,17 +319,16 @@ struct MainloopFp8 : SoftmaxFp8<C> {
   // The next `tiles` tiles, which have no masked key. Two exits, because ptxas serialises wgmma with one (docs/compiler.md).
   __device__ __forceinline__ void unmasked_tiles(Scores& even, Scores& odd, ProbFragments& prob, int tiles) {
     if constexpr (C::kGroupSteps == 4) {
-      constexpr int kSecond = kStepsPerTile - 1;  // a step's place in its tile
-      for (int pairs = tiles / (3 - kStepsPerTile), first = 1;; first = 0, pairs -= 2) {
+      for (int stages = tiles / C::kStageTiles, first = 1;; first = 0, stages -= 2) {
         step<0>(even, odd, prob, true, first, false);
-        step<kSecond>(odd, even, prob, false, false, pairs == 1);
-        if (pairs == 1) {
+        step<1>(odd, even, prob, false, false, stages == 1);
+        if (stages == 1) {
           finish();
           return;
         }
         step<0>(even, odd, prob, false, false, false);
-        step<kSecond>(odd, even, prob, false, false, pairs == 2);
-        if (pairs == 2) {
+        step<1>(odd, even, prob, false, false, stages == 2);
+        if (stages == 2) {
           finish();
           return;
         }

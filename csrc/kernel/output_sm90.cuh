@@ -8,11 +8,12 @@ namespace sage {
 
 // Stores the rows' LSE, adding back what subtracting k_mean took from it. Rarely requested: optimised for code size, reads Q again.
 template <class C>
-__device__ __forceinline__ void store_lse(const AttendParams& p, const RowCoord& at, const float (&l_i)[2], const float (&m_i)[2]) {
+__device__ __forceinline__ void store_lse(const AttendParams& p, u32 own, const RowCoord& at, const float (&l_i)[2],
+                                          const float (&m_i)[2]) {
   grid_dependency_wait();
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
-    const int row = token_of<C::kMask>(p, at.tile.span, min(at.row(half), at.tile.span.len_q - 1));
+    const int row = token_in<C>(p, own, at.tile, min(at.row(half), at.tile.span.len_q - 1));
     const i64 offset = at.tile.batch * p.q.stride_b + at.tile.head * p.q.stride_h + row * p.q.stride_n;
     float shift;
     with_dtype(p.dtype, [&](auto type) {
@@ -34,17 +35,10 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
   constexpr int kHeld = kHeadDim <= 128 ? kHeadDim / 32 : 1;  // chunks whose scale and mean fit the registers beside O
   const int t = special_tid_x() % 4;
   float scale[kHeld][kChunk], mean[kHeld][kChunk] = {};
-  const auto take = [&](u32 from, float (&x)[kChunk]) {
-#pragma unroll
-    for (int i = 0; i < kChunk; i += 4) {
-      const uint4 v = load_shared16(from + 4 * i);
-      x[i] = __uint_as_float(v.x), x[i + 1] = __uint_as_float(v.y), x[i + 2] = __uint_as_float(v.z), x[i + 3] = __uint_as_float(v.w);
-    }
-  };
   const auto take_chunk = [&](int c) {
     const u32 channels = C::channel_scales(own) + 4 * (32 * c + kChunk * t);
-    take(channels, scale[c % kHeld]);
-    if constexpr (C::Layout::kVElementBytes == 1) take(channels + 4 * kHeadDim, mean[c % kHeld]);
+    load_shared8_floats(channels, scale[c % kHeld]);
+    if constexpr (C::Layout::kVElementBytes == 1) load_shared8_floats(channels + 4 * kHeadDim, mean[c % kHeld]);
   };
 #pragma unroll
   for (int c = 0; c < kHeld; ++c) take_chunk(c);  // first, to hide their latency
@@ -58,10 +52,10 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
     int width[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      row[half] = static_cast<u8*>(p.out) +
-                  (head + (C::kMask == Mask::list ? token_of<C::kMask>(p, at.tile.span, min(at.row(half), p.len_q - 1)) : at.row(half)) *
-                              p.out_stride_n) *
-                      kElementBytes<kDtype>;
+      row[half] =
+          static_cast<u8*>(p.out) +
+          (head + (C::kMask == Mask::list ? token_in<C>(p, own, at.tile, min(at.row(half), p.len_q - 1)) : at.row(half)) * p.out_stride_n) *
+              kElementBytes<kDtype>;
       width[half] = at.has(at.row(half)) ? p.head_dim : 0;
     }
 #pragma unroll
@@ -77,7 +71,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
       }
     }
   });
-  if (p.lse) store_lse<C>(p, at, l_i, m_i);
+  if (p.lse) store_lse<C>(p, own, at, l_i, m_i);
 }
 
 // Split-KV merge of two CTAs: the one with the later KV tiles of a work tile writes unnormalised O, l and m; the one with the earlier tiles

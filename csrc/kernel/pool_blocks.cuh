@@ -36,24 +36,31 @@ struct BlockSum {
   static constexpr int kLanes = kHeadDim / kChunk, kRows = 32 / kLanes, kPasses = kKvBlock / kRows;  // lanes of a row; rows of a pass
   float sum[kChunk] = {};
 
-  // rows: of the (batch, head), stride_n elements apart; order: the row at each position, or null.
+  // rows: of the (batch, head), stride_n elements apart; order: the row at each position, or null. Each lane finds two of the block's rows
+  // first, so that no load of a row waits for one of its number.
   template <int kDtype, bool kVectors>
   __device__ __forceinline__ void add(const void* rows, i64 stride_n, const i32* order, int block, const BlockTokens& tokens,
                                       int head_dim) {
     constexpr int kInFlight = kDtype == kFloat32 ? 4 : 8;
     const int lane = threadIdx.x % 32, channel = lane % kLanes * kChunk;
     const u8* const from = static_cast<const u8*>(rows);
+    static_assert(32 % (kInFlight * kRows) == 0, "the rows under way together are of one half of the block");
+    int row[kKvBlock / 32];
+#pragma unroll
+    for (int i = 0; i < kKvBlock / 32; ++i) {
+      row[i] = block * kKvBlock + 32 * i + lane;
+      if (order) row[i] = tokens.has(32 * i + lane) ? order[row[i]] : 0;
+    }
 #pragma unroll 1
     for (int pass = 0; pass < kPasses; pass += kInFlight) {
+      const int rows_of_half = pass * kRows < 32 ? row[0] : row[1];
       Raw8<kDtype> raw[kInFlight];
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         const int token = (pass + i) * kRows + lane / kLanes;
+        const i64 at = __shfl_sync(kAllLanes, rows_of_half, token % 32, 32);
         raw[i] = {};
-        if (tokens.has(token)) {
-          const int at = block * kKvBlock + token, row = order ? order[at] : at;
-          load8<kDtype, kVectors>(from + row * stride_n * kElementBytes<kDtype>, channel, head_dim, raw[i]);
-        }
+        if (tokens.has(token)) load8<kDtype, kVectors>(from + at * stride_n * kElementBytes<kDtype>, channel, head_dim, raw[i]);
       }
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {

@@ -69,24 +69,35 @@ struct Row {
 };
 
 // Statistics of `count` rows, number i being row_of(i).at of those at `rows`. Calls out(result, channel, value) for each. Summands are
-// multiplied by `weight` first: a plain sum could overflow. A collective of the CTA.
-template <class Statistics, int kDtype, bool kVectors, class Shared, class RowOf, class Out>
+// multiplied by `weight` first: a plain sum could overflow. kAhead: row_of() reads memory, so it is asked while the rows before are under
+// way. A collective of the CTA.
+template <class Statistics, int kDtype, bool kVectors, bool kAhead, class Shared, class RowOf, class Out>
 __device__ __forceinline__ void reduce_rows(const u8* rows, i64 row_bytes, int count, int head_dim, float weight, Shared& shared,
                                             RowOf row_of, Out out) {
   constexpr int kUnroll = !kVectors ? 1 : kDtype == kFloat32 ? 2 : 4;
   const int channel = threadIdx.x % Shared::kLanes * kChunk;
   Statistics statistics;
+  Row row[kUnroll];
+  const auto find_rows = [&](int base) {  // rows beyond the end repeat the last
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) row[u] = row_of(min(base + u * Shared::kRows, count - 1));
+  };
+  if (kAhead) find_rows(threadIdx.x / Shared::kLanes);
   for (int base = threadIdx.x / Shared::kLanes; base < count; base += Shared::kRows * kUnroll) {
     Raw8<kDtype> raw[kUnroll];
+    float weights[kUnroll];
+    if (!kAhead) find_rows(base);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)  // rows beyond the end repeat the last
-      raw[u] = load8<kDtype, kVectors>(rows + row_of(min(base + u * Shared::kRows, count - 1)).at * row_bytes, channel, head_dim);
+    for (int u = 0; u < kUnroll; ++u) {
+      raw[u] = load8<kDtype, kVectors>(rows + row[u].at * row_bytes, channel, head_dim);
+      weights[u] = base + u * Shared::kRows < count && row[u].counts ? weight : 0.0f;
+    }
+    if (kAhead) find_rows(base + Shared::kRows * kUnroll);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       float x[kChunk];
       unpack8<kDtype>(raw[u], x);
-      const int i = base + u * Shared::kRows;
-      const float w = i < count && row_of(min(i, count - 1)).counts ? weight : 0.0f;
+      const float w = weights[u];
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) statistics.add(i, x[i], w);
     }
@@ -156,7 +167,10 @@ __device__ __forceinline__ float share_scales(float amax, int group, bool whole,
   if (threadIdx.x < 4) {
     u8* scales = out + Layout::scale_offset(tile_bytes) + Layout::kScalePitch * lane;
     *reinterpret_cast<float*>(scales + 4 * part) = scale;
-    if constexpr (Layout::kNumbered) *reinterpret_cast<i32*>(scales + 12) = scale_block / kBlocksPerTile;
+    if constexpr (Layout::kNumbered) {
+      if (kBlocksPerTile == 1) *reinterpret_cast<float*>(scales + 4) = scale;
+      *reinterpret_cast<i32*>(scales + 12) = scale_block / kBlocksPerTile;
+    }
   }
   return inverse;
 }
@@ -314,14 +328,16 @@ __device__ __forceinline__ void quantize_cta(const QuantizeKParams& p, const u8*
   RawRow<kHeadDim, kDtype> raw;
   int window = 0;  // first key of shared.live
   const auto row_of = [&](int i) { return kLiveMask && p.order ? p.order[i] : i; };
-  const u8* key = k + row_of(min(first * kKeys + Rotate::row(), p.len - 1)) * row_bytes;
+  // The lane's key of a scale block, an existing one at the end. Its row is found a scale block ahead.
+  const auto row_in = [&](int scale_block) { return row_of(min(scale_block * kKeys + Rotate::row(), p.len - 1)); };
+  int next_row = row_in(first);
+  const u8* key = k + next_row * row_bytes;
+  if (kLiveMask) next_row = row_in(first + 1);
   const auto load = [&] { raw.template load<kVectors>(key, threadIdx.x % 4, p.head_dim); };
-  const auto advance = [&](int scale_block) {  // stays on an existing key at the end
-    const int i = scale_block * kKeys + Rotate::row();
-    if (i >= p.len) return;
-    if (kLiveMask && p.order)
-      key = k + p.order[i] * row_bytes;
-    else
+  const auto advance = [&](int scale_block) {
+    if (kLiveMask)
+      key = k + next_row * row_bytes, next_row = row_in(scale_block + 1);
+    else if (scale_block * kKeys + Rotate::row() < p.len)
       key += kKeys * row_bytes;
   };
   if (kPrefetch) load();
@@ -335,7 +351,7 @@ __device__ __forceinline__ void quantize_cta(const QuantizeKParams& p, const u8*
   } else {
     const bool some = kLiveMask && live.bits;
     const int samples = some ? find_samples(p, live, shared) : p.k_mean_samples;
-    reduce_rows<ChannelSum, kDtype, kVectors>(
+    reduce_rows<ChannelSum, kDtype, kVectors, kLiveMask>(
         k, row_bytes, samples, p.head_dim, 1.0f / (kLiveMask ? max(samples, 1) : samples), shared,
         [&](int i) -> Row { return {row_of(some ? shared.sample[i] : i * p.k_mean_step), true}; }, keep_k_mean);
   }
@@ -421,7 +437,7 @@ __device__ __forceinline__ void quantize_k_block(const QuantizeKParams& p, int b
         for (int c = threadIdx.x; c < Layout::kHeadDim; c += QuantizeKShared<Layout>::kThreads)
           keep(0, c, -kInf), keep(1, c, kInf), keep(2, c, 0.0f);
       else
-        reduce_rows<ChannelStats, kDtype, decltype(vectors)::value>(
+        reduce_rows<ChannelStats, kDtype, decltype(vectors)::value, kLiveMask>(
             rows, row_bytes, count, p.head_dim, 1.0f / p.len, shared,
             [&](int i) -> Row {
               const bool counts = !some || shared.live.get(first + i, first);

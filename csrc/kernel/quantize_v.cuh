@@ -185,9 +185,9 @@ __device__ __forceinline__ void store_v(Fragment<kHeadDim, kBytes>, u8* tile, in
   *reinterpret_cast<uint4*>(tile + Fragment<kHeadDim, kBytes>::v_block(unit, p) + 16 * (threadIdx.x % 32)) = v;
 }
 
-template <int kHeadDim, int kBytes, int kTile, bool kOnes>
-__device__ __forceinline__ void store_v(CoreMatrix<kHeadDim, kBytes, kTile, kOnes>, u8* tile, int unit, int p, uint4 v) {
-  using Layout = CoreMatrix<kHeadDim, kBytes, kTile, kOnes>;
+template <int kHeadDim, int kBytes, int kTile, bool kOnes, int kScaleBlocks>
+__device__ __forceinline__ void store_v(CoreMatrix<kHeadDim, kBytes, kTile, kOnes, kScaleBlocks>, u8* tile, int unit, int p, uint4 v) {
+  using Layout = CoreMatrix<kHeadDim, kBytes, kTile, kOnes, kScaleBlocks>;
   u32* first = reinterpret_cast<u32*>(tile + Layout::kV + 2 * unit * Layout::kVPitch + 256 * p) + threadIdx.x % 32;
   u32* second = first + Layout::kVPitch / 4;
   first[0] = v.x, second[0] = v.y, first[32] = v.z, second[32] = v.w;
@@ -197,10 +197,11 @@ __device__ __forceinline__ void store_v(CoreMatrix<kHeadDim, kBytes, kTile, kOne
 template <int kHeadDim, int kBytes>
 __device__ __forceinline__ void store_ones(Fragment<kHeadDim, kBytes>, u8*, int, u32, bool) {}
 
-template <int kHeadDim, int kBytes, int kTile, bool kOnes>
-__device__ __forceinline__ void store_ones(CoreMatrix<kHeadDim, kBytes, kTile, kOnes>, u8* tile, int unit, u32 counts, bool whole) {
+template <int kHeadDim, int kBytes, int kTile, bool kOnes, int kScaleBlocks>
+__device__ __forceinline__ void store_ones(CoreMatrix<kHeadDim, kBytes, kTile, kOnes, kScaleBlocks>, u8* tile, int unit, u32 counts,
+                                           bool whole) {
   if constexpr (kOnes) {
-    using Layout = CoreMatrix<kHeadDim, kBytes, kTile, kOnes>;
+    using Layout = CoreMatrix<kHeadDim, kBytes, kTile, kOnes, kScaleBlocks>;
     constexpr u32 kOne = kBytes == 2 ? 0x3C00u : 0x38u, kWord = kOne * (kBytes == 2 ? 0x00010001u : 0x01010101u);  // fp16, e4m3
     u32* first = reinterpret_cast<u32*>(tile + Layout::kV + 2 * unit * Layout::kVPitch + 16 * kHeadDim) + threadIdx.x % 32;
     uint2 ones = {kWord, kWord};
@@ -234,15 +235,22 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) mean[i] *= -scale[i];
   __syncthreads();  // `partial` has been read: `rows` shares its memory
+  // By p.order a lane finds one of a unit's rows, a unit ahead: no load of a row waits for one of its number.
+  const auto row_at = [&](int position) { return p.order[min(position, p.len - 1)]; };
+  const bool mapped = kLiveMask && p.order;
+  int next_row = mapped && first + warp < last ? row_at((first + warp) * Shared::kUnitKeys + threadIdx.x % 32) : 0;
   for (int unit = first + warp; unit < last; unit += kQuantizeVWarps) {
-    const int first_key = unit * Shared::kUnitKeys;
+    const int first_key = unit * Shared::kUnitKeys, own_row = next_row;
+    if (mapped && unit + kQuantizeVWarps < last) next_row = row_at(first_key + kQuantizeVWarps * Shared::kUnitKeys + threadIdx.x % 32);
 #pragma unroll 1
     for (int pass = 0; pass < kPasses; pass += kBatch) {
       Raw8<kDtype> raw[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {  // keys beyond the end repeat the last
-        const int key = min(first_key + (pass + i) * kRows + row, p.len - 1);
-        raw[i] = load8<kDtype, kVectors>(v + (kLiveMask && p.order ? p.order[key] : key) * row_bytes, kChunk * chunk, p.head_dim);
+        const int in_unit = (pass + i) * kRows + row;
+        int key = min(first_key + in_unit, p.len - 1);
+        if (mapped) key = __shfl_sync(kAllLanes, own_row, in_unit, 32);
+        raw[i] = load8<kDtype, kVectors>(v + key * row_bytes, kChunk * chunk, p.head_dim);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {

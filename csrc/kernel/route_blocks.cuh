@@ -3,9 +3,10 @@
 //
 // A CTA takes a strip of row blocks of one head at a time: it pools their queries, multiplies them with the means of all KV blocks into
 // memory of its own, and a warp a list draws the line there; then the weights of what is left out are multiplied with the sums of V. No
-// scores but those of the strips at work are ever held. Products are in fp32 on the FMA pipes: scores in bf16 or tf32 make ties, and ties
-// pick blocks that do not matter.
+// scores but those of the strips at work are ever held. Products are as good as in fp32: scores in bf16 or tf32 make ties, and ties pick
+// blocks that do not matter.
 #pragma once
+#include "../block/product.cuh"
 #include "pool_blocks.cuh"
 
 namespace sage {
@@ -13,6 +14,7 @@ namespace sage {
 constexpr int kRouteThreads = 256, kRouteWarps = kRouteThreads / 32;
 constexpr int kListRows = 2;                        // row blocks of a list
 constexpr int kPitchWords = 4;                      // a row of scores is padded to a multiple of it, in words of 32 blocks
+constexpr int kPlainWords = 2048;                   // of blocks among which plain ones are looked for
 constexpr int kSharedWeights = kRouteWarps * 1792;  // a row of weights for each warp: of 114,688 keys
 
 template <int kHeadDim_>
@@ -20,20 +22,19 @@ struct RouteConfig {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kRows = kHeadDim == 256 ? 32 : 64;  // row blocks of a strip
   static constexpr int kColumns = 128, kDepth = 16;        // a step multiplies [kRows, kDepth] by [kDepth, kColumns]
-  static constexpr int kRowStride = kRows + 4, kColumnStride = kColumns + 4;
-  // A thread has kThreadRows rows and two runs of four columns; a warp 4 × 8 threads; a CTA 4 × 2 warps.
-  static constexpr int kThreadRows = kRows / 16;
+  using Product = sage::Product<kRows, kColumns, kDepth>;
   static constexpr int kRowPieces = kRows * kDepth / 4, kColumnPieces = kColumns * kDepth / 4 / kRouteThreads;  // float4s: all, a thread's
 };
 
 template <class C>
 struct RouteShared {
+  using Product = typename C::Product;
   struct Products {
     union {
-      alignas(16) float q[C::kHeadDim][C::kRowStride];   // the strip's means, while scores are computed
-      alignas(16) float p[2][C::kDepth][C::kRowStride];  // weights, two steps of them, while tails are summed up
+      alignas(16) float q[Product::row_of_a(C::kHeadDim)];   // the strip's means, while scores are computed
+      alignas(16) float p[2][Product::row_of_a(C::kDepth)];  // weights, two steps of them, while tails are summed up
     };
-    alignas(16) float columns[2][C::kDepth][C::kColumnStride];
+    alignas(16) float columns[2][Product::row_of_b(C::kDepth)];
   };
   union {
     Products products;
@@ -42,6 +43,7 @@ struct RouteShared {
   alignas(16) float k_shift[C::kHeadDim];
   float spread[C::kRows];  // of the row's scores, for kSol
   float top[C::kRows];     // the largest score of what is left out
+  bool plain[kPlainWords / kPitchWords];
 };
 
 template <class C>
@@ -72,6 +74,7 @@ __device__ __forceinline__ float warp_max(float x) {
 
 template <class C>
 struct Router {
+  using Product = typename C::Product;
   const RouteParams& p;
   RouteShared<C>& shared;
   float* const strip_scores;  // [kRows, pitch], then a row for each warp
@@ -89,11 +92,11 @@ struct Router {
     batch = bh / p.heads, head = bh % p.heads;
     bh_kv = batch * (p.heads / p.heads_per_kv) + head / p.heads_per_kv;
     seen = p.causal ? min(p.blocks, last_key(min(row0 + C::kRows, p.rows) - 1) / kKvBlock + 1) : p.blocks;
-    if (p.tail || p.selection != kStatic) {
-      pool_queries();
-      __syncthreads();  // the means are stored
-      scores();
-    }
+    find_plain();
+    const bool scored = p.tail || p.selection != kStatic;
+    if (scored) pool_queries();
+    __syncthreads();  // the means are stored
+    if (scored) scores();
 #pragma unroll 1
     for (int row = row0 + threadIdx.x / 32 * kListRows; row < min(row0 + C::kRows, p.rows); row += kRouteWarps * kListRows) choose(row);
     if (p.tail) {
@@ -102,6 +105,21 @@ struct Router {
     }
     __syncthreads();  // shared memory and the scores are free
   }
+
+  // Which words of blocks, four at a time, hold none but blocks whose keys all exist and no sink: most do, and need few questions.
+  __device__ __forceinline__ void find_plain() {
+    const int lane = threadIdx.x % 32;
+    const float* const keys = p.counts + (i64)batch * p.pitch + lane;
+    for (int word = threadIdx.x / 32 * kPitchWords; 32 * word < min(seen, 32 * kPlainWords); word += kRouteWarps * kPitchWords) {
+      bool plain = true;
+#pragma unroll
+      for (int i = 0; i < kPitchWords; ++i)
+        plain &= keys[32 * (word + i)] == kKvBlock && !(p.sinks && word + i < p.words && p.sinks[word + i]);
+      plain = !__any_sync(kAllLanes, !plain);
+      if (lane == 0) shared.plain[word / kPitchWords] = plain;
+    }
+  }
+  __device__ __forceinline__ bool is_plain(int word) const { return word < kPlainWords && shared.plain[word / kPitchWords]; }
 
   __device__ __forceinline__ void pool_queries() {
     using Sum = BlockSum<C::kHeadDim>;
@@ -124,47 +142,12 @@ struct Router {
       for (int other = 1; other < Sum::kLanes; other *= 2) square += __shfl_xor_sync(kAllLanes, square, other);
       if (lane < Sum::kLanes)
 #pragma unroll
-        for (int e = 0; e < kChunk; ++e) shared.products.q[channel + e][r] = s.sum[e];
+        for (int e = 0; e < kChunk; ++e) shared.products.q[Product::row_of_a(channel + e) + r] = s.sum[e];
       if (lane == 0) shared.spread[r] = sqrtf(fmaf(square, p.scale * p.scale, kTinySpread));
     }
   }
 
   // --- products -------------------------------------------------------------------------------------------------------------------
-
-  using Sums = float[C::kThreadRows][8];
-
-  __device__ __forceinline__ int thread_row() const {
-    return threadIdx.x / 64 * (4 * C::kThreadRows) + threadIdx.x % 32 / 8 * C::kThreadRows;
-  }
-  __device__ __forceinline__ int thread_column() const { return threadIdx.x / 32 % 2 * 64 + threadIdx.x % 8 * 4; }  // and that + 32
-
-  // rows: [kDepth, kRowStride], columns: [kDepth, kColumnStride]
-  __device__ __forceinline__ void multiply(const float* rows, const float* columns, Sums& sums) const {
-    rows += thread_row(), columns += thread_column();
-#pragma unroll
-    for (int k = 0; k < C::kDepth; ++k) {
-      float a[C::kThreadRows], b[8];
-#pragma unroll
-      for (int i = 0; i < C::kThreadRows; i += C::kThreadRows % 4 ? 2 : 4) {
-        if constexpr (C::kThreadRows % 4) {
-          const float2 x = *reinterpret_cast<const float2*>(rows + k * C::kRowStride + i);
-          a[i] = x.x, a[i + 1] = x.y;
-        } else {
-          const float4 x = *reinterpret_cast<const float4*>(rows + k * C::kRowStride + i);
-          a[i] = x.x, a[i + 1] = x.y, a[i + 2] = x.z, a[i + 3] = x.w;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float4 x = *reinterpret_cast<const float4*>(columns + k * C::kColumnStride + 32 * i);
-        b[4 * i] = x.x, b[4 * i + 1] = x.y, b[4 * i + 2] = x.z, b[4 * i + 3] = x.w;
-      }
-#pragma unroll
-      for (int r = 0; r < C::kThreadRows; ++r)
-#pragma unroll
-        for (int c = 0; c < 8; ++c) sums[r][c] = fmaf(a[r], b[c], sums[r][c]);
-    }
-  }
 
   // Steps of a product: while one is multiplied, the next is under way from memory. fetch(step) gives a thread's pieces of it, put(step,
   // pieces) stores them in shared memory, in the step's half of it.
@@ -182,6 +165,14 @@ struct Router {
     }
   }
 
+  // Stores a run of a product's sums, times `factor`.
+  static __device__ __forceinline__ void store_run(float* to, const float* x, float factor) {
+    if constexpr (Product::kRun == 4)
+      *reinterpret_cast<float4*>(to) = float4{x[0] * factor, x[1] * factor, x[2] * factor, x[3] * factor};
+    else
+      *reinterpret_cast<float2*>(to) = float2{x[0] * factor, x[1] * factor};
+  }
+
   // strip_scores[row][block] = q_mean · (k_mean − k_shift) · scale
   __device__ __forceinline__ void scores() {
     struct Pieces {
@@ -189,7 +180,7 @@ struct Router {
     };
     constexpr int kSteps = C::kHeadDim / C::kDepth, kAcross = C::kDepth / 4;
     const float* const k_mean = p.k_mean + (i64)bh_kv * p.blocks * C::kHeadDim;
-    Sums sums = {};
+    Product scores;
     in_steps((seen + C::kColumns - 1) / C::kColumns * kSteps,
              [&](int step) {
                Pieces x;
@@ -209,25 +200,19 @@ struct Router {
              [&](int step, const Pieces& x) {
 #pragma unroll
                for (int i = 0; i < C::kColumnPieces; ++i) {
-                 const int piece = threadIdx.x + i * kRouteThreads, column = piece / kAcross, d = piece % kAcross * 4;
-                 auto* const to = shared.products.columns[step % 2];
-                 to[d][column] = x.column[i].x, to[d + 1][column] = x.column[i].y;
-                 to[d + 2][column] = x.column[i].z, to[d + 3][column] = x.column[i].w;
+                 const int piece = threadIdx.x + i * kRouteThreads;
+                 float* const to = shared.products.columns[step % 2] + Product::row_of_b(piece % kAcross * 4) + piece / kAcross;
+                 const float four[4] = {x.column[i].x, x.column[i].y, x.column[i].z, x.column[i].w};
+#pragma unroll
+                 for (int d = 0; d < 4; ++d) to[Product::row_of_b(d)] = four[d];
                }
              },
              [&](int step) {
-               multiply(shared.products.q[step % kSteps * C::kDepth], shared.products.columns[step % 2][0], sums);
+               scores.multiply(shared.products.q + Product::row_of_a(step % kSteps * C::kDepth), shared.products.columns[step % 2]);
                if (step % kSteps < kSteps - 1) return;
-#pragma unroll
-               for (int r = 0; r < C::kThreadRows; ++r)
-#pragma unroll
-                 for (int i = 0; i < 2; ++i) {
-                   const int column = step / kSteps * C::kColumns + thread_column() + 32 * i;
-                   float* const x = sums[r] + 4 * i;
-                   *reinterpret_cast<float4*>(strip_scores + (i64)(thread_row() + r) * p.pitch + column) =
-                       float4{x[0] * p.scale, x[1] * p.scale, x[2] * p.scale, x[3] * p.scale};
-                   x[0] = x[1] = x[2] = x[3] = 0.0f;
-                 }
+               float* const to = strip_scores + step / kSteps * C::kColumns;
+               scores.each([&](int row, int column, float* x) { store_run(to + (i64)row * p.pitch + column, x, p.scale); });
+               scores = {};
              });
   }
 
@@ -248,7 +233,7 @@ struct Router {
     const float top = weighs ? shared.top[own_row] : -kInf, base = top > -kInf ? top : 0.0f;
 #pragma unroll 1
     for (int channel0 = 0; channel0 < C::kHeadDim; channel0 += kWidth) {
-      Sums sums = {};
+      Product sums;
       float l = 0.0f;
       in_steps((seen + C::kDepth - 1) / C::kDepth,
                [&](int step) {
@@ -268,40 +253,37 @@ struct Router {
                },
                [&](int step, const Pieces& x) {
                  if (weighs) {
-                   auto* const to = shared.products.p[step % 2] + own_column;
+                   float* const to = shared.products.p[step % 2] + Product::row_of_a(own_column) + own_row;
                    const float weight[4] = {exp2_approx(x.score.x - base), exp2_approx(x.score.y - base), exp2_approx(x.score.z - base),
                                             exp2_approx(x.score.w - base)};
                    l = fmaf(weight[0], x.keys.x, fmaf(weight[1], x.keys.y, fmaf(weight[2], x.keys.z, fmaf(weight[3], x.keys.w, l))));
 #pragma unroll
-                   for (int k = 0; k < 4; ++k) to[k][own_row] = weight[k];
+                   for (int k = 0; k < 4; ++k) to[Product::row_of_a(k)] = weight[k];
                  }
 #pragma unroll
                  for (int i = 0; i < C::kColumnPieces; ++i) {
-                   const int piece = threadIdx.x + i * kRouteThreads;
-                   if (piece / kOfRow < C::kDepth)
-                     *reinterpret_cast<float4*>(&shared.products.columns[step % 2][piece / kOfRow][piece % kOfRow * 4]) = x.column[i];
+                   const int piece = threadIdx.x + i * kRouteThreads, k = piece / kOfRow;
+                   if (k < C::kDepth)
+                     *reinterpret_cast<float4*>(shared.products.columns[step % 2] + Product::row_of_b(k) + piece % kOfRow * 4) =
+                         x.column[i];
                  }
                },
                [&](int step) {
-                 if (thread_column() < kWidth) multiply(shared.products.p[step % 2][0], shared.products.columns[step % 2][0], sums);
+                 if (Product::first_column() < kWidth) sums.multiply(shared.products.p[step % 2], shared.products.columns[step % 2]);
                });
       if (weighs && channel0 == 0) {
         l = row_sum(l);
         if (threadIdx.x % kAcross == 0 && row0 + own_row < p.rows) tail_of(own_row)[0] = top, tail_of(own_row)[1] = l;
       }
-      if (thread_column() >= kWidth) continue;
-#pragma unroll
-      for (int r = 0; r < C::kThreadRows; ++r) {
-        const int row = thread_row() + r;
-        if (row0 + row >= p.rows) continue;
-        float* const to = tail_of(row) + 4 + channel0 + thread_column();
-        const bool empty = shared.top[row] == -kInf;  // its weights are 0, but V may be NaN
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float* const x = sums[r] + 4 * i;
-          *reinterpret_cast<float4*>(to + 32 * i) = empty ? float4{0.0f, 0.0f, 0.0f, 0.0f} : float4{x[0], x[1], x[2], x[3]};
-        }
-      }
+      if (Product::first_column() >= kWidth) continue;
+      sums.each([&](int row, int column, float* x) {
+        if (row0 + row >= p.rows) return;
+        float* const to = tail_of(row) + 4 + channel0 + column;
+        if (shared.top[row] > -kInf)
+          store_run(to, x, 1.0f);
+        else  // the weights are 0, but V may be NaN
+          for (int i = 0; i < Product::kRun; ++i) to[i] = 0.0f;
+      });
     }
   }
 
@@ -339,33 +321,63 @@ struct Router {
     int block;
     float keys;  // that exist
     float score[kListRows];
-    bool visible, sink;
-    bool asked[kListRows];  // the row's score is in question
+    float* stored[kListRows];  // where those lie
+    bool visible, sink, cut;   // cut: not every query sees it whole, so it can't be in a tail
+    bool in_question[kListRows], whole_of[kListRows];
+
+    __device__ __forceinline__ bool asked(int r) const { return in_question[r]; }  // the row's score is in question
+    __device__ __forceinline__ bool whole(int r) const { return whole_of[r]; }     // all of the row's queries see its keys, which there are
   };
+
+  // The same of a plain word (find_plain) whose blocks every query sees.
+  struct PlainPlace {
+    int block;
+    float score[kListRows];
+    float* stored[kListRows];
+    static constexpr float keys = kKvBlock;
+    static constexpr bool visible = true, sink = false, cut = false;
+
+    static __device__ __forceinline__ bool asked(int) { return true; }
+    static __device__ __forceinline__ bool whole(int) { return true; }
+  };
+
+  __device__ __forceinline__ Place place(const List& list, int word, float keys, const PlainPlace& of) const {
+    const int block = of.block;
+    const bool exists = keys > 0.0f, sink = p.sinks && word < p.words && (p.sinks[word] >> threadIdx.x % 32 & 1);
+    const bool visible = exists && block < max(list.visible[0], list.visible[1]);
+    Place at{block, keys, {of.score[0], of.score[1]}, {of.stored[0], of.stored[1]}, visible, sink, false, {}, {}};
+#pragma unroll
+    for (int r = 0; r < kListRows; ++r) {
+      at.in_question[r] = exists & (block < list.visible[r]) & !sink;
+      at.whole_of[r] = exists & (block < list.whole[r]);
+      at.cut |= (list.row + r < p.rows) & (block >= list.whole[r]);
+    }
+    return at;
+  }
 
   // body(word, place) for all words of blocks that are seen, and as many more as fill the row. Memory is far: four words are under way at
   // a time.
   template <class Body>
   __device__ __forceinline__ void each_word(const List& list, Body body) const {
-    const int lane = threadIdx.x % 32, visible = max(list.visible[0], list.visible[1]);
-    const float *first = list.scores + lane, *second = first + p.pitch, *keys = p.counts + (i64)batch * p.pitch + lane;
+    const int lane = threadIdx.x % 32;
+    const int plain_end = min(min(list.visible[0], list.visible[1]), min(list.whole[0], list.whole[1]));
+    float *first = list.scores + lane, *second = first + p.pitch;
+    const float* keys = p.counts + (i64)batch * p.pitch + lane;
+    const auto load = [&](int word, int i) -> PlainPlace {
+      float *x = first + 32 * i, *y = second + 32 * i;
+      return {32 * (word + i) + lane, {p.scratch ? *x : 0.0f, p.scratch ? *y : 0.0f}, {x, y}};
+    };
 #pragma unroll 1
     for (int word = 0; 32 * word < seen; word += kPitchWords) {
-      Place at[kPitchWords];
+      if (32 * (word + kPitchWords) <= plain_end && is_plain(word)) {
+        PlainPlace at[kPitchWords];
 #pragma unroll
-      for (int i = 0; i < kPitchWords; ++i) {
-        at[i].keys = keys[32 * i];
-        at[i].score[0] = p.scratch ? first[32 * i] : 0.0f, at[i].score[1] = p.scratch ? second[32 * i] : 0.0f;
-      }
+        for (int i = 0; i < kPitchWords; ++i) at[i] = load(word, i);
 #pragma unroll
-      for (int i = 0; i < kPitchWords; ++i) {
-        const bool exists = at[i].keys > 0.0f;
-        at[i].block = 32 * (word + i) + lane;
-        at[i].sink = p.sinks && word + i < p.words && p.sinks[word + i] >> lane & 1;
-        at[i].visible = exists & (at[i].block < visible);
-#pragma unroll
-        for (int r = 0; r < kListRows; ++r) at[i].asked[r] = exists & (at[i].block < list.visible[r]) & !at[i].sink;
-        body(word + i, at[i]);
+        for (int i = 0; i < kPitchWords; ++i) body(word + i, at[i]);
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < kPitchWords; ++i) body(word + i, place(list, word + i, keys[32 * i], load(word, i)));
       }
       first += 32 * kPitchWords, second += 32 * kPitchWords, keys += 32 * kPitchWords;
     }
@@ -380,8 +392,9 @@ struct Router {
   };
 
   // log2 of the block's shares of the rows' softmaxes, summed; NaN where it is not in question.
-  __device__ __forceinline__ float weight(const Place& at, const Line& line) const {
-    return log2_sum(at.asked[0] ? at.score[0] - line.lse[0] : -kInf, at.asked[1] ? at.score[1] - line.lse[1] : -kInf);
+  template <class At>
+  __device__ __forceinline__ float weight(const At& at, const Line& line) const {
+    return log2_sum(at.asked(0) ? at.score[0] - line.lse[0] : -kInf, at.asked(1) ? at.score[1] - line.lse[1] : -kInf);
   }
 
   // A list's weights, ordered; 0 where the block is not in question. Each warp has its own, in shared memory where they fit.
@@ -396,13 +409,13 @@ struct Router {
     Line line{{-kInf, -kInf}, 0.0f, 0, false};
     float top[kListRows] = {-kFiniteMax, -kFiniteMax}, sum[kListRows] = {};  // finite: a difference of infinities is NaN
     int asked[kListRows] = {}, candidates = 0;
-    each_word(list, [&](int, const Place& at) {
-      candidates += at.asked[0] | at.asked[1];
+    each_word(list, [&](int, const auto& at) {
+      candidates += at.asked(0) | at.asked(1);
 #pragma unroll
       for (int r = 0; r < kListRows; ++r) {
-        const float x = at.asked[r] ? at.score[r] : -kInf, higher = fmaxf(top[r], x);
+        const float x = at.asked(r) ? at.score[r] : -kInf, higher = fmaxf(top[r], x);
         sum[r] = fmaf(sum[r], exp2_approx(top[r] - higher), exp2_approx(x - higher));
-        top[r] = higher, asked[r] += at.asked[r];
+        top[r] = higher, asked[r] += at.asked(r);
       }
     });
     float of_row[kListRows];
@@ -427,8 +440,8 @@ struct Router {
   __device__ __forceinline__ u32 smallest_of_largest(const List& list, const Line& line, float candidates) const {
     u32* const weights = ordered_weights() + threadIdx.x % 32;  // the lane's own
     u32 low = 0xFFFFFFFFu, high = 0;
-    each_word(list, [&](int word, const Place& at) {
-      const u32 x = at.asked[0] | at.asked[1] ? sortable(weight(at, line)) : 0u;
+    each_word(list, [&](int word, const auto& at) {
+      const u32 x = at.asked(0) | at.asked(1) ? sortable(weight(at, line)) : 0u;
       weights[32 * word] = x, high = max(high, x), low = min(low, x - 1);  // 0 − 1: none
     });
 #pragma unroll
@@ -474,7 +487,7 @@ struct Router {
   __device__ __forceinline__ void choose(int row) const {
     const int lane = threadIdx.x % 32;
     const List list = list_of(row);
-    const bool second = row + 1 < p.rows, scored = p.selection != kStatic;
+    const bool scored = p.selection != kStatic;
     const Line line = scored ? draw_line(list) : Line{};
     const u32* const weights = ordered_weights() + lane;
     const bool everything = p.query_sinks && p.query_sinks[list.number / 32] >> list.number % 32 & 1;
@@ -482,25 +495,23 @@ struct Router {
     u32* const bits = p.lists + ((i64)bh * p.lists_of_head + list.number) * 2 * p.words;
     float top[kListRows] = {-kInf, -kInf};
     int exact_blocks = 0;
-    each_word(list, [&](int word, const Place& at) {
-      // A block that the diagonal cuts can't be in a tail.
-      const bool cut = (at.block >= list.whole[0]) | (second & (at.block >= list.whole[1]));
+    each_word(list, [&](int word, const auto& at) {
       bool exact = at.sink | everything | ((at.block >= list.near_first) & (at.block <= list.near_last));
       if (scored)
-        exact |= cut | line.all | (by_rank() ? weights[32 * word] >= line.smallest : !(weight(at, line) <= line.threshold));
+        exact |= at.cut | line.all | (by_rank() ? weights[32 * word] >= line.smallest : !(weight(at, line) <= line.threshold));
       else
         exact |= at.visible && mask[at.block];
       exact &= at.visible;
       const u32 exact_bits = __ballot_sync(kAllLanes, exact);
-      const u32 uneven_bits = __ballot_sync(kAllLanes, (at.block < p.blocks) & ((at.keys < kKvBlock) | cut));
+      const u32 uneven_bits = __ballot_sync(kAllLanes, (at.block < p.blocks) & ((at.keys < kKvBlock) | at.cut));
       if (lane == 0 && word < p.words) bits[word] = exact_bits, bits[p.words + word] = uneven_bits;
       exact_blocks += __popc(exact_bits);
       if (!p.tail) return;
 #pragma unroll
       for (int r = 0; r < kListRows; ++r) {
-        const bool left_out = (at.keys > 0.0f) & (at.block < list.whole[r]) & !exact;
+        const bool left_out = at.whole(r) & !exact;
         top[r] = fmaxf(top[r], left_out ? at.score[r] : -kInf);
-        if (!left_out) list.scores[r * p.pitch + at.block] = -kInf;
+        if (!left_out) *at.stored[r] = -kInf;
       }
     });
     // Beyond the strip's diagonal, and beyond what each_word rounds that up to.

@@ -202,6 +202,13 @@ __device__ __forceinline__ WorkTile load_work_tile(const AttendParams& p, u32 ow
   return {(int)v.x, (int)v.y, (int)v.z, (int)v.w, span};
 }
 
+// Where row `row` of the work tile at `own` lies among the tokens, for Q and the output.
+template <class C>
+__device__ __forceinline__ int token_in(const AttendParams& p, u32 own, const WorkTile& tile, int row) {
+  if constexpr (C::kRouted) return p.order ? (int)load_shared(own + C::kTokens + 4 * (row - tile.row0)) : row;
+  return token_of<C::kMask>(p, tile.span, row);
+}
+
 // A consumer lane's rows of it: a warp has sixteen.
 template <class C>
 __device__ __forceinline__ RowCoord consumer_rows(const AttendParams& p, u32 own) {

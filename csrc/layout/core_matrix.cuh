@@ -6,7 +6,7 @@
 //   K: 16-byte chunk b of key n at b·16·kTile + 16·n. Chunk 4·c2 + t holds quantised channels 16·c2 … 16·c2 + 15 in the order of lane t
 //      (rotate.cuh, `quantized_register`).
 //   Scales: for t = 0..3, 16 bytes {scale of the tile's first half, of its second, unused, the tile's number}. Scale t belongs to keys
-//      8j + 2t, 8j + 2t + 1: those of one lane's accumulators.
+//      8j + 2t, 8j + 2t + 1: those of one lane's accumulators. With one scale block in a tile both halves have the same scale.
 //   V: transposed, consecutive keys of a column in 16 bytes: chunk b of column n at 16·(b·kVColumns + n).
 //      2 bytes an element: keys 8b … 8b + 7. 1 byte: position 4t + i of chunk b holds key 16b + 8·(i/2) + 2t + i%2, so the score
 //      accumulators, converted in place, are the A fragments of P.
@@ -19,11 +19,11 @@
 
 namespace sage {
 
-template <int kHeadDim_, int kVElementBytes_, int kTile_, bool kOnes_>
+template <int kHeadDim_, int kVElementBytes_, int kTile_, bool kOnes_, int kScaleBlocks_ = 2>
 struct CoreMatrix {
-  static constexpr int kHeadDim = kHeadDim_, kVElementBytes = kVElementBytes_, kTile = kTile_;
+  static constexpr int kHeadDim = kHeadDim_, kVElementBytes = kVElementBytes_, kTile = kTile_, kScaleBlocks = kScaleBlocks_;
   static constexpr bool kOnes = kOnes_;
-  static constexpr int kScaleKeys = kTile / 2;
+  static constexpr int kScaleKeys = kTile / kScaleBlocks;
   static constexpr int kScaleOffset = kTile * kHeadDim, kScaleBytes = 128;
   static constexpr int kScalePitch = 16;
   static constexpr bool kNumbered = true;  // a tile says its number

@@ -45,6 +45,15 @@ __device__ __forceinline__ float2 load_shared_float2(u32 shared) {
   return x;
 }
 
+// Eight numbers, aligned to 16 bytes.
+__device__ __forceinline__ void load_shared8_floats(u32 shared, float (&x)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    const uint4 v = load_shared16(shared + 4 * i);
+    x[i] = __uint_as_float(v.x), x[i + 1] = __uint_as_float(v.y), x[i + 2] = __uint_as_float(v.z), x[i + 3] = __uint_as_float(v.w);
+  }
+}
+
 __device__ __forceinline__ void store_shared_float(u32 shared, float x) {
   asm volatile("st.shared.f32 [%0],%1;" ::"r"(shared), "f"(x) : "memory");
 }

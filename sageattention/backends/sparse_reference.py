@@ -14,10 +14,10 @@ from ..planning.sparse_problem import SparseProblem, SparseTensors
 
 
 class SparseResult(NamedTuple):
-    """out in q's layout and dtype; lse [B, Hq, Nq] fp32, natural log; share of the visible blocks that are exact, fp32 scalar."""
+    """out in q's layout and dtype; lse [B, Hq, Nq] fp32, natural log, or None; share of the visible blocks that are exact, fp32 scalar."""
 
     out: torch.Tensor
-    lse: torch.Tensor
+    lse: torch.Tensor | None
     share: torch.Tensor
 
 
@@ -34,7 +34,7 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparse: SparseProblem
         out += to_hnd(tensors.coarse_gate, p.layout) * coarse(q, k, v, geometry, sm_scale=p.sm_scale)
     limit = torch.finfo(q.dtype).max
     out = from_hnd(out.clamp(-limit, limit).to(q.dtype), p.layout)
-    return SparseResult(out, lse.float(), exact_share(chosen, p.len_q, p.len_kv, geometry).float())
+    return SparseResult(out, lse.float() if p.return_lse else None, exact_share(chosen, p.len_q, p.len_kv, geometry).float())
 
 
 def geometry_of(sparse: SparseProblem, tensors: SparseTensors, q_block: int) -> Geometry:

@@ -23,7 +23,7 @@ class Tile:
     CUDA kernels also say how many blocks of a multiprocessor the registers are budgeted for, whether shared memory holds Q's fragments
     (q_in_smem) or the loop's state, which is Q's scales and the number of the first tile (loop_state_in_smem), whether each tile computes
     the thread's index again instead of keeping it in a register, and how V's load is delayed until P is computed (1: by a fake address
-    dependency on the row sum, 2: by __syncwarp).
+    dependency on the row sum, 2: by __syncwarp). stage_tiles: KV tiles of a stage, of Hopper's own kernels.
     """
 
     block_m: int
@@ -35,6 +35,7 @@ class Tile:
     loop_state_in_smem: bool = False
     recompute_thread_idx: bool = False
     delay_v_load: int = 0
+    stage_tiles: int = 1
 
 
 Tiles = dict[tuple[int | str, ...], Tile]

@@ -80,7 +80,8 @@ ROUTE = "route"  # the image of the router of block-sparse calls
 POOL_THREADS, ROUTE_WARPS = 256, 8
 ROUTE_ROWS = {64: 64, 128: 64, 256: 32}  # query blocks of a strip, by compiled head dimension
 ROUTE_PITCH = 128  # rows of scores are padded to a multiple of it
-ROUTE_SHARED = 60  # KiB of shared memory of a CTA, at most
+ROUTE_LOCAL = {(80, 256): 8}  # bytes of local memory that are accepted: a strip's number
+ROUTE_SHARED = 64  # KiB of shared memory of a CTA, at most
 
 
 def pool_entry(head_dim: int) -> Entry:
@@ -103,7 +104,8 @@ def route_entry(head_dim: int, arch: int) -> Entry:
         f"route_shared_bytes<{config}>() <= {ROUTE_SHARED} * 1024",
     )  # fmt: skip
     return Entry(
-        f"route_d{head_dim}", f"route_blocks<{config}>", RouteParams, threads, resident, f"route_shared_bytes<{config}>()", checks=checks
+        f"route_d{head_dim}", f"route_blocks<{config}>", RouteParams, threads, resident, f"route_shared_bytes<{config}>()",
+        ROUTE_LOCAL.get((arch, head_dim), 0), checks,
     )  # fmt: skip
 
 

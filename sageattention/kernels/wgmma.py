@@ -28,7 +28,9 @@ def _wgmma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, acc
     t = find_tile(kernels.tiles, arch, head_dim, mask, accumulate)
     q_stages = 2 if head_dim == 128 else 1  # by measurement at 64; at 256 two were not tried
     form = "" if kernels.pv == "fp16" else "_fp8_wide" if head_dim == 256 else "_fp8"
-    tile = initializer("WgmmaTile", {"mask": f"Mask::{mask}", "stages": t.stages, "q_stages": q_stages})
+    routed = "true" if kernels.masks == ("list",) else "false"
+    fields = {"mask": f"Mask::{mask}", "stages": t.stages, "q_stages": q_stages, "stage_tiles": t.stage_tiles, "routed": routed}
+    tile = initializer("WgmmaTile", fields)
     config = f"Wgmma{form.title().replace('_', '')}Config<{kernels.layout.format(d=head_dim)}, {tile}>"
     return Entry(
         kernels.attend_symbol(head_dim, mask, accumulate), f"attend_wgmma{form}<{config}>", AttendParams, 32 * t.warps, 1,
@@ -37,8 +39,8 @@ def _wgmma_entry(kernels: KernelFamily, arch: int, head_dim: int, mask: str, acc
     )  # fmt: skip
 
 
-def _core_matrix(v_bytes: int, tile: Tile) -> str:
-    return f"CoreMatrix<{{d}}, {v_bytes}, {tile.block_n}, true>"
+def _core_matrix(v_bytes: int, tile: Tile, scale_blocks: int = 2) -> str:
+    return f"CoreMatrix<{{d}}, {v_bytes}, {tile.block_n}, true, {scale_blocks}>"
 
 
 def _core_matrix_bytes(v_bytes: int, tile: Tile) -> Callable[[int], int]:
@@ -82,18 +84,20 @@ def _wide(family: KernelFamily, source: str, v_bytes: int, tile: Tile, scheme: S
 WGMMA_FP16_WIDE = _wide(WGMMA_FP16, WGMMA_FP16.source, 2, _FP16_WIDE, FP16_FP32_WGMMA_WIDE)
 WGMMA_FP8_WIDE = _wide(WGMMA_FP8, "kernel/mainloop_sm90_fp8_wide.cuh", 1, _FP8_WIDE, FP8_FP32_WGMMA_WIDE)
 
-# Block-sparse attention: tiles are the blocks of 64 keys that a router chooses from.
-_SPARSE = Tile(128, KV_BLOCK, 12, 8)
-_SPARSE_FP16 = replace(_SPARSE, stages=5)
+# Block-sparse attention: tiles are the blocks of 64 keys that a router chooses from, each one scale block. Two make a stage of FP8: its
+# loop then meets as many barriers as that of 128 keys a tile.
+_SPARSE_FP16 = Tile(128, KV_BLOCK, 12, 5)
+_SPARSE_FP8 = Tile(128, KV_BLOCK, 12, 4, stage_tiles=2)
 
 
 def _sparse(family: KernelFamily, v_bytes: int, tile: Tile) -> KernelFamily:
     tiles: Tiles = {(0, d): tile for d in (64, 128)}
-    schemes = {name: replace(scheme, kv_tile=KV_BLOCK, fragment_keys=KV_BLOCK // 2) for name, scheme in family.schemes.items()}
+    schemes = {name: replace(scheme, kv_tile=KV_BLOCK, fragment_keys=KV_BLOCK) for name, scheme in family.schemes.items()}
     return replace(
-        family, name=f"{family.name}_sparse", layout=_core_matrix(v_bytes, tile), tile_bytes=_core_matrix_bytes(v_bytes, tile),
-        schemes=schemes, tiles=tiles, split_kv_bytes=_split_kv_bytes(tiles), masks=("list",),
+        family, name=f"{family.name}_sparse", layout=_core_matrix(v_bytes, tile, 1),
+        tile_bytes=_core_matrix_bytes(v_bytes, tile), schemes=schemes, tiles=tiles, split_kv_bytes=_split_kv_bytes(tiles), masks=("list",),
+        scale_blocks=1,
     )  # fmt: skip
 
 
-WGMMA_FP16_SPARSE, WGMMA_FP8_SPARSE = _sparse(WGMMA_FP16, 2, _SPARSE_FP16), _sparse(WGMMA_FP8, 1, _SPARSE)
+WGMMA_FP16_SPARSE, WGMMA_FP8_SPARSE = _sparse(WGMMA_FP16, 2, _SPARSE_FP16), _sparse(WGMMA_FP8, 1, _SPARSE_FP8)

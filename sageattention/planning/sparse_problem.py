@@ -57,6 +57,13 @@ class SparseProblem(NamedTuple):
     query_sinks: Ranges
     given: tuple[str, ...]
 
+    @property
+    def all_exact(self) -> bool:
+        """Whether every block is exact whatever q and k hold, which makes the call dense attention over the keys of `key_mask`."""
+        p = self.problem
+        by_rule = self.selection == "topk" and self.keep == 1.0  # a tensor of shares says 0 here
+        return "block_len" not in self.given and (by_rule or (0, p.len_kv) in self.sinks or (0, p.len_q) in self.query_sinks)
+
     @classmethod
     def from_call(
         cls,

@@ -70,10 +70,27 @@ def test_selections(call: dict, layout: str, variant: str) -> None:
 
 
 def test_all_blocks_are_dense_attention(variant: str) -> None:
+    """Whether the call says so, which the dense kernels then compute, or the scores."""
     q, k, v = qkv()
-    out = sageattn_sparse(q, k, v, selection="topk", keep=1.0, variant=variant)
     dense = sageattn(q.double(), k.double(), v.double(), variant="sdpa")
-    assert workloads.relative_l2(out, dense) <= BOUND.get(variant, 0.08)
+    for call in ({"selection": "topk", "keep": 1.0}, {"sinks": 1500}, {"tau": -100.0}, {"selection": "mass", "tau": 0.0}):
+        out, share = sageattn_sparse(q, k, v, variant=variant, return_share=True, **call)
+        assert share == 1 and workloads.relative_l2(out, dense) <= BOUND.get(variant, 0.08), call
+
+
+@pytest.mark.parametrize("around", [{}, {"order": "random"}, {"key_mask": "random"}, {"is_causal": True}], ids=str)
+def test_a_call_that_leaves_nothing_out_is_a_dense_one(around: dict, variant: str) -> None:
+    q, k, v = qkv()
+    given = in_place(around, 1500)
+    out, lse = sageattn_sparse(q, k, v, query_sinks=1500, return_lse=True, variant=variant, **given)
+    mask = given["key_mask"][:, None, None] if "key_mask" in given else None
+    dense = sageattn(q, k, v, attn_mask=mask, is_causal=given.get("is_causal", False), return_lse=True, variant=variant)
+    assert torch.equal(out, dense[0]) and torch.equal(lse, dense[1])
+
+
+def test_the_output_does_not_depend_on_what_else_is_asked_for(variant: str) -> None:
+    q, k, v = qkv(3001)
+    assert torch.equal(sageattn_sparse(q, k, v, variant=variant), sageattn_sparse(q, k, v, variant=variant, return_lse=True)[0])
 
 
 def test_an_order(variant: str) -> None:
@@ -118,10 +135,19 @@ def test_rows_without_a_block_are_zero(variant: str) -> None:
     assert (out[:, :, 384:512] == 0).all() and (lse[:, :, 384:512] == -torch.inf).all()
 
 
-def test_repeats_are_equal_bit_for_bit(variant: str) -> None:
+def test_a_thousand_calls_are_equal_bit_for_bit(variant: str) -> None:
+    """A graph of twenty, replayed fifty times."""
     q, k, v = qkv(5000, heads=8, heads_kv=8)
-    first = sageattn_sparse(q, k, v, variant=variant)
-    assert all(torch.equal(first, sageattn_sparse(q, k, v, variant=variant)) for _ in range(10))
+    call = in_place({"order": "random"}, 5000) | {"selection": "topk", "keep": 0.2, "variant": variant}
+    first = sageattn_sparse(q, k, v, **call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [sageattn_sparse(q, k, v, **call) for _ in range(20)]
+    for _ in range(50):
+        for out in captured:
+            out.zero_()
+        graph.replay()
+        assert all(torch.equal(first, out) for out in captured)
 
 
 # --- the router alone -------------------------------------------------------------------------------------------------------------
@@ -231,6 +257,6 @@ def test_long_videos_take_256_mib(tokens: int) -> None:
     torch.cuda.reset_peak_memory_stats()
     out = sageattn_sparse(q, k, v, selection="topk", keep=0.05)
     torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before - 2 * out.numel() - 4 * 56 * tokens <= 256 << 20
+    assert torch.cuda.max_memory_allocated() - before - 2 * out.numel() <= 256 << 20
     exact = sageattn_sparse(q[:, 55:], k[:, 55:], v[:, 55:], selection="topk", keep=0.05, variant="reference")
     assert workloads.relative_l2(out[:, 55:], exact.double()) <= 0.08

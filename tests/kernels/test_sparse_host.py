@@ -9,6 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from sageattention import sparse_dispatch  # noqa: E402
 from sageattention.backends.cuda import driver, host, sparse  # noqa: E402
 from sageattention.device import capability  # noqa: E402
 from sageattention.device.capability import Capability  # noqa: E402
@@ -102,3 +103,47 @@ def test_a_list_of_64_queries_serves_128(handed):
     mask = torch.rand(BATCH, HEADS, BLOCKS, BLOCKS, generator=torch.Generator().manual_seed(3)) < 0.2
     _, [(_, _, lists, _, _, _)], _ = handed(selection="static", keep=None, q_block=64, block_mask=mask)
     assert torch.equal(block_bits.unpack(lists[..., 0, :], BLOCKS), mask.unflatten(2, (LISTS, 2)).any(3))
+
+
+SOME = torch.arange(TOKENS) % 3 > 0
+NOTHING_LEFT_OUT = {
+    "all of topk": {"selection": "topk", "keep": 1.0},
+    "sinks": {"sinks": TOKENS},
+    "query sinks": {"query_sinks": (0, TOKENS), "order": ORDER},
+    "key mask": {"sinks": TOKENS, "key_mask": SOME.expand(BATCH, -1)},
+}
+SOMETHING_LEFT_OUT = {
+    "most": {"selection": "topk", "keep": 0.999},
+    "shares of heads": {"selection": "topk", "keep": torch.ones(HEADS)},
+    "sinks in parts": {"sinks": [(0, 500), (500, TOKENS - 1)]},
+    "padded tiles": {"sinks": TOKENS, "block_len": torch.full((BLOCKS,), 64, dtype=torch.int32)},
+}
+
+
+@pytest.mark.parametrize("name", [*NOTHING_LEFT_OUT, *SOMETHING_LEFT_OUT])
+def test_calls_that_leave_nothing_out_are_dense(name, monkeypatch):
+    given, card, made = (NOTHING_LEFT_OUT | SOMETHING_LEFT_OUT)[name], Capability("cuda", 90, 132, name="a card"), []
+    q, k, v = (torch.randn(BATCH, h, TOKENS, HEAD_DIM).bfloat16() for h in (HEADS, HEADS_KV, HEADS_KV))
+    sparse_result = object()
+
+    def dense(*tensors, **options):
+        made.append(options)
+        return q.clone(), None
+
+    monkeypatch.setattr(sparse_dispatch, "machine", lambda problem: card)
+    monkeypatch.setattr(sparse_dispatch.sparse_cuda, "run", lambda *call: sparse_result)
+    monkeypatch.setattr(sparse_dispatch.dispatch, "compute", dense)
+    blank = {name: None for name in KEYWORDS if name not in ("problem", "q")}
+    rest = {"selection": "sol", "similarity": 0.0, "q_block": 128, "tail": True, "sinks": (), "query_sinks": ()}
+    result = sparse_dispatch.compute(
+        q, k, v, tensor_layout="HND", is_causal=False, sm_scale=None, return_lse=False, variant="auto", **{**blank, **rest, **given}
+    )  # fmt: skip
+    if name in SOMETHING_LEFT_OUT:
+        assert result is sparse_result and not made
+        return
+    assert torch.equal(result.out, q) and result.lse is None and result.share == 1
+    (options,) = made
+    assert options["variant"] == "sageattn_qk_int8_pv_fp8_cuda_sm90" and not options["return_lse"]
+    assert ("key_mask" in given) == (options["attn_mask"] is not None)
+    if "key_mask" in given:
+        assert torch.equal(options["attn_mask"], given["key_mask"][:, None, None])

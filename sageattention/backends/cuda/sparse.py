@@ -33,7 +33,7 @@ class Part(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     out: torch.Tensor
-    lse: torch.Tensor
+    lse: torch.Tensor | None
     sparse: SparseProblem
     tensors: SparseTensors
 
@@ -44,15 +44,21 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparse: SparseProblem
     if tensors.block_mask is not None and sparse.q_block < LIST_ROWS:
         tensors = tensors._replace(block_mask=_union(tensors.block_mask))
     out, lse = result_like(q, p)
-    assert lse is not None  # every block-sparse call has one
     exact = torch.zeros((), dtype=torch.int64, device=q.device)
     for part in _parts(Part(q, k, v, out, lse, sparse, tensors), plan):
         _attend(part, plan, _route(part, plan, exact))  # no name keeps a part's lists and tails while the next one is routed
-    if tensors.coarse_gate is not None:
-        by_heads = to_hnd(q, p.layout), to_hnd(k, p.layout), to_hnd(v, p.layout)
-        added = coarse(*by_heads, geometry_of(sparse, tensors, LIST_ROWS), sm_scale=p.sm_scale, dtype=torch.float32)
-        out += (tensors.coarse_gate * from_hnd(added, p.layout)).to(out.dtype)
+    add_coarse(out, q, k, v, sparse, tensors)
     return SparseResult(out, lse, (exact / visible_blocks(sparse)).float())
+
+
+def add_coarse(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparse: SparseProblem, tensors: SparseTensors) -> None:
+    """Add the gated coarse attention of a call that has a gate."""
+    p = sparse.problem
+    if tensors.coarse_gate is None:
+        return
+    by_heads = to_hnd(q, p.layout), to_hnd(k, p.layout), to_hnd(v, p.layout)
+    added = coarse(*by_heads, geometry_of(sparse, tensors, LIST_ROWS), sm_scale=p.sm_scale, dtype=torch.float32)
+    out += (tensors.coarse_gate * from_hnd(added, p.layout)).to(out.dtype)
 
 
 def _union(block_mask: torch.Tensor) -> torch.Tensor:
@@ -92,7 +98,8 @@ def _heads(whole: Part, b: int, kv: slice) -> Part:
     problem = p._replace(batch=1, heads_q=own.stop - own.start, heads_kv=kv.stop - kv.start)
     sparse = whole.sparse._replace(problem=problem)
     views = to_hnd(q, p.layout), to_hnd(k, p.layout), to_hnd(v, p.layout), to_hnd(out, p.layout)  # to_hnd is its own inverse
-    return Part(*views, whole.lse[batch, own], sparse, tensors._replace(**given))
+    lse = None if whole.lse is None else whole.lse[batch, own]
+    return Part(*views, lse, sparse, tensors._replace(**given))
 
 
 def _route(part: Part, plan: CudaPlan, exact: torch.Tensor) -> Routed:
@@ -128,8 +135,8 @@ def _attend(part: Part, plan: CudaPlan, routed: Routed) -> None:
         bits.data_ptr(), live_at, live_at, 0 if tensors.order is None else tensors.order.data_ptr(),
         0 if routed.tail is None else routed.tail.data_ptr(), routed.k_mean.data_ptr(), routed.k_mean.shape[-1] * 4,
     )  # fmt: skip
-    q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+    q_at, k_at, v_at, out_at, lse_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr()
     bound = host.bind(r, q, k, v, out, None, lists, ((q_at | out_at) % 16, (k_at | v_at) % 16))
     space = torch.empty(bound.size, dtype=torch.uint8, device=q.device)
     base = space.data_ptr()
-    host.issue(r.device, host.chains(bound, (base, base + r.workspace.size), q_at, k_at, v_at, 0, extra, out_at, lse.data_ptr()))
+    host.issue(r.device, host.chains(bound, (base, base + r.workspace.size), q_at, k_at, v_at, 0, extra, out_at, lse_at))

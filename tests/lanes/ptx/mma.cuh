@@ -34,6 +34,7 @@ void product(const u32* a, u32 b0, u32 b1, const void* c, void* d, Left left, Ri
 inline float signed_byte(u8 x) { return (float)(signed char)x; }
 inline float unsigned_byte(u8 x) { return (float)x; }
 inline float half(u16 x) { return half_to_float(x); }
+inline float tensor_float(u32 x) { return __uint_as_float(x & 0xFFFFE000u); }
 inline float brain(u16 x) { return __uint_as_float((u32)x << 16); }
 
 template <class Left>
@@ -52,6 +53,7 @@ void mma_to_f32(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, Convert conver
 inline void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_to_f32<u16>(c, a, b0, b1, half); }
 constexpr bool kMma16 = ARCH >= 80;
 inline void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_to_f32<u16>(c, a, b0, b1, brain); }
+inline void mma_tf32(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_to_f32<u32>(c, a, b0, b1, tensor_float); }
 inline void mma_e4m3(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_to_f32<u8>(c, a, b0, b1, e4m3_value); }
 
 template <class Element, class Convert>

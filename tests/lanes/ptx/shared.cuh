@@ -9,6 +9,7 @@ inline void store_shared8(u32 a, u32 x, u32 y) { *(uint2*)at_shared(a, 8) = {x, 
 inline uint2 load_shared8(u32 a) { return *(uint2*)at_shared(a, 8); }
 inline u32 load_shared(u32 a) { return *(u32*)at_shared(a, 4); }
 inline float load_shared_float(u32 a) { return *(float*)at_shared(a, 4); }
+inline void load_shared8_floats(u32 a, float (&x)[8]) { memcpy(x, at_shared(a, 16), 32); }
 inline float2 load_shared_float2(u32 a) { return *(float2*)at_shared(a, 8); }
 inline void store_shared_float(u32 a, float x) { *(float*)at_shared(a, 4) = x; }
 
