@@ -40,6 +40,17 @@ struct KvRange {
   }
 };
 
+// Stores where a work tile is, for load_work_tile() and the output.
+template <class C>
+__device__ __forceinline__ void store_work_tile(const AttendParams& p, const WorkTile& tile, u32 to_shared) {
+  const i64 out = tile.batch * p.out_stride_b + tile.head * p.out_stride_h + tile.span.token0 * p.out_stride_n;
+  if constexpr (C::kMask == Mask::packed)
+    store_shared16(to_shared + work::kSpan,
+                   {(u32)tile.span.token0, (u32)tile.span.len_q, (u32)tile.span.len_kv, (u32)tile.span.kv_tile0});
+  store_shared16(to_shared + work::kBh, {(u32)tile.bh, (u32)tile.batch, (u32)tile.head, (u32)tile.row0});
+  store_shared8(to_shared + work::kOut, (u32)out, (u32)(out >> 32));
+}
+
 // The tile scheduler. First p.full_waves whole work tiles for each CTA: gridDim.x apart, or, where they differ in length, in the order of
 // requests. With p.split_kv_workspace the remaining ones are then cut into one share for each CTA. A share is at least as long as a work
 // tile, so no more than two CTAs have parts of one. Where a work tile is cut depends on its own KV tiles only, so results are reproducible.
@@ -86,14 +97,7 @@ struct Scheduler {
       flags |= (from > 0 ? kWritesPartial : 0u) | (to < blocks ? kJoinsPartial : 0u);
     }
     const WorkTile tile = work_tile<C::kMask, C::kTile>(p, work_idx, C::kBlockM);
-    const i64 out = tile.batch * p.out_stride_b + tile.head * p.out_stride_h + tile.span.token0 * p.out_stride_n;
-    if (elected()) {
-      if constexpr (C::kMask == Mask::packed)
-        store_shared16(to_shared + work::kSpan,
-                       {(u32)tile.span.token0, (u32)tile.span.len_q, (u32)tile.span.len_kv, (u32)tile.span.kv_tile0});
-      store_shared16(to_shared + work::kBh, {(u32)tile.bh, (u32)tile.batch, (u32)tile.head, (u32)tile.row0});
-      store_shared8(to_shared + work::kOut, (u32)out, (u32)(out >> 32));
-    }
+    if (elected()) store_work_tile<C>(p, tile, to_shared);
     int tiles, masked;  // of the work tile
     if constexpr (C::kMask == Mask::list) {
       const int2 count = TileList(p.lists, tile.batch, tile.head, tile.row0, C::kBlockM, p.len_q).count();
@@ -131,7 +135,7 @@ __device__ __forceinline__ WorkTile load_work_tile(const AttendParams& p, u32 ow
 // A consumer lane's rows of it: a warp has sixteen.
 template <class C>
 __device__ __forceinline__ RowCoord consumer_rows(const AttendParams& p, u32 own) {
-  return {load_work_tile<C>(p, own), (int)special_tid_x() - 128, 16};
+  return {load_work_tile<C>(p, own), (int)special_tid_x() - C::kFirstConsumer, 16};
 }
 
 }  // namespace sage
