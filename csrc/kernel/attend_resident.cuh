@@ -4,8 +4,7 @@
 // quantisers would have made (core_matrix.cuh). Then each goes over blocks of queries, 64 of 192, by itself: nothing is fetched, so they
 // meet at no barrier, and one's prologue or epilogue runs under the products of the others.
 //
-// A CTA's work is a stretch of the launch's work tiles, or, of packed sequences, every gridDim.x-th (sequence, kv head). While it attends,
-// the K, V and Q that come next are fetched into L2.
+// A CTA's work is a stretch of the launch's work tiles, or, of packed sequences, every gridDim.x-th (sequence, kv head).
 #pragma once
 #include "mainloop_sm90_fp16.cuh"
 #include "place_sequences.cuh"
@@ -182,14 +181,6 @@ __device__ __forceinline__ void quantize_resident(const ResidentParams& r, const
   }
 }
 
-// Fetches rows of `width` bytes into L2, at most 2 · kHeadDim of each; thread: of `threads`.
-template <int kHeadDim>
-__device__ __forceinline__ void prefetch_rows(const u8* rows, i64 row_bytes, int count, int width, int thread, int threads) {
-  constexpr int kLine = 128, kLines = 2 * kHeadDim / kLine;
-  for (int i = thread; i < count * kLines; i += threads)
-    if (i % kLines * kLine < width) prefetch_l2(rows + i / kLines * row_bytes + i % kLines * kLine);
-}
-
 // The stretch of work tiles that the CTA takes with the same K and V: work tile number i, of `first` to `last`, is work(i).
 template <class C>
 struct ResidentWork {
@@ -274,33 +265,24 @@ __device__ __forceinline__ void attend_resident(const ResidentParams& r) {
         store_shared16(shared + C::kRotation + 16 * threadIdx.x, Rotation<C::kHeadDim, decltype(type)::value>(threadIdx.x).matrix);
     });
   }
-  const int element_bytes = p.dtype == kFloat32 ? 4 : 2, width = p.head_dim * element_bytes;
   const u32 sQ = shared + C::q_offset(0, warpgroup);
   MainloopFp16<C> mainloop{p, shared, sQ};
   mainloop.causal = false, mainloop.iteration = 0;
   ResidentWork<C> work(r);
   // Shuffles, too, tell that no branch diverges: otherwise there would be no uniform registers.
   const auto uniform = [](int x) { return __shfl_sync(kAllLanes, x, 0); };
-  for (int any = uniform(work.next()); any;) {
+  while (uniform(work.next())) {
     const ResidentHead head = work.head();
     const int tiles = ceil_div(head.len, C::kTile);
     __syncthreads();  // the last head's K and V have been read, and all Q
     if (uniform(head.len)) {
-      with_access(p.dtype, r.kv.vectorized, [&](auto type, auto vectors) {
-        quantize_resident<C, decltype(type)::value, decltype(vectors)::value>(r, head, bytes);
-      });
+      with_access(p.dtype, r.kv.vectorized,
+                  [&](auto type, auto vectors) { quantize_resident<C, decltype(type)::value, decltype(vectors)::value>(r, head, bytes); });
     }
     fence_async_proxy();
     __syncthreads();  // K and V are complete
-    const ResidentWork<C> own = work;
-    any = uniform(work.next());
-    if (any) {
-      const ResidentHead following = work.head();
-      prefetch_rows<C::kHeadDim>(following.k, r.kv.k.stride_n * element_bytes, following.len, width, threadIdx.x, C::kThreads);
-      prefetch_rows<C::kHeadDim>(following.v, r.kv.v.stride_n * element_bytes, following.len, width, threadIdx.x, C::kThreads);
-    }
-    for (int index = uniform(own.first), last = uniform(own.last); index < last; ++index) {
-      const WorkTile tile = own.tile(index);
+    for (int index = uniform(work.first), last = uniform(work.last); index < last; ++index) {
+      const WorkTile tile = work.tile(index);
       if (uniform(tile.row0 + 64 * (int)warpgroup >= tile.span.len_q)) continue;
       const u32 slot = shared + C::work_slot(mainloop.iteration);
       if (stores) {  // all lanes of a warp
@@ -311,13 +293,6 @@ __device__ __forceinline__ void attend_resident(const ResidentParams& r) {
       }
       named_barrier<128>(1 + warpgroup);  // the work tile is stored, and all have read the last one's Q
       quantize_q<C>(p, shared, mainloop.iteration, mainloop.q_scale);
-      if (index + 1 < last) {
-        const WorkTile next = own.tile(index + 1);
-        const int row = next.row0 + 64 * (int)warpgroup, rows = min(next.span.len_q - row, 64);
-        const u8* q = static_cast<const u8*>(p.q.data) +
-                      (next.batch * p.q.stride_b + next.head * p.q.stride_h + (next.span.token0 + row) * p.q.stride_n) * element_bytes;
-        prefetch_rows<C::kHeadDim>(q, p.q.stride_n * element_bytes, rows, width, threadIdx.x % 128, 128);
-      }
       mainloop.ring = {};
       mainloop.m_i[0] = mainloop.m_i[1] = -kInf;
       float l_i[2];

@@ -15,8 +15,8 @@ template <class C>
 struct MainloopFp16 : MainloopSm90<C> {
   using Base = MainloopSm90<C>;
   using typename Base::Layout, typename Base::Scores, typename Base::ProbFragments;
-  using Base::await, Base::arrive, Base::tile, Base::mask_scores, Base::load_k_scales, Base::tile_number, Base::m_i, Base::ring, Base::k_scales,
-      Base::q_scale, Base::sQ, Base::p;
+  using Base::await, Base::arrive, Base::tile, Base::mask_scores, Base::load_k_scales, Base::tile_number, Base::m_i, Base::ring,
+      Base::k_scales, Base::q_scale, Base::sQ, Base::p;
   static constexpr int kHeadDim = C::kHeadDim, kSteps = kHeadDim / 32;
   // Steps of Q·Kᵀ whose A fragments are in registers, as far as there are any left: shared memory then serves fewer reads.
   static constexpr int kQStepsInRegs = kHeadDim == 64 || C::kResident ? 0 : kHeadDim == 128 ? 2 : 4;
@@ -75,9 +75,7 @@ struct MainloopFp16 : MainloopSm90<C> {
     wgmma_commit();
   }
 
-  __device__ __forceinline__ void release_v(u32 stage, bool really = true) const {
-    arrive(kVEmpty, stage, really);
-  }
+  __device__ __forceinline__ void release_v(u32 stage, bool really = true) const { arrive(kVEmpty, stage, really); }
 
   // scale[half of the tile][row half] = K scale · row scale of the current tile; releases the tile's K.
   __device__ __forceinline__ void read_scales(float (&scale)[2][2]) const {

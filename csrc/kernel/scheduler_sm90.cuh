@@ -45,8 +45,7 @@ template <class C>
 __device__ __forceinline__ void store_work_tile(const AttendParams& p, const WorkTile& tile, u32 to_shared) {
   const i64 out = tile.batch * p.out_stride_b + tile.head * p.out_stride_h + tile.span.token0 * p.out_stride_n;
   if constexpr (C::kMask == Mask::packed)
-    store_shared16(to_shared + work::kSpan,
-                   {(u32)tile.span.token0, (u32)tile.span.len_q, (u32)tile.span.len_kv, (u32)tile.span.kv_tile0});
+    store_shared16(to_shared + work::kSpan, {(u32)tile.span.token0, (u32)tile.span.len_q, (u32)tile.span.len_kv, (u32)tile.span.kv_tile0});
   store_shared16(to_shared + work::kBh, {(u32)tile.bh, (u32)tile.batch, (u32)tile.head, (u32)tile.row0});
   store_shared8(to_shared + work::kOut, (u32)out, (u32)(out >> 32));
 }

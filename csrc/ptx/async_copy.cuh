@@ -29,9 +29,6 @@ __device__ __forceinline__ void cp_async_wait() {
 #endif
 }
 
-// Fetches the line of 128 bytes that an address is in into L2.
-__device__ __forceinline__ void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
-
 // From Hopper on one thread copies a whole tile (cp.async.bulk) and an mbarrier in shared memory tells when it has arrived.
 #if __CUDA_ARCH__ >= 900
 constexpr bool kBulkCopy = true;

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from .calibration import Calibration
     from .verdicts import Verdicts
 
+# A CTA that keeps K and V in shared memory quantises them itself, whoever else has the same head. That pays where it has at least so many
+# work tiles, and one for so many keys; of packed sequences, where the card has so many (sequence, KV head) pairs a multiprocessor.
+MIN_WORK_TILES, KEYS_OF_WORK_TILE, MIN_PAIRS = 3, 64, 4  # by measurement: docs/kernels/resident.md
+
 Rejected = tuple[tuple[Candidate, str], ...]
 
 
@@ -284,7 +288,7 @@ def fit_cuda(
 
 
 def _resident(problem: Problem, target: Target, chosen: CudaPlan) -> CudaPlan:
-    """The plan by which K and V of a head stay in shared memory, where they fit it and there is a kernel; else `chosen`."""
+    """The plan by which K and V of a head stay in shared memory, where they fit it, that pays and there is a kernel; else `chosen`."""
     variant, head_dim, mask = chosen.variant, chosen.head_dim, problem.mask_kind
     for kernels in variant.resident_kernels:
         scheme = kernels.schemes.get(chosen.accum or next(iter(variant.accum)))
@@ -296,11 +300,20 @@ def _resident(problem: Problem, target: Target, chosen: CudaPlan) -> CudaPlan:
         except KernelMissing:  # the others are as right
             continue
         tile = find_tile(kernels.tiles, image.capability, head_dim)
+        if not _resident_pays(problem, tile.block_m, target.card.multiprocessors):
+            continue
         return replace(
             chosen, kernels=kernels, images=(chosen.images[0], image), scheme=replace(scheme, kv_tile=tile.block_n), tile=tile,
             attend=kernels.attend_symbol(head_dim, mask, scheme.accumulate), halves=chosen,
         )  # fmt: skip
     return chosen
+
+
+def _resident_pays(problem: Problem, block_m: int, multiprocessors: int) -> bool:
+    if problem.varlen:
+        return problem.batch * problem.heads_kv >= MIN_PAIRS * multiprocessors
+    tiles = problem.batch * problem.heads_q * -(-problem.len_q // block_m)
+    return tiles >= max(MIN_WORK_TILES, problem.len_kv / KEYS_OF_WORK_TILE) * multiprocessors
 
 
 def _tile_list_bytes(problem: Problem, variant: Variant, tile_bytes: int, tile: int) -> int:

@@ -94,7 +94,8 @@ def schedule(library: ctypes.CDLL, card: Card, pv: str, mask: str, heads: tuple[
     """What each attention launch of the call, one for a group of heads, gives to its CTAs, in the order of the CTAs."""
     q, k = (torch.empty(1, 1, 1, 64, dtype=torch.bfloat16).expand(1, h, n, 64) for h, n in zip(heads, (len_q, len_kv)))
     problem = on_card({"q": q, "k": k, "v": k}, is_causal=mask == "causal")
-    host.run(PreparedCall(q, k, k, None, problem, plan(problem, card.capability, VARIANTS[pv].name), {}))
+    chosen = plan(problem, card.capability, VARIANTS[pv].name)
+    host.run(PreparedCall(q, k, k, None, problem, getattr(chosen, "halves", None) or chosen, {}))  # not what quantises K and V itself
     for packed, blocks in card.attention:
         params, counter, out = AttendParams.from_buffer_copy(packed), ctypes.c_int(0), (ctypes.c_int32 * (9 * MOST))()
         if params.next_work_idx:

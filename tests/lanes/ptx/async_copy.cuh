@@ -24,7 +24,6 @@ inline void cp_async_bulk(bool predicate, u32 shared, const void* global, u32 by
   if (predicate) copy_checked(shared, global, bytes), mbarrier_arrive(true, b);
 }
 inline void cp_async16(u32 shared, const void* global) { copy_checked(shared, global, 16); }
-inline void prefetch_l2(const void*) {}
 inline void cp_async_commit() {}
 template <int kPending> void cp_async_wait() {}
 inline void cp_async_mbarrier_arrive(u32 b) { mbarrier_arrive(true, b); }
