@@ -70,7 +70,7 @@ struct QuantizeResidentShared {
     };
   };
 
-  static __device__ __forceinline__ int thread() { return threadIdx.x % 128; }
+  static __device__ __forceinline__ u32 thread() { return threadIdx.x % 128; }
   // A warpgroup's blocks are kConsumers apart, an odd number.
   __device__ __forceinline__ float (&maxima(int scale_block))[kWarps][4] { return k_amax[threadIdx.x / 128][scale_block % 2]; }
   static __device__ __forceinline__ void sync() { named_barrier<128>(1 + threadIdx.x / 128); }
@@ -288,7 +288,7 @@ __device__ __forceinline__ void attend_resident(const ResidentParams& r) {
       if (stores) {  // all lanes of a warp
         const float* largest = reinterpret_cast<const float*>(bytes + C::kScaleMax);
         const i32 scale_max = __float_as_int(fmaxf(largest[0], fmaxf(largest[1], largest[2])));
-        store_work_tile<C>(p, tile, slot);
+        store_work_tile<C>(tile, output_offset(p, tile), slot);
         store_shared16(slot, {0u, (u32)tiles, (u32)kWorkValid, __float_as_uint(max_score_scale(p.score_limit, scale_max))});
       }
       named_barrier<128>(1 + warpgroup);  // the work tile is stored, and all have read the last one's Q

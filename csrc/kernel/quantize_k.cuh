@@ -34,7 +34,7 @@ struct QuantizeKShared {
   i32 live_samples, samples_of_warp[4];
 
   // The threads that share the scales of a scale block: the number of this one, where they keep the block's maxima, a barrier of theirs.
-  static __device__ __forceinline__ int thread() { return threadIdx.x; }
+  static __device__ __forceinline__ u32 thread() { return threadIdx.x; }
   __device__ __forceinline__ float (&maxima(int scale_block))[kWarps][4] { return k_amax[scale_block % 2]; }
   static __device__ __forceinline__ void sync() { __syncthreads(); }
 };

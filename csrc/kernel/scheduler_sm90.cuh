@@ -40,10 +40,14 @@ struct KvRange {
   }
 };
 
-// Stores where a work tile is, for load_work_tile() and the output.
+// Offset in the output of a work tile's head.
+__device__ __forceinline__ i64 output_offset(const AttendParams& p, const WorkTile& tile) {
+  return tile.batch * p.out_stride_b + tile.head * p.out_stride_h + tile.span.token0 * p.out_stride_n;
+}
+
+// Stores where a work tile is, for load_work_tile(), and where its output is.
 template <class C>
-__device__ __forceinline__ void store_work_tile(const AttendParams& p, const WorkTile& tile, u32 to_shared) {
-  const i64 out = tile.batch * p.out_stride_b + tile.head * p.out_stride_h + tile.span.token0 * p.out_stride_n;
+__device__ __forceinline__ void store_work_tile(const WorkTile& tile, i64 out, u32 to_shared) {
   if constexpr (C::kMask == Mask::packed)
     store_shared16(to_shared + work::kSpan, {(u32)tile.span.token0, (u32)tile.span.len_q, (u32)tile.span.len_kv, (u32)tile.span.kv_tile0});
   store_shared16(to_shared + work::kBh, {(u32)tile.bh, (u32)tile.batch, (u32)tile.head, (u32)tile.row0});
@@ -96,7 +100,8 @@ struct Scheduler {
       flags |= (from > 0 ? kWritesPartial : 0u) | (to < blocks ? kJoinsPartial : 0u);
     }
     const WorkTile tile = work_tile<C::kMask, C::kTile>(p, work_idx, C::kBlockM);
-    if (elected()) store_work_tile<C>(p, tile, to_shared);
+    const i64 out = output_offset(p, tile);
+    if (elected()) store_work_tile<C>(tile, out, to_shared);
     int tiles, masked;  // of the work tile
     if constexpr (C::kMask == Mask::list) {
       const int2 count = TileList(p.lists, tile.batch, tile.head, tile.row0, C::kBlockM, p.len_q).count();
