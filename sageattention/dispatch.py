@@ -16,7 +16,7 @@ from .backends import emulation, sdpa
 from .backends.call import Backend, KernelBackend, PreparedCall, QuantizedKV, Result, empty_result
 from .errors import KernelMissing, TorchOnly, Unsupported
 from .planning.here import plan_for, plan_without, warn_once
-from .planning.plan import KernelPlan, Plan
+from .planning.plan import CudaPlan, KernelPlan, Plan
 from .planning.problem import Problem, facts
 from .tracing import traced as traced  # for `api`
 from .tracing import transformed
@@ -88,7 +88,9 @@ class Call(PreparedCall[Plan]):
 
     def _halves_pay(self, plan: KernelPlan) -> bool:
         """Whether a call in two halves, K and V freed in between, peaks lower than as a whole: it keeps all heads quantised, where the
-        whole call keeps a group or two beside the output."""
+        whole call keeps a group or two beside the output. Where K and V stay in shared memory they are too few to matter."""
+        if isinstance(plan, CudaPlan) and plan.halves:
+            return False
         return plan.halves_take(self.problem) < self.q.numel() * self.q.element_size()
 
     def _compute_releasing(self, plan: KernelPlan, release: Callable[[], object]) -> Result:

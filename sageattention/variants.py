@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from .kernels.family import KernelFamily, Tile, Tiles
 from .kernels.mma import MMA_FP8, MMA_FP16, MMA_INT8
+from .kernels.resident import RESIDENT_FP16
 from .kernels.wgmma import WGMMA_FP8, WGMMA_FP8_SPARSE, WGMMA_FP8_WIDE, WGMMA_FP16, WGMMA_FP16_SPARSE, WGMMA_FP16_WIDE
 from .numerics.scheme import FP8_FP16, FP8_FP32_WGMMA, FP16_FP32, FP16_FP32_MMA, FP16_FP32_TRITON, INT8_INT32, Scheme
 
@@ -49,6 +50,7 @@ class Variant:
     tiles: Tiles = field(default_factory=dict)
     kernels: tuple[KernelFamily, ...] = ()
     sparse_kernels: tuple[KernelFamily, ...] = ()  # of block-sparse calls: by lists of tiles of 64 keys
+    resident_kernels: tuple[KernelFamily, ...] = ()  # of calls with so few keys that K and V of a head stay in shared memory
 
     @property
     def has_kernels(self) -> bool:
@@ -59,7 +61,8 @@ class Variant:
     def schemes(self) -> dict[str, Scheme]:
         """All that it computes anywhere, by accumulator or kernels and accumulator."""
         own = {"default": self.scheme} if self.scheme else {}
-        return own | self.accum | {f"{k.name}-{accum}": scheme for k in self.kernels for accum, scheme in k.schemes.items()}
+        families = (*self.kernels, *self.resident_kernels)
+        return own | self.accum | {f"{k.name}-{accum}": scheme for k in families for accum, scheme in k.schemes.items()}
 
     def choose(self, arch: int, forced: bool, head_dim: int, accum: str = "", sparse: bool = False) -> KernelFamily | None:
         """The kernels for a family of devices, of block-sparse calls or of others.
@@ -107,6 +110,7 @@ CUDA_FP16 = Variant(
     accum=MMA_FP16.schemes,
     kernels=(WGMMA_FP16, WGMMA_FP16_WIDE, MMA_FP16),
     sparse_kernels=(WGMMA_FP16_SPARSE, MMA_FP16),
+    resident_kernels=(RESIDENT_FP16,),
 )
 CUDA_FP8 = Variant(
     "sageattn_qk_int8_pv_fp8_cuda",

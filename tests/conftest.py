@@ -78,7 +78,7 @@ MEMOS = {
     "planning.here": ["_absent", "_told"],
     "verify": ["_given_up"],
     "dispatch": ["_prepared", "_ran"],
-    "backends.cuda.workspace": ["launch_plan_of"],
+    "backends.cuda.workspace": ["launch_plan_of", "resident_plan_of"],
     "backends.cuda.route": ["_plan_of"],
 }
 

@@ -3,6 +3,7 @@
 #include "../block/mask.cuh"
 #include "../layout/core_matrix.cuh"
 #include "../ptx/special.cuh"
+#include "params.cuh"
 
 namespace sage {
 
@@ -22,7 +23,9 @@ struct WgmmaConfig {
   static constexpr Mask kMask = kWgmmaTile.mask;
   static constexpr int kUnmaskedLeast = 1,
                        kUnmaskedMultiple = 1;  // tiles of unmasked_tiles(): at least, and a multiple of; the rest is done as masked
-  static constexpr int kConsumers = 2;         // warpgroups
+  static constexpr bool kResident = false;     // K and V pass through the stages of a ring
+  static constexpr int kConsumers = 2;         // warpgroups,
+  static constexpr int kFirstConsumer = 128;   // from this thread on
   static constexpr int kConsumerWarps = 4 * kConsumers, kThreads = 128 * (kConsumers + 1), kBlockM = 64 * kConsumers;
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;  // of 65536: 128 · 24 + 256 · 240
   static constexpr int kScoreRegisters = kTile / 2, kOutRegisters = Layout::kVColumns / 2;
@@ -50,6 +53,7 @@ struct WgmmaConfig {
   }
   static __device__ __forceinline__ u32 work_slot(int iteration) { return kWorkSlot0 + iteration % 2u * kWorkSlotBytes; }
   static __device__ __forceinline__ u32 channel_scales(u32 work) { return work + kWorkTileBytes; }
+  static __device__ __forceinline__ const float* k_mean(const AttendParams& p, int bh) { return p.k_mean + bh * kHeadDim; }
 };
 
 // A stage's barriers: K is loaded, V is loaded, all consumer warps have read K, have read V.

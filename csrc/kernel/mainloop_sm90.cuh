@@ -3,6 +3,7 @@
 #pragma once
 #include "../block/mask_scores.cuh"
 #include "../block/output.cuh"
+#include "../ptx/async_copy.cuh"
 #include "../ptx/wgmma.cuh"
 #include "scheduler_sm90.cuh"
 
@@ -48,6 +49,18 @@ struct MainloopSm90 {
     const u32 scales = tile(stage) + place * Layout::kTileBytes + Layout::kScaleOffset;
     const uint4 v = load_shared16(scales + Layout::kScalePitch * (special_tid_x() % 4u));
     k_scales = {v.x, v.y}, tile_number = v.w;
+  }
+
+  // Waits for a stage's K or V; releases them. K and V that stay where they are need neither, but the compiler has to see a wait for V: it
+  // is a loop, before which no later wait is moved.
+  __device__ __forceinline__ void await(StageBarrier which, const Ring<C::kStages>& at) const {
+    if constexpr (!C::kResident)
+      mbarrier_wait(barrier(at.stage) + which, at.parity);
+    else if (which == kVFull)
+      mbarrier_wait(shared + C::kDone, 1);
+  }
+  __device__ __forceinline__ void arrive(StageBarrier which, u32 stage, bool really = true) const {
+    if constexpr (!C::kResident) mbarrier_arrive(elected() && really, barrier(stage) + which);
   }
 
   __device__ __forceinline__ u32 barrier(u32 stage) const { return shared + C::kBarriers + stage * C::kBarrierPitch; }

@@ -15,14 +15,16 @@ template <class C>
 struct MainloopFp16 : MainloopSm90<C> {
   using Base = MainloopSm90<C>;
   using typename Base::Layout, typename Base::Scores, typename Base::ProbFragments;
-  using Base::barrier, Base::tile, Base::mask_scores, Base::load_k_scales, Base::tile_number, Base::m_i, Base::ring, Base::k_scales,
-      Base::q_scale, Base::sQ, Base::p;
+  using Base::await, Base::arrive, Base::tile, Base::mask_scores, Base::load_k_scales, Base::tile_number, Base::m_i, Base::ring,
+      Base::k_scales, Base::q_scale, Base::sQ, Base::p;
   static constexpr int kHeadDim = C::kHeadDim, kSteps = kHeadDim / 32;
   // Steps of Q·Kᵀ whose A fragments are in registers, as far as there are any left: shared memory then serves fewer reads.
-  static constexpr int kQStepsInRegs = kHeadDim == 64 ? 0 : kHeadDim == 128 ? 2 : 4;
-  // Whether the exponentials come before the wait for P·V of the previous tile: at head_dim 256 that is all there is beside it. And how many
-  // are chained by a false dependency: otherwise the compiler schedules all exponentials before all conversions. Chosen by measurement.
-  static constexpr bool kExpBeforeWait = kHeadDim != 128;
+  static constexpr int kQStepsInRegs = kHeadDim == 64 || C::kResident ? 0 : kHeadDim == 128 ? 2 : 4;
+  // Whether the softmax is one tile ahead of P·V, with two arrays of P for one of scores.
+  static constexpr bool kAhead = kHeadDim == 256 || C::kResident;
+  // Whether the exponentials come before the wait for P·V of the previous tile: with the softmax ahead that is all there is beside it. And how
+  // many are chained by a false dependency: otherwise the compiler schedules all exponentials before all conversions. Chosen by measurement.
+  static constexpr bool kExpBeforeWait = kHeadDim != 128 || kAhead;
   static constexpr int kExpChain = kHeadDim == 64 ? 8 : 0;
 
   float o[C::kOutRegisters];
@@ -40,7 +42,7 @@ struct MainloopFp16 : MainloopSm90<C> {
   // Issues S = Q·Kᵀ of the stage at `at`.
   __device__ __forceinline__ void issue_scores(Scores& s, const Ring<C::kStages>& at) const {
     const u64 rows = wgmma_descriptor<C::kQPitch>(sQ), keys = wgmma_descriptor<Layout::kKPitch>(tile(at.stage));
-    mbarrier_wait(barrier(at.stage) + kKFull, at.parity);
+    await(kKFull, at);
     warpgroup_fence_operand(s);
     wgmma_fence();
 #pragma unroll
@@ -73,14 +75,12 @@ struct MainloopFp16 : MainloopSm90<C> {
     wgmma_commit();
   }
 
-  __device__ __forceinline__ void release_v(u32 stage, bool really = true) const {
-    mbarrier_arrive(elected() && really, barrier(stage) + kVEmpty);
-  }
+  __device__ __forceinline__ void release_v(u32 stage, bool really = true) const { arrive(kVEmpty, stage, really); }
 
   // scale[half of the tile][row half] = K scale · row scale of the current tile; releases the tile's K.
   __device__ __forceinline__ void read_scales(float (&scale)[2][2]) const {
     __syncwarp();
-    mbarrier_arrive(elected(), barrier(ring.stage) + kKEmpty);
+    arrive(kKEmpty, ring.stage);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       scale[0][half] = q_scale[half] * __uint_as_float(k_scales.x);
@@ -122,9 +122,9 @@ struct MainloopFp16 : MainloopSm90<C> {
     }
   }
 
-  // Row maxima, rescaling where needed, P in fp16. await() waits for O. keys, key0: of a masked tile.
-  template <bool kMasked, class Await>
-  __device__ __forceinline__ void softmax_step(Scores& s, ProbFragments& prob, const typename Base::Keys& keys, int key0, Await await) {
+  // Row maxima, rescaling where needed, P in fp16. await_o() waits for O. keys, key0: of a masked tile.
+  template <bool kMasked, class AwaitO>
+  __device__ __forceinline__ void softmax_step(Scores& s, ProbFragments& prob, const typename Base::Keys& keys, int key0, AwaitO await_o) {
     float scale[2][2], top[2], alpha[2];
     read_scales(scale);
     if constexpr (kMasked) {
@@ -140,8 +140,8 @@ struct MainloopFp16 : MainloopSm90<C> {
       if (outgrown) update_m_i(top, alpha);
       exponentials<kMasked>(s, scale);
     }
-    mbarrier_wait(barrier(ring.stage) + kVFull, ring.parity);  // it is a loop, so the compiler does not move the next wait before it
-    await();
+    await(kVFull, ring);  // it is a loop, so the compiler does not move the next wait before it
+    await_o();
     if (outgrown) {
       if constexpr (!kExpBeforeWait) update_m_i(top, alpha);
       rescale(alpha);
@@ -202,7 +202,7 @@ struct MainloopFp16 : MainloopSm90<C> {
     load_k_scales(ring.stage);
 #pragma unroll
     for (int i = 0; i < C::kProbRegisters; ++i) prob[i] = 0;
-    mbarrier_wait(barrier(ring.stage) + kVFull, ring.parity);
+    await(kVFull, ring);
     issue_pv<1>(prob, ring.stage);  // dummy P·V with P = 0: the first iteration has as many pending groups as every other
     for (bool first = true;; first = false, tiles -= 2) {
       step(even, odd, prob, first, tiles == 1);
@@ -274,9 +274,10 @@ struct MainloopFp16 : MainloopSm90<C> {
       }
     }
     warpgroup_fence_operand(o);
-    for (int left = range.masked; left; --left) masked_tile();
+    if constexpr (!C::kResident)
+      for (int left = range.masked; left; --left) masked_tile();
     if (range.unmasked) {
-      if constexpr (kHeadDim == 256)
+      if constexpr (kAhead)
         unmasked_tiles_ahead(range.unmasked);
       else
         unmasked_tiles(range.unmasked);

@@ -19,7 +19,7 @@ __device__ __forceinline__ void store_lse(const AttendParams& p, u32 own, const 
     with_dtype(p.dtype, [&](auto type) {
       constexpr int kDtype = decltype(type)::value;
       const u8* q = static_cast<const u8*>(p.q.data) + offset * kElementBytes<kDtype>;
-      shift = k_mean_score<kDtype>(q, p.head_dim, p.k_mean + at.tile.bh * C::kHeadDim, at.t, p.sm_scale);
+      shift = k_mean_score<kDtype>(q, p.head_dim, C::k_mean(p, at.tile.bh), at.t, p.sm_scale);
     });
     const float sum = half ? l_i[1] : l_i[0], m = half ? m_i[1] : m_i[0];  // selected without an index: they are registers
     if (at.t == 0 && at.has(at.row(half))) *at.lse(p, row) = log_sum_exp(sum, m, shift);

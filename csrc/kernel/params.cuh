@@ -213,6 +213,22 @@ struct AttendParams {
   i32 mask_pairs;           // 1: two consecutive elements of a row are one aligned load
 };
 
+// K and V of a launch that quantises them itself.
+struct ResidentKv {
+  Tokens k, v;
+  const void* cu_seqlens_q;  // Mask::packed: as in PlaceSequencesParams, those down to max_len_k as well
+  const void* cu_seqlens_k;
+  i32 sequences, wide_q, wide_k;
+  i32 total_q, total_k, max_len_q, max_len_k;
+  i32 vectorized;  // as in QuantizeKParams
+};
+
+// The only launch of a call whose K and V stay in shared memory.
+struct ResidentParams {
+  ResidentKv kv;
+  AttendParams attend;  // what the quantisers would have left is null
+};
+
 // ⌈n / d⌉ for n ≥ 0.
 __device__ __forceinline__ int ceil_div(int n, int d) { return (n + d - 1) / d; }
 

@@ -32,6 +32,11 @@ struct QuantizeKShared {
   LiveWindow<kLiveWords> live;  // where not all keys are live
   i32 sample[kMaxKMeanTokens];  // the keys whose mean is k_mean, where not all keys are live
   i32 live_samples, samples_of_warp[4];
+
+  // The threads that share the scales of a scale block: the number of this one, where they keep the block's maxima, a barrier of theirs.
+  static __device__ __forceinline__ u32 thread() { return threadIdx.x; }
+  __device__ __forceinline__ float (&maxima(int scale_block))[kWarps][4] { return k_amax[scale_block % 2]; }
+  static __device__ __forceinline__ void sync() { __syncthreads(); }
 };
 
 // Sums over a thread's rows of its eight channels. get(result, i), combine(result, a, b): result number `result` of channel i.
@@ -150,21 +155,21 @@ __device__ __forceinline__ void unpack_key(const RawRow<kHeadDim, kDtype>& raw, 
 }
 
 // The four scales of a scale block. amax: the warp's largest magnitude for scale number `group`, in lanes that are `whole`. Stores the
-// scales in the tile; returns the inverse of scale lane % 4 and, in `scale`, that scale. A collective of the CTA.
+// scales in the tile; returns the inverse of scale lane % 4 and, in `scale`, that scale. A collective of the threads of `shared`.
 template <class Layout, class Shared>
 __device__ __forceinline__ float share_scales(float amax, int group, bool whole, int scale_block, int tile_bytes, Shared& shared, u8* out,
                                               float& scale) {
   constexpr int kBlocksPerTile = Layout::kTile / Layout::kScaleKeys;  // of a tile
   const int lane = threadIdx.x % 32, part = scale_block % kBlocksPerTile;
-  float (&k_amax)[Shared::kWarps][4] = shared.k_amax[scale_block % 2];
-  if (whole) k_amax[threadIdx.x / 32][group] = amax;
-  __syncthreads();  // every warp's maxima are stored; the next but one call reuses their place, after the next call's barrier
+  float (&k_amax)[Shared::kWarps][4] = shared.maxima(scale_block);
+  if (whole) k_amax[Shared::thread() / 32][group] = amax;
+  Shared::sync();  // every warp's maxima are stored; the next but one call reuses their place, after the next call's barrier
   amax = k_amax[min(lane / 4, Shared::kWarps - 1)][lane % 4];
 #pragma unroll
   for (int other = 4; other <= 16; other *= 2) amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, other));
   const float inverse = int8_inverse(amax);
   scale = inverse > 0.0f ? amax * (1.0f / kInt8Max) : 0.0f;
-  if (threadIdx.x < 4) {
+  if (Shared::thread() < 4) {
     u8* scales = out + Layout::scale_offset(tile_bytes) + Layout::kScalePitch * lane;
     *reinterpret_cast<float*>(scales + 4 * part) = scale;
     if constexpr (Layout::kNumbered) {
@@ -176,13 +181,12 @@ __device__ __forceinline__ float share_scales(float amax, int group, bool whole,
 }
 
 // Quantises a scale block's keys; lane 4g + t reads its channels (rotate.cuh) of key row(). load() starts the next block's loads, to be in
-// flight meanwhile. A collective of the CTA. This one: rotate() in fp32, each quad one key.
-template <class Layout, int kDtype>
+// flight meanwhile. A collective of the threads of `shared`. This one: rotate() in fp32, each quad one key.
+template <class Layout, int kDtype, class Shared>
 struct RotateKByLane {
   static constexpr int kHeadDim = Layout::kHeadDim;
-  using Shared = QuantizeKShared<Layout>;
 
-  static __device__ __forceinline__ int row() { return threadIdx.x / 4; }
+  static __device__ __forceinline__ int row() { return Shared::thread() / 4; }
   __device__ __forceinline__ void prepare(Shared&) {}
 
   // counts(i): whether key i of the block is quantised; others become 0. Returns scale lane % 4.
@@ -214,15 +218,14 @@ struct RotateKByLane {
 
 // The same by a Rotation, whose accumulators start at −k_mean, rotated as far as the MMAs go. Lane 4g + t gets 16 consecutive quantised
 // channels of each of two keys, t and t + 4 of eight, so that stores fill whole sectors.
-template <class Layout, int kDtype>
+template <class Layout, int kDtype, class Shared>
 struct RotateKByMma {
   static constexpr int kHeadDim = Layout::kHeadDim;
-  using Shared = QuantizeKShared<Layout>;
   const Rotation<kHeadDim, kDtype> rotation{(int)threadIdx.x % 32};
 
-  static __device__ __forceinline__ int row() { return threadIdx.x / 32 * 8 + threadIdx.x % 8 / 4 * 4 + threadIdx.x % 32 / 8; }
+  static __device__ __forceinline__ int row() { return Shared::thread() / 32 * 8 + threadIdx.x % 8 / 4 * 4 + threadIdx.x % 32 / 8; }
 
-  // Called once k_mean is complete.
+  // Called once k_mean is complete. A collective of the CTA.
   __device__ __forceinline__ void prepare(Shared& shared) {
     for (int i = threadIdx.x; i < kHeadDim; i += Shared::kThreads) {
       const float x = -rotation.product(shared.k_mean, i / 16, i % 16);
@@ -235,7 +238,7 @@ struct RotateKByMma {
   template <class Counts, class Load>
   __device__ __forceinline__ float quantize(const RawRow<kHeadDim, kDtype>& raw, Counts counts, Load load, int scale_block, int tile_bytes,
                                             Shared& shared, u8* out) const {
-    const int lane = threadIdx.x % 32, t = lane % 4, g = lane / 4, own = threadIdx.x / 32 * 8 + t;
+    const int lane = threadIdx.x % 32, t = lane % 4, g = lane / 4, own = Shared::thread() / 32 * 8 + t;
     float y[2][kHeadDim / 8], scale;
     const auto start = [&](int m, float (&c)[4]) {
       const float4 four = shared.start[m][g];
@@ -276,14 +279,16 @@ struct RotateKByMma {
   }
 };
 
-template <bool kMmas, class Layout, int kDtype>
+template <bool kMmas, class Layout, int kDtype, class Shared>
 struct RotateKOf {
-  using Type = RotateKByLane<Layout, kDtype>;
+  using Type = RotateKByLane<Layout, kDtype, Shared>;
 };
-template <class Layout, int kDtype>
-struct RotateKOf<true, Layout, kDtype> {
-  using Type = RotateKByMma<Layout, kDtype>;
+template <class Layout, int kDtype, class Shared>
+struct RotateKOf<true, Layout, kDtype, Shared> {
+  using Type = RotateKByMma<Layout, kDtype, Shared>;
 };
+template <class Layout, int kDtype, class Shared>
+using RotateK = typename RotateKOf<kMma16 && kDtype != kFloat32, Layout, kDtype, Shared>::Type;
 
 // Chooses the keys of k_mean where not all keys are live: of each `k_mean_step` keys, the first live one in the 32-key word that they begin
 // in; if that finds none, the first live key of all. Returns their number (0 if no key is live). A collective of the CTA.
@@ -319,7 +324,7 @@ template <class Layout, int kDtype, bool kVectors, bool kLiveMask>
 __device__ __forceinline__ void quantize_cta(const QuantizeKParams& p, const u8* k, const LiveRows& live, int bh, int cta,
                                              float* scale_partial, QuantizeKShared<Layout>& shared) {
   constexpr int kHeadDim = Layout::kHeadDim, kKeys = Layout::kScaleKeys, kBlocksPerTile = Layout::kTile / kKeys;
-  using Rotate = typename RotateKOf<kMma16 && kDtype != kFloat32, Layout, kDtype>::Type;
+  using Rotate = RotateK<Layout, kDtype, QuantizeKShared<Layout>>;
   // Loads the next scale block while this one is rotated, where the registers allow it.
   constexpr bool kPrefetch = kHeadDim <= 128 && kDtype != kFloat32 && kVectors;
   const i64 row_bytes = p.k.stride_n * kElementBytes<kDtype>;

@@ -36,10 +36,10 @@ __device__ __forceinline__ void quantize_q(const AttendParams& p, u32 shared, in
     else
       load_raw<kHeadDim, 2, kDtype, false>(head, token, p.q.stride_n, at.row(0), at.tile.span.len_q, at.t, p.head_dim, raw);
     __syncwarp();
-    mbarrier_arrive(elected(), shared + C::kWorkBarriers + kWorkEmpty);
+    if constexpr (!C::kResident) mbarrier_arrive(elected(), shared + C::kWorkBarriers + kWorkEmpty);
     const u32 row0 = shared + C::q_offset(iteration, at.warp / 4) + 16 * (at.warp % 4) * 16;
     const auto wait = [&] {  // this Q stage is no longer read; with two stages, the last work tile's barrier has ensured that
-      if (C::kQStages == 1) named_barrier<128>(1 + at.warp / 4);
+      if (C::kQStages == 1 && !C::kResident) named_barrier<128>(1 + at.warp / 4);
     };
     if constexpr (kDtype == kFloat32) {
       u32 a[kHeadDim / 32][4];

@@ -43,6 +43,20 @@ struct KvRange {
 constexpr int kWorkTileCost = 3;      // what prologue and epilogue of a work tile take, in KV tiles
 constexpr int kHeadsInL2 = 16 << 20;  // bytes of K and V of the heads whose causal work tiles are dealt out together
 
+// Offset in the output of a work tile's head.
+__device__ __forceinline__ i64 output_offset(const AttendParams& p, const WorkTile& tile) {
+  return tile.batch * p.out_stride_b + tile.head * p.out_stride_h + tile.span.token0 * p.out_stride_n;
+}
+
+// Stores where a work tile is, for load_work_tile(), and where its output is.
+template <class C>
+__device__ __forceinline__ void store_work_tile(const WorkTile& tile, i64 out, u32 to_shared) {
+  if constexpr (C::kMask == Mask::packed)
+    store_shared16(to_shared + work::kSpan, {(u32)tile.span.token0, (u32)tile.span.len_q, (u32)tile.span.len_kv, (u32)tile.span.kv_tile0});
+  store_shared16(to_shared + work::kBh, {(u32)tile.bh, (u32)tile.batch, (u32)tile.head, (u32)tile.row0});
+  store_shared8(to_shared + work::kOut, (u32)out, (u32)(out >> 32));
+}
+
 // The tile scheduler. First p.full_waves whole work tiles for each CTA: gridDim.x apart, or, where they differ in length, in the order of
 // requests. With p.split_kv_workspace the remaining ones are then cut into one share for each CTA. A share is at least as long as a work
 // tile, so no more than two CTAs have parts of one. With p.full_waves < 0 all work tiles are cut into shares, of equal cost, if they are long
@@ -156,14 +170,8 @@ struct Scheduler {
       work_idx = longest_first(p, work_idx);
     }
     const WorkTile tile = work_tile<C::kMask, C::kTile>(p, work_idx, C::kBlockM);
-    const i64 out = tile.batch * p.out_stride_b + tile.head * p.out_stride_h + tile.span.token0 * p.out_stride_n;
-    if (elected()) {
-      if constexpr (C::kMask == Mask::packed)
-        store_shared16(to_shared + work::kSpan,
-                       {(u32)tile.span.token0, (u32)tile.span.len_q, (u32)tile.span.len_kv, (u32)tile.span.kv_tile0});
-      store_shared16(to_shared + work::kBh, {(u32)tile.bh, (u32)tile.batch, (u32)tile.head, (u32)tile.row0});
-      store_shared8(to_shared + work::kOut, (u32)out, (u32)(out >> 32));
-    }
+    const i64 out = output_offset(p, tile);
+    if (elected()) store_work_tile<C>(tile, out, to_shared);
     int tiles, masked;  // of the work tile
     if constexpr (C::kMask == Mask::list) {
       const int2 count = TileList(p.lists, tile.batch, tile.head, tile.row0, C::kBlockM, p.len_q).count();
@@ -212,7 +220,7 @@ __device__ __forceinline__ int token_in(const AttendParams& p, u32 own, const Wo
 // A consumer lane's rows of it: a warp has sixteen.
 template <class C>
 __device__ __forceinline__ RowCoord consumer_rows(const AttendParams& p, u32 own) {
-  return {load_work_tile<C>(p, own), (int)special_tid_x() - 128, 16};
+  return {load_work_tile<C>(p, own), (int)special_tid_x() - C::kFirstConsumer, 16};
 }
 
 }  // namespace sage

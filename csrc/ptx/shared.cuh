@@ -69,4 +69,12 @@ __device__ __forceinline__ uint4 ldmatrix_x4_trans(u32 shared) {
   return v;
 }
 
+// Transposes an 8×8 matrix of 16-bit elements in the warp's registers: lane 4·g + t passes columns 2t, 2t+1 of row g and gets rows 2t, 2t+1
+// of column g.
+__device__ __forceinline__ u32 movmatrix_trans(u32 x) {
+  u32 y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0,%1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 }  // namespace sage

@@ -74,7 +74,9 @@ class KernelFamily:
     arch: int = 0  # compute capability of the only devices it is made for, whose machine code is "sm_XXa"; 0: any from min_arch on
     min_arch: int = 75
     masks: tuple[str, ...] = MASKS  # kinds of kernels that there are; those of lists alone serve block-sparse calls
-    quantizers: str = "mma"  # families of the same name have their quantisers in one image and, for tiles of equal size, K's in common
+    # Families of the same name have their quantisers in one image and, for tiles of equal size, K's in common. "": a call's only launch
+    # quantises K and V itself, of as many keys as its stages hold.
+    quantizers: str = "mma"
     scale_blocks: int = 1  # of a tile's keys: those of each share K's scales
     # V has columns of ones, whose products are the softmax's sums: where K and V of a key are zeros, ones included, it needs no mask.
     v_ones: bool = False
@@ -86,6 +88,16 @@ class KernelFamily:
     def persistent(self) -> bool:
         """Whether a grid of any size does all unmasked work."""
         return self.split_kv_bytes is not None
+
+    @property
+    def resident(self) -> bool:
+        """Whether K and V of a head stay in shared memory."""
+        return not self.quantizers
+
+    def most_keys(self, head_dim: int) -> int:
+        """Of a resident family: the keys that shared memory has room for."""
+        tile = find_tile(self.tiles, 0, head_dim)
+        return tile.block_n * tile.stages
 
     @property
     def head_dims(self) -> tuple[int, ...]:
@@ -108,7 +120,7 @@ class KernelFamily:
     @property
     def key_kinds(self) -> tuple[str, ...]:
         """Which quantisers it needs, by `KEYS`."""
-        return KEYS if self.masks == MASKS else ("live",)
+        return () if self.resident else KEYS if self.masks == MASKS else ("live",)
 
     def scale_block_keys(self, head_dim: int) -> int:
         """Keys of K that share scales: kScaleKeys of the layout."""

@@ -155,6 +155,22 @@ class AttendParams(ctypes.Structure):
     ]  # fmt: skip
 
 
+class ResidentKv(ctypes.Structure):
+    """K and V of a launch that quantises them itself."""
+
+    _fields_ = [
+        ("k", Tokens), ("v", Tokens), ("cu_seqlens_q", POINTER), ("cu_seqlens_k", POINTER),
+        ("sequences", c_int32), ("wide_q", c_int32), ("wide_k", c_int32),
+        ("total_q", c_int32), ("total_k", c_int32), ("max_len_q", c_int32), ("max_len_k", c_int32), ("vectorized", c_int32),
+    ]  # fmt: skip
+
+
+class ResidentParams(ctypes.Structure):
+    """The only launch of a call whose K and V stay in shared memory."""
+
+    _fields_ = [("kv", ResidentKv), ("attend", AttendParams)]
+
+
 class NarrowMaskParams(ctypes.Structure):
     """Of narrow_mask, before torch's own attention."""
 

@@ -20,10 +20,12 @@ from .params import (
     RepairRowsParams,
     RouteParams,
 )
+from .resident import RESIDENT_FP16
 from .wgmma import WGMMA_FP8, WGMMA_FP8_SPARSE, WGMMA_FP8_WIDE, WGMMA_FP16, WGMMA_FP16_SPARSE, WGMMA_FP16_WIDE
 
 KERNELS: tuple[KernelFamily, ...] = (
     WGMMA_FP16, WGMMA_FP16_WIDE, MMA_FP16, MMA_FP8, WGMMA_FP8, WGMMA_FP8_WIDE, MMA_INT8, WGMMA_FP16_SPARSE, WGMMA_FP8_SPARSE,
+    RESIDENT_FP16,
 )  # fmt: skip
 
 QUANTIZE_V_THREADS = 128
@@ -112,7 +114,7 @@ def route_entry(head_dim: int, arch: int) -> Entry:
 def _images(target: str) -> Iterator[Image]:
     """Every image for one target of the compiler."""
     arch, built = int(target.split("_")[1].rstrip("a")), [k for k in KERNELS if k.built_for(target)]
-    for name in dict.fromkeys(k.quantizer for k in built):
+    for name in dict.fromkeys(k.quantizer for k in built if not k.resident):
         made = [(k, d) for k in built if k.quantizer == name for d in k.head_dims]
         keys = {k.quantize_k_symbol(d, kind): _quantize_k_entry(k, arch, d, kind) for k, d in reversed(made) for kind in k.key_kinds}
         values = (_quantize_v_entry(k, arch, d, kind) for k, d in made for kind in k.key_kinds)

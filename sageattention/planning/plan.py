@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from .calibration import Calibration
     from .verdicts import Verdicts
 
+# A CTA that keeps K and V in shared memory quantises them itself, whoever else has the same head. That pays where it has at least so many
+# work tiles, and one for so many keys; of packed sequences, where the card has so many (sequence, KV head) pairs a multiprocessor.
+MIN_WORK_TILES, KEYS_OF_WORK_TILE, MIN_PAIRS = 3, 64, 4  # by measurement: docs/kernels/resident.md
+
 Rejected = tuple[tuple[Candidate, str], ...]
 
 
@@ -116,6 +120,7 @@ class CudaPlan(KernelPlan):
     Attributes:
         images: of the quantisers and of the attention.
         attend: the attention kernel's symbol.
+        halves: where K and V stay in shared memory, which leaves nothing quantised behind: the plan of the same call in two halves.
     """
 
     # A group is quantised while another one is attended.
@@ -126,6 +131,7 @@ class CudaPlan(KernelPlan):
     kernels: KernelFamily
     images: tuple[Image, Image]
     attend: str
+    halves: CudaPlan | None = None
 
 
 class Target(NamedTuple):
@@ -273,11 +279,41 @@ def fit_cuda(
     tile = find_tile(kernels.tiles, images[1].capability, head_dim, mask, scheme.accumulate)
     tile_bytes = kernels.tile_bytes(head_dim)
     heads = CudaPlan.grouped(problem, tile_bytes, tile.block_n, _tile_list_bytes(problem, variant, tile_bytes, tile.block_n))
-    return CudaPlan(
+    chosen = CudaPlan(
         variant, reason, target.family, accum,
         scheme=replace(scheme, kv_tile=tile.block_n), head_dim=head_dim, tile=tile, heads_per_group=heads,
         kernels=kernels, images=images, attend=kernels.attend_symbol(head_dim, mask, scheme.accumulate),
     )  # fmt: skip
+    return chosen if sparse else _resident(problem, target, chosen)
+
+
+def _resident(problem: Problem, target: Target, chosen: CudaPlan) -> CudaPlan:
+    """The plan by which K and V of a head stay in shared memory, where they fit it, that pays and there is a kernel; else `chosen`."""
+    variant, head_dim, mask = chosen.variant, chosen.head_dim, problem.mask_kind
+    for kernels in variant.resident_kernels:
+        scheme = kernels.schemes.get(chosen.accum or next(iter(variant.accum)))
+        fits = head_dim in kernels.head_dims and problem.len_kv <= kernels.most_keys(head_dim) and mask in kernels.masks
+        if scheme is None or not fits or problem.causal or kernels.arch != target.card.arch or target.forced:
+            continue
+        try:
+            image = _image(variant, target, kernels.attend_image(head_dim))
+        except KernelMissing:  # the others are as right
+            continue
+        tile = find_tile(kernels.tiles, image.capability, head_dim)
+        if not _resident_pays(problem, tile.block_m, target.card.multiprocessors):
+            continue
+        return replace(
+            chosen, kernels=kernels, images=(chosen.images[0], image), scheme=replace(scheme, kv_tile=tile.block_n), tile=tile,
+            attend=kernels.attend_symbol(head_dim, mask, scheme.accumulate), halves=chosen,
+        )  # fmt: skip
+    return chosen
+
+
+def _resident_pays(problem: Problem, block_m: int, multiprocessors: int) -> bool:
+    if problem.varlen:
+        return problem.batch * problem.heads_kv >= MIN_PAIRS * multiprocessors
+    tiles = problem.batch * problem.heads_q * -(-problem.len_q // block_m)
+    return tiles >= max(MIN_WORK_TILES, problem.len_kv / KEYS_OF_WORK_TILE) * multiprocessors
 
 
 def _tile_list_bytes(problem: Problem, variant: Variant, tile_bytes: int, tile: int) -> int:

@@ -100,7 +100,9 @@ def schedule(
     q, k = (torch.empty(1, 1, 1, 64, dtype=torch.bfloat16).expand(1, h, n, 64) for h, n in zip(heads, (len_q, len_kv)))
     attn_mask = torch.ones(1, 1, len_q, len_kv, dtype=torch.bool) if mask == "list" else None
     problem = on_card({"q": q, "k": k, "v": k, "attn_mask": attn_mask}, is_causal=mask == "causal")
-    host.run(PreparedCall(q, k, k, attn_mask, problem, plan(problem, card.capability, VARIANTS[pv].name), {}))
+    chosen = plan(problem, card.capability, VARIANTS[pv].name)
+    halves = getattr(chosen, "halves", None) or chosen  # not what quantises K and V itself
+    host.run(PreparedCall(q, k, k, attn_mask, problem, halves, {}))
     for packed, blocks in card.attention:
         params, counter, out = AttendParams.from_buffer_copy(packed), ctypes.c_int(0), (ctypes.c_int32 * (9 * MOST))()
         if planes is not None:

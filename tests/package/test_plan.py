@@ -354,3 +354,39 @@ def test_an_amd_card_behind_zluda_runs_torchs_attention(monkeypatch):
     for name in VARIANTS.keys() - {"sdpa", "reference"}:
         with pytest.raises((Unsupported, KernelMissing), match=r"zluda|Triton"):
             plan(problem, card, name)
+
+
+# --- few keys: K and V of a head in shared memory
+
+
+@pytest.mark.parametrize(
+    "changes, resident",
+    [
+        ({"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 512}, True),
+        ({"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 513}, False),  # no room
+        ({"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 1024, "head_dim": 64}, True),
+        ({"heads_q": 20, "heads_kv": 20, "len_q": 4096, "len_kv": 77, "head_dim": 64}, True),
+        ({"heads_q": 20, "heads_kv": 20, "len_q": 4096, "len_kv": 512, "head_dim": 64}, False),  # quantised too often for so little work
+        ({"heads_q": 24, "heads_kv": 24, "len_q": 512, "len_kv": 512}, False),
+        ({"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 512, "head_dim": 200}, False),
+        ({"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 512, "causal": True}, False),
+        ({"batch": 4096, "heads_q": 20, "heads_kv": 20, "len_q": 300, "len_kv": 300, "varlen": True}, True),
+        ({"batch": 4096, "heads_q": 20, "heads_kv": 20, "len_q": 300, "len_kv": 300, "varlen": True, "causal": True}, False),
+        ({"batch": 4, "heads_q": 20, "heads_kv": 20, "len_q": 300, "len_kv": 300, "varlen": True}, False),
+    ],
+)
+def test_few_keys_stay_in_shared_memory_where_that_pays(monkeypatch, changes, resident):
+    monkeypatch.setattr(store, "missing", lambda image: "")
+    chosen = plan.__wrapped__(problem(**changes), gpu(90), "sageattn_qk_int8_pv_fp16_cuda")
+    assert chosen.kernels.resident == resident and (chosen.halves is not None) == resident
+    if resident:
+        assert not chosen.halves.kernels.resident and chosen.halves.attend in {e.symbol for e in chosen.halves.images[1].entries}
+        assert chosen.attend in {e.symbol for e in chosen.images[1].entries} and chosen.scheme.kv_tile == chosen.tile.block_n
+
+
+def test_few_keys_without_their_kernel_are_quantised_first(monkeypatch):
+    monkeypatch.setattr(store, "missing", lambda image: "no such image" if "resident" in image.name else "")
+    shape = problem(heads_q=40, heads_kv=40, len_q=32760, len_kv=512)
+    for changes in ({"arch": 90}, {"capability": gpu(120)}, {}):  # forced, another card, no image
+        how = {"capability": gpu(90), **changes}
+        assert not plan.__wrapped__(shape, variant="sageattn_qk_int8_pv_fp16_cuda", **how).kernels.resident

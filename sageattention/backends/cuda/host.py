@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ... import torch_internals
-from ...kernels.params import AttendParams, ClassifyParams, QuantizeKParams, QuantizeVParams, packer
+from ...kernels.params import AttendParams, ClassifyParams, QuantizeKParams, QuantizeVParams, ResidentKv, packer
 from ...layout import strides
 from ...numerics.constants import BAND_ROWS, BIAS_ROW, DTYPES, MASK_KINDS
 from ...planning.plan import CudaPlan
@@ -23,13 +23,14 @@ from ...planning.tile_lists import WORD_BITS, tile_list_shape
 from ..call import PreparedCall, QuantizedKV, Result, result_like
 from . import driver
 from .launcher import Launch
-from .workspace import LaunchPlan, Workspace, launch_plan_of
+from .workspace import AttendPlan, LaunchPlan, Workspace, launch_plan_of, resident_plan_of
 
 WEIGHED_BYTES = 40 << 20  # of quantised K and V; Hopper's L2 holds 50 MB
 CLASSIFY_KEYS = 4096  # that a CTA of classify_mask has at once: its threads times the 16 keys of each
 _EACH, _SHIFTED, _ALIGNED = range(3)  # RunLoad
 _MASK_KINDS = {getattr(torch, name): number for name, number in MASK_KINDS.items()}
 _pack_classify, _classify_constants = packer(ClassifyParams)
+_pack_resident_kv, _resident_kv_constants = packer(ResidentKv)
 (_pack_quantize_k, _quantize_k_constants), (_pack_quantize_v, _quantize_v_constants), (_pack_attend, _attend_constants) = (
     packer(p) for p in (QuantizeKParams, QuantizeVParams, AttendParams)
 )
@@ -51,6 +52,12 @@ def run(call: PreparedCall[CudaPlan]) -> Result:
     mask_at = 0 if mask is None else mask.data_ptr()
     unaligned = (q_at | out_at) % 16, (k_at | v_at) % 16, mask_at % 16
     form = bound.get(unaligned)
+    if call.plan.kernels.resident:
+        if form is None:
+            form = bound[unaligned] = bind_resident(resident_plan_of(p, call.plan), q, k, v, out, unaligned[:2])
+        launch = resident_launch(form, q_at, k_at, v_at, out_at, 0 if lse is None else lse.data_ptr())
+        issue(form.launch_plan.device, [(launch,)])
+        return out, lse
     if form is None:
         launch_plan = launch_plan_of(p, call.plan)
         lists = None if mask is None else _lists(launch_plan, mask, unaligned[2], call.plan.kernels.v_ones)
@@ -68,6 +75,7 @@ def run(call: PreparedCall[CudaPlan]) -> Result:
 
 def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: CudaPlan, mask: torch.Tensor | None) -> CudaQuantizedKV:
     """Quantise K and V, all heads in one group. Keys that the mask hides from every query take no part."""
+    plan = plan.halves or plan
     if problem.empty:
         return CudaQuantizedKV(problem, plan, None, torch.empty(0, dtype=torch.uint8, device=k.device))
     launch_plan = launch_plan_of(problem, plan, True)
@@ -86,7 +94,7 @@ def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: CudaPlan,
 def attend(q: torch.Tensor, kv: CudaQuantizedKV, problem: Problem, mask: torch.Tensor | None) -> Result:
     """Attend every head of `q` to K and V that were quantised before."""
     out, lse = result_like(q, problem)
-    launch_plan = launch_plan_of(problem, kv.plan, True)
+    launch_plan = launch_plan_of(problem, kv.plan.halves or kv.plan, True)
     q_at, out_at, lse_at = q.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr()
     assert kv.workspace is not None  # an empty call does not come here
     lists, mask_at, extra = None, 0, Extra()
@@ -148,7 +156,7 @@ def quantize_launches(r: LaunchPlan, group: BoundQuantize, base: int, k: int, v:
 
 
 def attend_launch(
-    r: LaunchPlan, group: BoundAttend, w: Workspace, base: int, q: int, mask: int, extra: Extra, out: int, lse: int
+    r: AttendPlan, group: BoundAttend, w: Workspace, base: int, q: int, mask: int, extra: Extra, out: int, lse: int
 ) -> Launch:  # fmt: skip
     q_strides, mask_strides, kept_strides, list_strides, out_strides, tail = group.constants
     done = base + w.split_kv_ready
@@ -160,6 +168,15 @@ def attend_launch(
         out, out_strides, lse, tail,
     )  # fmt: skip
     return r.attend, group.blocks, 1, 1, params, True
+
+
+def resident_launch(
+    bound: BoundResident, q: int, k: int, v: int, out: int, lse: int, cu_seqlens: tuple[int, int] = (0, 0)
+) -> Launch:  # fmt: skip
+    """The only launch of a call whose K and V stay in shared memory; `cu_seqlens`: of a packed one, of the queries and of the keys."""
+    r, (k_strides, v_strides, tail) = bound.launch_plan, bound.kv
+    kernel, blocks, _, _, params, _ = attend_launch(r, bound.attend, r.workspace, 0, q, 0, Extra(), out, lse)
+    return kernel, blocks, 1, 1, _pack_resident_kv(k, k_strides, v, v_strides, *cu_seqlens, tail) + params, False
 
 
 def issue(device: int, chains: list[tuple[Launch, ...]], first: tuple[Launch, ...] = ()) -> None:
@@ -247,6 +264,14 @@ class BoundAttend(NamedTuple):
     first: int  # its first (batch, KV head)
 
 
+class BoundResident(NamedTuple):
+    """A call whose K and V stay in shared memory, but for its addresses."""
+
+    launch_plan: AttendPlan
+    kv: tuple[bytes, ...]  # K's strides, V's strides, the struct's tail
+    attend: BoundAttend
+
+
 class BoundCall(NamedTuple):
     """Calls that differ in nothing but addresses."""
 
@@ -327,7 +352,7 @@ def bind_quantize(r: LaunchPlan, k: torch.Tensor, v: torch.Tensor, lists: Lists 
 
 
 def bind_attend(
-    r: LaunchPlan, q: torch.Tensor, out: torch.Tensor, mask: torch.Tensor | None, lists: Lists | None, unaligned: int
+    r: AttendPlan, q: torch.Tensor, out: torch.Tensor, mask: torch.Tensor | None, lists: Lists | None, unaligned: int
 ) -> tuple[BoundAttend, ...]:
     p = r.problem
     q_strides, out_strides = strides(q, p.layout), strides(out, p.layout)
@@ -364,6 +389,17 @@ def _weighs(r: LaunchPlan, lists: Lists) -> bool:
     heads then, find K and V in L2."""
     stride_b, stride_h, stride_band, *_ = lists.lists
     return not stride_b and not stride_h and stride_band > 0 and r.workspace.v_stats - r.workspace.kv <= WEIGHED_BYTES
+
+
+def bind_resident(
+    r: AttendPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, unaligned: tuple[int, int],
+    packed: tuple[int, ...] = (0,) * 7,
+) -> BoundResident:  # fmt: skip
+    """As `bind`; `packed`: the integers of ResidentKv that only a packed call has."""
+    p = r.problem
+    k_strides, v_strides = strides(k, p.layout), strides(v, p.layout)
+    kv = _resident_kv_constants(*k_strides, *v_strides, *packed, rows_vectorized(p, unaligned[1], k_strides, v_strides))
+    return BoundResident(r, kv, bind_attend(r, q, out, None, None, unaligned[0])[0])
 
 
 def rows_vectorized(p: Problem, unaligned: int, *rows: tuple[int, int, int]) -> int:

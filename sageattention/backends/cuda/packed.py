@@ -21,7 +21,7 @@ from ...planning.plan import CudaPlan
 from ..call import Result
 from . import driver, host
 from .launcher import Kernel, Launch
-from .workspace import ALIGN, MAX_GRID, LaunchPlan, attend_tail, workspace
+from .workspace import ALIGN, MAX_GRID, LaunchPlan, attend_tail, resident_plan_of, workspace
 
 SEQUENCE_BYTES = 32  # sizeof(Sequence), csrc/kernel/params.cuh
 _pack_place, _place_constants = packer(PlaceSequencesParams)
@@ -63,6 +63,14 @@ def run(
     q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
     unaligned = (q_at | out_at) % 16, (k_at | v_at) % 16
     bound = known.get(unaligned)
+    if plan.kernels.resident:
+        if bound is None:
+            bound = known[unaligned] = _bind_resident(q, k, v, out, unaligned, packed, plan, cu_seqlens)
+        cu_q, cu_k = cu_seqlens
+        at = cu_q.data_ptr(), cu_k.data_ptr()
+        launch = host.resident_launch(bound, q_at, k_at, v_at, out_at, 0 if lse is None else lse.data_ptr(), at)
+        host.issue(bound.launch_plan.device, [(launch,)])
+        return out, lse
     if bound is None:
         own = packed_plan(packed, plan)
         launches = host.bind(own.launch_plan, q[None], k[None], v[None], out[None], None, None, unaligned)
@@ -104,14 +112,30 @@ def packed_plan(packed: PackedProblem, plan: CudaPlan) -> PackedPlan:
     # A dense call of one batch, whose K and V are all runs that there may be. The kernels take what belongs to each sequence.
     flags, grid = (1, card.multiprocessors) if names.persistent else (0, MAX_GRID)  # a flag: the counter of work tiles
     launch_plan = LaunchPlan(
-        p._replace(batch=1, len_q=packed.total_q, len_kv=packed.total_k), plan, None,
-        kernel(quantizer, quantize_k.symbol), kernel(quantizer, quantize_v.symbol), kernel(attention, plan.attend),
-        p.device_index, head_groups, workspace(shape.heads, buffers(shape, plan), (0, flags * 4)), packed.total_k,
-        shape.kv_tiles, shape.runs, shape.runs, shape.runs, shape.q_blocks, grid, False, flags,
-        (shape.kv_tiles, names.tile_bytes(d), shape.runs, False, 0, 0, flags, shape.runs, shape.run_keys),
-        (shape.runs, shape.runs, shape.kv_tiles, shape.runs, shape.run_keys, scheme.v_mean, scheme.v_max), attend_tail(p, plan),
+        problem=p._replace(batch=1, len_q=packed.total_q, len_kv=packed.total_k), plan=plan, device=p.device_index, groups=head_groups,
+        classify=None, quantize_k=kernel(quantizer, quantize_k.symbol), quantize_v=kernel(quantizer, quantize_v.symbol),
+        attend=kernel(attention, plan.attend), workspace=workspace(shape.heads, buffers(shape, plan), (0, flags * 4)),
+        len_kv=packed.total_k, tiles=shape.kv_tiles, k_ctas_per_head=shape.runs, v_chunks=shape.runs, v_ctas_per_head=shape.runs,
+        q_tiles=shape.q_blocks, grid_limit=grid, shares=False, split_kv_flags=flags,
+        quantize_k_tail=(shape.kv_tiles, names.tile_bytes(d), shape.runs, False, 0, 0, flags, shape.runs, shape.run_keys),
+        quantize_v_tail=(shape.runs, shape.runs, shape.kv_tiles, shape.runs, shape.run_keys, scheme.v_mean, scheme.v_max),
+        attend_tail=attend_tail(p, plan),
     )  # fmt: skip
     return PackedPlan(shape, kernel(quantizer, PLACE_SEQUENCES.symbol), launch_plan, groups, _lists(p.batch, groups, shape))
+
+
+def _bind_resident(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, unaligned: tuple[int, int], packed: PackedProblem, plan: CudaPlan,
+    cu_seqlens: tuple[torch.Tensor, torch.Tensor],
+) -> host.BoundResident:  # fmt: skip
+    """The launch reads the offsets itself, a block for as many (sequence, KV head) pairs as come its way."""
+    p = packed.problem
+    whole = p._replace(batch=1, len_q=packed.total_q, len_kv=packed.total_k)
+    wide_q, wide_k = (cu.dtype == torch.int64 for cu in cu_seqlens)
+    return host.bind_resident(
+        resident_plan_of(whole, plan, p.batch * p.heads_kv), q[None], k[None], v[None], out[None], unaligned,
+        (p.batch, wide_q, wide_k, packed.total_q, packed.total_k, p.len_q, p.len_kv),
+    )  # fmt: skip
 
 
 def _lists(batch: int, groups: int, shape: PackedShape) -> Lists:

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from ...device import capability
+from ...kernels.binaries import Image
 from ...kernels.table import CLASSIFY
 from ...numerics.constants import FINITE_MAX, LOG2E, QK_MAX, SCORE_LIMIT, k_mean_stride
 from ...numerics.live_keys import reachable
@@ -42,31 +43,37 @@ class Workspace:
     size: int
 
 
-@dataclass(frozen=True)
-class LaunchPlan:
-    """Everything about a call's launches but its addresses and strides."""
+@dataclass(frozen=True, kw_only=True)
+class AttendPlan:
+    """Everything about a call's attention launches but their addresses and strides."""
 
     problem: Problem
     plan: CudaPlan
-    classify: Kernel | None  # where there is a mask
-    quantize_k: Kernel
-    quantize_v: Kernel
     attend: Kernel
     device: int
     groups: tuple[tuple[int, int], ...]  # (first, count) of (batch, kv head) pairs
     workspace: Workspace  # for the largest group
     len_kv: int  # keys that any query may reach
     tiles: int
-    k_ctas_per_head: int  # CTAs of a (batch, kv head) pair that quantise K,
-    v_chunks: int  # that compute V's statistics,
-    v_ctas_per_head: int  # that quantise V
     q_tiles: int
     grid_limit: int  # most CTAs of an attention launch; persistent kernels have one a multiprocessor
     shares: bool  # work tiles that do not fill a wave are split among all CTAs
     split_kv_flags: int  # words of split_kv_ready, which quantize_k sets to 0
+    attend_tail: tuple  # the parameter struct's end
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchPlan(AttendPlan):
+    """The same of all launches of a call that quantises K and V first."""
+
+    classify: Kernel | None  # where there is a mask
+    quantize_k: Kernel
+    quantize_v: Kernel
+    k_ctas_per_head: int  # CTAs of a (batch, kv head) pair that quantise K,
+    v_chunks: int  # that compute V's statistics,
+    v_ctas_per_head: int  # that quantise V
     quantize_k_tail: tuple  # the parameter structs' ends
     quantize_v_tail: tuple
-    attend_tail: tuple
 
 
 @functools.lru_cache(maxsize=4096)
@@ -83,12 +90,10 @@ def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False, sparse: 
     live = masked or sparse
     kind = "live" if live else "all"
     quantize_k, quantize_v = quantizer.entry(names.quantize_k_symbol(d, kind)), quantizer.entry(names.quantize_v_symbol(d, kind))
-    kernels = (
-        driver.kernel(p.device_index, quantizer, CLASSIFY.symbol, plan.variant.name) if masked else None,
-        driver.kernel(p.device_index, quantizer, quantize_k.symbol, plan.variant.name),
-        driver.kernel(p.device_index, quantizer, quantize_v.symbol, plan.variant.name),
-        driver.kernel(p.device_index, attention, plan.attend, plan.variant.name),
-    )
+
+    def kernel(image: Image, symbol: str) -> Kernel:
+        return driver.kernel(p.device_index, image, symbol, plan.variant.name)
+
     # Causal: nobody sees a key beyond the last query. Keys that were quantised before the queries were known are there all the same.
     len_kv = reachable(p.len_q, p.len_kv, p.causal and not one_group and not sparse)
     bh_total, tiles, tile_bytes = p.batch * p.heads_kv, -(-len_kv // plan.tile.block_n), names.tile_bytes(d)
@@ -116,14 +121,38 @@ def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False, sparse: 
             split_kv_bytes = names.split_kv_bytes(d) * limit
             shares = shares and tiles * tile_bytes * bh_count + split_kv_bytes + lists <= CudaPlan.WORKSPACE_LIMIT
     return LaunchPlan(
-        p, plan, *kernels, p.device_index, groups,
-        workspace(
+        problem=p, plan=plan, device=p.device_index, groups=groups,
+        classify=kernel(quantizer, CLASSIFY.symbol) if masked else None,
+        quantize_k=kernel(quantizer, quantize_k.symbol), quantize_v=kernel(quantizer, quantize_v.symbol),
+        attend=kernel(attention, plan.attend),
+        workspace=workspace(
             bh_count, (tiles * tile_bytes, v_chunks * 3 * d * 4, v_chunks * 4, v_chunks * 4, k_ctas_per_head * 4, 4, 4, *[d * 4] * 4),
             (split_kv_bytes if shares else 0, split_kv_flags * 4),
         ),
-        len_kv, tiles, k_ctas_per_head, v_chunks, v_ctas_per_head, q_tiles, limit, shares, split_kv_flags,
-        (tiles, tile_bytes, k_ctas_per_head, sparse, -(-len_kv // step), step, split_kv_flags, v_chunks, v_chunk_tokens),
-        (k_ctas_per_head, v_chunks, tiles, v_ctas_per_head, 0, scheme.v_mean, scheme.v_max), attend_tail(p, plan),
+        len_kv=len_kv, tiles=tiles, k_ctas_per_head=k_ctas_per_head, v_chunks=v_chunks, v_ctas_per_head=v_ctas_per_head,
+        q_tiles=q_tiles, grid_limit=limit, shares=shares, split_kv_flags=split_kv_flags,
+        quantize_k_tail=(
+            tiles, tile_bytes, k_ctas_per_head, sparse, -(-len_kv // step), step, split_kv_flags, v_chunks, v_chunk_tokens,
+        ),
+        quantize_v_tail=(k_ctas_per_head, v_chunks, tiles, v_ctas_per_head, 0, scheme.v_mean, scheme.v_max),
+        attend_tail=attend_tail(p, plan),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def resident_plan_of(p: Problem, plan: CudaPlan, pairs: int = 0) -> AttendPlan:
+    """The launch of a call whose K and V stay in shared memory, which takes no workspace; `pairs`: of a packed one, its (sequence, KV head)
+    pairs.
+
+    Raises:
+        KernelMissing: the kernel can't be loaded.
+    """
+    multiprocessors = capability.of_device(p.device, p.device_index).multiprocessors
+    return AttendPlan(
+        problem=p, plan=plan, attend=driver.kernel(p.device_index, plan.images[1], plan.attend, plan.variant.name), device=p.device_index,
+        groups=((0, p.batch * p.heads_kv),), workspace=workspace(0, (0,) * 11, (0, 0)), len_kv=p.len_kv,
+        tiles=-(-p.len_kv // plan.tile.block_n), q_tiles=-(-p.len_q // plan.tile.block_m),
+        grid_limit=min(multiprocessors, pairs or multiprocessors), shares=False, split_kv_flags=0, attend_tail=attend_tail(p, plan),
     )  # fmt: skip
 
 

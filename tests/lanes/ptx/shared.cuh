@@ -25,4 +25,14 @@ inline uint4 ldmatrix_x4_trans(u32 a) {
   });
   return {own.out[0], own.out[1], own.out[2], own.out[3]};
 }
+
+struct Transposed { u32 in, out; };
+inline u32 movmatrix_trans(u32 x) {
+  Transposed own{x, 0};
+  collective(&own, [](void** lanes) {
+    const auto element = [&](int row, int column) { return ((Transposed*)lanes[4 * row + column / 2])->in >> column % 2 * 16 & 0xFFFF; };
+    for (int i = 0; i < 32; ++i) ((Transposed*)lanes[i])->out = element(i % 4 * 2, i / 4) | element(i % 4 * 2 + 1, i / 4) << 16;
+  });
+  return own.out;
+}
 }  // namespace sage
