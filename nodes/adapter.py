@@ -171,9 +171,9 @@ def _key(
     low_precision_attention: bool = True,
     **others: Any,
 ) -> tuple[Any, ...]:
-    """All that decides whether a call is kept."""
+    """All that decides whether a call is kept: v is as k in every model, and where it is not the model's own attention is right, too."""
     return (
-        q.shape, k.shape, v.shape, q.dtype, q.device, None if mask is None else (mask.shape, mask.dtype),
+        q.shape, k.shape, q.dtype, q.device, None if mask is None else (mask.shape, mask.dtype),
         heads, skip_reshape, skip_output_reshape, enable_gqa, low_precision_attention, settings.state,
     )  # fmt: skip
 
