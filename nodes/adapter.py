@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..sageattention import KernelMissing, Unsupported, prepare, settings, tracing
+from ..sageattention.memo import Memo
+from ..sageattention.planning.problem import facts
 from .form import Form, four_dimensional
 from .override import SUSPENDED, Attention, Override
 from .record import record_of
 from .schedule import Schedule, Window
 
 if TYPE_CHECKING:
-    from ..sageattention.dispatch import Call
+    from ..sageattention.dispatch import Call, Known
     from .guard import Guard
     from .record import Entry
-
-F = TypeVar("F", Form, str)
-MAX_FORMS = 4096
 
 
 class SageOverride(Override):
@@ -36,7 +35,8 @@ class SageOverride(Override):
         variant: a name from `sageattention.variants.VARIANTS`, or "auto".
         schedule: the calls that it is for.
         guard: what watches over the error; None where nobody asked.
-        forms: what is known of calls like earlier ones: their `Form`, or why they are left to the model's own attention on purpose.
+        known: of calls like earlier ones: their form and what the package knows of them, or why they are left to the model's own attention
+            on purpose.
         kept: an entry for each of the latter.
     """
 
@@ -45,8 +45,8 @@ class SageOverride(Override):
         self.variant = variant
         self.schedule = schedule
         self.guard = guard
-        self.forms: dict[tuple[Any, ...], Form | str] = {}
-        self.kept: dict[tuple[Any, ...], Entry] = {}
+        self.known: Memo[tuple[Any, ...], tuple[Form, Known] | str] = Memo()
+        self.kept: Memo[tuple[Any, ...], Entry] = Memo()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process it starts with counts of its own."""
@@ -67,22 +67,24 @@ class SageOverride(Override):
             "max_error": self.guard.max_error if self.guard else 0.0,
         }
 
-    def _call(self, func: Attention | None, args: tuple[Any, ...], kwargs: dict[str, Any], contained: bool) -> torch.Tensor:
+    def __call__(self, func: Attention, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As any override's. Calls like one that was kept are most of some models' calls, and too short for much ado about them."""
-        options = kwargs.get("transformer_options")
-        if self.kept and func is not None and isinstance(options, dict) and not torch.compiler.is_compiling():
+        if self.kept and not torch.compiler.is_compiling():
             try:
                 like = self.kept.get(_key(*args, **kwargs))
             except TypeError:  # symbolic sizes have no hash
                 like = None
-            if like is not None and SUSPENDED not in options and record_of(options, self.record).again(like, options):
-                return self._behind(func, args, kwargs, False)
-        return super()._call(func, args, kwargs, contained)
+            if like is not None:
+                options = kwargs.get("transformer_options")
+                if type(options) is dict and SUSPENDED not in options and record_of(options, self.record).again(like, options):
+                    previous = self.previous
+                    return func(*args, **kwargs) if previous is None else previous(func, *args, **kwargs)
+        return self._call(func, args, kwargs, False)
 
     def attempt(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any], contained: bool) -> torch.Tensor | None:
         """Our attention's result, or None where the call is left to the attention behind."""
         if self.schedule is not None:
-            outside = self.schedule.refusal(entry.sampling, entry.place)
+            outside = self.schedule.refusal(entry.sampling, entry.step, entry.layer.block)
             if outside:
                 entry.kept(outside)
                 return None
@@ -92,7 +94,8 @@ class SageOverride(Override):
             if isinstance(prepared, str):
                 entry.kept(prepared)
                 if self.schedule is None and not contained and entry.reasons == (prepared,):
-                    self._remember_kept(entry, args, kwargs)
+                    with contextlib.suppress(TypeError):  # symbolic sizes have no hash
+                        self.kept[_key(*args, **kwargs)] = entry
                 return None
             call, form = prepared
             if self.guard is not None:
@@ -129,48 +132,29 @@ class SageOverride(Override):
         Raises:
             Unsupported, KernelMissing: our variant can't do this call.
         """
-        key = _key(
-            q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, enable_gqa=enable_gqa,
-            low_precision_attention=low_precision_attention,
-        )  # fmt: skip
+        given = facts(q, k, v, mask, "", False, scale, False)
+        key = given, heads, skip_reshape, skip_output_reshape, enable_gqa, settings.state
         try:
-            known = self.forms.get(key)
+            known = self.known.get(key)
         except TypeError:  # symbolic sizes have no hash
-            known, key = None, ()
+            known = given = None
+        if low_precision_attention is False:
+            return "the model asks for full precision in some layers"
         if isinstance(known, str):
             return known
-        if low_precision_attention is False:
-            return self._remember(key, "the model asks for full precision in some layers")
         if tracing.transformed():
             raise Unsupported("q", "torch.jit.trace or a torch.func transform is at work, which only torch's own attention can follow")
+        if known is not None:
+            form, of_such = known
+            return of_such.call(*form.view(q, k, v), four_dimensional(mask)), form
         if tracing.needs_grad(q, k, v):
             raise Unsupported("q", "a gradient is asked for, and quantised attention has none; training needs the model's own")
-        if known is not None:
-            return self._prepared(q, k, v, mask, scale, known), known
         form = Form.of(q, k, v, heads, skip_reshape, skip_output_reshape, enable_gqa)
-        call = self._prepared(q, k, v, mask, scale, form)
+        call = prepare(*form.view(q, k, v), form.layout, sm_scale=scale, attn_mask=four_dimensional(mask), variant=self.variant)
         left = call.left_to_model
-        if left:
-            return self._remember(key, left)
-        return call, self._remember(key, form)
-
-    def _prepared(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None, form: Form
-    ) -> Call:  # fmt: skip
-        return prepare(*form.view(q, k, v), form.layout, sm_scale=scale, attn_mask=four_dimensional(mask), variant=self.variant)
-
-    def _remember_kept(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if len(self.kept) >= MAX_FORMS:
-            self.kept.clear()
-        with contextlib.suppress(TypeError):  # symbolic sizes have no hash
-            self.kept.setdefault(_key(*args, **kwargs), entry)
-
-    def _remember(self, key: tuple[Any, ...], known: F) -> F:
-        if key:  # else it has no hash
-            if len(self.forms) >= MAX_FORMS:
-                self.forms.clear()
-            self.forms[key] = known
-        return known
+        if given is not None:
+            self.known[key] = left or (form, call.known)
+        return left or (call, form)
 
 
 def _key(
@@ -187,9 +171,9 @@ def _key(
     low_precision_attention: bool = True,
     **others: Any,
 ) -> tuple[Any, ...]:
-    """All that decides how a call is computed, or whether."""
+    """All that decides whether a call is kept: v is as k in every model, and where it is not the model's own attention is right, too."""
     return (
-        q.shape, k.shape, v.shape, q.dtype, q.device, None if mask is None else (mask.shape, mask.dtype),
+        q.shape, k.shape, q.dtype, q.device, None if mask is None else (mask.shape, mask.dtype),
         heads, skip_reshape, skip_output_reshape, enable_gqa, low_precision_attention, settings.state,
     )  # fmt: skip
 

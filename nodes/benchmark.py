@@ -75,7 +75,7 @@ def cases(entries: Iterable[Entry]) -> list[Case]:
     for entry in entries:
         shape = _shape(entry)
         if shape is not None:
-            steps.add(entry.place.step.number)
+            steps.add(entry.step.number)
             key = shape, entry.dtype, entry.masked
             found[key] = found.get(key, 0) + 1
     all_cases = [Case(*key, count / len(steps)) for key, count in found.items()]

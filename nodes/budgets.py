@@ -27,8 +27,8 @@ class Budgets:
 
     def due(self, entry: Entry, window: Window, options: dict[str, Any]) -> bool:
         """Whether this is the last step before the window begins, as far as the sampler tells; else any step before it."""
-        if entry.place.step is not self._step:
-            self._step = entry.place.step
+        if entry.step is not self._step:
+            self._step = entry.step
             self._due = _is_last(entry, window, options.get("sample_sigmas"))
         return self._due
 
@@ -54,7 +54,7 @@ def _key(layer: str, options: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _is_last(entry: Entry, window: Window, sigmas: torch.Tensor | None) -> bool:
-    sigma = entry.place.step.sigma
+    sigma = entry.step.sigma
     if sigma is None or entry.sampling.percent_to_sigma is None:
         return False
     begins = entry.sampling.sigma_at(window.start)

@@ -67,7 +67,7 @@ class Guard:
         """
         if entry.sampling is not self._sampling:
             self._sampling, self._choices = entry.sampling, {}
-        key, step = (entry.place.layer, call.problem), entry.place.step.number
+        key, step = (entry.layer.name, call.problem), entry.step.number
         choice = self._choices.get(key)
         if choice is None:
             choice = Choice("", 0.0, len(self._choices) % len(LOOKS_AGAIN), step)

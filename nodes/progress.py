@@ -44,7 +44,7 @@ def text(record: Record) -> str:
     counts = Counter(short(entry.variant) for entry in entries)
     own = counts.pop("", 0)
     parts = [f"{name} {count}" for name, count in counts.most_common()] + [f"the model's own {own}"] * bool(own)
-    said = f"step {entries[0].place.step.number + 1}, attention calls: {', '.join(parts)}"
+    said = f"step {entries[0].step.number + 1}, attention calls: {', '.join(parts)}"
     shares = [share for entry in entries if (share := entry.blocks) is not None]
     if shares:
         said += f"; {sum(shares) / len(shares):.0%} of the blocks"
@@ -60,4 +60,4 @@ def short(variant: str) -> str:
 def _last_step(record: Record) -> list[Entry]:
     """The calls of the last step that is over: a record tells of a step before it takes in the first call."""
     entries = record.entries
-    return list(itertools.takewhile(lambda entry: entry.place.step is entries[-1].place.step, reversed(entries)))[::-1]
+    return list(itertools.takewhile(lambda entry: entry.step is entries[-1].step, reversed(entries)))[::-1]

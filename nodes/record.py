@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .sampling import Place, Sampling, Step
+from .sampling import Layer, Sampling, Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +48,7 @@ class Entry:
     """One attention call of one sampling.
 
     Attributes:
-        place: its step and layer.
+        step, layer: where it stands.
         q_shape, k_shape, dtype, device, heads, hnd: the call's, as ComfyUI made it: [B, L, heads·D], or [B, heads, L, D] where `hnd`.
         masked: whether it came with a mask.
         variant: what computed it; "" for the model's own attention.
@@ -60,15 +60,16 @@ class Entry:
     """
 
     __slots__ = (
-        "_depth", "_record", "_share", "begin", "device", "dtype", "end", "error", "exact", "heads", "hnd", "k_shape", "kernel", "masked",
-        "place", "q_shape", "reasons", "variant",
+        "_depth", "_record", "_share", "begin", "device", "dtype", "end", "error", "exact", "heads", "hnd", "k_shape", "kernel", "layer",
+        "masked", "q_shape", "reasons", "step", "variant",
     )  # fmt: skip
 
     def __init__(
-        self, record: Record, place: Place, q: torch.Tensor, k: torch.Tensor, heads: int | None, hnd: bool, masked: bool
+        self, record: Record, step: Step, layer: Layer, q: torch.Tensor, k: torch.Tensor, heads: int | None, hnd: bool, masked: bool
     ):  # fmt: skip
         self._record, self._depth = record, 1
-        self.place, self.q_shape, self.k_shape, self.dtype, self.device = place, q.shape, k.shape, q.dtype, q.device
+        self.step, self.layer = step, layer
+        self.q_shape, self.k_shape, self.dtype, self.device = q.shape, k.shape, q.dtype, q.device
         self.heads, self.hnd, self.masked = heads, hnd, masked
         self.variant, self.kernel, self.exact = "", "", False
         self.reasons: tuple[str, ...] = ()
@@ -102,7 +103,8 @@ class Entry:
 
     def computed(self, call: Call) -> None:
         """A dense call of ours was computed by its plan."""
-        self.ran(call.plan.variant.name, kernel=getattr(call.plan, "attend", ""))
+        self.variant, self.kernel = call.plan.variant.name, getattr(call.plan, "attend", "")
+        self._record.count_run(self.variant)
 
     def kept(self, reason: str, node: str = PATCH) -> None:
         """The call is the model's own attention's by choice."""
@@ -112,7 +114,7 @@ class Entry:
     def fell_back(self, reason: str, node: str = PATCH) -> None:
         """The variant refused the call."""
         self.reasons += (reason,)
-        self._record.count_fallback(reason, self.place.layer, node)
+        self._record.count_fallback(reason, self.layer.name, node)
 
     def pass_on(self, reason: str) -> None:
         """An override of ours leaves the call to the attention behind it, which may be ours, too."""
@@ -132,12 +134,13 @@ class Entry:
 
 
 class Again(Entry):
-    """An entry that differs from an earlier one in nothing but its place, and is not timed."""
+    """An entry that differs from an earlier one in nothing but where it stands, and is not timed."""
 
     __slots__ = ("_like",)
+    begin = end = None
 
-    def __init__(self, like: Entry, place: Place):
-        self._like, self.place, self.begin, self.end = like, place, None, None
+    def __init__(self, like: Entry, step: Step, layer: Layer):
+        self._like, self.step, self.layer = like, step, layer
 
     def __getattr__(self, name: str) -> Any:
         """All that is not set here."""
@@ -251,12 +254,11 @@ class Record:
             here.entry._depth += 1
             return here.entry
         options = options if isinstance(options, dict) else {}
-        place = self.sampling.place(options, self.sampling.step(options))
-        entry = here.entry = Entry(self, place, q, k, heads, hnd, masked)
+        step = self.sampling.step(options)
+        entry = here.entry = Entry(self, step, self.sampling.layer(options, step), q, k, heads, hnd, masked)
         if here.reasons:
             entry.reasons, here.reasons = here.reasons, ()
         if self.running:
-            step = place.step
             if not step.begun:
                 self._step_begins(step, entry)
             if len(self.entries) < MAX_ENTRIES:
@@ -270,12 +272,14 @@ class Record:
 
         Costs half of what opening it does, which counts where a model makes hundreds of short calls.
         """
-        here, step = self._here, self.sampling.step(options)
-        if here.entry is not None or here.reasons or not step.begun or step.timed:
+        here, sampling, kept = self._here, self.sampling, self.kept
+        step, reason = sampling.step(options), like.reasons[0]
+        if not step.begun or step.timed or here.entry is not None or here.reasons or reason not in kept:
             return False
         if len(self.entries) < MAX_ENTRIES:
-            self.entries.append(Again(like, self.sampling.place(options, step)))
-        self.count_kept(like.reasons[0])
+            self.entries.append(Again(like, step, sampling.layer(options, step)))
+        with self._lock:
+            kept[reason] += 1
         return True
 
     def _step_begins(self, step: Step, entry: Entry) -> None:

@@ -82,7 +82,7 @@ class Times:
         for entry in record.entries:
             if entry.begin is not None and entry.end is not None:
                 self._calls[id(entry)] = entry.end.ms_since(entry.begin)
-                attention[entry.place.step.number] += self._calls[id(entry)]
+                attention[entry.step.number] += self._calls[id(entry)]
         lasted = {}
         for number, start in record.starts.items():
             following = record.starts.get(number + 1)
@@ -96,7 +96,7 @@ class Times:
 
     def of(self, entries: Iterable[Entry]) -> list[float]:
         """Of those calls that are timed, in steps that count."""
-        return [self._calls[id(e)] for e in entries if id(e) in self._calls and e.place.step.number in self.settled]
+        return [self._calls[id(e)] for e in entries if id(e) in self._calls and e.step.number in self.settled]
 
 
 def shape(entry: Entry) -> tuple[int, ...]:
@@ -112,7 +112,7 @@ def shape(entry: Entry) -> tuple[int, ...]:
 def _layers(entries: list[Entry], times: Times) -> list[dict[str, Any]]:
     groups: dict[tuple[str, tuple[int, ...]], list[Entry]] = {}
     for entry in entries:
-        groups.setdefault((entry.place.layer, shape(entry)), []).append(entry)
+        groups.setdefault((entry.layer.name, shape(entry)), []).append(entry)
     rows = []
     for (layer, of_shape), group in groups.items():
         timed = times.of(group)
@@ -139,11 +139,11 @@ def _layers(entries: list[Entry], times: Times) -> list[dict[str, Any]]:
 def _steps(entries: list[Entry], times: Times) -> list[dict[str, Any]]:
     groups: dict[int, list[Entry]] = {}
     for entry in entries:
-        groups.setdefault(entry.place.step.number, []).append(entry)
+        groups.setdefault(entry.step.number, []).append(entry)
     return [
         {
             "step": number,
-            "sigma": group[0].place.step.sigma,
+            "sigma": group[0].step.sigma,
             "calls": len(group),
             "ran": _ran(group),
             "blocks": _mean(entry.blocks for entry in group),
@@ -157,13 +157,13 @@ def _steps(entries: list[Entry], times: Times) -> list[dict[str, Any]]:
 def _map(entries: list[Entry]) -> dict[str, Any]:
     """For each layer and step the share of the blocks that was computed: 1 for dense calls of ours, None where the model's own attention
     did all."""
-    layers = list(dict.fromkeys(entry.place.layer for entry in entries))
-    steps = sorted({entry.place.step.number for entry in entries})
+    layers = list(dict.fromkeys(entry.layer.name for entry in entries))
+    steps = sorted({entry.step.number for entry in entries})
     cells: dict[tuple[str, int], list[float]] = {}
     for entry in entries:
         if entry.variant:
             share = entry.blocks
-            cells.setdefault((entry.place.layer, entry.place.step.number), []).append(1.0 if share is None else share)
+            cells.setdefault((entry.layer.name, entry.step.number), []).append(1.0 if share is None else share)
     return {"layers": layers, "steps": steps, "blocks": [[_mean(cells.get((layer, step), ())) for step in steps] for layer in layers]}
 
 

@@ -42,16 +42,15 @@ class Step:
         return self._sigma
 
 
-class Place(NamedTuple):
-    """Where one call stands.
+class Layer(NamedTuple):
+    """Which layer of a model a call comes from.
 
     Attributes:
-        layer: "double block 7", "input block 4.0"; "call 12" where the model does not tell.
+        name: "double block 7", "input block 4.0"; "call 12" where the model does not tell.
         block: the number of the block, None where the model does not tell; U-Nets count their modules with attention.
     """
 
-    step: Step
-    layer: str
+    name: str
     block: int | None
 
 
@@ -66,7 +65,8 @@ class Sampling:
         self.percent_to_sigma = percent_to_sigma
         self._sigmas_at: dict[float, float] = {}
         self._steps: dict[Any, Step] = {}  # device → its current step: several devices may share the work
-        self._layers: dict[tuple[Any, ...], tuple[str, int | None]] = {}
+        self._step: Step | None = None  # the last call's: most calls are of the same one
+        self._layers: dict[tuple[Any, ...], Layer] = {}
 
     def sigma_at(self, percent: float) -> float:
         """The sigma at a percentage of this sampling, as a number."""
@@ -84,14 +84,17 @@ class Sampling:
     def step(self, options: dict[str, Any]) -> Step:
         """The step of a call that comes with these `transformer_options`."""
         sigmas = options.get("sigmas")
-        device = CPU if sigmas is None else sigmas.device
-        step = self._steps.get(device)
+        step = self._step
         if step is None or step._sigmas is not sigmas:
-            step = self._steps[device] = Step(0 if step is None else step.number + 1, sigmas)
+            device = CPU if sigmas is None else sigmas.device
+            step = self._steps.get(device)
+            if step is None or step._sigmas is not sigmas:
+                step = self._steps[device] = Step(0 if step is None else step.number + 1, sigmas)
+            self._step = step
         return step
 
-    def place(self, options: dict[str, Any], step: Step) -> Place:
-        """Where the next call of a step stands."""
+    def layer(self, options: dict[str, Any], step: Step) -> Layer:
+        """The layer of the next call of a step."""
         pass_ = options.get("cond_or_uncond")
         if step.pass_ is not pass_:
             step.pass_, step.calls = pass_, 0
@@ -103,20 +106,20 @@ class Sampling:
                 known = self._layers[key] = _layer(*key)
         except TypeError:  # other packs' own notions, without a hash
             known = _layer(*key)
-        layer, block = known
-        return Place(step, layer or f"call {number}", block)
+        return known if known.name else Layer(f"call {number}", known.block)
 
 
 def layer_name(options: dict[str, Any] | None) -> str:
     """Where in the model a call comes from, as far as its options tell: "input block 4.0", "double block 7", "block 3", ""."""
     options = options if isinstance(options, dict) else {}
-    return _layer(options.get("block"), options.get("block_type"), options.get("block_index"), None)[0]
+    return _layer(options.get("block"), options.get("block_type"), options.get("block_index"), None).name
 
 
-def _layer(block: Any, kind: Any, index: Any, module: Any) -> tuple[str, int | None]:
-    """A block's name and number."""
+def _layer(block: Any, kind: Any, index: Any, module: Any) -> Layer:
+    """Its name is "" where the model does not tell."""
     if isinstance(block, (tuple, list)) and len(block) >= 2:  # U-Nets: ("input", 4), and the index of the transformer block inside
-        return f"{block[0]} block {block[1]}" + (f".{index}" if index is not None else ""), module if isinstance(module, int) else None
+        name = f"{block[0]} block {block[1]}" + (f".{index}" if index is not None else "")
+        return Layer(name, module if isinstance(module, int) else None)
     if index is None:
-        return "", None
-    return f"{kind or ''} block {index}".lstrip(), index if isinstance(index, int) else None
+        return Layer("", None)
+    return Layer(f"{kind or ''} block {index}".lstrip(), index if isinstance(index, int) else None)

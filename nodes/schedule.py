@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .sampling import Place, Sampling
+    from .sampling import Sampling, Step
 
 MAX_BLOCK = 9_999  # a typing error such as 0-10000000 should not fill the memory
 
@@ -69,11 +69,11 @@ class Window:
             return f"start_percent ({self.start:g}) is above end_percent ({self.end:g}): no step would be left. Swap them, or widen one."
         return ""
 
-    def outside(self, sampling: Sampling, place: Place) -> str:
+    def outside(self, sampling: Sampling, step: Step) -> str:
         """Why a call is outside of the window, "" inside. Reads the step's sigma from its device, once a step, unless all steps are in."""
         if self.start <= 0 and self.end >= 1:
             return ""
-        sigma = place.step.sigma
+        sigma = step.sigma
         if sigma is None or sampling.percent_to_sigma is None:
             return "the model does not tell at which step it is, and only some steps are asked for"
         if sampling.sigma_at(self.end) <= sigma <= sampling.sigma_at(self.start):
@@ -93,10 +93,10 @@ class Schedule:
     window: Window = Window()
     blocks: Blocks | None = None
 
-    def refusal(self, sampling: Sampling, place: Place) -> str:
+    def refusal(self, sampling: Sampling, step: Step, block: int | None) -> str:
         """Why a call is not among them; "" where it is."""
-        if self.blocks is not None and place.block not in self.blocks:
-            if place.block is None:
+        if self.blocks is not None and block not in self.blocks:
+            if block is None:
                 return "the model does not tell in which block it is, and only some blocks are asked for"
             return f"the block is none of {self.blocks}"
-        return self.window.outside(sampling, place)
+        return self.window.outside(sampling, step)

@@ -8,6 +8,7 @@ import torch
 
 from ..sageattention import KernelMissing, Unsupported, sageattn_sparse, tracing
 from ..sageattention import settings as environment
+from ..sageattention.memo import Memo
 from ..sageattention.sparse_dispatch import variant_of
 from . import grid, key_masks, vsa
 from .budgets import Budgets
@@ -23,7 +24,7 @@ from .sparse_settings import AUTO, METHODS, Settings
 NODE = "SageSparseAttention"
 SLOT = "optimized_attention_override"  # in transformer_options
 CORE_MODULE = "comfy_extras.", "sparse_attention"  # how the module of ComfyUI's own sparse override begins, and what its name holds
-MAX_FORMS, MAX_LAYOUTS = 4096, 16  # the order or the mask of a long video takes megabytes
+MAX_LAYOUTS = 16  # the order or the mask of a long video takes megabytes
 
 
 class SparseOverride(Override):
@@ -38,8 +39,8 @@ class SparseOverride(Override):
     def __init__(self, chosen: Settings, previous: Attention | None = None):
         super().__init__(previous)
         self.chosen = chosen
-        self._forms: dict[tuple[Any, ...], tuple[Form, str] | str] = {}
-        self._layouts: dict[tuple[Any, ...], tuple[Layout | str, str]] = {}
+        self._forms: Memo[tuple[Any, ...], tuple[Form, str] | str] = Memo()
+        self._layouts: Memo[tuple[Any, ...], tuple[Layout | str, str]] = Memo(MAX_LAYOUTS)
         self._budgets = Budgets()
         self._sampling: object = None
         self._shares: dict[torch.device, Shares] = {}
@@ -88,8 +89,6 @@ class SparseOverride(Override):
         except TypeError:
             return "its sizes are symbolic"
         if known is None:
-            if len(self._forms) >= MAX_FORMS:
-                self._forms.clear()
             known = self._forms[key] = self._new_form(
                 q, k, v, heads, skip_reshape, skip_output_reshape, enable_gqa, low_precision_attention
             )
@@ -106,7 +105,7 @@ class SparseOverride(Override):
         if dense:
             if self.chosen.method == "budget" and self._budgets.due(entry, self.chosen.window, options):
                 q, k = (t if form.layout == "HND" else t.transpose(1, 2) for t in form.view(q, k, v)[:2])
-                self._budgets.measure(entry.place.layer, options, q, k, scale, layout.order)
+                self._budgets.measure(entry.layer.name, options, q, k, scale, layout.order)
             return dense
         key_mask = key_masks.of_mask(mask)
         if isinstance(key_mask, str):
@@ -114,7 +113,7 @@ class SparseOverride(Override):
         if tracing.transformed():
             return "torch.jit.trace or a torch.func transform is at work, which only torch's own attention can follow"
         out, share = self._compute(entry, options, form.view(q, k, v), form.layout, layout, key_mask, scale)
-        self._shares[entry.device].note(entry.place.layer, share)
+        self._shares[entry.device].note(entry.layer.name, share)
         entry.ran(f"sparse {short(variant)}", kernel=f"{self.chosen.named}, {layout.name}", share=share, node=NODE)
         if self.chosen.verbose:
             shape = "x".join(map(str, q.shape))
@@ -135,7 +134,7 @@ class SparseOverride(Override):
         method = METHODS[self.chosen.method]
         threshold: dict[str, Any] = {}
         if method.threshold is not None:
-            threshold[method.threshold] = self._threshold(entry.place.layer, options)
+            threshold[method.threshold] = self._threshold(entry.layer.name, options)
         return sageattn_sparse(  # type: ignore[return-value]
             *qkv, tensor_layout=tensor_layout, sm_scale=scale, variant=self.chosen.variant, selection=method.selection,
             order=layout.order, sinks=layout.sinks, query_sinks=layout.query_sinks, block_mask=layout.block_mask, key_mask=key_mask,
@@ -179,21 +178,21 @@ class SparseOverride(Override):
         module = getattr(options.get(SLOT), "__module__", "")
         if module.startswith(CORE_MODULE[0]) and CORE_MODULE[1] in module:
             return "ComfyUI's Model Sparse Attention is on top, and what it leaves dense stays dense"
-        outside = self.chosen.window.outside(entry.sampling, entry.place)
+        outside = self.chosen.window.outside(entry.sampling, entry.step)
         if outside:
             return outside
         if self.chosen.dense_blocks:
-            if entry.place.block is None:
+            if entry.layer.block is None:
                 self._remark(options, "This model does not report its blocks, so dense_blocks has no effect.")
-            elif entry.place.block in self.chosen.dense_blocks:
+            elif entry.layer.block in self.chosen.dense_blocks:
                 return f"the block is among dense_blocks ({self.chosen.dense_blocks})"
         if entry.sampling is not self._sampling:
             self._sampling, self._shares = entry.sampling, {}
         shares = self._shares.get(entry.device)
         if shares is None:
             shares = self._shares[entry.device] = Shares(entry.device)
-        shares.begin(entry.place.step)
-        crowded = shares.crowded.get(entry.place.layer)
+        shares.begin(entry.step)
+        crowded = shares.crowded.get(entry.layer.name)
         return "" if crowded is None else f"{crowded:.0%} of the blocks were needed, too many to gain"
 
     def _layout(self, tokens: int, options: dict[str, Any], device: torch.device) -> tuple[Layout | str, str]:
@@ -202,8 +201,6 @@ class SparseOverride(Override):
         key = tokens, device, options.get(FORWARD), None if h3 is None else (*h3.signature, *h3.segments)
         known = self._layouts.get(key)
         if known is None:
-            if len(self._layouts) >= MAX_LAYOUTS:
-                self._layouts.clear()
             found = grid.find(tokens, options)
             known = self._layouts[key] = lay_out(found, self.chosen, device), found if isinstance(found, str) else ""
         return known

@@ -7,7 +7,7 @@ import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +15,7 @@ from . import settings, verify
 from .backends import emulation, sdpa
 from .backends.call import Backend, KernelBackend, PreparedCall, QuantizedKV, Result, empty_result
 from .errors import KernelMissing, TorchOnly, Unsupported
+from .memo import Memo
 from .planning.here import plan_for, plan_without, warn_once
 from .planning.plan import CudaPlan, KernelPlan, Plan
 from .planning.problem import Problem, facts
@@ -23,13 +24,30 @@ from .tracing import transformed
 from .variants import SDPA, TRITON_FP16, Variant
 
 LOG = logging.getLogger("sageattention")
-MAX_PREPARED = 4096
+
+
+class Known(NamedTuple):
+    """What checking and planning a call has found out. It holds for calls that differ from it in nothing but addresses, as long as
+    `settings.state` is the same."""
+
+    problem: Problem
+    plan: Plan
+    bound: dict[Any, Any]  # as `PreparedCall` has it
+
+    def call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> Call:
+        """Such a call, with its own tensors."""
+        return Call(q, k, v, _four_dims(mask), *self)
 
 
 class Call(PreparedCall[Plan]):
     """One attention call that is checked and planned, to be computed once."""
 
     __slots__ = ()
+
+    @property
+    def known(self) -> Known:
+        """For calls like it, before it runs."""
+        return Known(self.problem, self.plan, self.bound)
 
     @property
     def left_to_model(self) -> str:
@@ -190,9 +208,8 @@ def _stands_in_torchs_place() -> bool:
     return getattr(placed, "__module__", None) == f"{__package__}.api"
 
 
-# Maps all that a call's plan depends on to (problem, plan, what the backend has bound). Checking and planning a call takes 15 µs, and a
-# model repeats a handful of calls thousands of times.
-_prepared: dict[tuple[Any, ...], tuple[Problem, Plan, dict[Any, Any]]] = {}
+# By all that a call's plan depends on. Checking and planning a call takes 15 µs, and a model repeats a handful of calls thousands of times.
+_prepared: Memo[tuple[Any, ...], Known] = Memo()
 
 
 def prepare(
@@ -223,12 +240,10 @@ def prepare(
         problem = Problem.from_tensors(
             q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse
         )
-        known = problem, plan_for(problem, variant, accum), {}
+        known = Known(problem, plan_for(problem, variant, accum), {})
         if given is not None:
-            if len(_prepared) >= MAX_PREPARED:
-                _prepared.clear()
             _prepared[key] = known
-    return Call(q, k, v, _four_dims(attn_mask), *known)
+    return known.call(q, k, v, attn_mask)
 
 
 def _four_dims(mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -14,9 +14,10 @@ from . import settings
 from .backends import sdpa_packed
 from .backends.call import Result
 from .backends.cuda import packed as packed_cuda
-from .dispatch import MAX_PREPARED, kernel_backend, say_what_runs
+from .dispatch import Known, kernel_backend, say_what_runs
 from .dispatch import compute as dense
 from .errors import KernelMissing, Unsupported
+from .memo import Memo
 from .planning import rules, varlen
 from .planning.here import machine, plan_for, warn_once
 from .planning.packed import PackedProblem
@@ -56,10 +57,8 @@ def compute(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, sm_scale=sm_scale, return_lse=return_lse
         )
         call = PackedCall(q, k, v, cu_seqlens_q, cu_seqlens_k, problem, {})
-        known = problem, next(call.plans(variant, accum)), call.bound
+        known = Known(problem, next(call.plans(variant, accum)), call.bound)
         if key:
-            if len(_prepared) >= MAX_PREPARED:
-                _prepared.clear()
             _prepared[key] = known
     problem, chosen, bound = known
     call = PackedCall(q, k, v, cu_seqlens_q, cu_seqlens_k, problem, bound)
@@ -71,8 +70,7 @@ def compute(
     return result
 
 
-# As `dispatch` has it: all that a call depends on but its addresses → (problem, its plan, what the backend has bound).
-_prepared: dict[tuple[Any, ...], tuple[Problem, Plan, dict[Any, Any]]] = {}
+_prepared: Memo[tuple[Any, ...], Known] = Memo()  # as `dispatch` has it
 
 
 @dataclass(slots=True)

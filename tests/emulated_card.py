@@ -48,7 +48,7 @@ class Lanes:
             getattr(self.library, symbol)(ctypes.create_string_buffer(params, len(params)), ctypes.c_uint(x))
 
 
-_compiled: dict[tuple[int, int, bool], Lanes] = {}  # half a minute each
+_compiled: dict[tuple[int, int, bool], Lanes] = {}
 
 
 def lanes_of(arch: int, head_dim: int, folder: Path, wgmma: bool = False) -> Lanes:

@@ -148,3 +148,4 @@ MMA_FP8 = KernelFamily(
 MMA_INT8 = KernelFamily(
     "mma_int8", "kernel/attend_mma.cuh", "Fragment<{d}, 1>", _fragment_bytes(1), {"int32+fp32": INT8_INT32}, MMA_BYTE_TILES, _mma_entry
 )
+FAMILIES = (MMA_FP16, MMA_FP8, MMA_INT8)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..numerics.constants import HEAD_DIMS
+from . import mma, resident, wgmma
 from .architectures import ARCHITECTURES, TARGETS, TEST_TARGETS
 from .binaries import Entry, Image
 from .family import KernelFamily
-from .mma import MMA_FP8, MMA_FP16, MMA_INT8
 from .params import (
     ClassifyParams,
     MergeParams,
@@ -20,13 +20,8 @@ from .params import (
     RepairRowsParams,
     RouteParams,
 )
-from .resident import RESIDENT_FP16
-from .wgmma import WGMMA_FP8, WGMMA_FP8_SPARSE, WGMMA_FP8_WIDE, WGMMA_FP16, WGMMA_FP16_SPARSE, WGMMA_FP16_WIDE
 
-KERNELS: tuple[KernelFamily, ...] = (
-    WGMMA_FP16, WGMMA_FP16_WIDE, MMA_FP16, MMA_FP8, WGMMA_FP8, WGMMA_FP8_WIDE, MMA_INT8, WGMMA_FP16_SPARSE, WGMMA_FP8_SPARSE,
-    RESIDENT_FP16,
-)  # fmt: skip
+KERNELS: tuple[KernelFamily, ...] = wgmma.FAMILIES + resident.FAMILIES + mma.FAMILIES
 
 QUANTIZE_V_THREADS = 128
 # Threads whose registers fit a multiprocessor, by family where that differs.

@@ -101,3 +101,4 @@ def _sparse(family: KernelFamily, v_bytes: int, tile: Tile) -> KernelFamily:
 
 
 WGMMA_FP16_SPARSE, WGMMA_FP8_SPARSE = _sparse(WGMMA_FP16, 2, _SPARSE_FP16), _sparse(WGMMA_FP8, 1, _SPARSE_FP8)
+FAMILIES = (WGMMA_FP16, WGMMA_FP16_WIDE, WGMMA_FP8, WGMMA_FP8_WIDE, WGMMA_FP16_SPARSE, WGMMA_FP8_SPARSE)

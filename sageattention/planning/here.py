@@ -9,6 +9,7 @@ from ..device import capability
 from ..device.capability import Capability
 from ..errors import KernelMissing, Unsupported
 from ..kernels import binaries
+from ..memo import Memo
 from ..variants import VARIANTS, Candidate
 from . import calibration, verdicts
 from .plan import Plan, Rejected, plan
@@ -16,10 +17,9 @@ from .problem import Problem
 from .verdicts import Verdicts
 
 LOG = logging.getLogger("sageattention")
-MAX_ABSENT = 4096
 
 # What "auto" chose for a problem and then could not have, as `plan` takes it: it is passed by from then on.
-_absent: dict[Problem, Rejected] = {}
+_absent: Memo[Problem, Rejected] = Memo()
 
 
 def machine(problem: Problem) -> Capability:
@@ -76,8 +76,6 @@ def plan_without(problem: Problem, chosen: Plan, error: KernelMissing) -> Plan:
     """
     if not chosen.auto:
         raise error
-    if len(_absent) >= MAX_ABSENT:
-        _absent.clear()
     candidate = Candidate(chosen.variant.name, chosen.accum)
     _absent[problem] = (*_absent.get(problem, ()), (candidate, error.reason))
     settings.planned_anew()

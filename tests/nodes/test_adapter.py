@@ -181,12 +181,12 @@ def test_a_call_like_one_left_before_is_left_without_a_look_at_it(monkeypatch):
 
 
 @pytest.mark.parametrize("variant", ["auto", "reference"])
-def test_what_is_remembered_of_calls_does_not_grow_without_bound(variant, monkeypatch):
-    monkeypatch.setattr(adapter, "MAX_FORMS", 4)
+def test_what_is_remembered_of_calls_does_not_grow_without_bound(variant):
     override = adapter.SageOverride(variant)
+    override.known.limit = override.kept.limit = 4
     for tokens in range(1, 12):
         call(override, OldCore(), *(torch.randn(1, tokens, 8) for _ in range(3)), 1)
-        assert len(override.forms) <= 4
+        assert 0 < len(override.known) <= 4 and len(override.kept) <= 4
 
 
 def test_calls_that_differ_only_in_how_they_are_read_stay_apart():
@@ -204,6 +204,24 @@ def test_calls_that_differ_only_in_how_they_are_read_stay_apart():
         with pytest.raises(RuntimeError):  # the core's own: without the flag the heads have to be as many
             call(override, core, *with_fewer, 4)
     assert override.record.ran == {"reference": 9}
+
+
+def test_a_computed_call_is_checked_and_planned_once_but_one_with_other_strides_scale_or_mask_again(monkeypatch):
+    override, core = adapter.SageOverride("reference"), NewCore()
+    q, k, v = tensors()
+    wide = torch.cat([q, q], dim=2)[..., : q.shape[2]]  # equal to q, in other strides
+    kept = torch.ones(LEN_Q, LEN_K, dtype=torch.bool).tril(3)
+    forms = [((q, k, v, HEADS), {}), ((wide, k, v, HEADS), {}), ((q, k, v, HEADS), {"scale": 0.5}), ((q, k, v, HEADS, kept), {})]
+    want = [call(override, core, *args, **options) for args, options in forms]
+    assert len(override.known) == len(forms)
+    for out, (args, options) in zip(want, forms):
+        assert_quantised(out, sdpa(*args, **options))
+    monkeypatch.setattr(adapter, "prepare", None)  # calling it would raise
+    for out, (args, options) in zip(want, forms):
+        assert torch.equal(call(override, core, *args, **options), out)
+    assert override.record.ran == {"reference": 2 * len(forms)} and not core.own_calls
+    call(override, core, q.clone().requires_grad_(), k, v, HEADS)
+    assert "gradient" in reasons(override)[0] and len(override.known) == len(forms)
 
 
 def test_an_override_is_pickled_without_its_counts():

@@ -48,7 +48,7 @@ def network(core, *layers):
 
 
 def errors(model: Model) -> dict[str, float]:
-    return {entry.place.layer: entry.error for entry in slot.record_of(model).entries if entry.error is not None}
+    return {entry.layer.name: entry.error for entry in slot.record_of(model).entries if entry.error is not None}
 
 
 @pytest.mark.parametrize("core", [OldCore, NewCore])

@@ -56,7 +56,7 @@ def blocks(core, count: int = 2):
 
 
 def what(model: Model) -> list[tuple[int, str, str, tuple[str, ...]]]:
-    return [(e.place.step.number, e.place.layer, e.variant, e.reasons) for e in slot.record_of(model).entries]
+    return [(e.step.number, e.layer.name, e.variant, e.reasons) for e in slot.record_of(model).entries]
 
 
 def test_steps_and_layers_are_told_apart():
@@ -200,7 +200,7 @@ def test_threads_have_entries_of_their_own():
 def test_calls_are_timed_in_some_steps_and_all_steps_are():
     model = patched()
     sample(model, blocks(OldCore(), 1), sigmas=torch.linspace(1, 0, 20).tolist())
-    timed = {e.place.step.number for e in slot.record_of(model).entries if e.begin is not None and e.end is not None}
+    timed = {e.step.number for e in slot.record_of(model).entries if e.begin is not None and e.end is not None}
     assert timed == {n for n in record.TIMED_STEPS if n < 20} and set(slot.record_of(model).starts) == set(range(21))
     assert all(e.end.ms_since(e.begin) > 0 for e in slot.record_of(model).entries if e.begin)
 
@@ -211,7 +211,7 @@ def test_calls_that_are_kept_again_are_entries_as_any_other():
     sample(model, blocks(core), sigmas=torch.linspace(1, 0, 4).tolist(), passes=2)
     entries = slot.record_of(model).entries
     assert [type(e).__name__ for e in entries] == ["Entry"] * 8 + ["Entry", "Again", "Again", "Again"] * 2
-    assert [(e.place.step.number, e.place.layer) for e in entries] == [(s, f"block {b}") for s in range(4) for _ in (0, 1) for b in (0, 1)]
+    assert [(e.step.number, e.layer.name) for e in entries] == [(s, f"block {b}") for s in range(4) for _ in (0, 1) for b in (0, 1)]
     for name in ("q_shape", "k_shape", "dtype", "heads", "hnd", "masked", "variant", "kernel", "reasons", "blocks", "error"):
         assert len({getattr(e, name) for e in entries}) == 1, name
     assert list(slot.record_of(model).kept.values()) == [16] == [len(core.own_calls)]

@@ -101,7 +101,7 @@ def test_errors_and_shares_are_in_it():
     model = patched(network=Network(OldCore(), peaked=1), max_error=0.05)
     sample(model, model.model.diffusion_model, STEPS)
     for entry in slot.record_of(model).entries:
-        if entry.place.layer == "block 2" and entry.variant:
+        if entry.layer.name == "block 2" and entry.variant:
             entry._share = 0.2
     data = report.of_model(model)
     errors = {row["layer"]: row["error"] for row in data["layers"] if row["error"] is not None}

@@ -178,7 +178,7 @@ def test_a_scale_in_a_tensor_is_read_at_every_call():
 
 
 def test_the_memory_does_not_grow_without_end(monkeypatch):
-    monkeypatch.setattr(dispatch, "MAX_PREPARED", 8)
+    monkeypatch.setattr(dispatch._prepared, "limit", 8)
     given = tensors()
     for n in range(1, 30):
         prepare(**given, sm_scale=float(n))

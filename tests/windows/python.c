@@ -1,12 +1,11 @@
 // python.exe: as CPython's own, it only calls Py_Main of the DLL beside it. DLL is that DLL's name, as a wide string.
-#include <stdio.h>
+// Both programs here do without a C runtime: zig would compile one first, for a minute.
 #include <windows.h>
 
-int wmain(int argc, wchar_t** argv) {
+void WinMainCRTStartup(void) {
   HMODULE dll = LoadLibraryW(DLL);
-  if (!dll) {
-    fwprintf(stderr, L"%ls can't be loaded: error %lu\n", DLL, GetLastError());
-    return 120;
-  }
-  return ((int (*)(int, wchar_t**))(void*)GetProcAddress(dll, "Py_Main"))(argc, argv);
+  if (!dll) ExitProcess(120);
+  int argc;
+  LPWSTR* argv = CommandLineToArgvW(GetCommandLineW(), &argc);
+  ExitProcess((UINT)((int (*)(int, LPWSTR*))(void*)GetProcAddress(dll, "Py_Main"))(argc, argv));
 }
