@@ -384,7 +384,7 @@ def bind_attend(
     return tuple(group(*g) for g in r.groups)
 
 
-def _weighs(r: LaunchPlan, lists: Lists) -> bool:
+def _weighs(r: AttendPlan, lists: Lists) -> bool:
     """Whether all work tiles are shared out by their cost: their lists differ, but not from head to head, and the CTAs, spread over all
     heads then, find K and V in L2."""
     stride_b, stride_h, stride_band, *_ = lists.lists
