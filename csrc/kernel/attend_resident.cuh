@@ -29,7 +29,7 @@ struct ResidentConfig {
   static constexpr int kHeadDim = Layout::kHeadDim, kTile = Layout::kTile, kStages = kResidentTile.kv_tiles;  // a stage: a tile's place
   static constexpr Mask kMask = kResidentTile.mask;
   static_assert(kMask == Mask::none || kMask == Mask::packed, "no key is masked: those beyond the end are zeros (core_matrix.cuh)");
-  static constexpr bool kResident = true, kHasRawQ = false;  // Q is read from L2
+  static constexpr bool kResident = true, kHasRawQ = false;  // beside K and V there is no room for Q as in memory
   static constexpr int kRawQ = 0, kRawQPitch = 0;
   static constexpr int kConsumers = 3, kFirstConsumer = 0, kThreads = 128 * kConsumers, kBlockM = 64 * kConsumers;
   static constexpr int kScoreRegisters = kTile / 2, kOutRegisters = Layout::kVColumns / 2, kProbRegisters = kTile / 4;
@@ -160,7 +160,8 @@ __device__ __forceinline__ void quantize_resident(const ResidentParams& r, const
     const auto load_next = [&] { load_k(scale_block + C::kConsumers); };
     top = fmaxf(top, rotate_k.quantize(raw, counts, load_next, scale_block, Layout::kTileBytes, shared, tile));
   }
-  // All threads of the warpgroup have the same, and all store it: a branch for one of them would cost the main loop its uniform registers.
+  // All threads of the warpgroup have the same, and all store it: a branch for one of them would cost the main loop its uniform registers
+  // (docs/compiler.md).
   reinterpret_cast<float*>(bytes + C::kScaleMax)[warpgroup] = row_max(top);
 
   const auto load_v = [&](int eight) {
@@ -181,15 +182,15 @@ __device__ __forceinline__ void quantize_resident(const ResidentParams& r, const
   }
 }
 
-// The stretch of work tiles that the CTA takes with the same K and V: work tile number i, of `first` to `last`, is work(i).
+// The work tiles that the CTA takes with the same K and V, numbers `first` to `last`, and what comes after them.
 template <class C>
 struct ResidentWork {
   const ResidentParams& r;
-  int first, last;  // of one head
+  int first, last;  // of one kv head
   int at, end;      // next work tile, or next (sequence, kv head)
   int bh;
   Extent q, k;  // Mask::packed: of the sequence
-  int q_tiles;
+  int q_tiles;  // of a query head
 
   __device__ __forceinline__ explicit ResidentWork(const ResidentParams& r) : r(r), first(0), last(0), bh(0), q{}, k{} {
     const AttendParams& p = r.attend;
@@ -269,7 +270,7 @@ __device__ __forceinline__ void attend_resident(const ResidentParams& r) {
   MainloopFp16<C> mainloop{p, shared, sQ};
   mainloop.causal = false, mainloop.iteration = 0;
   ResidentWork<C> work(r);
-  // Shuffles, too, tell that no branch diverges: otherwise there would be no uniform registers.
+  // Shuffles tell as well that no branch diverges; where one may there are no uniform registers.
   const auto uniform = [](int x) { return __shfl_sync(kAllLanes, x, 0); };
   while (uniform(work.next())) {
     const ResidentHead head = work.head();

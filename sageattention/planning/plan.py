@@ -310,6 +310,7 @@ def _resident(problem: Problem, target: Target, chosen: CudaPlan) -> CudaPlan:
 
 
 def _resident_pays(problem: Problem, block_m: int, multiprocessors: int) -> bool:
+    """Whether quantising K and V once for each CTA takes less than two launches that do it once."""
     if problem.varlen:
         return problem.batch * problem.heads_kv >= MIN_PAIRS * multiprocessors
     tiles = problem.batch * problem.heads_q * -(-problem.len_q // block_m)
