@@ -158,3 +158,25 @@ def test_attention_by_any_list(card: Lanes, kind: str, lengths: tuple[int, int],
     emulated, _ = emulate(**t, scheme=chosen.scheme, attn_mask=pairs)
     assert matrix.workloads.relative_l2(out, emulated) <= matrix.EMULATION_BOUND[chosen.scheme.pv] + matrix.OUTPUT_STEP["bfloat16"]
     assert (lse - exact_lse)[~nothing].abs().mean() <= 0.02
+
+
+@each_variant
+def test_keys_in_an_order_of_their_own_are_keys_moved(card: Lanes, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if card.capability.arch < VARIANTS[variant].min_arch:
+        pytest.skip(f"{variant} is not for sm_{card.capability.arch}")
+    t, _ = matrix.tensors(matrix.Case(card.head_dim, heads_q=2, heads_kv=1, len_q=40, len_kv=333))
+    q, k, v = (t[name][:1] for name in "qkv")
+    order, mask = torch.randperm(333, generator=torch.Generator().manual_seed(0)).int(), torch.ones(1, 1, 1, 333, dtype=torch.bool)
+    mask[..., 200:210] = False
+    problem = on_card({"q": q, "k": k, "v": v}, attn_mask=mask)
+    chosen = plan(problem, card.capability, variant, arch=card.capability.arch)
+    moved = host.quantize(k[:, :, order].contiguous(), v[:, :, order].contiguous(), problem, chosen, mask)
+    plain = host.quantize_launches
+
+    def ordered(*given: object) -> tuple:
+        *rest, extra = given
+        return plain(*rest, extra._replace(order=order.data_ptr()))
+
+    monkeypatch.setattr(host, "quantize_launches", ordered)
+    found, expected = (host.attend(q, kv, problem, mask)[0] for kv in (host.quantize(k, v, problem, chosen, mask), moved))
+    assert torch.equal(found, expected)
