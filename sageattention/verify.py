@@ -59,7 +59,7 @@ def verified(call: Call) -> Plan | None:
         return None
     try:
         with torch.cuda.device(call.q.device):
-            found = _look(_part(call, form), call.plan.unverified, timed=call.plan.auto)
+            found = _look(_part(call, form), call.plan.unverified, timed=call.plan.auto and call.plan.basis != "measured")
     except torch.cuda.OutOfMemoryError:
         found = None
     except CudaError:  # of our own kernels: that must be heard

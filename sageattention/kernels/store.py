@@ -50,6 +50,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return content["images"]
 
 
+def images() -> dict[str, dict[str, Any]]:
+    """The manifest's word on each image, by its path; empty where there is no manifest that can be read."""
+    try:
+        return _manifest(KERNELS)
+    except Unusable:  # whoever wants a kernel is told
+        return {}
+
+
 def record(image: Image, entry: Entry) -> dict[str, Any]:
     """The manifest's word on one kernel: registers, shared memory, threads and the size of its parameters.
 

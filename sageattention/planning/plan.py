@@ -197,7 +197,8 @@ def plan(
         if accum and candidate.accum != accum:
             chosen = replace(chosen, reason=f"{reason}, and no variant that runs here has it")
         unverified: tuple[Candidate, ...] = ()
-        if verdicts and (choice.basis == "static" or accum) and _to_verify(problem, chosen, verdicts, timed=not accum):
+        guessed = choice.basis == "static"  # else times are known
+        if verdicts and (guessed or accum or choice.basis == "measured") and _to_verify(problem, chosen, verdicts, guessed and not accum):
             unverified = (candidate, *_next_to_verify(candidates[place + 1 :]))
         return replace(chosen, rejected=tuple(rejected), basis=choice.basis, auto=True, predicted=predicted, unverified=unverified)
     reason = f"nothing is left of what would gain: {choice.reason}" if choice.candidates else choice.reason

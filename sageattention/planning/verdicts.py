@@ -18,6 +18,7 @@ from .. import settings
 from ..device import libcuda
 from ..device.capability import Capability
 from ..errors import CudaError
+from ..kernels.proven import proven
 from ..variants import Candidate, settled
 from . import calibration, rules
 from .calibration import Ignored
@@ -88,8 +89,9 @@ class Verdicts:
 
 
 def needed(arch: int) -> bool:
-    """Whether kernels of a family run on cards that none of us has: its costs were not measured. The environment may say no."""
-    return rules.family(arch) not in MEASURED and settings.read(VARIABLE) != "0"
+    """Whether nobody has seen the kernels of a family run: its costs were not measured, or its images are others than those that the
+    tests have passed with on a card. The environment may say no."""
+    return not (rules.family(arch) in MEASURED and proven(rules.family(arch))) and settings.read(VARIABLE) != "0"
 
 
 def of_card(card: Capability, kernels: str = "") -> Verdicts:
@@ -169,8 +171,8 @@ def _from_json(content: dict[str, Any]) -> Verdicts:
 def lines(card: Capability, arch: int, kernels: str = "") -> list[str]:
     """What was found on a card, whose kernel family is `arch`, for `doctor`."""
     if not needed(arch):
-        off = rules.family(arch) not in MEASURED
-        return [f"off, by {VARIABLE}" if off else "not needed: a card of this architecture was measured"]
+        off = settings.read(VARIABLE) == "0"
+        return [f"off, by {VARIABLE}" if off else "not needed: these kernels were tried on a card of this architecture"]
     known = of_card(card, kernels)
     found = [f"{candidate} is out: {reason}" for candidate, reason in known.off.items()]
     for key, verdict in sorted(known.classes.items()):

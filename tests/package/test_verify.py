@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +21,7 @@ from sageattention import CudaError, KernelMissing, dispatch, explain, sageattn,
 from sageattention.backends import sdpa  # noqa: E402
 from sageattention.device import capability, libcuda  # noqa: E402
 from sageattention.device.capability import Capability  # noqa: E402
+from sageattention.kernels import proven  # noqa: E402
 from sageattention.numerics.constants import ERROR_BOUNDS  # noqa: E402
 from sageattention.planning import calibration, rules, verdicts  # noqa: E402
 from sageattention.planning.cost import TORCH, Form  # noqa: E402
@@ -25,6 +30,7 @@ from sageattention.planning.verdicts import Class  # noqa: E402
 from sageattention.variants import Candidate, settled  # noqa: E402
 
 CARD = Capability("cuda", 89, 4, "none", "NVIDIA GeForce RTX 4090")  # of which a small call fills all
+HOPPER8 = "sageattn_qk_int8_pv_fp8_cuda_sm90"
 INT8, FP8, FP16 = (f"sageattn_qk_int8_pv_{pv}_cuda" for pv in ("int8", "fp8", "fp16"))
 FIRST, SECOND = Candidate(INT8), Candidate(FP8, "fp32+fp16")
 
@@ -262,13 +268,45 @@ def test_the_environment_turns_it_off(card, monkeypatch):
     assert [name for name, *_ in card.calls] == [INT8]
 
 
-def test_not_where_the_architecture_was_measured(card, monkeypatch):
-    hopper = Capability("cuda", 90, 132, "none", "NVIDIA H200")
-    monkeypatch.setattr(capability, "of_device", lambda device, index: hopper)
-    q, k, v = qkv(length=5000)
-    card.ms["sageattn_qk_int8_pv_fp8_cuda_sm90"] = 1.0
-    sageattn(q, k, v)
+@pytest.fixture
+def hopper(card, monkeypatch) -> Capability:
+    measured = Capability("cuda", 90, 132, "none", "NVIDIA H200")
+    monkeypatch.setattr(capability, "of_device", lambda device, index: measured)
+    card.ms[HOPPER8] = 1.0
+    return measured
+
+
+def test_not_where_the_architecture_was_measured(card, hopper, monkeypatch):
+    monkeypatch.setattr(proven, "PROVEN", {90: proven.digest(90)})
+    sageattn(*qkv(length=5000))
     assert len(card.calls) == 1 and "not needed" in verdicts.lines(hopper, 90)[0]
+
+
+def test_images_that_have_changed_since_the_tests_are_verified_and_not_timed(card, hopper, monkeypatch):
+    monkeypatch.setattr(proven, "PROVEN", {90: "another build's"})
+    q, k, v = qkv(length=5000)
+    sageattn(q, k, v)
+    found = verdicts.of_card(hopper).of(Form(2, 2, 5000, 5000, 64))
+    assert Candidate(HOPPER8) in found.right and not found.ms and card.ran("sdpa") == 1
+    assert explain(q, k, v).basis == "measured"
+
+
+def test_what_has_changed_and_is_wrong_is_out(card, hopper, monkeypatch, caplog):
+    monkeypatch.setattr(proven, "PROVEN", {})
+    card.factors[HOPPER8] = float("nan")
+    q, k, v = qkv(length=5000)
+    assert (sageattn(q, k, v) - exact(q, k, v)).norm() < 0.05 * exact(q, k, v).norm()
+    assert explain(q, k, v).variant != HOPPER8 and f"{HOPPER8} is not used on NVIDIA H200" in caplog.text
+
+
+def test_a_tool_records_what_has_been_proven(tmp_path):
+    copy = tmp_path / "sageattention"
+    shutil.copytree(Path(proven.__file__).parents[1], copy, ignore=shutil.ignore_patterns("*.xz", "__pycache__"))
+    tool = tmp_path / "csrc" / "tools" / "prove.py"
+    tool.parent.mkdir(parents=True)
+    shutil.copy(Path(proven.__file__).parents[2] / "csrc" / "tools" / "prove.py", tool)
+    subprocess.run([sys.executable, str(tool), "90"], check=True)
+    subprocess.run([sys.executable, "-c", "from sageattention.kernels.proven import proven; assert proven(90)"], cwd=tmp_path, check=True)
 
 
 def test_not_where_the_card_is_calibrated(card):
