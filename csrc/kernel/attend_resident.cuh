@@ -27,10 +27,12 @@ template <class Layout_, ResidentTile kResidentTile>
 struct ResidentConfig {
   using Layout = Layout_;
   static constexpr int kHeadDim = Layout::kHeadDim, kTile = Layout::kTile, kStages = kResidentTile.kv_tiles;  // a stage: a tile's place
+  static constexpr int kStageBytes = Layout::kTileBytes;
   static constexpr Mask kMask = kResidentTile.mask;
   static_assert(kMask == Mask::none || kMask == Mask::packed, "no key is masked: those beyond the end are zeros (core_matrix.cuh)");
   static constexpr bool kResident = true, kHasRawQ = false;  // beside K and V there is no room for Q as in memory
-  static constexpr int kRawQ = 0, kRawQPitch = 0;
+  static constexpr bool kRouted = false;                     // no tails, no order
+  static constexpr int kRawQ = 0, kRawQPitch = 0, kTails = 0, kTailBytes = 0;
   static constexpr int kConsumers = 3, kFirstConsumer = 0, kThreads = 128 * kConsumers, kBlockM = 64 * kConsumers;
   static constexpr int kScoreRegisters = kTile / 2, kOutRegisters = Layout::kVColumns / 2, kProbRegisters = kTile / 4;
 
@@ -129,11 +131,11 @@ __device__ __forceinline__ void quantize_resident(const ResidentParams& r, const
   const i64 k_row = r.kv.k.stride_n * kElementBytes<kDtype>, v_row = r.kv.v.stride_n * kElementBytes<kDtype>;
   const int step = ceil_div(head.len, kMaxKMeanTokens), samples = ceil_div(head.len, step), tiles = ceil_div(head.len, C::kTile);
   const int t = threadIdx.x % 4;
-  reduce_rows<ChannelSum, kDtype, kVectors>(
+  reduce_rows<ChannelSum, kDtype, kVectors, false>(
       head.k, k_row, samples, p.head_dim, 1.0f / samples, shared, [&](int i) -> Row { return {i * step, true}; },
       [&](int, int c, float mean) { k_mean[c] = mean; });
   __syncthreads();  // the sums have been read
-  reduce_rows<ChannelAmax, kDtype, kVectors>(
+  reduce_rows<ChannelAmax, kDtype, kVectors, false>(
       head.v, v_row, head.len, p.head_dim, 1.0f, shared, [&](int i) -> Row { return {i, true}; },
       [&](int, int c, float amax) { channels[c] = amax < kAmaxMin ? 0.0f : amax; });
   __syncthreads();  // the maxima have been read, k_mean and `channels` are complete
