@@ -31,7 +31,8 @@ QUANTIZE_V_RESIDENT = {"": 768, "mma_fp8": 640, "mma_int8": 640, "wgmma_fp8_wide
 QUANTIZE_K_RESIDENT = {(0, 64): 768, (0, 128): 512, (0, 256): 512, (75, 256): 256, (90, 128): 768}
 QUANTIZE_K_LOCAL = {(90, 256): 8}  # bytes of local memory that are accepted: one block fewer would cost more
 
-LIVE_RESIDENT = {64: 512, 128: 512, 256: 256}  # of kernels that look at which keys are live, which takes registers
+# Of kernels that look at which keys are live, which takes registers; of V on Hopper.
+LIVE_RESIDENT, LIVE_V_RESIDENT_SM90 = {64: 512, 128: 512, 256: 256}, 640
 
 
 def _wants_registers(arch: int, keys: str) -> bool:
@@ -56,8 +57,8 @@ def _quantize_k_entry(kernels: KernelFamily, arch: int, head_dim: int, keys: str
 def _quantize_v_entry(kernels: KernelFamily, arch: int, head_dim: int, keys: str) -> Entry:
     layout = kernels.layout.format(d=head_dim)
     resident = QUANTIZE_V_RESIDENT.get(kernels.name, QUANTIZE_V_RESIDENT[""])
-    if _wants_registers(arch, keys) and not (kernels.arch == 90 and head_dim <= 128):
-        resident = LIVE_RESIDENT[head_dim]
+    if _wants_registers(arch, keys):
+        resident = LIVE_V_RESIDENT_SM90 if kernels.arch == 90 and head_dim <= 128 else LIVE_RESIDENT[head_dim]
     return Entry(
         kernels.quantize_v_symbol(head_dim, keys), f"quantize_v<{layout}, PvType::{kernels.pv}, Keys::{keys}>", QuantizeVParams,
         QUANTIZE_V_THREADS, resident // QUANTIZE_V_THREADS, checks=(f"{layout}::kTileBytes == {kernels.tile_bytes(head_dim)}",),
