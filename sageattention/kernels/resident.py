@@ -33,4 +33,3 @@ RESIDENT_FP16 = KernelFamily(
     "resident_fp16", "kernel/attend_resident.cuh", f"CoreMatrix<{{d}}, 2, {_KEYS}, true>", _tile_bytes, {"fp32": FP16_FP32_WGMMA_WIDE},
     _TILES, _entry, arch=90, masks=("none", "packed"), quantizers="", scale_blocks=2, v_ones=True,
 )  # fmt: skip
-FAMILIES = (RESIDENT_FP16,)

@@ -54,7 +54,7 @@ def images() -> dict[str, dict[str, Any]]:
     """The manifest's word on each image, by its path; empty where there is no manifest that can be read."""
     try:
         return _manifest(KERNELS)
-    except Unusable:  # whoever wants a kernel is told
+    except Unusable:  # reading any of its images raises the same
         return {}
 
 

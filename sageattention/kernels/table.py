@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..numerics.constants import HEAD_DIMS
-from . import mma, resident, wgmma
+from . import mma, wgmma
 from .architectures import ARCHITECTURES, TARGETS, TEST_TARGETS
 from .binaries import Entry, Image
 from .family import KernelFamily
@@ -20,8 +20,9 @@ from .params import (
     RepairRowsParams,
     RouteParams,
 )
+from .resident import RESIDENT_FP16
 
-KERNELS: tuple[KernelFamily, ...] = wgmma.FAMILIES + resident.FAMILIES + mma.FAMILIES
+KERNELS: tuple[KernelFamily, ...] = (*wgmma.FAMILIES, RESIDENT_FP16, *mma.FAMILIES)
 
 QUANTIZE_V_THREADS = 128
 # Threads whose registers fit a multiprocessor, by family where that differs.

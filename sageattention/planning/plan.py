@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from .calibration import Calibration
     from .verdicts import Verdicts
 
-# A CTA that keeps K and V in shared memory quantises them itself, whoever else has the same head. That pays where it has at least so many
-# work tiles, and one for so many keys; of packed sequences, where the card has so many (sequence, KV head) pairs a multiprocessor.
-MIN_WORK_TILES, KEYS_OF_WORK_TILE, MIN_PAIRS = 3, 64, 4  # by measurement: docs/kernels/resident.md
+# Resident kernels quantise K and V once for each CTA instead of once for each head. That pays where a CTA has at least MIN_WORK_TILES work
+# tiles, and one for every KEYS_OF_WORK_TILE keys; of packed sequences, where there are MIN_PAIRS (sequence, KV head) pairs for each
+# multiprocessor. By measurement: docs/kernels/resident.md.
+MIN_WORK_TILES, KEYS_OF_WORK_TILE, MIN_PAIRS = 3, 64, 4
 
 Rejected = tuple[tuple[Candidate, str], ...]
 
@@ -197,8 +198,8 @@ def plan(
         if accum and candidate.accum != accum:
             chosen = replace(chosen, reason=f"{reason}, and no variant that runs here has it")
         unverified: tuple[Candidate, ...] = ()
-        guessed = choice.basis == "static"  # else times are known
-        if verdicts and (guessed or accum or choice.basis == "measured") and _to_verify(problem, chosen, verdicts, guessed and not accum):
+        timed = choice.basis == "static" and not accum  # elsewhere times are known, and only results are compared
+        if verdicts and (accum or choice.basis in ("static", "measured")) and _to_verify(problem, chosen, verdicts, timed):
             unverified = (candidate, *_next_to_verify(candidates[place + 1 :]))
         return replace(chosen, rejected=tuple(rejected), basis=choice.basis, auto=True, predicted=predicted, unverified=unverified)
     reason = f"nothing is left of what would gain: {choice.reason}" if choice.candidates else choice.reason
