@@ -23,8 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
         import torch
     except ImportError:
         return
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)  # small tensors: a second thread costs more in waiting than it computes
+    if not torch.cuda.is_available() or hasattr(config, "workerinput"):
+        torch.set_num_threads(1)  # small tensors, or many workers: a second thread costs more in waiting than it computes
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -9,9 +9,12 @@ namespace sage {
 // What O is multiplied by, beside V's scale per channel, for a sum l of P; 0 if every key is masked out.
 __device__ __forceinline__ float inverse_sum(float l, float inv_v_max) { return l > 0.0f ? inv_v_max * rcp_approx(l) : 0.0f; }
 
-// Natural log of the sum of exponentials, of P against m, in base 2. shift: what subtracting k_mean took from the row's scores.
+// Natural log of the sum of exponentials, of P against m, in base 2. shift: what subtracting k_mean took from the row's scores. A row that
+// sees keys has a finite one even where every P has become 0: m may come from the zeros behind the last key (core_matrix.cuh), and where
+// scores are in the billions their rounding alone puts all keys far below.
 __device__ __forceinline__ float log_sum_exp(float l, float m, float shift) {
-  return l > 0.0f ? shift + (m + log2_approx(l)) * kLn2 : -kInf;
+  constexpr float kLeast = 0x1p-126f;
+  return l > 0.0f || m > 0.5f * kNoScore ? shift + (m + log2_approx(fmaxf(l, kLeast))) * kLn2 : -kInf;
 }
 
 // An element of O; scale, mean: of its channel of V. A row without keys gets 0, whatever the scale of V is then.

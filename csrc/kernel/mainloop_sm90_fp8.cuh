@@ -30,8 +30,7 @@ struct SoftmaxFp8 : MainloopSm90<C> {
   using Base = MainloopSm90<C>;
   using typename Base::Layout, typename Base::Scores, typename Base::ProbFragments;
   using Base::barrier, Base::k_scales, Base::m_i, Base::p, Base::q_scale;
-  using Scales = float[C::kScaleCount][2];   // [part of the step's keys][row half]
-  static constexpr float kNoScore = -3e38f;  // an m below all scores, and finite
+  using Scales = float[C::kScaleCount][2];  // [part of the step's keys][row half]
 
   // P = 2^(score − m_p); O and l_i are relative to m_i.
   float o[C::kOutRegisters], l_i[2], m_p[2];
@@ -299,7 +298,7 @@ struct MainloopFp8 : SoftmaxFp8<C> {
     wgmma_wait<0>();
     warpgroup_fence_operand(acc);
     release(kVEmpty, ring.stage);
-    if (__any_sync(kAllLanes, m_p[0] > m_i[0] || m_p[1] > m_i[1])) update_m_i({Base::kNoScore, Base::kNoScore});
+    if (__any_sync(kAllLanes, m_p[0] > m_i[0] || m_p[1] > m_i[1])) update_m_i({kNoScore, kNoScore});
     promote();
     ring.advance();
   }

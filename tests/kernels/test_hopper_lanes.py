@@ -4,6 +4,7 @@ barriers emulated lane by lane (tests/lanes). Products are computed when they ar
 
 from __future__ import annotations
 
+import extremes
 import matrix
 import pytest
 import torch
@@ -63,3 +64,13 @@ def test_kernels_agree_with_the_emulation(
     masked = exact_lse == -torch.inf
     assert (out[masked] == 0).all() and (lse[masked] == -torch.inf).all()
     assert (lse - expected_lse)[~masked].abs().mean() <= 2e-3
+
+
+@pytest.mark.parametrize("lanes", [64], ids="d{}".format, indirect=True)
+@pytest.mark.parametrize("variant", HOPPER)
+def test_one_key_far_below_the_zeros_behind_it_has_a_log_sum_exp(card: Lanes, variant: str) -> None:
+    t = extremes.tensors(**extremes.LONE_KEY)
+    problem = on_card(t)
+    out, lse = host.run(PreparedCall(*t.values(), None, problem, plan(problem, card.capability, variant), {}))
+    assert out.isfinite().all()
+    torch.testing.assert_close(lse.double(), oracle(**t)[1], rtol=1e-3, atol=0)

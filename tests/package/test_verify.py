@@ -22,6 +22,7 @@ from sageattention.backends import sdpa  # noqa: E402
 from sageattention.device import capability, libcuda  # noqa: E402
 from sageattention.device.capability import Capability  # noqa: E402
 from sageattention.kernels import proven  # noqa: E402
+from sageattention.numerics import reference  # noqa: E402
 from sageattention.numerics.constants import ERROR_BOUNDS  # noqa: E402
 from sageattention.planning import calibration, rules, verdicts  # noqa: E402
 from sageattention.planning.cost import TORCH, Form  # noqa: E402
@@ -42,13 +43,14 @@ class Card:
         ms: of a variant's calls, by name.
         factors: what a variant's right result is multiplied with.
         errors: what a variant raises.
+        emulated: the variant whose result is its emulation's instead.
         calls: (variant, heads, queries) of each call.
     """
 
     def __init__(self, clock):
         self.clock = clock
         self.ms = {"sdpa": 3.0, INT8: 1.0, FP8: 2.0, FP16: 2.5}
-        self.factors, self.errors, self.calls = {}, {}, []
+        self.factors, self.errors, self.calls, self.emulated = {}, {}, [], ""
 
     def run(self, call):
         name = call.plan.variant.name
@@ -56,9 +58,13 @@ class Card:
         self.clock.spend(self.ms[name])
         if name in self.errors:
             raise self.errors[name]
-        out = torch.nn.functional.scaled_dot_product_attention(
-            *call.hnd(), call.mask, enable_gqa=call.problem.heads_q != call.problem.heads_kv
-        )
+        p = call.problem
+        if name == self.emulated:
+            out, _ = reference.emulate(*call.hnd(), call.plan.scheme, is_causal=p.causal, attn_mask=call.mask, sm_scale=p.sm_scale)
+        else:
+            out = torch.nn.functional.scaled_dot_product_attention(
+                *call.hnd(), call.mask, is_causal=p.causal, scale=p.sm_scale, enable_gqa=p.heads_q != p.heads_kv
+            )
         return out * self.factors.get(name, 1.0), None
 
     def ran(self, name: str) -> int:
@@ -148,6 +154,25 @@ def test_what_is_off_by_less_than_twice_its_bound_is_right(card):
     card.factors[INT8] = 1 + 2.1 * ERROR_BOUNDS["int8"]
     sageattn(q, k, v)
     assert explain(q, k, v).variant == FP8
+
+
+@pytest.mark.parametrize("form", ["none", "causal", "bool", "additive", "heads that share keys"])
+def test_data_harder_than_the_bounds_make_no_kernel_wrong(form, card, caplog):
+    """Scores far apart: INT8 is off by more there, of right kernels as of their emulation."""
+    q, k, v = qkv(heads=4, length=300, head_dim=128, heads_kv=2 if form == "heads that share keys" else 0)
+    call = {"sm_scale": 8.0, "is_causal": form == "causal", "variant": INT8}
+    if form in ("bool", "additive"):
+        keeps = torch.rand(300, 300, generator=torch.Generator().manual_seed(1)) > 0.3
+        call["attn_mask"] = keeps if form == "bool" else torch.zeros(300, 300).masked_fill(~keeps, -torch.inf).half()
+    card.emulated = INT8
+    out = sageattn(q, k, v, **call)
+    right, _ = reference.oracle(q, k, v, **{name: value for name, value in call.items() if name != "variant"})
+    assert float((out - right).norm() / right.norm()) > verify.TOLERANCE * ERROR_BOUNDS["int8"]
+    assert not caplog.records and [verdict.right for verdict in seen().classes.values()] == [{FIRST}]
+    verdicts.reset()
+    card.factors[INT8] = 0.5
+    with pytest.raises(KernelMissing, match="off by"):
+        sageattn(q, k, v, **call)
 
 
 def test_where_all_are_wrong_torch_computes(card):
