@@ -109,7 +109,8 @@ def _look(part: Call, candidates: tuple[Candidate, ...], timed: bool) -> tuple[V
         worst = int(of_heads.nan_to_num(torch.inf).argmax())
         error, accepted = float(of_heads.flatten()[worst]), TOLERANCE * ERROR_BOUNDS[scheme_of(candidate).pv]
         if accepted < error < torch.inf:  # hard data, or a wrong kernel?
-            accepted = max(accepted, TOLERANCE * _distance_of_emulation(scheme_of(candidate), part, exact, *divmod(worst, of_heads.shape[1])))
+            emulated = _distance_of_emulation(scheme_of(candidate), part, exact, *divmod(worst, of_heads.shape[1]))
+            accepted = max(accepted, TOLERANCE * emulated)
         if error <= accepted:
             right.add(settled(candidate))
         else:  # NaN, too

@@ -15,8 +15,8 @@ NUMBERS = st.floats(-(2.0**127), 2.0**127, width=32) | st.sampled_from([0.0, 1e-
 
 # The only key is its own mean; what its rotation is off by, times such a query, is millions below the score 0 of the empty keys behind it.
 LONE_KEY = {
-    "seed": 0, "sizes": [29883.0, 128525.0, 0.0], "spikes": [0.0, 1.53125, 0.0], "len_q": 1, "len_kv": 1, "head_dim": 40, "dtype": "bfloat16",
-    "causal": False,
+    "seed": 0, "sizes": [29883.0, 128525.0, 0.0], "spikes": [0.0, 1.53125, 0.0], "len_q": 1, "len_kv": 1, "head_dim": 40,
+    "dtype": "bfloat16", "causal": False,
 }  # fmt: skip
 
 
