@@ -63,26 +63,26 @@ def draw(known: dict) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="13">',
         f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
-        _text(16, 24, f"Speed of attention on an {known['gpu']}, PyTorch's cuDNN attention in the same run = 1", size=15),
+        text(16, 24, f"Speed of attention on an {known['gpu']}, PyTorch's cuDNN attention in the same run = 1", size=15),
     ]
     for number, (label, color) in enumerate(SERIES.values()):
         x = LEFT + 230 * number
-        parts += [f'<rect x="{x}" y="38" width="12" height="12" fill="{color}"/>', _text(x + 18, 49, label)]
+        parts += [f'<rect x="{x}" y="38" width="12" height="12" fill="{color}"/>', text(x + 18, 49, label)]
     for number, (shape, by_name) in enumerate(found.items()):
         y = TOP + ROW * number
-        parts.append(_text(LEFT - 12, y + BAR + 5, SHOWN[shape], anchor="end"))
+        parts.append(text(LEFT - 12, y + BAR + 5, SHOWN[shape], anchor="end"))
         for bar, (name, ratio) in enumerate(by_name.items()):
             top = y + (BAR + 2) * bar
             parts.append(f'<rect x="{LEFT}" y="{top}" width="{ratio * scale:.1f}" height="{BAR}" fill="{SERIES[name][1]}"/>')
-            parts.append(_text(LEFT + ratio * scale + 6, top + 12, f"{ratio:.2f}"))
+            parts.append(text(LEFT + ratio * scale + 6, top + 12, f"{ratio:.2f}"))
     x = LEFT + scale
     parts.append(f'<line x1="{x:.1f}" y1="{TOP - 6}" x2="{x:.1f}" y2="{height - 24}" stroke="#c0392b" stroke-dasharray="4 3"/>')
-    parts.append(_text(16, height - 8, f"bf16, from q, k, v to the output, quantisation included; medians, {known['date']}", size=11))
+    parts.append(text(16, height - 8, f"bf16, from q, k, v to the output, quantisation included; medians, {known['date']}", size=11))
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _text(x: float, y: float, text: str, *, size: int = 13, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="#222222">{escape(text)}</text>'
+def text(x: float, y: float, said: str, *, size: int = 13, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="#222222">{escape(said)}</text>'
 
 
 def main() -> None:

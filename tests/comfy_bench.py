@@ -209,8 +209,24 @@ def turns(attentions: list[str], rounds: int) -> Iterator[str]:
         yield from (*order, *reversed(order))
 
 
-def measure(name: str, model: Model, attentions: list[str], steps: int, rounds: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Attention → median ms of a step, mean ms of a sampling, peak MiB above the weights, and the share of the blocks; ABBA."""
+def draw(folder: Path, name: str, patcher: Any, offered: dict[str, Any]) -> None:
+    """What the report node and the benchmark node show of a model, as PNG files."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for node in ("SageAttentionReport", "SageAttentionBenchmark"):
+        image = offered[node](patcher)[0]
+        Image.fromarray((image * 255).round().byte().numpy()).quantize(64).save(folder / f"{name}_{node}.png", optimize=True)
+
+
+def measure(
+    name: str, model: Model, attentions: list[str], steps: int, rounds: int, options: dict[str, Any], pictures: Path | None
+) -> dict[str, Any]:
+    """Attention → median ms of a step, mean ms of a sampling, peak MiB above the weights, and the share of the blocks; ABBA.
+
+    Args:
+        pictures: where `draw` puts those of the last attention.
+    """
     import comfy.model_management
     import torch
     from pack import load_pack
@@ -246,6 +262,8 @@ def measure(name: str, model: Model, attentions: list[str], steps: int, rounds: 
             "blocks": sum(shares) / len(shares) if shares else None,
             "counts": record.as_dict() if record else None,
         }
+    if pictures:
+        draw(pictures, name, clones[attentions[-1]], offered)
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
     return found
@@ -272,6 +290,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="of each sampling; the first is not timed")
     parser.add_argument("--rounds", type=int, default=1, help="in which each takes its turn twice; short steps need several")
     parser.add_argument("--sparse", type=json.loads, default={}, help="inputs of the sparse node, as JSON")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="for what the report and the benchmark show of the last attention")
     parser.add_argument("--smoke", action="store_true", help="one block, few tokens: does it run?")
     given = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -279,7 +298,7 @@ def main() -> None:
     results = []
     for name in given.models:
         model = MODELS[name].smoke() if given.smoke else MODELS[name]
-        results.append(measure(name, model, given.attentions, given.steps, given.rounds, given.sparse))
+        results.append(measure(name, model, given.attentions, given.steps, given.rounds, given.sparse, given.pictures))
         print(json.dumps(results[-1]), flush=True)
     print(table(results, given.attentions))
 
