@@ -7,17 +7,18 @@ the order of ranks. Neither has a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from . import layout
+from . import exchange, layout
 from .api import sageattn
 from .backends.cuda import merge as kernels
+from .exchange.boxes import Form
 
-ULYSSES_CHUNKS = 2  # of heads: one's exchange is under way while another's attention is computed
+ULYSSES_CHUNKS = 5  # of heads, at most: one's exchange is under way while another's attention is computed
 
 
 def ring(
@@ -44,28 +45,29 @@ def ring(
         out like q; with `return_lse` (out, lse [B, Hq, n] fp32, natural log).
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    to, source = ((rank + step) % size for step in (1, -1))
-    if group is not None:
-        to, source = dist.get_global_rank(group, to), dist.get_global_rank(group, source)
-    kv = k.contiguous(), v.contiguous()
+    to, source = (rank + 1) % size, (rank - 1) % size
+    form = Form(min(2, size - 1), (k.shape, v.shape), lambda whole: whole.expand(size, *whole.shape), (source,), (to,))
     found: tuple[torch.Tensor, torch.Tensor] | None = None
-    for step in range(size):
-        coming, requests = kv, []
-        if step + 1 < size:
-            coming = torch.empty_like(kv[0]), torch.empty_like(kv[1])
-            operations = [dist.P2POp(dist.isend, t, to, group) for t in kv]
-            requests = dist.batch_isend_irecv(operations + [dist.P2POp(dist.irecv, t, source, group) for t in coming])
-        part = (rank - step) % size  # whose keys these are
-        if not is_causal or part <= rank:
-            own = sageattn(q, *kv, tensor_layout, is_causal and part == rank, sm_scale, return_lse=True, variant=variant)
-            assert isinstance(own, tuple)
-            if found is None:
-                found = own
-            else:
-                merge(*found, *own, tensor_layout)
-        for request in requests:
-            request.wait()
-        kv = coming
+    kv: Sequence[torch.Tensor] = k, v
+    with exchange.opened(q, group, form) as (link, (boxes,)):
+        for step in range(size):
+            last = step + 1 == size
+            if not last:
+                link.send(boxes[step % 2], {to: kv})
+            part = (rank - step) % size  # whose keys these are
+            if not is_causal or part <= rank:
+                own = sageattn(q, kv[0], kv[1], tensor_layout, is_causal and part == rank, sm_scale, return_lse=True, variant=variant)
+                assert isinstance(own, tuple)
+                if found is None:
+                    found = own
+                else:
+                    merge(*found, *own, tensor_layout)
+            if step:
+                link.flush()  # the next process has them
+                link.done(boxes[(step - 1) % 2])
+            if not last:
+                link.wait(boxes[step % 2])
+                kv = boxes[step % 2].wholes
     assert found is not None  # its own part, at least
     return found if return_lse else found[0]
 
@@ -116,44 +118,58 @@ def ulysses(
     Raises:
         ValueError: the heads can't be shared out evenly.
     """
-    size = dist.get_world_size(group)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
     axis_heads, axis_tokens = layout.AXES[tensor_layout]
     heads_q, heads_kv = q.shape[axis_heads], k.shape[axis_heads]
     if heads_q % size or heads_kv % size:
         raise ValueError(f"{heads_q} query heads and {heads_kv} of keys can't be shared by {size} processes evenly; `ring` can")
-    chunks = next(n for n in range(ULYSSES_CHUNKS, 0, -1) if not (heads_kv // size) % n)
-    by_tokens = [t.movedim((axis_tokens, axis_heads), (1, 2)) for t in (q, k, v)]  # [B, n, H, D]
-    batch, tokens = by_tokens[0].shape[:2]
-    sent = [_Exchange(_send(by_tokens, size, chunk, chunks), group) for chunk in range(chunks)]
-    back = []
-    for exchange in sent:
-        whole = exchange.wait().transpose(0, 1).reshape(batch, size * tokens, -1, q.shape[-1])  # a view where there is one batch
-        parts = whole.split([heads_q // size // chunks, *[heads_kv // size // chunks] * 2], 2)
-        parts = parts if tensor_layout == "NHD" else [t.transpose(1, 2) for t in parts]
-        out = attention(*parts, tensor_layout=tensor_layout, is_causal=is_causal, sm_scale=sm_scale, **options)
-        out = out.movedim((axis_tokens, axis_heads), (1, 2)).unflatten(1, (size, tokens)).transpose(0, 1)
-        back.append(_Exchange(out.contiguous(), group))
+    chunks = next(n for n in range(ULYSSES_CHUNKS, 0, -1) if not heads_kv // size % n)
+    tokens = q.shape[axis_tokens]
+
+    def shape_of(t: torch.Tensor) -> tuple[int, ...]:
+        """Of a chunk with all tokens."""
+        shape = list(t.shape)
+        shape[axis_heads], shape[axis_tokens] = shape[axis_heads] // size // chunks, size * tokens
+        return tuple(shape)
+
+    def by_process(whole: torch.Tensor) -> torch.Tensor:
+        """[…, tokens of all, …] as [process, …, its tokens, …]."""
+        return whole.unflatten(axis_tokens, (size, tokens)).movedim(axis_tokens, 0)
+
+    def heads_of(t: torch.Tensor, process: int, chunk: int) -> torch.Tensor:
+        """Those of a chunk of what a process computes."""
+        count = t.shape[axis_heads] // size // chunks
+        return t.narrow(axis_heads, (process * chunks + chunk) * count, count)
+
+    everyone = range(size)
+    others = tuple(p for p in everyone if p != rank)
+    ways = Form(min(2, chunks), tuple(shape_of(t) for t in (q, k, v)), by_process, others, others)
+    back = Form(min(2, chunks), (by_process(q.new_empty(shape_of(q), device="meta")).shape,), lambda whole: whole, others, others)
     result = torch.empty_like(q)
-    places = result.movedim((axis_tokens, axis_heads), (1, 2)).unflatten(2, (size, chunks, -1))
-    for chunk, exchange in enumerate(back):
-        places[:, :, :, chunk].copy_(exchange.wait().movedim(0, 2))  # [process, B, n, heads, D]
+    with exchange.opened(q, group, ways, back) as (link, (arriving, returning)):
+
+        def give(chunk: int) -> None:
+            link.send(arriving[chunk % 2], {p: [heads_of(t, p, chunk) for t in (q, k, v)] for p in everyone})
+
+        def take(chunk: int) -> None:
+            link.collect(returning[chunk % 2], {p: [heads_of(result, p, chunk)] for p in everyone})
+
+        for chunk in range(min(2, chunks)):
+            give(chunk)
+        for chunk in range(chunks):
+            link.wait(arriving[chunk % 2])
+            if chunk:
+                take(chunk - 1)
+            whole = arriving[chunk % 2].wholes
+            out = attention(*whole, tensor_layout=tensor_layout, is_causal=is_causal, sm_scale=sm_scale, **options)
+            link.done(arriving[chunk % 2])
+            link.send(returning[chunk % 2], {p: [part] for p, part in enumerate(by_process(out))})
+            if chunk + 2 < chunks:
+                give(chunk + 2)
+        take(chunks - 1)
     return result
 
 
-def _send(by_tokens: list[torch.Tensor], size: int, chunk: int, chunks: int) -> torch.Tensor:
-    """[process, B, n, heads of q, k and v, D]: what of a chunk each process computes."""
-    parts = [t.unflatten(2, (size, chunks, -1))[:, :, :, chunk].movedim(2, 0) for t in by_tokens]
-    return torch.cat(parts, 3)
-
-
-class _Exchange:
-    """An exchange of equal parts between all processes, under way."""
-
-    def __init__(self, parts: torch.Tensor, group: dist.ProcessGroup | None):
-        self.parts, self.received = parts, torch.empty_like(parts)
-        self.work = dist.all_to_all_single(self.received, parts, group=group, async_op=True)
-
-    def wait(self) -> torch.Tensor:
-        """What came, in the order of ranks."""
-        self.work.wait()
-        return self.received
+def release(group: dist.ProcessGroup | None = None) -> None:
+    """Give back the memory that `ring` and `ulysses` of a group keep for what comes from its other GPUs; all its processes call it."""
+    exchange.release(group)
