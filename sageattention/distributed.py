@@ -1,13 +1,14 @@
 """Attention over a sequence that is spread over several GPUs, by torch.distributed; each process has one GPU and one part of the tokens.
 
-`ring` keeps queries where they are and passes keys and values round; `ulysses` exchanges tokens for heads, so that each process computes
-whole heads. Ulysses is the faster one where heads suffice, and serves any attention, block-sparse ones too. Parts are equally long and in
-the order of ranks. Neither has a gradient.
+`ring` keeps queries where they are, and every process gets all keys and values; `ulysses` exchanges tokens for heads, so that each process
+computes whole heads. Ulysses is the faster one where heads suffice, and serves any attention, block-sparse ones too. Both take some heads
+at a time: those of the next chunk are under way while one is computed. Parts are equally long and in the order of ranks. Neither has a
+gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +19,12 @@ from .api import sageattn
 from .backends.cuda import merge as kernels
 from .exchange.boxes import Form
 
-ULYSSES_CHUNKS = 5  # of heads, at most: one's exchange is under way while another's attention is computed
+# Chunks at most. More of them leave less of the first exchange in sight, and pay for more and shorter launches.
+RING_CHUNKS = 8
+ULYSSES_CHUNKS = 4
 
 
+@torch.no_grad()
 def ring(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -43,33 +47,48 @@ def ring(
 
     Returns:
         out like q; with `return_lse` (out, lse [B, Hq, n] fp32, natural log).
+
+    Raises:
+        ValueError: q, k and v are of several dtypes, or `sageattn` does not support them.
     """
+    _one_dtype(q, k, v)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    to, source = (rank + 1) % size, (rank - 1) % size
-    form = Form(min(2, size - 1), (k.shape, v.shape), lambda whole: whole.expand(size, *whole.shape), (source,), (to,))
-    found: tuple[torch.Tensor, torch.Tensor] | None = None
-    kv: Sequence[torch.Tensor] = k, v
+    axis_heads, axis_tokens = layout.AXES[tensor_layout]
+    tokens, chunks = q.shape[axis_tokens], _chunks(k.shape[axis_heads], RING_CHUNKS)
+    # Causal: no process needs later ones' keys.
+    senders = tuple(p for p in range(size) if (p < rank if is_causal else p != rank))
+    receivers = tuple(p for p in range(size) if (p > rank if is_causal else p != rank))
+    places = _Places(tensor_layout, size, chunks)
+    form = Form(min(2, chunks), tuple(places.shape(t, 1) for t in (k, v)), places.by_process, senders, receivers)
+    out, lse = torch.empty_like(q), q.new_empty((q.shape[0], q.shape[axis_heads], tokens), dtype=torch.float32)
+
+    def give(chunk: int) -> None:
+        parts = [places.heads(t, chunk) for t in (k, v)]
+        link.send(boxes[chunk % 2], dict.fromkeys((*receivers, *(() if is_causal else (rank,))), parts))
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        found = sageattn(q, k, v, tensor_layout, causal, sm_scale, return_lse=True, variant=variant)
+        assert isinstance(found, tuple)
+        return found
+
     with exchange.opened(q, group, form) as (link, (boxes,)):
-        for step in range(size):
-            last = step + 1 == size
-            if not last:
-                link.send(boxes[step % 2], {to: kv})
-            part = (rank - step) % size  # whose keys these are
-            if not is_causal or part <= rank:
-                own = sageattn(q, kv[0], kv[1], tensor_layout, is_causal and part == rank, sm_scale, return_lse=True, variant=variant)
-                assert isinstance(own, tuple)
-                if found is None:
-                    found = own
-                else:
-                    merge(*found, *own, tensor_layout)
-            if step:
-                link.flush()  # the next process has them
-                link.done(boxes[(step - 1) % 2])
-            if not last:
-                link.wait(boxes[step % 2])
-                kv = boxes[step % 2].wholes
-    assert found is not None  # its own part, at least
-    return found if return_lse else found[0]
+        for chunk in range(min(2, chunks)):
+            give(chunk)
+        for chunk in range(chunks):
+            box, queries = boxes[chunk % 2], places.heads(q, chunk)
+            own = attend(queries, places.heads(k, chunk), places.heads(v, chunk), True) if is_causal else None
+            link.wait(box)
+            if own is None:
+                own = attend(queries, box.wholes[0], box.wholes[1], False)
+            elif rank:
+                earlier = [whole.narrow(axis_tokens, 0, rank * tokens) for whole in box.wholes]
+                merge(*own, *attend(queries, earlier[0], earlier[1], False), tensor_layout)
+            link.done(box)
+            link.copy(places.heads(out, chunk), own[0])
+            lse.unflatten(1, (chunks, -1))[:, chunk].copy_(own[1])
+            if chunk + 2 < chunks:
+                give(chunk + 2)
+    return (out, lse) if return_lse else out
 
 
 def merge(
@@ -92,6 +111,7 @@ def merge(
     lse.copy_(whole)
 
 
+@torch.no_grad()
 def ulysses(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -116,58 +136,79 @@ def ulysses(
         out like q.
 
     Raises:
-        ValueError: the heads can't be shared out evenly.
+        ValueError: the heads can't be shared out evenly, or q, k and v are of several dtypes.
     """
+    _one_dtype(q, k, v)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     axis_heads, axis_tokens = layout.AXES[tensor_layout]
     heads_q, heads_kv = q.shape[axis_heads], k.shape[axis_heads]
     if heads_q % size or heads_kv % size:
         raise ValueError(f"{heads_q} query heads and {heads_kv} of keys can't be shared by {size} processes evenly; `ring` can")
-    chunks = next(n for n in range(ULYSSES_CHUNKS, 0, -1) if not heads_kv // size % n)
-    tokens = q.shape[axis_tokens]
-
-    def shape_of(t: torch.Tensor) -> tuple[int, ...]:
-        """Of a chunk with all tokens."""
-        shape = list(t.shape)
-        shape[axis_heads], shape[axis_tokens] = shape[axis_heads] // size // chunks, size * tokens
-        return tuple(shape)
-
-    def by_process(whole: torch.Tensor) -> torch.Tensor:
-        """[…, tokens of all, …] as [process, …, its tokens, …]."""
-        return whole.unflatten(axis_tokens, (size, tokens)).movedim(axis_tokens, 0)
-
-    def heads_of(t: torch.Tensor, process: int, chunk: int) -> torch.Tensor:
-        """Those of a chunk of what a process computes."""
-        count = t.shape[axis_heads] // size // chunks
-        return t.narrow(axis_heads, (process * chunks + chunk) * count, count)
-
-    everyone = range(size)
-    others = tuple(p for p in everyone if p != rank)
-    ways = Form(min(2, chunks), tuple(shape_of(t) for t in (q, k, v)), by_process, others, others)
-    back = Form(min(2, chunks), (by_process(q.new_empty(shape_of(q), device="meta")).shape,), lambda whole: whole, others, others)
+    chunks = _chunks(heads_kv // size, ULYSSES_CHUNKS)
+    others = tuple(p for p in range(size) if p != rank)
+    places = _Places(tensor_layout, size, chunks)
+    forth = Form(min(2, chunks), tuple(places.shape(t, size) for t in (q, k, v)), places.by_process, others, others)
+    part_shape = places.heads(q, 0, size).shape
+    back = Form(min(2, chunks), ((size, *part_shape),), lambda whole: whole, others, others)
     result = torch.empty_like(q)
-    with exchange.opened(q, group, ways, back) as (link, (arriving, returning)):
 
-        def give(chunk: int) -> None:
-            link.send(arriving[chunk % 2], {p: [heads_of(t, p, chunk) for t in (q, k, v)] for p in everyone})
+    def give(chunk: int) -> None:
+        link.send(arriving[chunk % 2], {p: [places.heads(t, p * chunks + chunk, size) for t in (q, k, v)] for p in range(size)})
 
-        def take(chunk: int) -> None:
-            link.collect(returning[chunk % 2], {p: [heads_of(result, p, chunk)] for p in everyone})
+    def take(chunk: int) -> None:
+        link.collect(returning[chunk % 2], {p: [places.heads(result, p * chunks + chunk, size)] for p in others})
 
+    with exchange.opened(q, group, forth, back) as (link, (arriving, returning)):
         for chunk in range(min(2, chunks)):
             give(chunk)
         for chunk in range(chunks):
-            link.wait(arriving[chunk % 2])
+            box = arriving[chunk % 2]
+            link.wait(box)
             if chunk:
                 take(chunk - 1)
-            whole = arriving[chunk % 2].wholes
-            out = attention(*whole, tensor_layout=tensor_layout, is_causal=is_causal, sm_scale=sm_scale, **options)
-            link.done(arriving[chunk % 2])
-            link.send(returning[chunk % 2], {p: [part] for p, part in enumerate(by_process(out))})
+            out = attention(*box.wholes, tensor_layout=tensor_layout, is_causal=is_causal, sm_scale=sm_scale, **options)
+            link.done(box)
+            parts = places.by_process(out.to(q.dtype))
+            link.send(returning[chunk % 2], {p: [parts[p]] for p in others})
+            link.copy(places.heads(result, rank * chunks + chunk, size), parts[rank])
             if chunk + 2 < chunks:
                 give(chunk + 2)
         take(chunks - 1)
     return result
+
+
+def _one_dtype(*tensors: torch.Tensor) -> None:
+    """What is exchanged is bytes."""
+    if len({t.dtype for t in tensors}) > 1:
+        raise ValueError(f"q, k and v are {', '.join(str(t.dtype) for t in tensors)}; convert them to one dtype")
+
+
+def _chunks(heads: int, most: int) -> int:
+    """How many equal chunks to make of so many heads."""
+    return next(n for n in range(most, 0, -1) if not heads % n)
+
+
+class _Places:
+    """Where chunks of heads and processes' tokens lie in tensors of a layout."""
+
+    def __init__(self, tensor_layout: str, size: int, chunks: int):
+        self._axis_heads, self._axis_tokens = layout.AXES[tensor_layout]
+        self._size, self._chunks = size, chunks
+
+    def heads(self, t: torch.Tensor, index: int, shares: int = 1) -> torch.Tensor:
+        """A chunk's heads of all, where `shares` processes have `chunks` each."""
+        count = t.shape[self._axis_heads] // shares // self._chunks
+        return t.narrow(self._axis_heads, index * count, count)
+
+    def shape(self, t: torch.Tensor, shares: int) -> tuple[int, ...]:
+        """Of the same heads with all processes' tokens."""
+        shape = list(self.heads(t, 0, shares).shape)
+        shape[self._axis_tokens] *= self._size
+        return tuple(shape)
+
+    def by_process(self, whole: torch.Tensor) -> torch.Tensor:
+        """All processes' tokens → view [process, …]."""
+        return whole.unflatten(self._axis_tokens, (self._size, -1)).movedim(self._axis_tokens, 0)
 
 
 def release(group: dist.ProcessGroup | None = None) -> None:

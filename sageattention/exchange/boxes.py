@@ -66,8 +66,8 @@ class Exchange(abc.ABC):
         given nothing yet that writes them."""
 
     @abc.abstractmethod
-    def flush(self) -> None:
-        """The current stream waits until what was sent so far has been read."""
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy what the current stream has made, beside what it does next; the rest as for `collect`'s targets and `send`'s parts."""
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -111,9 +111,10 @@ def rows(target: torch.Tensor, source: torch.Tensor) -> Iterator[Rows]:
         yield Rows(size * to, size * begin, size * width, height, size * outer_a, size * outer_b)
 
 
-def can_be_copied(t: torch.Tensor) -> bool:
-    """Whether `rows` takes it: not, say, one that was expanded."""
-    return t.stride(-1) == 1 and all(stride for stride, n in zip(t.stride(), t.shape, strict=True) if n > 1)
+def readable(t: torch.Tensor) -> torch.Tensor:
+    """The tensor, as `rows` takes it: one that was expanded, say, is copied."""
+    plain = t.stride(-1) == 1 and all(stride for stride, n in zip(t.stride(), t.shape, strict=True) if n > 1)
+    return t if plain else t.contiguous()
 
 
 class Copies(Exchange):
@@ -242,7 +243,7 @@ class Copies(Exchange):
         return made
 
     def send(self, box: Box, parts: Mapping[int, Sequence[torch.Tensor]]) -> None:
-        ready = {process: [t if can_be_copied(t) else t.contiguous() for t in tensors] for process, tensors in parts.items()}
+        ready = {process: [readable(t) for t in tensors] for process, tensors in parts.items()}
         self._held += [t for tensors in ready.values() for t in tensors]
         self._memory.follow(Lane.SENDING, Lane.CURRENT)
         for process in self._others:
@@ -271,14 +272,14 @@ class Copies(Exchange):
         self._await(Lane.LOCAL, box)
         for process, tensors in targets.items():
             for place, target in zip(box.places, tensors, strict=True):
-                for piece in rows(target, place[process]):
-                    self._memory.copy(
-                        Lane.LOCAL, target.data_ptr() + piece.target, place[process].data_ptr() + piece.source, *piece[2:]
-                    )  # fmt: skip
+                self._copy(Lane.LOCAL, self._rank, target, place[process])
         self._free(Lane.LOCAL, box)
 
-    def flush(self) -> None:
-        self._memory.follow(Lane.CURRENT, Lane.SENDING)
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        source = readable(source)
+        self._held.append(source)
+        self._memory.follow(Lane.LOCAL, Lane.CURRENT)
+        self._copy(Lane.LOCAL, self._rank, target, source)
 
     def close(self) -> None:
         for box in list(self._filled):
