@@ -64,7 +64,7 @@ def ring(
 
     def give(chunk: int) -> None:
         parts = [places.heads(t, chunk) for t in (k, v)]
-        link.send(boxes[chunk % 2], dict.fromkeys((*receivers, *(() if is_causal else (rank,))), parts))
+        link.send(boxes[chunk % 2], dict.fromkeys((*receivers, *(() if is_causal else (rank,))), parts), idle=not chunk)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
         found = sageattn(q, k, v, tensor_layout, causal, sm_scale, return_lse=True, variant=variant)
@@ -84,7 +84,7 @@ def ring(
                 earlier = [whole.narrow(axis_tokens, 0, rank * tokens) for whole in box.wholes]
                 merge(*own, *attend(queries, earlier[0], earlier[1], False), tensor_layout)
             link.done(box)
-            link.copy(places.heads(out, chunk), own[0])
+            link.copy(places.heads(out, chunk), own[0], idle=chunk + 1 == chunks)
             lse.unflatten(1, (chunks, -1))[:, chunk].copy_(own[1])
             if chunk + 2 < chunks:
                 give(chunk + 2)
@@ -153,10 +153,12 @@ def ulysses(
     result = torch.empty_like(q)
 
     def give(chunk: int) -> None:
-        link.send(arriving[chunk % 2], {p: [places.heads(t, p * chunks + chunk, size) for t in (q, k, v)] for p in range(size)})
+        parts = {p: [places.heads(t, p * chunks + chunk, size) for t in (q, k, v)] for p in range(size)}
+        link.send(arriving[chunk % 2], parts, idle=not chunk)
 
     def take(chunk: int) -> None:
-        link.collect(returning[chunk % 2], {p: [places.heads(result, p * chunks + chunk, size)] for p in others})
+        targets = {p: [places.heads(result, p * chunks + chunk, size)] for p in others}
+        link.collect(returning[chunk % 2], targets, idle=chunk + 1 == chunks)
 
     with exchange.opened(q, group, forth, back) as (link, (arriving, returning)):
         for chunk in range(min(2, chunks)):
@@ -170,7 +172,7 @@ def ulysses(
             link.done(box)
             parts = places.by_process(out.to(q.dtype))
             link.send(returning[chunk % 2], {p: [parts[p]] for p in others})
-            link.copy(places.heads(result, rank * chunks + chunk, size), parts[rank])
+            link.copy(places.heads(result, rank * chunks + chunk, size), parts[rank], idle=chunk + 1 == chunks)
             if chunk + 2 < chunks:
                 give(chunk + 2)
         take(chunks - 1)

@@ -41,14 +41,17 @@ class Box:
 
 
 class Exchange(abc.ABC):
-    """A way to send. What was sent and not taken is taken at the latest when it closes."""
+    """A way to send. What was sent and not taken is taken at the latest when it closes.
+
+    `idle`: the current stream has nothing better to do, so that it copies itself what stays on the card; else that happens beside it.
+    """
 
     @abc.abstractmethod
     def boxes(self, like: torch.Tensor, forms: Sequence[Form]) -> list[list[Box]]:
         """Boxes of each form for one call, of `like`'s dtype and device."""
 
     @abc.abstractmethod
-    def send(self, box: Box, parts: Mapping[int, Sequence[torch.Tensor]]) -> None:
+    def send(self, box: Box, parts: Mapping[int, Sequence[torch.Tensor]], idle: bool = False) -> None:
         """Begin to send each process its parts, one for every tensor of the box, into this process's places there; this process's own part
         goes into its own box. The parts keep their values until `close`."""
 
@@ -61,13 +64,13 @@ class Exchange(abc.ABC):
         """What the current stream has been given so far is the last to read the box."""
 
     @abc.abstractmethod
-    def collect(self, box: Box, targets: Mapping[int, Sequence[torch.Tensor]]) -> None:
-        """Copy what came from each process and be done with the box; the current stream sees the targets after `close`. It has been
-        given nothing yet that writes them."""
+    def collect(self, box: Box, targets: Mapping[int, Sequence[torch.Tensor]], idle: bool = False) -> None:
+        """Copy what came from each process and be done with the box; the targets are whole after `close`. They are not written
+        elsewhere."""
 
     @abc.abstractmethod
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy what the current stream has made, beside what it does next; the rest as for `collect`'s targets and `send`'s parts."""
+    def copy(self, target: torch.Tensor, source: torch.Tensor, idle: bool = False) -> None:
+        """Copy what the current stream has made; the target is whole after `close`, and the source keeps its values until then."""
 
     @abc.abstractmethod
     def close(self) -> None:

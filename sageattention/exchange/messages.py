@@ -19,7 +19,7 @@ class Messages(Exchange):
     def boxes(self, like: torch.Tensor, forms: Sequence[Form]) -> list[list[Box]]:
         return [[Box(i, form, [like.new_empty(shape) for shape in form.shapes]) for i in range(form.count)] for form in forms]
 
-    def send(self, box: Box, parts: Mapping[int, Sequence[torch.Tensor]]) -> None:
+    def send(self, box: Box, parts: Mapping[int, Sequence[torch.Tensor]], idle: bool = False) -> None:
         if self._rank in parts:
             for place, part in zip(box.places, parts[self._rank], strict=True):
                 place[self._rank].copy_(part)
@@ -45,13 +45,13 @@ class Messages(Exchange):
     def done(self, box: Box) -> None:
         pass  # a later message into the box waits for the stream it is asked for on
 
-    def collect(self, box: Box, targets: Mapping[int, Sequence[torch.Tensor]]) -> None:
+    def collect(self, box: Box, targets: Mapping[int, Sequence[torch.Tensor]], idle: bool = False) -> None:
         self.wait(box)
         for process, tensors in targets.items():
             for place, target in zip(box.places, tensors, strict=True):
                 target.copy_(place[process])
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, idle: bool = False) -> None:
         target.copy_(source)
 
     def close(self) -> None:
