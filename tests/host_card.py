@@ -29,19 +29,20 @@ class HostCard:
     """
 
     def __init__(self, delay: float = 0.0, refuses: bool = False, loses: bool = False):
-        self.delay, self.refuses, self.loses = delay, refuses, loses
+        self.refuses, self.loses = refuses, loses
         self.copied = 0  # bytes
         self.failures: list[BaseException] = []
         self.maps: dict[int, mmap.mmap] = {}
         self.lanes: dict[Lane, queue.SimpleQueue[Callable[[], object]]] = {}
+        self.delays = {}
         for lane in (Lane.SENDING, Lane.LOCAL):
-            self.lanes[lane] = queue.SimpleQueue()
-            threading.Thread(target=self._work, args=(self.lanes[lane],), daemon=True).start()
+            self.lanes[lane], self.delays[lane] = queue.SimpleQueue(), delay
+            threading.Thread(target=self._work, args=(lane,), daemon=True).start()
 
-    def _work(self, line: queue.SimpleQueue[Callable[[], object]]) -> None:
+    def _work(self, lane: Lane) -> None:
         while True:
-            work = line.get()
-            time.sleep(random.uniform(0, self.delay))
+            work = self.lanes[lane].get()
+            time.sleep(random.uniform(0, self.delays[lane]))
             try:
                 work()
             except BaseException as error:
