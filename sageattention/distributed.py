@@ -22,6 +22,7 @@ from .exchange.boxes import Form
 # Chunks at most. More of them leave less of the first exchange in sight, and pay for more and shorter launches.
 RING_CHUNKS = 8
 ULYSSES_CHUNKS = 4
+HEAD_AXES = {"tau": 0, "keep": 0, "block_mask": 1, "attn_mask": 1}  # of attention's options that may have a value for each query head
 
 
 @torch.no_grad()
@@ -130,13 +131,14 @@ def ulysses(
         q, k, v: as for `ring`; the numbers of heads are multiples of the number of processes.
         attention: what computes them, `sageattn` or `sageattn_sparse`: called with all tokens of some heads, `tensor_layout`,
             `is_causal`, `sm_scale` and `options`.
-        options: further keywords of it, such as `variant`.
+        options: further keywords of it, such as `variant`, the same in every process. Tensors are for all tokens, and of `tau`, `keep`,
+            `block_mask` and `attn_mask` for all heads: each process takes its own.
 
     Returns:
-        out like q.
+        out like q, and nothing else.
 
     Raises:
-        ValueError: the heads can't be shared out evenly, or q, k and v are of several dtypes.
+        ValueError: the heads can't be shared out evenly, q, k and v are of several dtypes, or `attention` returns more than the output.
     """
     _one_dtype(q, k, v)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
@@ -168,7 +170,10 @@ def ulysses(
             link.wait(box)
             if chunk:
                 take(chunk - 1)
-            out = attention(*box.wholes, tensor_layout=tensor_layout, is_causal=is_causal, sm_scale=sm_scale, **options)
+            mine = _of_heads(options, heads_q, (rank * chunks + chunk) * heads_q // size // chunks, heads_q // size // chunks)
+            out = attention(*box.wholes, tensor_layout=tensor_layout, is_causal=is_causal, sm_scale=sm_scale, **mine)
+            if not isinstance(out, torch.Tensor):
+                raise ValueError("attention returned more than the output, which is all that `ulysses` brings back; ask it for that alone")
             link.done(box)
             parts = places.by_process(out.to(q.dtype))
             link.send(returning[chunk % 2], {p: [parts[p]] for p in others})
@@ -177,6 +182,16 @@ def ulysses(
                 give(chunk + 2)
         take(chunks - 1)
     return result
+
+
+def _of_heads(options: dict[str, Any], heads: int, first: int, count: int) -> dict[str, Any]:
+    """The options for some of all query heads."""
+    cut = dict(options)
+    for name, axis in HEAD_AXES.items():
+        value = options.get(name)
+        if isinstance(value, torch.Tensor) and value.dim() > axis and value.shape[axis] == heads:
+            cut[name] = value.narrow(axis, first, count)
+    return cut
 
 
 def _one_dtype(*tensors: torch.Tensor) -> None:

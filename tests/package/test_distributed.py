@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import itertools
 import random
 import socket
@@ -92,15 +91,15 @@ def errors_of(case: dict[str, Any], rank: int, size: int, device: str) -> tuple[
     q, k, v = tensors(case, device)
     layout, causal = case["layout"], case.get("causal", False)
     parts = [part_of(t, rank, size, layout) for t in (q, k, v)]
-    options = case.get("options", {})
+    options = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in case.get("options", {}).items()}
     function = getattr(distributed, case["function"])
     out = function(*parts, layout, causal, **options)
     lse = None
     if case.get("lse"):
         out, lse = function(*parts, layout, causal, return_lse=True, **options)
     exact, exact_lse = oracle(q, k, v, is_causal=causal)
-    if "whole" in case:
-        exact = case["whole"](q, k, v)
+    if "attention" in options:  # what blocks are left out is that of the whole call
+        exact = options.pop("attention")(q, k, v, is_causal=causal, **{**options, "variant": "reference"})
     out = out if layout == "HND" else out.transpose(1, 2)
     error = relative_l2(out, exact.chunk(size, 2)[rank])
     return error, 0.0 if lse is None else float((lse - exact_lse.chunk(size, 2)[rank]).abs().max())
@@ -125,15 +124,25 @@ def spawn(size: int, cases: list[dict[str, Any]], backend: str = "gloo", device:
 
 
 BASE = {"batch": 1, "heads": 4, "tokens": 96, "head_dim": 40, "dtype": torch.float32, "layout": "NHD"}
-sparse_all = functools.partial(sageattn_sparse, selection="topk", keep=0.5, variant="reference")
+SPARSE = {"selection": "topk", "keep": 0.5}
+PER_HEAD = {"selection": "topk", "keep": torch.linspace(0.1, 0.9, 8)}
+STATIC = {"selection": "static", "tail": False, "block_mask": torch.rand(1, 8, 4, 8, generator=torch.Generator().manual_seed(1)) < 0.5}
+
+
+def sparse_case(selection: dict[str, Any], variant: str, **changes: Any) -> dict[str, Any]:
+    """`ulysses` with block-sparse attention."""
+    return {**BASE, "function": "ulysses", "options": {"attention": sageattn_sparse, **selection, "variant": variant}, **changes}
+
+
 CASES = [
     {**BASE, "function": "ring", "lse": True},
     {**BASE, "function": "ring", "layout": "HND", "batch": 2, "heads_kv": 2, "causal": True, "lse": True},
     {**BASE, "function": "ulysses"},
     {**BASE, "function": "ulysses", "layout": "HND", "batch": 2, "heads": 8, "heads_kv": 4, "causal": True},
     {**BASE, "function": "ulysses", "heads": 2, "layout": "HND"},
-    {**BASE, "function": "ulysses", "options": {"attention": sageattn_sparse, "selection": "topk", "keep": 0.5, "variant": "reference"},
-     "tokens": 512, "whole": sparse_all},
+    sparse_case(SPARSE, "reference", tokens=512),
+    sparse_case(PER_HEAD, "reference", tokens=512, heads=8, layout="HND", causal=True),
+    sparse_case(STATIC, "reference", tokens=512, heads=8, layout="HND"),
 ]  # fmt: skip
 
 
@@ -209,6 +218,8 @@ def failing(rank: int, port: int) -> None:
         q = torch.randn(1, 3, 8, 16)
         with pytest.raises(ValueError, match="3 query heads and 3 of keys can't be shared by 2 processes"):
             distributed.ulysses(q, q, q)
+        with pytest.raises(ValueError, match="attention returned more than the output"):
+            check("ulysses", rank, 2, 4, 16, 0, return_lse=True)
         for function in (distributed.ring, distributed.ulysses):
             with pytest.raises(ValueError, match=r"float32, torch.float16, torch.float32; convert"):
                 function(q, q.half(), q)
@@ -327,9 +338,8 @@ def check_gpus(backend: str, device: str) -> None:
         for f in ("ring", "ulysses") for layout in ("HND", "NHD") for causal in (False, True) for variant in GPU_VARIANTS
     ]  # fmt: skip
     cases += [
-        {**base, "function": "ulysses", "layout": layout, "whole": sparse_all,
-         "options": {"attention": sageattn_sparse, "selection": "topk", "keep": 0.5, "variant": variant}}
-        for layout in ("HND", "NHD") for variant in GPU_VARIANTS
+        sparse_case(selection, variant, tokens=4096, heads=8, head_dim=128, dtype=torch.bfloat16, layout=layout)
+        for selection in (SPARSE, PER_HEAD) for layout in ("HND", "NHD") for variant in GPU_VARIANTS
     ]  # fmt: skip
     for (number, rank, way), (error, _) in spawn(2, cases, backend, device).items():
         options = cases[number]["options"]
