@@ -8,6 +8,7 @@ import ctypes
 import itertools
 import random
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from host_card import HostCard
+from host_card import PATIENCE, HostCard
 
 from sageattention import distributed, exchange, sageattn, sageattn_sparse
 from sageattention.cli.workloads import relative_l2
@@ -113,8 +114,12 @@ def spawn(size: int, cases: list[dict[str, Any]], backend: str = "gloo", device:
     ways = 1 if (backend, device) == ("gloo", "cuda:0") else 2
     found = {}
     for _ in range(size * len(cases) * ways):
+        deadline = time.monotonic() + PATIENCE
         while results.empty() and not context.join(0.1):
-            pass
+            if time.monotonic() > deadline:
+                for waiting in context.processes:
+                    waiting.kill()
+                raise TimeoutError(f"{len(found)} results, then none for {PATIENCE} s")
         number, rank, way, *errors = results.get(timeout=10)
         found[number, rank, way] = tuple(errors)
     while not context.join():
