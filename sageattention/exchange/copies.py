@@ -153,7 +153,8 @@ class Copies(Exchange):
         self.release()
         handle, reason = b"", ""
         try:
-            self._data, handle = self._memory.allocate(-(-size // GRAIN) * GRAIN)
+            with torch.inference_mode(False):  # later calls outside of one write to it
+                self._data, handle = self._memory.allocate(-(-size // GRAIN) * GRAIN)
         except (CudaError, NoDriver) as error:
             reason = str(error)
         found = self._gather((handle, reason))
