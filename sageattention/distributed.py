@@ -86,7 +86,7 @@ def ring(
                 merge(*own, *attend(queries, earlier[0], earlier[1], False), tensor_layout)
             link.done(box)
             link.copy(places.heads(out, chunk), own[0], idle=chunk + 1 == chunks)
-            lse.unflatten(1, (chunks, -1))[:, chunk].copy_(own[1])
+            lse.narrow(1, chunk * own[1].shape[1], own[1].shape[1]).copy_(own[1])
             if chunk + 2 < chunks:
                 give(chunk + 2)
     return (out, lse) if return_lse else out
@@ -225,7 +225,8 @@ class _Places:
 
     def by_process(self, whole: torch.Tensor) -> torch.Tensor:
         """All processes' tokens → view [process, …]."""
-        return whole.unflatten(self._axis_tokens, (self._size, -1)).movedim(self._axis_tokens, 0)
+        each = whole.shape[self._axis_tokens] // self._size
+        return whole.unflatten(self._axis_tokens, (self._size, each)).movedim(self._axis_tokens, 0)
 
 
 def release(group: dist.ProcessGroup | None = None) -> None:

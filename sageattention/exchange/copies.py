@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import enum
 import math
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -92,6 +93,8 @@ def rows(target: torch.Tensor, source: torch.Tensor) -> Iterator[Rows]:
     Args:
         target, source: of one shape and dtype; the last stride is 1, no two elements share an address.
     """
+    if not target.numel():
+        return
     size = target.element_size()
     axes = sorted(
         ((a, b, n) for n, a, b in zip(target.shape, target.stride(), source.stride(), strict=True) if n > 1), reverse=True
@@ -121,7 +124,7 @@ class Copies(Exchange):
     """An exchange by copies between the processes of a group; one for the life of the group."""
 
     def __init__(self, memory: Memory, group: dist.ProcessGroup):
-        self._memory, self._group = memory, group
+        self._memory, self._group = memory, weakref.ref(group)  # the group is by what its copies are found
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
         self._others = [(self._rank + i) % self._size for i in range(1, self._size)]  # each process begins with another one
         self._flag_bytes = -(-2 * self._size * BOXES * 4 // ALIGN) * ALIGN
@@ -188,7 +191,7 @@ class Copies(Exchange):
 
     def _gather(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self._size
-        dist.all_gather_object(found, value, group=self._group)
+        dist.all_gather_object(found, value, group=self._group())
         return found
 
     def _trial_places(self) -> torch.Tensor:
