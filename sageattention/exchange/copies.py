@@ -10,8 +10,8 @@ Processes tell each other by words in that memory, which streams write and wait 
 
 A sender fills box b for the n-th time when freed has come to n − 1, and begins a call, whose boxes may lie elsewhere, when all are freed.
 Words count on from call to call, cyclically.
-Every wait is for something that its process was told to do earlier in the common order of calls, so that streams that share a hardware
-queue can't block each other for good.
+What a stream waits for was asked for earlier, in the order of calls that all processes share: streams that share a hardware queue can't
+block each other for good.
 """
 
 from __future__ import annotations
