@@ -2,13 +2,15 @@
 
     torchrun --nproc-per-node 2 docs/several_gpus.py [--tokens 75600] [--heads 40] [--variant sageattn_qk_int8_pv_fp8_cuda_sm90]
 
-Needs GPUs of one host and NCCL (Linux). Every process begins with its own part of the tokens, as a model run in parallel has them.
+Needs GPUs of one host and NCCL (Linux). Every process begins with its own part of the tokens, as a model run in parallel has them. The log
+says where the GPUs can't copy to each other, and NCCL does.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import os
 import statistics
 from collections.abc import Callable
@@ -17,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from sageattention import sageattn
-from sageattention.distributed import ring, ulysses
+from sageattention.distributed import release, ring, ulysses
 
 
 def milliseconds(call: Callable[[], torch.Tensor], repeats: int = 7) -> float:
@@ -46,6 +48,7 @@ def main() -> None:
     parser.add_argument("--variant", default="auto")
     args = parser.parse_args()
     rank = int(os.environ["LOCAL_RANK"])
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s")
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", device_id=torch.device("cuda", rank))
     size = dist.get_world_size()
@@ -61,6 +64,7 @@ def main() -> None:
         if rank == 0:
             print(f"{tuple(shape)} {args.variant} {name}: {time:.1f} ms on {size} GPUs, {alone:.1f} ms on one: x {alone / time:.2f}")
             print(f"  differs from one GPU by {error:.4f} (relative L2)")
+    release()
     dist.destroy_process_group()
 
 

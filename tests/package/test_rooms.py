@@ -22,7 +22,7 @@ FLOORS = (
     ("backends",),
     ("verify", "dispatch", "sparse_dispatch", "packed_dispatch"),
     ("torch_library",),
-    ("api", "sparse", "block_order"),
+    ("api", "sparse", "block_order", "exchange"),
     ("core", "sparge", "sm90_compile", "distributed", ""),  # "" is the package's face
     ("cli",),
     ("__main__",),
