@@ -110,7 +110,7 @@ CUDA_FP16 = Variant(
     accum=MMA_FP16.schemes,
     kernels=(WGMMA_FP16, WGMMA_FP16_WIDE, MMA_FP16),
     sparse_kernels=(WGMMA_FP16_SPARSE, MMA_FP16),
-    resident_kernels=(RESIDENT_FP16,),
+    resident_kernels=RESIDENT_FP16,
 )
 CUDA_FP8 = Variant(
     "sageattn_qk_int8_pv_fp8_cuda",

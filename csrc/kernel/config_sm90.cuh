@@ -74,6 +74,15 @@ struct Ring {
   }
 };
 
+// The dtype of the call's tensors. Resident kernels are made for one, and for rows aligned to 16 bytes.
+template <class C>
+__device__ __forceinline__ i32 dtype_of(const AttendParams& p) {
+  if constexpr (C::kResident)
+    return C::kDtype;
+  else
+    return p.dtype;
+}
+
 // The lane that acts for its warp: lane 0.
 __device__ __forceinline__ bool elected() { return special_tid_x() % 32 == 0; }
 

@@ -16,7 +16,7 @@ __device__ __forceinline__ void store_lse(const AttendParams& p, u32 own, const 
     const int row = token_in<C>(p, own, at.tile, min(at.row(half), at.tile.span.len_q - 1));
     const i64 offset = at.tile.batch * p.q.stride_b + at.tile.head * p.q.stride_h + row * p.q.stride_n;
     float shift;
-    with_dtype(p.dtype, [&](auto type) {
+    with_dtype(dtype_of<C>(p), [&](auto type) {
       constexpr int kDtype = decltype(type)::value;
       const u8* q = static_cast<const u8*>(p.q.data) + offset * kElementBytes<kDtype>;
       shift = k_mean_score<kDtype>(q, p.head_dim, C::k_mean(p, at.tile.bh), at.t, p.sm_scale);
@@ -46,7 +46,7 @@ __device__ __forceinline__ void store_output(const AttendParams& p, const float 
   const uint2 out = load_shared8(own + work::kOut);
   const i64 head = (i64)((u64)out.y << 32 | out.x);
   const float inverse[2] = {inverse_sum(l_i[0], p.inv_v_max), inverse_sum(l_i[1], p.inv_v_max)};
-  with_access(p.dtype, p.out_vectorized, [&](auto type, auto vectors) {
+  with_access(dtype_of<C>(p), C::kResident ? 1 : p.out_vectorized, [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
     u8* row[2];
     int width[2];

@@ -220,7 +220,6 @@ struct ResidentKv {
   const void* cu_seqlens_k;
   i32 sequences, wide_q, wide_k;
   i32 total_q, total_k, max_len_q, max_len_k;
-  i32 vectorized;  // as in QuantizeKParams
 };
 
 // The only launch of a call whose K and V stay in shared memory.

@@ -225,12 +225,17 @@ struct RotateKByMma {
 
   static __device__ __forceinline__ int row() { return Shared::thread() / 32 * 8 + threadIdx.x % 8 / 4 * 4 + threadIdx.x % 32 / 8; }
 
-  // Called once k_mean is complete. A collective of the CTA.
-  __device__ __forceinline__ void prepare(Shared& shared) {
+  // Stores where the accumulators start. A thread needs but the k_mean of its warp's channels, if a warp has 32.
+  __device__ __forceinline__ void store_start(Shared& shared) const {
     for (int i = threadIdx.x; i < kHeadDim; i += Shared::kThreads) {
       const float x = -rotation.product(shared.k_mean, i / 16, i % 16);
       reinterpret_cast<float2*>(&shared.start[i / 16][i % 8])[i / 8 % 2] = {x, x};
     }
+  }
+
+  // Called once k_mean is complete. A collective of the CTA.
+  __device__ __forceinline__ void prepare(Shared& shared) const {
+    store_start(shared);
     __syncthreads();
   }
 

@@ -23,7 +23,7 @@ template <class C>
 __device__ __forceinline__ void quantize_q(const AttendParams& p, u32 shared, int iteration, float (&scale)[2]) {
   constexpr int kHeadDim = C::kHeadDim;
   const RowCoord at = consumer_rows<C>(p, shared + C::work_slot(iteration));
-  with_dtype(p.dtype, [&](auto type) {
+  with_dtype(dtype_of<C>(p), [&](auto type) {
     constexpr int kDtype = decltype(type)::value;
     const u8* head =
         static_cast<const u8*>(p.q.data) + (at.tile.batch * p.q.stride_b + at.tile.head * p.q.stride_h) * kElementBytes<kDtype>;
@@ -31,7 +31,7 @@ __device__ __forceinline__ void quantize_q(const AttendParams& p, u32 shared, in
     Raw8<kDtype> raw[2][kHeadDim / 32];
     if (kDtype != kFloat32 && prefetches_raw_q<C>(p))
       read_raw_q<C>(shared, at, p.head_dim, raw);
-    else if (p.q_vectorized)
+    else if (C::kResident || p.q_vectorized)
       load_raw<kHeadDim, 2, kDtype, true>(head, token, p.q.stride_n, at.row(0), at.tile.span.len_q, at.t, p.head_dim, raw);
     else
       load_raw<kHeadDim, 2, kDtype, false>(head, token, p.q.stride_n, at.row(0), at.tile.span.len_q, at.t, p.head_dim, raw);

@@ -15,6 +15,14 @@ __device__ __forceinline__ void cp_async16(u32 shared, const void* global) {
 #endif
 }
 
+// The same from sm_80 on, or 16 zeros, for which nothing is read.
+__device__ __forceinline__ void cp_async16_or_zeros(u32 shared, const void* global, bool copies) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0],[%1],16,%2;" ::"r"(shared), "l"(global), "r"(copies ? 16 : 0) : "memory");
+}
+
+// Fetches a line of 128 bytes into L2.
+__device__ __forceinline__ void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
 __device__ __forceinline__ void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");

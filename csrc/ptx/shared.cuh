@@ -27,6 +27,8 @@ __device__ __forceinline__ void store_shared8(u32 shared, u32 x, u32 y) {
   asm volatile("st.shared.v2.u32 [%0],{%1,%2};" ::"r"(shared), "r"(x), "r"(y) : "memory");
 }
 
+__device__ __forceinline__ void store_shared(u32 shared, u32 x) { asm volatile("st.shared.u32 [%0],%1;" ::"r"(shared), "r"(x) : "memory"); }
+
 __device__ __forceinline__ u32 load_shared(u32 shared) {
   u32 x;
   asm volatile("ld.shared.u32 %0,[%1];" : "=r"(x) : "r"(shared));

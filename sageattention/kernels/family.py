@@ -80,6 +80,7 @@ class KernelFamily:
     scale_blocks: int = 1  # of a tile's keys: those of each share K's scales
     # V has columns of ones, whose products are the softmax's sums: where K and V of a key are zeros, ones included, it needs no mask.
     v_ones: bool = False
+    dtype: str = ""  # of the tensors that it is made for, in rows aligned to 16 bytes; "": any
     # Persistent kernels: bytes of split-KV partials (O, l, m) that a CTA leaves for the CTA with which it shares its last work tile, by
     # compiled head dimension.
     split_kv_bytes: Callable[[int], int] | None = None

@@ -161,7 +161,7 @@ class ResidentKv(ctypes.Structure):
     _fields_ = [
         ("k", Tokens), ("v", Tokens), ("cu_seqlens_q", POINTER), ("cu_seqlens_k", POINTER),
         ("sequences", c_int32), ("wide_q", c_int32), ("wide_k", c_int32),
-        ("total_q", c_int32), ("total_k", c_int32), ("max_len_q", c_int32), ("max_len_k", c_int32), ("vectorized", c_int32),
+        ("total_q", c_int32), ("total_k", c_int32), ("max_len_q", c_int32), ("max_len_k", c_int32),
     ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from .params import (
 )
 from .resident import RESIDENT_FP16
 
-KERNELS: tuple[KernelFamily, ...] = (*wgmma.FAMILIES, RESIDENT_FP16, *mma.FAMILIES)
+KERNELS: tuple[KernelFamily, ...] = (*wgmma.FAMILIES, *RESIDENT_FP16, *mma.FAMILIES)
 
 QUANTIZE_V_THREADS = 128
 # Threads whose registers fit a multiprocessor, by family where that differs.

@@ -15,7 +15,7 @@ from ..kernels.table import IMAGES
 from ..numerics.constants import HEAD_DIMS, MAX_WORDS, pad_head_dim
 from ..numerics.scheme import Scheme
 from ..variants import SDPA, VARIANTS, Candidate, Variant, settled
-from . import rules
+from . import resident, rules
 from .cost import WORKSPACE_LIMIT, Form
 from .problem import Problem
 from .tile_lists import WORD_BITS, tile_list_shape
@@ -23,11 +23,6 @@ from .tile_lists import WORD_BITS, tile_list_shape
 if TYPE_CHECKING:
     from .calibration import Calibration
     from .verdicts import Verdicts
-
-# Resident kernels quantise K and V once for each CTA instead of once for each head. That pays where a CTA has at least MIN_WORK_TILES work
-# tiles, and one for every KEYS_OF_WORK_TILE keys; of packed sequences, where there are MIN_PAIRS (sequence, KV head) pairs for each
-# multiprocessor. By measurement: docs/kernels/resident.md.
-MIN_WORK_TILES, KEYS_OF_WORK_TILE, MIN_PAIRS = 3, 64, 4
 
 Rejected = tuple[tuple[Candidate, str], ...]
 
@@ -121,7 +116,8 @@ class CudaPlan(KernelPlan):
     Attributes:
         images: of the quantisers and of the attention.
         attend: the attention kernel's symbol.
-        halves: where K and V stay in shared memory, which leaves nothing quantised behind: the plan of the same call in two halves.
+        halves: where K and V stay in shared memory, which leaves nothing quantised behind: the plan of the same call in two halves, and
+            of tensors whose rows are not aligned.
     """
 
     # A group is quantised while another one is attended.
@@ -291,32 +287,23 @@ def fit_cuda(
 
 def _resident(problem: Problem, target: Target, chosen: CudaPlan) -> CudaPlan:
     """The plan by which K and V of a head stay in shared memory, where they fit it, that pays and there is a kernel; else `chosen`."""
-    variant, head_dim, mask = chosen.variant, chosen.head_dim, problem.mask_kind
+    variant, head_dim = chosen.variant, chosen.head_dim
     for kernels in variant.resident_kernels:
         scheme = kernels.schemes.get(chosen.accum or next(iter(variant.accum)))
-        fits = head_dim in kernels.head_dims and problem.len_kv <= kernels.most_keys(head_dim) and mask in kernels.masks
-        if scheme is None or not fits or problem.causal or kernels.arch != target.card.arch or target.forced:
+        if scheme is None or kernels.arch != target.card.arch or target.forced or not resident.takes(kernels, problem):
+            continue
+        if not resident.pays(kernels, problem, target.card.multiprocessors):
             continue
         try:
             image = _image(variant, target, kernels.attend_image(head_dim))
         except KernelMissing:  # the others are as right
             continue
         tile = find_tile(kernels.tiles, image.capability, head_dim)
-        if not _resident_pays(problem, tile.block_m, target.card.multiprocessors):
-            continue
         return replace(
             chosen, kernels=kernels, images=(chosen.images[0], image), scheme=replace(scheme, kv_tile=tile.block_n), tile=tile,
-            attend=kernels.attend_symbol(head_dim, mask, scheme.accumulate), halves=chosen,
+            attend=kernels.attend_symbol(head_dim, problem.mask_kind, scheme.accumulate), halves=chosen,
         )  # fmt: skip
     return chosen
-
-
-def _resident_pays(problem: Problem, block_m: int, multiprocessors: int) -> bool:
-    """Whether quantising K and V once for each CTA takes less than two launches that do it once."""
-    if problem.varlen:
-        return problem.batch * problem.heads_kv >= MIN_PAIRS * multiprocessors
-    tiles = problem.batch * problem.heads_q * -(-problem.len_q // block_m)
-    return tiles >= max(MIN_WORK_TILES, problem.len_kv / KEYS_OF_WORK_TILE) * multiprocessors
 
 
 def _tile_list_bytes(problem: Problem, variant: Variant, tile_bytes: int, tile: int) -> int:

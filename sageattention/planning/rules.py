@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..device.capability import Capability
+from ..kernels.family import KernelFamily
 from ..numerics.constants import pad_head_dim
 from ..variants import CUDA_FP8, CUDA_FP8_SM90, CUDA_FP16, CUDA_INT8, TRITON_FP16, Candidate
-from . import datasheet
+from . import datasheet, resident
 from .cost import KINDS, TORCH, Cost, Costs, Form, Kind, work_of
 from .measured import MEASURED
 from .problem import Problem
@@ -36,6 +37,7 @@ BASIS = {
     "calibrated": "measured on this card",
     "verified": "in the first long call of its kind here",
 }
+RESIDENT = "K and V of a head stay in shared memory, which is faster than PyTorch's attention ({})"
 MARGINS = {"measured": 1.02, "calibrated": 1.02, "static": 1.1, "verified": 1.02}
 
 _ACCURATE, _FAST16, _FAST8 = Candidate(CUDA_FP16.name), Candidate(CUDA_FP16.name, "fp16+fp32"), Candidate(CUDA_FP8.name, "fp32+fp16")
@@ -55,6 +57,13 @@ CANDIDATES: dict[int, tuple[Candidate, ...]] = {
 # Tokens of the longest packed sequence from which ours gain. Whole calls on an H200, head_dim 128, FP8, beside PyTorch's kernel for them
 # (FlashAttention 2): 2.9 to 3.0 times as fast at 32,768 tokens, 2.2 at 4,608, 1.2 to 1.3 at 1,024; .7 to .8 at 100 to 700.
 MIN_PACKED = 1024
+# The same of kernels that keep K and V in shared memory, FP16, by compiled head dimension: at 128 they are 1.12 times as fast with 300
+# tokens, 1.10 with 100 to 512, .47 with 64; at 64 1.34 with 600, .90 with 256.
+MIN_PACKED_RESIDENT = {64: 512, 128: 300}
+# The same of their dense calls, as (keys, keys times work tiles of a multiprocessor). Predictions are of the launches that quantise first.
+# At 128 channels and 512 keys they are 1.04 to 1.07 times as fast as cuDNN with 52 to 119 work tiles a multiprocessor, .99 with 16, .86 at
+# 256 keys with 26; at 64 channels 1.06 with 512 keys and 8 work tiles, 1.11 with 226 and 16, 1.03 with 256 and 31, .84 with 960 and 2.4.
+MIN_RESIDENT = {64: (200, 3500), 128: (500, 20_000)}
 # PyTorch's kernels have no tensor-core product for fp32 operands but TF32's in several passes: at most at half the rate.
 TORCH_FP32 = 2.0
 
@@ -93,7 +102,7 @@ def choose(
     if not has_tensor_cores(card):
         return Choice((), f"this card has no tensor cores ({BASIS['static']})", "static")
     if problem.mask_kind == "packed":
-        return _of_packed(problem, family(arch))
+        return _of_packed(problem, card, arch)
     form = Form.of(problem)
     if calibration and arch == card.arch:
         off = calibration.off(form.kind)
@@ -106,17 +115,44 @@ def choose(
             choice = _ordered(found.ms, "verified", off)
             others = (c for c in faster(*predict(form, card, arch)) if c not in found.ms and c not in off)
             return replace(choice, candidates=(*choice.candidates, *others)) if choice.candidates else choice
-    return _ordered(*predict(form, card, arch, calibration), off)
+    choice = _ordered(*predict(form, card, arch, calibration), off)
+    if choice.basis == "measured" and arch == card.arch and _ACCURATE not in off and _resident_gains(problem, card):
+        others = (c for c in choice.candidates if c != _ACCURATE)
+        predicted = {c: ms for c, ms in choice.predicted.items() if c != _ACCURATE}
+        return replace(choice, candidates=(_ACCURATE, *others), reason=RESIDENT.format(BASIS[choice.basis]), predicted=predicted)
+    return choice
 
 
-def _of_packed(problem: Problem, mine: int) -> Choice:
+def _of_packed(problem: Problem, card: Capability, arch: int) -> Choice:
     """By thresholds: PyTorch's kernel for packed sequences is another one than those that predictions are made of."""
+    mine = family(arch)
     basis = "measured" if mine in MEASURED else "static"
+    if arch == card.arch and _resident_gains(problem, card):
+        return Choice((_ACCURATE,), RESIDENT.format(BASIS[basis]), basis)
     if min(problem.len_q, problem.len_kv) < MIN_PACKED:
         return Choice((), f"under {MIN_PACKED:,} tokens PyTorch's kernel for packed sequences is faster ({BASIS[basis]})", basis)
     if mine in MEASURED and pad_head_dim(problem.head_dim) != 128:
         return Choice((), f"packed sequences of head_dim {problem.head_dim} were not timed ({BASIS[basis]})", basis)
     return Choice(CANDIDATES[mine], f"PyTorch's kernel for packed sequences is slower ({BASIS[basis]})", basis)
+
+
+def _resident_gains(problem: Problem, card: Capability) -> bool:
+    """Whether the call has kernels that keep K and V in shared memory, and they are faster than PyTorch's attention. By thresholds."""
+    return any(
+        kernels.arch == card.arch
+        and resident.takes(kernels, problem)
+        and resident.pays(kernels, problem, card.multiprocessors)
+        and _beyond_thresholds(kernels, problem, card.multiprocessors)
+        for kernels in CUDA_FP16.resident_kernels
+    )
+
+
+def _beyond_thresholds(kernels: KernelFamily, problem: Problem, multiprocessors: int) -> bool:
+    head_dim = pad_head_dim(problem.head_dim)
+    if problem.varlen:
+        return min(problem.len_q, problem.len_kv) >= MIN_PACKED_RESIDENT[head_dim]
+    keys, in_all = MIN_RESIDENT[head_dim]
+    return problem.len_kv >= keys and problem.len_kv * resident.work_tiles(kernels, problem) >= in_all * multiprocessors
 
 
 def _ordered(predicted: dict[Candidate, float], basis: str, off: dict[Candidate, str]) -> Choice:

@@ -189,6 +189,7 @@ def test_quantisers_write_what_the_emulation_rounds_to(card: Lanes, kernels: Ker
     mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool) if sparse else None
     problem = on_card(t, attn_mask=mask)
     chosen = fit_cuda(problem, Target(card.capability, 0 if kernels.arch else arch), variant, next(iter(kernels.schemes)), "", sparse)
+    chosen = chosen.halves or chosen  # what quantises K and V first
     assert chosen.kernels is kernels
     kv = host.quantize(t["k"], t["v"], problem, chosen, mask)
     launch_plan = workspace.launch_plan_of(problem, chosen, True)
@@ -239,6 +240,7 @@ def test_absent_keys_are_zeros(card: Lanes, kernels: KernelFamily, hidden: str) 
     mask = None if hidden == "none" else there.view(1, 1, 1, -1)
     problem = on_card(t, attn_mask=mask)
     chosen = fit_cuda(problem, Target(card.capability, 0 if kernels.arch else arch), variant, next(iter(kernels.schemes)), "", False)
+    chosen = chosen.halves or chosen  # what quantises K and V first
     kv = host.quantize(t["k"], t["v"], problem, chosen, mask)
     launch_plan, size = workspace.launch_plan_of(problem, chosen, True), kernels.tile_bytes(d)
     tiles = kv.buffer[launch_plan.workspace.kv :][: launch_plan.tiles * size].view(launch_plan.tiles, size)

@@ -13,7 +13,7 @@ from sageattention.backends.cuda import host, workspace
 from sageattention.backends.cuda import packed as backend
 from sageattention.kernels.resident import RESIDENT_FP16
 from sageattention.numerics.reference import emulate, oracle
-from sageattention.planning import plan as planning_module
+from sageattention.planning import resident as planning
 from sageattention.planning.packed import PackedProblem
 from sageattention.planning.plan import CudaPlan, plan
 from sageattention.planning.problem import Problem
@@ -30,13 +30,13 @@ def lanes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture
 def card(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> Lanes:
     workspace.resident_plan_of.cache_clear()
-    monkeypatch.setattr(planning_module, "_resident_pays", lambda *_: True)
+    monkeypatch.setattr(planning, "pays", lambda *_: True)
     return install(monkeypatch, lanes)
 
 
 def resident(problem: Problem, card: Lanes) -> CudaPlan:
     chosen = plan.__wrapped__(problem, card.capability, CUDA_FP16.name)  # not from the cache
-    assert isinstance(chosen, CudaPlan) and chosen.kernels is RESIDENT_FP16 and chosen.halves is not None
+    assert isinstance(chosen, CudaPlan) and chosen.kernels in RESIDENT_FP16 and chosen.halves is not None
     return chosen
 
 
@@ -45,7 +45,7 @@ def resident(problem: Problem, card: Lanes) -> CudaPlan:
     [
         ("bfloat16", "HND", (2, 1), (200, 300)),
         ("float16", "NHD", (3, 3), (129, 77)),  # a block's share begins within a head
-        ("float32", "HND", (2, 2), (70, 129)),
+        ("float16", "HND", (2, 2), (70, 129)),
         ("bfloat16", "NHD", (1, 1), (65, 512)),
         ("float16", "HND", (4, 2), (1, 1)),
         ("bfloat16", "HND", (1, 1), (400, 64)),
@@ -71,7 +71,7 @@ def test_dense_calls_agree_with_the_emulation(card: Lanes, dtype: str, layout: s
     [
         ([70, 0, 5, 129, 64], [70, 33, 0, 200, 1], "bfloat16", (2, 1)),
         ([300, 77, 193], [300, 77, 193], "float16", (2, 2)),
-        ([0, 0, 3], [0, 0, 260], "float32", (1, 1)),
+        ([0, 0, 3], [0, 0, 260], "bfloat16", (1, 1)),
     ],
     ids=["cross", "windows", "late"],
 )
@@ -100,8 +100,43 @@ def test_a_value_that_is_no_number_stays_in_its_sequence(card: Lanes) -> None:
     assert torch.equal(out[70:], expected[70:]) and not torch.equal(out[:70], expected[:70])
 
 
-@pytest.mark.parametrize("causal, len_kv", [(True, 300), (False, 1100)])
-def test_other_calls_are_quantised_first(card: Lanes, causal: bool, len_kv: int) -> None:
-    t, _ = matrix.tensors(matrix.Case(card.head_dim, "bfloat16", "HND", "none", 1, 1, 300, len_kv))
+def unaligned(x: torch.Tensor, how: str) -> torch.Tensor:
+    """`x` in memory where its rows are not aligned to 16 bytes: their first, or their distance."""
+    *shape, head_dim = x.shape
+    wider = torch.zeros(*shape, head_dim + (8 if how == "address" else 1), dtype=x.dtype)
+    return (wider[..., 1 : head_dim + 1] if how == "address" else wider[..., :head_dim]).copy_(x)
+
+
+@pytest.mark.parametrize("how", ["address", "pitch"])
+def test_rows_that_are_not_aligned_are_quantised_first(card: Lanes, how: str) -> None:
+    t, _ = matrix.tensors(matrix.Case(card.head_dim, "bfloat16", "HND", "none", 2, 1, 70, 40))
+    t["v"] = unaligned(t["v"], how)
+    chosen, known = resident(on_card(t), card), {}
+    assert chosen.halves is not None
+    expected, _ = emulate(**t, scheme=chosen.halves.scheme)
+    for _ in range(2):  # what is kept for the second is of those launches, too
+        out, _ = host.run(PreparedCall(*t.values(), None, on_card(t), chosen, known))
+        assert matrix.workloads.relative_l2(out, expected) <= matrix.EMULATION_BOUND["fp16"] + matrix.OUTPUT_STEP["bfloat16"]
+    assert known and not any(isinstance(form, host.BoundResident) for form in known.values())
+
+
+def test_packed_rows_that_are_not_aligned_are_quantised_first(card: Lanes) -> None:
+    lengths = [70, 40]
+    t = inputs(card.head_dim, "bfloat16", (1, 1), lengths, lengths)
+    t["q"], cu = unaligned(t["q"], "address"), offsets(lengths)
+    problem = Problem.from_packed(**t, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=70, max_seqlen_k=70, return_lse=True)._replace(
+        device="cuda", device_index=0
+    )
+    chosen, known = resident(problem, card), {}
+    assert chosen.halves is not None
+    for _ in range(2):
+        out, lse = backend.run(**t, cu_seqlens=(cu, cu), packed=PackedProblem(problem, 110, 110), plan=chosen, known=known)
+        check_sequences(t, out, lse, chosen.halves.scheme, lengths, lengths, False, "bfloat16")
+    assert known and not any(isinstance(form, host.BoundResident) for form in known.values())
+
+
+@pytest.mark.parametrize("causal, len_kv, dtype", [(True, 300, "bfloat16"), (False, 1100, "bfloat16"), (False, 300, "float32")])
+def test_other_calls_are_quantised_first(card: Lanes, causal: bool, len_kv: int, dtype: str) -> None:
+    t, _ = matrix.tensors(matrix.Case(card.head_dim, dtype, "HND", "none", 1, 1, 300, len_kv))
     chosen = plan.__wrapped__(on_card(t, is_causal=causal), card.capability, CUDA_FP16.name)
     assert isinstance(chosen, CudaPlan) and not chosen.kernels.resident and chosen.halves is None

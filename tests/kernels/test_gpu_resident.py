@@ -15,7 +15,7 @@ import torch
 from sageattention import dispatch, packed_dispatch, sageattn, sageattn_varlen
 from sageattention.cli.workloads import relative_l2
 from sageattention.kernels.resident import RESIDENT_FP16
-from sageattention.planning import plan as planning
+from sageattention.planning import resident as planning
 from sageattention.planning.plan import CudaPlan
 from sageattention.variants import CUDA_FP16
 
@@ -27,7 +27,7 @@ CASES = [
     matrix.Case(128, heads_q=40, heads_kv=10, len_q=1300, len_kv=300),
     matrix.Case(128, "float16", "NHD", heads_q=3, heads_kv=3, len_q=20_000, len_kv=512),
     matrix.Case(64, heads_q=24, heads_kv=24, len_q=700, len_kv=77),
-    matrix.Case(64, "float16", "NHD", heads_q=2, heads_kv=1, len_q=9_000, len_kv=RESIDENT_FP16.most_keys(64)),
+    matrix.Case(64, "float16", "NHD", heads_q=2, heads_kv=1, len_q=9_000, len_kv=RESIDENT_FP16[0].most_keys(64)),
 ]
 
 
@@ -35,7 +35,7 @@ CASES = [
 def wherever_it_can(monkeypatch: pytest.MonkeyPatch, nothing_is_remembered: Callable[[], None]) -> Iterator[None]:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("made for Hopper")
-    monkeypatch.setattr(planning, "_resident_pays", lambda *_: True)
+    monkeypatch.setattr(planning, "pays", lambda *_: True)
     for forget in (nothing_is_remembered, packed_dispatch._prepared.clear):
         forget()
     yield
@@ -59,10 +59,16 @@ def test_matrix(case: matrix.Case) -> None:
     t, _ = matrix.tensors(case, "cuda")
     options = {"is_causal": False, "attn_mask": None, "sm_scale": case.sm_scale, "return_lse": True}
     chosen = dispatch.prepare(**t, tensor_layout="HND", **options, variant=VARIANT).plan
-    assert isinstance(chosen, CudaPlan) and chosen.kernels is RESIDENT_FP16
+    assert isinstance(chosen, CudaPlan) and chosen.kernels.resident == (case.dtype != "float32" and case.head_dim % 8 == 0)
     matrix.check(case, VARIANT, device="cuda")
     first = sageattn(**t, variant=VARIANT, sm_scale=case.sm_scale)
     assert all(torch.equal(sageattn(**t, variant=VARIANT, sm_scale=case.sm_scale), first) for _ in range(10))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matrix_of_the_launches_that_quantise_first(case: matrix.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "takes", lambda *_: False)
+    matrix.check(case, VARIANT, device="cuda")
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -53,7 +53,8 @@ def test_kernels_agree_with_the_emulation(
     causal = "causal" in mask
     problem = on_card(given, attn_mask=given_mask, tensor_layout=layout, is_causal=causal)
     chosen = plan(problem, card.capability, variant)
-    assert chosen.kernels.arch == 90
+    chosen = chosen.halves or chosen  # kernels that quantise K and V themselves have tests of their own (test_device_resident.py)
+    assert chosen.kernels.arch == 90 and not chosen.kernels.resident
     out, lse = host.run(PreparedCall(*given.values(), dispatch._four_dims(given_mask), problem, chosen, {}))
     out = out if layout == "HND" else out.transpose(1, 2)
     expected, expected_lse = emulate(**t, scheme=chosen.scheme, is_causal=causal, attn_mask=given_mask)

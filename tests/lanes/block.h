@@ -247,6 +247,7 @@ inline float __fmaf_ru(float a, float b, float c) {
 inline float __fsub_ru(float a, float b) { return __fmaf_ru(1.0f, a, -b); }
 inline float __fadd_rd(float a, float b) { return -__fmaf_ru(1.0f, -a, -b); }
 
+inline u32 __vmaxu2(u32 a, u32 b) { return max(a & 0xFFFF, b & 0xFFFF) | max(a >> 16, b >> 16) << 16; }
 inline int __vimax3_s32(int a, int b, int c) { return max(a, max(b, c)); }
 
 inline u32 __dp4a(u32 a, u32 b, u32 c) {

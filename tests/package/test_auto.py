@@ -180,10 +180,44 @@ def test_the_h200_is_as_it_was_measured(changes, ours):
 
 
 @pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 512}, True),  # wan_cross
+        ({"heads_q": 32, "heads_kv": 32, "len_q": 8160, "len_kv": 512, "head_dim": 64}, True),  # ltx_av
+        ({"heads_q": 30, "heads_kv": 30, "len_q": 17776, "len_kv": 226, "head_dim": 64}, True),
+        ({"heads_q": 24, "heads_kv": 24, "len_q": 16384, "len_kv": 512}, False),
+        ({"heads_q": 40, "heads_kv": 40, "len_q": 16384, "len_kv": 256}, False),
+        ({"heads_q": 40, "heads_kv": 40, "len_q": 2048, "len_kv": 960, "head_dim": 64}, False),
+        ({"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 513}, False),
+        ({"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 512, "dtype": "float32"}, False),
+        ({"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 512, "mask": "bool"}, False),
+    ],
+    ids=str,
+)
+def test_long_calls_of_few_keys_are_for_kernels_that_keep_them_in_shared_memory(changes, first):
+    own, call = Candidate.parse("sageattn_qk_int8_pv_fp16_cuda"), problem(**changes)
+    found = choose(call, H200, 90)
+    assert (found.candidates[:1] == (own,) and "shared memory" in found.reason) == first
+    assert (own in found.predicted) != first and TORCH in found.predicted  # its prediction is of other kernels
+    assert "shared memory" not in choose(call, gpu(89), 90).reason + choose(call, gpu(89), 89).reason  # another card, forced or not
+
+
+MANY = {"heads_q": 200, "heads_kv": 200}
+
+
+@pytest.mark.parametrize(
     ("arch", "changes", "ours"),
     [
         (90, {"len_q": 1024, "len_kv": 1024}, True),
         (90, {"len_q": 300, "len_kv": 300}, False),
+        (90, {"len_q": 300, "len_kv": 300, **MANY}, True),  # K and V of a head in shared memory
+        (90, {"len_q": 200, "len_kv": 200, **MANY}, False),
+        (90, {"len_q": 300, "len_kv": 300, **MANY, "dtype": "float32"}, False),
+        (90, {"len_q": 300, "len_kv": 300, **MANY, "causal": True}, False),
+        (90, {"len_q": 700, "len_kv": 700, **MANY}, False),
+        (90, {"len_q": 700, "len_kv": 700, **MANY, "head_dim": 64}, True),
+        (90, {"len_q": 300, "len_kv": 300, **MANY, "head_dim": 64}, False),
+        (89, {"len_q": 300, "len_kv": 300, **MANY}, False),
         (90, {"len_q": 4096, "len_kv": 4096, "head_dim": 64}, False),
         (89, {"len_q": 4096, "len_kv": 4096, "head_dim": 64, "causal": True}, True),
         (100, {"len_q": 4096, "len_kv": 4096}, False),

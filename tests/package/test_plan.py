@@ -229,7 +229,7 @@ def test_every_arch_and_head_dim_has_a_tile(tiles):
         for head_dim in {key[1] for key in tiles}:
             for mask in MASKS:
                 tile = find_tile(tiles, arch, head_dim, mask)
-                assert tile.block_m % 16 == 0 and tile.block_n % 32 == 0 and tile.warps in (2, 4, 8, 12)
+                assert tile.block_m % 16 == 0 and tile.block_n % 32 == 0 and tile.warps in (2, 4, 8, 12, 16)
 
 
 @pytest.mark.parametrize("name", CUDA)
@@ -364,10 +364,15 @@ def test_an_amd_card_behind_zluda_runs_torchs_attention(monkeypatch):
     [
         ({"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 512}, True),
         ({"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 513}, False),  # no room
-        ({"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 1024, "head_dim": 64}, True),
+        ({"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 960, "head_dim": 64}, True),
         ({"heads_q": 20, "heads_kv": 20, "len_q": 4096, "len_kv": 77, "head_dim": 64}, True),
-        ({"heads_q": 20, "heads_kv": 20, "len_q": 4096, "len_kv": 512, "head_dim": 64}, False),  # quantised too often for so little work
-        ({"heads_q": 24, "heads_kv": 24, "len_q": 512, "len_kv": 512}, False),
+        ({"heads_q": 24, "heads_kv": 24, "len_q": 1024, "len_kv": 512}, True),
+        ({"heads_q": 24, "heads_kv": 24, "len_q": 512, "len_kv": 512}, False),  # quantised too often for so little work
+        ({"heads_q": 40, "heads_kv": 40, "len_q": 1024, "len_kv": 960, "head_dim": 64}, False),
+        ({"heads_q": 4, "heads_kv": 4, "len_q": 300, "len_kv": 77}, True),
+        ({"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 512, "dtype": "float16"}, True),
+        ({"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 512, "dtype": "float32"}, False),
+        ({"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 512, "head_dim": 100}, False),  # rows that are no whole pieces
         ({"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 512, "head_dim": 200}, False),
         ({"heads_q": 40, "heads_kv": 40, "len_q": 32760, "len_kv": 512, "causal": True}, False),
         ({"batch": 4096, "heads_q": 20, "heads_kv": 20, "len_q": 300, "len_kv": 300, "varlen": True}, True),
@@ -382,6 +387,7 @@ def test_few_keys_stay_in_shared_memory_where_that_pays(monkeypatch, changes, re
     if resident:
         assert not chosen.halves.kernels.resident and chosen.halves.attend in {e.symbol for e in chosen.halves.images[1].entries}
         assert chosen.attend in {e.symbol for e in chosen.images[1].entries} and chosen.scheme.kv_tile == chosen.tile.block_n
+        assert chosen.kernels.dtype == changes.get("dtype", "bfloat16")
 
 
 def test_few_keys_without_their_kernel_are_quantised_first(monkeypatch):

@@ -52,15 +52,16 @@ def run(call: PreparedCall[CudaPlan]) -> Result:
     mask_at = 0 if mask is None else mask.data_ptr()
     unaligned = (q_at | out_at) % 16, (k_at | v_at) % 16, mask_at % 16
     form = bound.get(unaligned)
-    if call.plan.kernels.resident:
-        if form is None:
-            form = bound[unaligned] = bind_resident(resident_plan_of(p, call.plan), q, k, v, out, unaligned[:2])
+    if form is None and call.plan.kernels.resident and rows_aligned(p, max(unaligned), q, k, v, out):
+        form = bound[unaligned] = bind_resident(resident_plan_of(p, call.plan), q, k, v, out)
+    if isinstance(form, BoundResident):
         launch = resident_launch(form, q_at, k_at, v_at, out_at, 0 if lse is None else lse.data_ptr())
         issue(form.launch_plan.device, [(launch,)])
         return out, lse
     if form is None:
-        launch_plan = launch_plan_of(p, call.plan)
-        lists = None if mask is None else _lists(launch_plan, mask, unaligned[2], call.plan.kernels.v_ones)
+        plan = call.plan.halves or call.plan
+        launch_plan = launch_plan_of(p, plan)
+        lists = None if mask is None else _lists(launch_plan, mask, unaligned[2], plan.kernels.v_ones)
         form = bound[unaligned] = bind(launch_plan, q, k, v, out, mask, lists, unaligned[:2])
     lists = form.lists
     ring = torch.empty(form.size + (lists.size if lists else 0), dtype=torch.uint8, device=q.device)
@@ -392,14 +393,17 @@ def _weighs(r: AttendPlan, lists: Lists) -> bool:
 
 
 def bind_resident(
-    r: AttendPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, unaligned: tuple[int, int],
-    packed: tuple[int, ...] = (0,) * 7,
-) -> BoundResident:  # fmt: skip
-    """As `bind`; `packed`: the integers of ResidentKv that only a packed call has."""
-    p = r.problem
-    k_strides, v_strides = strides(k, p.layout), strides(v, p.layout)
-    kv = _resident_kv_constants(*k_strides, *v_strides, *packed, rows_vectorized(p, unaligned[1], k_strides, v_strides))
-    return BoundResident(r, kv, bind_attend(r, q, out, None, None, unaligned[0])[0])
+    r: AttendPlan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, packed: tuple[int, ...] = (0,) * 7
+) -> BoundResident:
+    """As `bind`, of aligned rows; `packed`: the integers of ResidentKv that only a packed call has."""
+    kv = _resident_kv_constants(*strides(k, r.problem.layout), *strides(v, r.problem.layout), *packed)
+    return BoundResident(r, kv, bind_attend(r, q, out, None, None, 0)[0])
+
+
+def rows_aligned(p: Problem, unaligned: int, *tensors: torch.Tensor) -> bool:
+    """Whether resident kernels can have them: all rows can be moved in pieces of 16 bytes, and are less than 2 GiB apart."""
+    rows = [strides(t, p.layout) for t in tensors]
+    return bool(rows_vectorized(p, unaligned, *rows)) and max(stride_n for *_, stride_n in rows) < 2**30
 
 
 def rows_vectorized(p: Problem, unaligned: int, *rows: tuple[int, int, int]) -> int:

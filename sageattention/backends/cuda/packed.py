@@ -63,14 +63,15 @@ def run(
     q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
     unaligned = (q_at | out_at) % 16, (k_at | v_at) % 16
     bound = known.get(unaligned)
-    if plan.kernels.resident:
-        if bound is None:
-            bound = known[unaligned] = _bind_resident(q, k, v, out, unaligned, packed, plan, cu_seqlens)
+    if bound is None and plan.kernels.resident and host.rows_aligned(p, max(unaligned), *(t[None] for t in (q, k, v, out))):
+        bound = known[unaligned] = _bind_resident(q, k, v, out, packed, plan, cu_seqlens)
+    if isinstance(bound, host.BoundResident):
         cu_q, cu_k = cu_seqlens
         at = cu_q.data_ptr(), cu_k.data_ptr()
         launch = host.resident_launch(bound, q_at, k_at, v_at, out_at, 0 if lse is None else lse.data_ptr(), at)
         host.issue(bound.launch_plan.device, [(launch,)])
         return out, lse
+    plan = plan.halves or plan
     if bound is None:
         own = packed_plan(packed, plan)
         launches = host.bind(own.launch_plan, q[None], k[None], v[None], out[None], None, None, unaligned)
@@ -125,7 +126,7 @@ def packed_plan(packed: PackedProblem, plan: CudaPlan) -> PackedPlan:
 
 
 def _bind_resident(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, unaligned: tuple[int, int], packed: PackedProblem, plan: CudaPlan,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, packed: PackedProblem, plan: CudaPlan,
     cu_seqlens: tuple[torch.Tensor, torch.Tensor],
 ) -> host.BoundResident:  # fmt: skip
     """The launch reads the offsets itself, a block for as many (sequence, KV head) pairs as come its way."""
@@ -133,7 +134,7 @@ def _bind_resident(
     whole = p._replace(batch=1, len_q=packed.total_q, len_kv=packed.total_k)
     wide_q, wide_k = (cu.dtype == torch.int64 for cu in cu_seqlens)
     return host.bind_resident(
-        resident_plan_of(whole, plan, p.batch * p.heads_kv), q[None], k[None], v[None], out[None], unaligned,
+        resident_plan_of(whole, plan, p.batch * p.heads_kv), q[None], k[None], v[None], out[None],
         (p.batch, wide_q, wide_k, packed.total_q, packed.total_k, p.len_q, p.len_kv),
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ inline uint4 load_shared16(u32 a) { return *(uint4*)at_shared(a, 16); }
 inline void store_shared16(u32 a, const u32 (&v)[4]) { memcpy(at_shared(a, 16), v, 16); }
 inline void store_shared8(u32 a, u32 x, u32 y) { *(uint2*)at_shared(a, 8) = {x, y}; }
 inline uint2 load_shared8(u32 a) { return *(uint2*)at_shared(a, 8); }
+inline void store_shared(u32 a, u32 x) { *(u32*)at_shared(a, 4) = x; }
 inline u32 load_shared(u32 a) { return *(u32*)at_shared(a, 4); }
 inline float load_shared_float(u32 a) { return *(float*)at_shared(a, 4); }
 inline void load_shared8_floats(u32 a, float (&x)[8]) { memcpy(x, at_shared(a, 16), 32); }
