@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +13,20 @@ import torch
 from ..sageattention import KernelMissing, Unsupported, prepare, settings, tracing
 from ..sageattention.memo import Memo
 from ..sageattention.planning.problem import facts
+from ..sageattention.torch_internals import is_dynamo_compiling
 from .form import Form, four_dimensional
 from .override import SUSPENDED, Attention, Override
-from .record import record_of
+from .record import KEY as RECORD
 from .schedule import Schedule, Window
 
 if TYPE_CHECKING:
     from ..sageattention.dispatch import Call, Known
     from .guard import Guard
-    from .record import Entry
+    from .record import Entry, Record
+    from .sampling import Step
+
+
+FULL_PRECISION = "the model asks for full precision in some layers"
 
 
 class SageOverride(Override):
@@ -37,7 +41,6 @@ class SageOverride(Override):
         guard: what watches over the error; None where nobody asked.
         known: of calls like earlier ones: their form and what the package knows of them, or why they are left to the model's own attention
             on purpose.
-        kept: an entry for each of the latter.
     """
 
     def __init__(self, variant: str, previous: Attention | None = None, schedule: Schedule | None = None, guard: Guard | None = None):
@@ -46,7 +49,6 @@ class SageOverride(Override):
         self.schedule = schedule
         self.guard = guard
         self.known: Memo[tuple[Any, ...], tuple[Form, Known] | str] = Memo()
-        self.kept: Memo[tuple[Any, ...], Entry] = Memo()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process it starts with counts of its own."""
@@ -68,18 +70,42 @@ class SageOverride(Override):
         }
 
     def __call__(self, func: Attention, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As any override's. Calls like one that was kept are most of some models' calls, and too short for much ado about them."""
-        if self.kept and not torch.compiler.is_compiling():
-            try:
-                like = self.kept.get(_key(*args, **kwargs))
-            except TypeError:  # symbolic sizes have no hash
-                like = None
-            if like is not None:
-                options = kwargs.get("transformer_options")
-                if type(options) is dict and SUSPENDED not in options and record_of(options, self.record).again(like, options):
-                    previous = self.previous
-                    return func(*args, **kwargs) if previous is None else previous(func, *args, **kwargs)
+        """As any override's. Most calls are like an earlier one, and many too short for much ado about them."""
+        options = kwargs.get("transformer_options")
+        if type(options) is dict and len(args) > 1 and not is_dynamo_compiling():
+            record = options.get(RECORD)
+            if record is not None and SUSPENDED not in options and kwargs.get("low_precision_attention") is not False:
+                heads = args[3] if len(args) > 3 else kwargs.get("heads")
+                mask = args[4] if len(args) > 4 else kwargs.get("mask")
+                found = record.alike(self, options, args[0], args[1], heads, mask is not None)
+                if found is not None:
+                    like, step = found
+                    if not like.variant:
+                        record.again(like, step, options)
+                        return func(*args, **kwargs)
+                    out = self._compute_again(record, like, step, args, kwargs)
+                    if out is not None:
+                        return out
         return self._call(func, args, kwargs, False)
+
+    def _compute_again(self, record: Record, like: Entry, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """The result of a call like one that was computed; None, and no word to the record, where this one is not."""
+        try:
+            prepared = self.prepare(*args, **kwargs)
+            result = None if isinstance(prepared, str) else prepared[0].attempt()
+        except (Unsupported, KernelMissing):
+            return None
+        if result is None:
+            return None
+        call, form = prepared
+        if call.plan is like.plan:
+            record.again(like, step, kwargs["transformer_options"])
+        else:
+            entry = self._open(args, kwargs, False)
+            entry.computed(call)
+            entry.stands_for_alike(self)
+            entry.close()
+        return form.give_back(result[0])
 
     def attempt(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any], contained: bool) -> torch.Tensor | None:
         """Our attention's result, or None where the call is left to the attention behind."""
@@ -88,14 +114,14 @@ class SageOverride(Override):
             if outside:
                 entry.kept(outside)
                 return None
+        unconditional = self.schedule is None and not contained
         release = functools.partial(_take, args[1], args[2]) if contained else None
         try:
             prepared = self.prepare(*(_peeked(args) if contained else args), **kwargs)
             if isinstance(prepared, str):
                 entry.kept(prepared)
-                if self.schedule is None and not contained and entry.reasons == (prepared,):
-                    with contextlib.suppress(TypeError):  # symbolic sizes have no hash
-                        self.kept[_key(*args, **kwargs)] = entry
+                if unconditional and self.previous is None and prepared is not FULL_PRECISION:
+                    entry.stands_for_alike(self)
                 return None
             call, form = prepared
             if self.guard is not None:
@@ -109,6 +135,8 @@ class SageOverride(Override):
             entry.fell_back(str(error))
             return None
         entry.computed(call)
+        if unconditional:
+            entry.stands_for_alike(self)
         return form.give_back(result[0])
 
     def prepare(
@@ -139,7 +167,7 @@ class SageOverride(Override):
         except TypeError:  # symbolic sizes have no hash
             known = given = None
         if low_precision_attention is False:
-            return "the model asks for full precision in some layers"
+            return FULL_PRECISION
         if isinstance(known, str):
             return known
         if tracing.transformed():
@@ -155,27 +183,6 @@ class SageOverride(Override):
         if given is not None:
             self.known[key] = left or (form, call.known)
         return left or (call, form)
-
-
-def _key(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    heads: int | None = None,
-    mask: torch.Tensor | None = None,
-    attn_precision: torch.dtype | None = None,
-    skip_reshape: bool = False,
-    skip_output_reshape: bool = False,
-    *,
-    enable_gqa: bool = False,
-    low_precision_attention: bool = True,
-    **others: Any,
-) -> tuple[Any, ...]:
-    """All that decides whether a call is kept: v is as k in every model, and where it is not the model's own attention is right, too."""
-    return (
-        q.shape, k.shape, q.dtype, q.device, None if mask is None else (mask.shape, mask.dtype),
-        heads, skip_reshape, skip_output_reshape, enable_gqa, low_precision_attention, settings.state,
-    )  # fmt: skip
 
 
 def _peeked(args: tuple[Any, ...]) -> tuple[Any, ...]:
