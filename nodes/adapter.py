@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from ..sageattention.dispatch import Call, Known
     from .guard import Guard
     from .record import Entry, Record
-    from .sampling import Step
 
 
 FULL_PRECISION = "the model asks for full precision in some layers"
@@ -70,42 +70,50 @@ class SageOverride(Override):
         }
 
     def __call__(self, func: Attention, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As any override's. Most calls are like an earlier one, and many too short for much ado about them."""
+        """As any override's.
+
+        Most calls are like an earlier one, and many of them short. Python that runs between the layers of a model is in none of the
+        processor's caches, and each function that a call passes through costs it 2 µs, whatever it does: so here is the way of such a call,
+        in one piece. The record makes an entry of what it leaves there when somebody asks.
+        """
         options = kwargs.get("transformer_options")
         if type(options) is dict and len(args) > 1 and not is_dynamo_compiling():
-            record = options.get(RECORD)
-            if record is not None and SUSPENDED not in options and kwargs.get("low_precision_attention") is not False:
-                heads = args[3] if len(args) > 3 else kwargs.get("heads")
-                mask = args[4] if len(args) > 4 else kwargs.get("mask")
-                found = record.alike(self, options, args[0], args[1], heads, mask is not None)
-                if found is not None:
-                    like, step = found
-                    if not like.variant:
-                        record.again(like, step, options)
-                        return func(*args, **kwargs)
-                    out = self._compute_again(record, like, step, args, kwargs)
-                    if out is not None:
-                        return out
+            get = options.get
+            record: Record | None = get(RECORD)
+            step = None if record is None else record.sampling.current
+            if step is not None and get("sigmas") is step.sigmas and get("cond_or_uncond") is step.pass_ and SUSPENDED not in options:
+                q, heads = args[0], args[3] if len(args) > 3 else kwargs.get("heads")
+                masked = (args[4] if len(args) > 4 else kwargs.get("mask")) is not None
+                exact = kwargs.get("low_precision_attention") is False
+                try:
+                    like = record.alike.get((self, q.shape, args[1].shape, q.dtype, q.device, heads, masked, exact))
+                except TypeError:  # symbolic sizes have no hash
+                    like = None
+                if like is not None and not (step.timed and like.times_another()):
+                    out = None
+                    if like.variant:
+                        out, like = self._compute_again(like, args, kwargs)
+                    if out is not None or not like.variant:
+                        number, step.calls = step.calls, step.calls + 1
+                        told = like, step, number, get("block"), get("block_type"), get("block_index"), get("transformer_index")
+                        record.calls.append(told)
+                        return func(*args, **kwargs) if out is None else out
         return self._call(func, args, kwargs, False)
 
-    def _compute_again(self, record: Record, like: Entry, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """The result of a call like one that was computed; None, and no word to the record, where this one is not."""
+    def _compute_again(self, like: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor | None, Entry]:
+        """The result of a call like one that was computed, and the entry that it is like; None where it has to be opened as any other."""
         try:
             prepared = self.prepare(*args, **kwargs)
             result = None if isinstance(prepared, str) else prepared[0].attempt()
         except (Unsupported, KernelMissing):
-            return None
+            return None, like
         if result is None:
-            return None
+            return None, like
         call, form = prepared
-        if call.plan is like.plan:
-            record.again(like, step, kwargs["transformer_options"])
-        else:
-            entry = self._open(args, kwargs, False)
-            entry.computed(call)
-            entry.stands_for_alike(self)
-            entry.close()
-        return form.give_back(result[0])
+        if call.plan is not like.plan:  # its kernel was found missing just now
+            like = copy.copy(like)
+            like.planned(call)
+        return form.give_back(result[0]), like
 
     def attempt(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any], contained: bool) -> torch.Tensor | None:
         """Our attention's result, or None where the call is left to the attention behind."""

@@ -117,9 +117,13 @@ class Entry:
 
     def computed(self, call: Call) -> None:
         """A dense call of ours was computed by its plan."""
+        self.planned(call)
+        self._record.count_run(self.variant)
+
+    def planned(self, call: Call) -> None:
+        """As `computed`, but not counted."""
         self.plan = call.plan
         self.variant, self.kernel = call.plan.variant.name, getattr(call.plan, "attend", "")
-        self._record.count_run(self.variant)
 
     def kept(self, reason: str, node: str = PATCH) -> None:
         """The call is the model's own attention's by choice."""
@@ -127,10 +131,16 @@ class Entry:
         self._record.count_kept(reason, node)
 
     def stands_for_alike(self, owner: object) -> None:
-        """What became of this call by `owner` and the attention behind it becomes of all that are like it, until the sampling is over: the
-        record's `alike` finds them."""
+        """What became of this call by `owner` and the attention behind it becomes of all that are like it, until the sampling is over:
+        `Record.alike` has it for them."""
         if self._depth == 1 and len(self.reasons) == (0 if self.variant else 1):  # nobody in front of the owner has a part in it
             self._record.stand_for_alike(owner, self)
+
+    def times_another(self) -> bool:
+        """Whether it is the turn of a call like this one, in a step that is timed, to be timed: then that one is opened as any other, and
+        will stand for the next."""
+        self.untimed += 1
+        return self.untimed >= TIMED_OF_ALIKE
 
     def fell_back(self, reason: str, node: str = PATCH) -> None:
         """The variant refused the call."""
@@ -226,6 +236,10 @@ class Record:
             quantising gains nothing, the schedule left the call out, or the guard found it off.
         fallbacks: reason → calls that the variant refused, so that the model's own attention had to do them.
         sampling, entries: the last sampling, and its calls; those after `MAX_ENTRIES` are counted only.
+        calls: the same; a call like an earlier one may be only a tuple of that one's entry, its step, its number in the pass, and what its
+            options tell of its layer, as `Sampling.named` takes it.
+        alike: (override, q's shape, k's, dtype, device, heads, whether it is masked, whether it has to be exact) → the entry of a call that
+            such calls of this sampling are like.
         begun, running: whether there was a sampling, and whether it goes on. Calls outside of one are counted only.
         starts: step → when its first call began; after the last one, when the sampling was over.
         notes: what else happened in it, in sentences.
@@ -239,9 +253,9 @@ class Record:
         self._kept: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
         self.sampling = Sampling()
-        self._calls: list[Any] = []  # entries, and what `again` leaves of calls until somebody asks for their entries
-        self._unpacked = 0  # so many at its front are entries
-        self._alike: Memo[tuple[Any, ...], Entry] = Memo()
+        self.calls: list[Any] = []
+        self._unpacked = 0  # so many at the front of `calls` are entries
+        self.alike: Memo[tuple[Any, ...], Entry] = Memo()
         self.notes: list[str] = []
         self.starts: dict[int, Clock | None] = {}
         self.begun = self.running = False
@@ -251,7 +265,7 @@ class Record:
     def entries(self) -> list[Entry]:
         with self._lock:
             self._unpack()
-            return self._calls[:]
+            return self.calls[:]
 
     @property
     def ran(self) -> Counter[str]:
@@ -266,8 +280,8 @@ class Record:
             return self._kept
 
     def _unpack(self) -> None:
-        """Make entries, and count, what `again` left. The lock is held."""
-        calls = self._calls
+        """Make entries of all `calls`, and count those. The lock is held."""
+        calls = self.calls
         for at in range(self._unpacked, len(calls)):
             if type(calls[at]) is tuple:
                 like, step, number, *told = calls[at]
@@ -290,14 +304,14 @@ class Record:
         """A sampling begins: forget the calls of the one before. Counts go on."""
         with self._lock:
             self._unpack()
-            self.sampling, self._calls, self._unpacked, self._alike = Sampling(percent_to_sigma), [], 0, Memo()
+            self.sampling, self.calls, self._unpacked, self.alike = Sampling(percent_to_sigma), [], 0, Memo()
         self.notes, self._here, self.starts, self.begun, self.running = [], _Here(), {}, True, True
 
     def end(self) -> None:
         """The sampling is over, be it that it was interrupted."""
-        if self._calls:
+        if self.calls:
             self.starts[self.sampling.steps] = now(self.entries[-1].device)
-        self.running, self._alike = False, Memo()
+        self.running, self.alike = False, Memo()
         self.sampling.percent_to_sigma = None  # which holds on to the model
         if self.on_step is not None:
             self.on_step(self)
@@ -318,46 +332,19 @@ class Record:
         if self.running:
             if not step.begun:
                 self._step_begins(step, entry)
-            if len(self._calls) < MAX_ENTRIES:
-                self._calls.append(entry)
+            if len(self.calls) < MAX_ENTRIES:
+                self.calls.append(entry)
                 if step.timed:
                     entry.begin = now(entry.device)
+            else:
+                self.alike = Memo()  # the next ones come here, too
         return entry
 
     def stand_for_alike(self, owner: object, entry: Entry) -> None:
         """As of the entry's."""
-        if self.running:
+        if self.running and len(self.calls) < MAX_ENTRIES:
             with contextlib.suppress(TypeError):  # symbolic sizes have no hash
-                self._alike[owner, entry.q_shape, entry.k_shape, entry.dtype, entry.device, entry.heads, entry.masked] = entry
-
-    def alike(
-        self, owner: object, options: dict[str, Any], q: torch.Tensor, k: torch.Tensor, heads: int | None, masked: bool
-    ) -> tuple[Entry, Step] | None:  # fmt: skip
-        """The entry that stands for a call of `owner`, and the call's step; None where the call has to be opened as any other.
-
-        Python that runs between the calls of a model is never in the processor's caches: there it costs three times of what it does in a
-        loop. So the way from here to `again` is short, and leaves to others what can wait.
-        """
-        step = self.sampling.current
-        if step is None or options.get("sigmas") is not step.sigmas or options.get("cond_or_uncond") is not step.pass_:
-            return None
-        try:
-            like = self._alike.get((owner, q.shape, k.shape, q.dtype, q.device, heads, masked))
-        except TypeError:  # symbolic sizes have no hash
-            return None
-        if like is None or len(self._calls) >= MAX_ENTRIES:
-            return None
-        if step.timed:
-            like.untimed += 1
-            if like.untimed >= TIMED_OF_ALIKE:  # this one is timed, and will stand for the next
-                return None
-        return like, step
-
-    def again(self, like: Entry, step: Step, options: dict[str, Any]) -> None:
-        """What became of the call that `like` stands for became of another one."""
-        get, number = options.get, step.calls
-        step.calls = number + 1
-        self._calls.append((like, step, number, get("block"), get("block_type"), get("block_index"), get("transformer_index")))
+                self.alike[owner, entry.q_shape, entry.k_shape, entry.dtype, entry.device, entry.heads, entry.masked, False] = entry
 
     def _step_begins(self, step: Step, entry: Entry) -> None:
         step.begun, step.timed = True, step.number in TIMED_STEPS
@@ -369,9 +356,9 @@ class Record:
         """Called by the entry that is open: the next one takes its place."""
         self._here.reasons = entry.reasons
         with self._lock:
-            if self._calls and self._calls[-1] is entry:
-                self._calls.pop()
-                self._unpacked = min(self._unpacked, len(self._calls))
+            if self.calls and self.calls[-1] is entry:
+                self.calls.pop()
+                self._unpacked = min(self._unpacked, len(self.calls))
 
     def closed(self) -> None:
         """Called by the entry that was open."""
@@ -415,7 +402,7 @@ class Record:
         """Start counting (and logging) anew."""
         with self._lock:
             self._unpack()
-            self._alike = Memo()
+            self.alike = Memo()
             for counter in (self._ran, self._kept, self.fallbacks):
                 counter.clear()
 
