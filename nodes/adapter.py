@@ -10,20 +10,22 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.compiler import is_compiling
 
 from ..sageattention import KernelMissing, Unsupported, prepare, settings, tracing
 from ..sageattention.memo import Memo
 from ..sageattention.planning.problem import facts
-from ..sageattention.torch_internals import is_dynamo_compiling
 from .form import Form, four_dimensional
 from .override import SUSPENDED, Attention, Override
 from .record import KEY as RECORD
 from .schedule import Schedule, Window
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..sageattention.dispatch import Call, Known
     from .guard import Guard
-    from .record import Entry, Record
+    from .record import Entry
 
 
 FULL_PRECISION = "the model asks for full precision in some layers"
@@ -77,11 +79,11 @@ class SageOverride(Override):
         in one piece. The record makes an entry of what it leaves there when somebody asks.
         """
         options = kwargs.get("transformer_options")
-        if type(options) is dict and len(args) > 1 and not is_dynamo_compiling():
-            get = options.get
-            record: Record | None = get(RECORD)
-            step = None if record is None else record.sampling.current
-            if step is not None and get("sigmas") is step.sigmas and get("cond_or_uncond") is step.pass_ and SUSPENDED not in options:
+        if type(options) is dict and len(args) > 1 and not is_compiling():
+            get: Callable[[str], Any] = options.get
+            record = get(RECORD)
+            step = record.sampling.current if record is not None and SUSPENDED not in options else None
+            if step is not None and get("sigmas") is step.sigmas and get("cond_or_uncond") is step.pass_:
                 q, heads = args[0], args[3] if len(args) > 3 else kwargs.get("heads")
                 masked = (args[4] if len(args) > 4 else kwargs.get("mask")) is not None
                 exact = kwargs.get("low_precision_attention") is False
@@ -95,8 +97,9 @@ class SageOverride(Override):
                         out, like = self._compute_again(like, args, kwargs)
                     if out is not None or not like.variant:
                         number, step.calls = step.calls, step.calls + 1
-                        told = like, step, number, get("block"), get("block_type"), get("block_index"), get("transformer_index")
-                        record.calls.append(told)
+                        record.calls.append(
+                            (like, step, number, get("block"), get("block_type"), get("block_index"), get("transformer_index"))
+                        )
                         return func(*args, **kwargs) if out is None else out
         return self._call(func, args, kwargs, False)
 
@@ -104,12 +107,14 @@ class SageOverride(Override):
         """The result of a call like one that was computed, and the entry that it is like; None where it has to be opened as any other."""
         try:
             prepared = self.prepare(*args, **kwargs)
-            result = None if isinstance(prepared, str) else prepared[0].attempt()
+            if isinstance(prepared, str):
+                return None, like
+            call, form = prepared
+            result = call.attempt()
         except (Unsupported, KernelMissing):
             return None, like
         if result is None:
             return None, like
-        call, form = prepared
         if call.plan is not like.plan:  # its kernel was found missing just now
             like = copy.copy(like)
             like.planned(call)

@@ -30,8 +30,6 @@ def _imported(module: str, name: str) -> tuple[type, ...]:
 dispatch_modes: Callable[[], int] = _found("_C._len_torch_dispatch_stack", lambda: 0)
 # Whether torch.jit.trace records.
 is_tracing: Callable[[], bool] = _found("_C._is_tracing", torch.jit.is_tracing)
-# Whether torch.compile traces the caller; the other function also tells of an export, and takes twice as long.
-is_dynamo_compiling: Callable[[], bool] = _found("compiler.is_dynamo_compiling", torch.compiler.is_compiling)
 # The innermost transform of torch.func, such as vmap's, or None.
 transform: Callable[[], object] = _found("_C._functorch.peek_interpreter_stack", lambda: None)
 # Tensors without data, and those that stand for them while a graph is made.
