@@ -5,24 +5,30 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.compiler import is_compiling
 
 from ..sageattention import KernelMissing, Unsupported, prepare, settings, tracing
 from ..sageattention.memo import Memo
 from ..sageattention.planning.problem import facts
 from .form import Form, four_dimensional
 from .override import SUSPENDED, Attention, Override
-from .record import record_of
+from .record import KEY as RECORD
 from .schedule import Schedule, Window
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ..sageattention.dispatch import Call, Known
     from .guard import Guard
     from .record import Entry
+
+
+FULL_PRECISION = "the model asks for full precision in some layers"
 
 
 class SageOverride(Override):
@@ -37,7 +43,6 @@ class SageOverride(Override):
         guard: what watches over the error; None where nobody asked.
         known: of calls like earlier ones: their form and what the package knows of them, or why they are left to the model's own attention
             on purpose.
-        kept: an entry for each of the latter.
     """
 
     def __init__(self, variant: str, previous: Attention | None = None, schedule: Schedule | None = None, guard: Guard | None = None):
@@ -46,7 +51,6 @@ class SageOverride(Override):
         self.schedule = schedule
         self.guard = guard
         self.known: Memo[tuple[Any, ...], tuple[Form, Known] | str] = Memo()
-        self.kept: Memo[tuple[Any, ...], Entry] = Memo()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process it starts with counts of its own."""
@@ -68,18 +72,53 @@ class SageOverride(Override):
         }
 
     def __call__(self, func: Attention, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As any override's. Calls like one that was kept are most of some models' calls, and too short for much ado about them."""
-        if self.kept and not torch.compiler.is_compiling():
-            try:
-                like = self.kept.get(_key(*args, **kwargs))
-            except TypeError:  # symbolic sizes have no hash
-                like = None
-            if like is not None:
-                options = kwargs.get("transformer_options")
-                if type(options) is dict and SUSPENDED not in options and record_of(options, self.record).again(like, options):
-                    previous = self.previous
-                    return func(*args, **kwargs) if previous is None else previous(func, *args, **kwargs)
+        """As any override's.
+
+        Most calls are like an earlier one, and many of them short. Python that runs between the layers of a model is in none of the
+        processor's caches, and each function that a call passes through costs it 2 µs, whatever it does: so here is the way of such a call,
+        in one piece. The record makes an entry of what it leaves there when somebody asks.
+        """
+        options = kwargs.get("transformer_options")
+        if type(options) is dict and len(args) > 1 and not is_compiling():
+            get: Callable[[str], Any] = options.get
+            record = get(RECORD)
+            step = record.sampling.current if record is not None and SUSPENDED not in options else None
+            if step is not None and get("sigmas") is step.sigmas and get("cond_or_uncond") is step.pass_:
+                q, heads = args[0], args[3] if len(args) > 3 else kwargs.get("heads")
+                masked = (args[4] if len(args) > 4 else kwargs.get("mask")) is not None
+                exact = kwargs.get("low_precision_attention") is False
+                try:
+                    like = record.alike.get((self, q.shape, args[1].shape, q.dtype, q.device, heads, masked, exact))
+                except TypeError:  # symbolic sizes have no hash
+                    like = None
+                if like is not None and not (step.timed and like.times_another()):
+                    out = None
+                    if like.variant:
+                        out, like = self._compute_again(like, args, kwargs)
+                    if out is not None or not like.variant:
+                        number, step.calls = step.calls, step.calls + 1
+                        record.calls.append(
+                            (like, step, number, get("block"), get("block_type"), get("block_index"), get("transformer_index"))
+                        )
+                        return func(*args, **kwargs) if out is None else out
         return self._call(func, args, kwargs, False)
+
+    def _compute_again(self, like: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor | None, Entry]:
+        """The result of a call like one that was computed, and the entry that it is like; None where it has to be opened as any other."""
+        try:
+            prepared = self.prepare(*args, **kwargs)
+            if isinstance(prepared, str):
+                return None, like
+            call, form = prepared
+            result = call.attempt()
+        except (Unsupported, KernelMissing):
+            return None, like
+        if result is None:
+            return None, like
+        if call.plan is not like.plan:  # its kernel was found missing just now
+            like = copy.copy(like)
+            like.planned(call)
+        return form.give_back(result[0]), like
 
     def attempt(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any], contained: bool) -> torch.Tensor | None:
         """Our attention's result, or None where the call is left to the attention behind."""
@@ -88,14 +127,14 @@ class SageOverride(Override):
             if outside:
                 entry.kept(outside)
                 return None
+        unconditional = self.schedule is None and not contained
         release = functools.partial(_take, args[1], args[2]) if contained else None
         try:
             prepared = self.prepare(*(_peeked(args) if contained else args), **kwargs)
             if isinstance(prepared, str):
                 entry.kept(prepared)
-                if self.schedule is None and not contained and entry.reasons == (prepared,):
-                    with contextlib.suppress(TypeError):  # symbolic sizes have no hash
-                        self.kept[_key(*args, **kwargs)] = entry
+                if unconditional and self.previous is None and prepared is not FULL_PRECISION:
+                    entry.stands_for_alike(self)
                 return None
             call, form = prepared
             if self.guard is not None:
@@ -109,6 +148,8 @@ class SageOverride(Override):
             entry.fell_back(str(error))
             return None
         entry.computed(call)
+        if unconditional:
+            entry.stands_for_alike(self)
         return form.give_back(result[0])
 
     def prepare(
@@ -139,7 +180,7 @@ class SageOverride(Override):
         except TypeError:  # symbolic sizes have no hash
             known = given = None
         if low_precision_attention is False:
-            return "the model asks for full precision in some layers"
+            return FULL_PRECISION
         if isinstance(known, str):
             return known
         if tracing.transformed():
@@ -155,27 +196,6 @@ class SageOverride(Override):
         if given is not None:
             self.known[key] = left or (form, call.known)
         return left or (call, form)
-
-
-def _key(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    heads: int | None = None,
-    mask: torch.Tensor | None = None,
-    attn_precision: torch.dtype | None = None,
-    skip_reshape: bool = False,
-    skip_output_reshape: bool = False,
-    *,
-    enable_gqa: bool = False,
-    low_precision_attention: bool = True,
-    **others: Any,
-) -> tuple[Any, ...]:
-    """All that decides whether a call is kept: v is as k in every model, and where it is not the model's own attention is right, too."""
-    return (
-        q.shape, k.shape, q.dtype, q.device, None if mask is None else (mask.shape, mask.dtype),
-        heads, skip_reshape, skip_output_reshape, enable_gqa, low_precision_attention, settings.state,
-    )  # fmt: skip
 
 
 def _peeked(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ attention call is one entry, whoever computes it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -24,12 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..sageattention.memo import Memo
 from .sampling import Layer, Sampling, Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..sageattention.dispatch import Call
+    from ..sageattention.planning.plan import Plan
 
 LOG = logging.getLogger("PatchSageAttention")  # ComfyUI shows messages without this name, so each says it itself
 PATCH = "PatchSageAttention"
@@ -39,9 +42,11 @@ KEY = "sageattention_record"  # in transformer_options
 MAX_REASONS = 64
 OTHER_REASONS = "further reasons, no longer told apart"
 MAX_ENTRIES = 100_000  # of one sampling; 50 steps of a model with 60 blocks make 12,000
-# Two events a call cost the host 6 µs, a percent of a step of SDXL: each call is timed in these steps only, which is enough to know each
-# layer's share. How long a step takes is known of all.
+# Two events a call cost the host 6 µs and more, and a model with hundreds of short calls a step, such as SDXL, is bound by the host. So
+# calls are timed in these steps only, and of calls that are alike one in so many: they last as long as each other. How long a step takes is
+# known of all.
 TIMED_STEPS = frozenset({0, 1, 4, 12, 32})
+TIMED_OF_ALIKE = 16
 
 
 class Entry:
@@ -53,15 +58,17 @@ class Entry:
         masked: whether it came with a mask.
         variant: what computed it; "" for the model's own attention.
         kernel: the kernel's symbol, or the name of the attention behind ours.
+        plan: by which a dense variant computed it.
         reasons: why those that did not compute it did not.
         error: relative L2 of the worst head, where the guard measured.
         exact: what computes the call has to be unquantised.
-        begin, end: on the clock of the device, of timed steps.
+        begin, end: on the clock of the device, of timed calls.
+        untimed: calls like this one that were not timed in steps that are.
     """
 
     __slots__ = (
         "_depth", "_record", "_share", "begin", "device", "dtype", "end", "error", "exact", "heads", "hnd", "k_shape", "kernel", "layer",
-        "masked", "q_shape", "reasons", "step", "variant",
+        "masked", "plan", "q_shape", "reasons", "step", "untimed", "variant",
     )  # fmt: skip
 
     def __init__(
@@ -77,10 +84,17 @@ class Entry:
         self.error: float | None = None
         self.begin: Clock | None = None
         self.end: Clock | None = None
+        self.plan: Plan | None = None
+        self.untimed = 0
 
     @property
     def sampling(self) -> Sampling:
         return self._record.sampling
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What calls have in common that last as long as each other."""
+        return self.q_shape, self.k_shape, self.dtype, self.device, self.heads, self.masked, self.variant, self.kernel, self.reasons
 
     @property
     def blocks(self) -> float | None:
@@ -103,13 +117,30 @@ class Entry:
 
     def computed(self, call: Call) -> None:
         """A dense call of ours was computed by its plan."""
-        self.variant, self.kernel = call.plan.variant.name, getattr(call.plan, "attend", "")
+        self.planned(call)
         self._record.count_run(self.variant)
+
+    def planned(self, call: Call) -> None:
+        """As `computed`, but not counted."""
+        self.plan = call.plan
+        self.variant, self.kernel = call.plan.variant.name, getattr(call.plan, "attend", "")
 
     def kept(self, reason: str, node: str = PATCH) -> None:
         """The call is the model's own attention's by choice."""
         self.reasons += (reason,)
         self._record.count_kept(reason, node)
+
+    def stands_for_alike(self, owner: object) -> None:
+        """What became of this call by `owner` and the attention behind it becomes of all that are like it, until the sampling is over:
+        `Record.alike` has it for them."""
+        if self._depth == 1 and len(self.reasons) == (0 if self.variant else 1):  # nobody in front of the owner has a part in it
+            self._record.stand_for_alike(owner, self)
+
+    def times_another(self) -> bool:
+        """Whether it is the turn of a call like this one, in a step that is timed, to be timed: then that one is opened as any other, and
+        will stand for the next."""
+        self.untimed += 1
+        return self.untimed >= TIMED_OF_ALIKE
 
     def fell_back(self, reason: str, node: str = PATCH) -> None:
         """The variant refused the call."""
@@ -205,6 +236,10 @@ class Record:
             quantising gains nothing, the schedule left the call out, or the guard found it off.
         fallbacks: reason → calls that the variant refused, so that the model's own attention had to do them.
         sampling, entries: the last sampling, and its calls; those after `MAX_ENTRIES` are counted only.
+        calls: the same; a call like an earlier one may be only a tuple of that one's entry, its step, its number in the pass, and what its
+            options tell of its layer, as `Sampling.named` takes it.
+        alike: (override, q's shape, k's, dtype, device, heads, whether it is masked, whether it has to be exact) → the entry of a call that
+            such calls of this sampling are like.
         begun, running: whether there was a sampling, and whether it goes on. Calls outside of one are counted only.
         starts: step → when its first call began; after the last one, when the sampling was over.
         notes: what else happened in it, in sentences.
@@ -214,15 +249,48 @@ class Record:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._here = _Here()
-        self.ran: Counter[str] = Counter()
-        self.kept: Counter[str] = Counter()
+        self._ran: Counter[str] = Counter()
+        self._kept: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
         self.sampling = Sampling()
-        self.entries: list[Entry] = []
+        self.calls: list[Any] = []
+        self._unpacked = 0  # so many at the front of `calls` are entries
+        self.alike: Memo[tuple[Any, ...], Entry] = Memo()
         self.notes: list[str] = []
         self.starts: dict[int, Clock | None] = {}
         self.begun = self.running = False
         self.on_step: Callable[[Record], None] | None = None
+
+    @property
+    def entries(self) -> list[Entry]:
+        with self._lock:
+            self._unpack()
+            return self.calls[:]
+
+    @property
+    def ran(self) -> Counter[str]:
+        with self._lock:
+            self._unpack()
+            return self._ran
+
+    @property
+    def kept(self) -> Counter[str]:
+        with self._lock:
+            self._unpack()
+            return self._kept
+
+    def _unpack(self) -> None:
+        """Make entries of all `calls`, and count those. The lock is held."""
+        calls = self.calls
+        for at in range(self._unpacked, len(calls)):
+            if type(calls[at]) is tuple:
+                like, step, number, *told = calls[at]
+                calls[at] = Again(like, step, self.sampling.named(number, *told))
+                if like.variant:
+                    self._ran[like.variant] += 1
+                else:
+                    _add(self._kept, like.reasons[0])
+        self._unpacked = len(calls)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
         """Itself: a clone of a patched model deep-copies its options, and what happened should stay in one place."""
@@ -234,14 +302,17 @@ class Record:
 
     def begin(self, percent_to_sigma: Callable[[float], float] | None = None) -> None:
         """A sampling begins: forget the calls of the one before. Counts go on."""
-        self.sampling, self.entries, self.notes = Sampling(percent_to_sigma), [], []
-        self._here, self.starts, self.begun, self.running = _Here(), {}, True, True
+        with self._lock:
+            self._unpack()
+            self.sampling, self.calls, self._unpacked, self.alike = Sampling(percent_to_sigma), [], 0, Memo()
+        self.notes, self._here, self.starts, self.begun, self.running = [], _Here(), {}, True, True
 
     def end(self) -> None:
         """The sampling is over, be it that it was interrupted."""
-        if self.entries:
+        if self.calls:
             self.starts[self.sampling.steps] = now(self.entries[-1].device)
-        self.running, self.sampling.percent_to_sigma = False, None  # which holds on to the model
+        self.running, self.alike = False, Memo()
+        self.sampling.percent_to_sigma = None  # which holds on to the model
         if self.on_step is not None:
             self.on_step(self)
 
@@ -261,26 +332,19 @@ class Record:
         if self.running:
             if not step.begun:
                 self._step_begins(step, entry)
-            if len(self.entries) < MAX_ENTRIES:
-                self.entries.append(entry)
+            if len(self.calls) < MAX_ENTRIES:
+                self.calls.append(entry)
                 if step.timed:
                     entry.begin = now(entry.device)
+            else:
+                self.alike = Memo()  # the next ones come here, too
         return entry
 
-    def again(self, like: Entry, options: dict[str, Any]) -> bool:
-        """A call like one that was kept, for one reason, is kept again; False where it has to be opened as any other.
-
-        Costs half of what opening it does, which counts where a model makes hundreds of short calls.
-        """
-        here, sampling, kept = self._here, self.sampling, self.kept
-        step, reason = sampling.step(options), like.reasons[0]
-        if not step.begun or step.timed or here.entry is not None or here.reasons or reason not in kept:
-            return False
-        if len(self.entries) < MAX_ENTRIES:
-            self.entries.append(Again(like, step, sampling.layer(options, step)))
-        with self._lock:
-            kept[reason] += 1  # as count_kept() for a reason that it has logged, in half of its time
-        return True
+    def stand_for_alike(self, owner: object, entry: Entry) -> None:
+        """As of the entry's."""
+        if self.running and len(self.calls) < MAX_ENTRIES:
+            with contextlib.suppress(TypeError):  # symbolic sizes have no hash
+                self.alike[owner, entry.q_shape, entry.k_shape, entry.dtype, entry.device, entry.heads, entry.masked, False] = entry
 
     def _step_begins(self, step: Step, entry: Entry) -> None:
         step.begun, step.timed = True, step.number in TIMED_STEPS
@@ -291,8 +355,10 @@ class Record:
     def hand_over(self, entry: Entry) -> None:
         """Called by the entry that is open: the next one takes its place."""
         self._here.reasons = entry.reasons
-        if self.entries and self.entries[-1] is entry:
-            self.entries.pop()
+        with self._lock:
+            if self.calls and self.calls[-1] is entry:
+                self.calls.pop()
+                self._unpacked = min(self._unpacked, len(self.calls))
 
     def closed(self) -> None:
         """Called by the entry that was open."""
@@ -307,14 +373,14 @@ class Record:
     def count_run(self, variant: str, node: str = PATCH) -> None:
         """Count a call that a variant computed; the first one is logged."""
         with self._lock:
-            self.ran[variant] += 1
-            first = self.ran[variant] == 1
+            self._ran[variant] += 1
+            first = self._ran[variant] == 1
         if first:
             LOG.info("%s: attention runs on %s", node, variant)
 
     def count_kept(self, reason: str, node: str = PATCH) -> None:
         """Count a call that is the model's own attention's by choice; the first one of a reason is logged."""
-        if self._first(self.kept, reason):
+        if self._first(self._kept, reason):
             LOG.info("%s: left to the model's own attention: %s", node, reason)
 
     def count_fallback(self, reason: str, where: str, node: str = PATCH) -> None:
@@ -324,21 +390,29 @@ class Record:
 
     def _first(self, counter: Counter[str], reason: str) -> bool:
         with self._lock:
-            if reason not in counter and len(counter) >= MAX_REASONS:
-                reason = OTHER_REASONS
-            count = counter[reason] = counter[reason] + 1
-            return count == 1
+            return _add(counter, reason) == 1
 
     def as_dict(self) -> dict[str, dict[str, int]]:
         """A copy of all counts, as plain data."""
         with self._lock:
-            return {"ran": dict(self.ran), "kept": dict(self.kept), "fallbacks": dict(self.fallbacks)}
+            self._unpack()
+            return {"ran": dict(self._ran), "kept": dict(self._kept), "fallbacks": dict(self.fallbacks)}
 
     def reset(self) -> None:
         """Start counting (and logging) anew."""
         with self._lock:
-            for counter in (self.ran, self.kept, self.fallbacks):
+            self._unpack()
+            self.alike = Memo()
+            for counter in (self._ran, self._kept, self.fallbacks):
                 counter.clear()
+
+
+def _add(counter: Counter[str], reason: str) -> int:
+    """Count a reason; how often it has been counted."""
+    if reason not in counter and len(counter) >= MAX_REASONS:
+        reason = OTHER_REASONS
+    counter[reason] += 1
+    return counter[reason]
 
 
 def record_of(options: Any, default: Record) -> Record:

@@ -18,7 +18,7 @@ from ..sageattention import __version__
 from ..sageattention.cli.report import FORMAT, OWN, SAVED
 from . import findings, slot
 from .progress import short
-from .record import Entry, Record
+from .record import Again, Entry, Record
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -32,7 +32,7 @@ def of_model(model: ModelPatcher) -> dict[str, Any]:
     `layers`: a row for each layer and shape; `by_step`: a row for each step; `map`: the share of the blocks by layer and step.
     """
     record = slot.record_of(model) or Record()
-    entries = list(record.entries)
+    entries = record.entries
     times = Times(record)
     layers = _layers(entries, times)
     return {
@@ -68,7 +68,8 @@ def save(report: dict[str, Any]) -> None:
 class Times:
     """The times of a record's calls and steps, in ms.
 
-    The first step does not count where others are timed: kernels are loaded and the guard looks at each layer there.
+    A call of a timed step that was not timed itself, for others are like it, took as long as those. The first step does not count where
+    others are timed: kernels are loaded and the guard looks at each layer there.
 
     Attributes:
         steps: number → (attention's part of it, all of it); None where it was not taken.
@@ -77,11 +78,18 @@ class Times:
     """
 
     def __init__(self, record: Record):
+        entries = record.entries
         self._calls: dict[int, float] = {}  # by id of an entry
-        attention: defaultdict[int, float] = defaultdict(float)
-        for entry in record.entries:
+        for entry in entries:
             if entry.begin is not None and entry.end is not None:
                 self._calls[id(entry)] = entry.end.ms_since(entry.begin)
+        timed = [entry for entry in entries if id(entry) in self._calls]
+        numbers = {entry.step.number for entry in timed}
+        self.settled = numbers - {0} if len(numbers) > 1 else numbers
+        self._add_alike(entries, timed)
+        attention: defaultdict[int, float] = defaultdict(float)
+        for entry in entries:
+            if id(entry) in self._calls:
                 attention[entry.step.number] += self._calls[id(entry)]
         lasted = {}
         for number, start in record.starts.items():
@@ -89,13 +97,21 @@ class Times:
             if start is not None and following is not None and start.device == following.device:
                 lasted[number] = following.ms_since(start)
         self.steps = {number: (attention.get(number), lasted.get(number)) for number in {*attention, *lasted}}
-        self.settled = set(attention)
-        self.settled -= {0} if len(self.settled) > 1 else set()
         self.attention_ms = _mean(attention[n] for n in self.settled)
         self.step_ms = _mean(lasted.get(n) for n in self.settled)
 
+    def _add_alike(self, entries: list[Entry], timed: list[Entry]) -> None:
+        counted: defaultdict[tuple[Any, ...], list[float]] = defaultdict(list)
+        others: defaultdict[tuple[Any, ...], list[float]] = defaultdict(list)
+        for entry in timed:
+            (counted if entry.step.number in self.settled else others)[entry.kind].append(self._calls[id(entry)])
+        usual = {kind: statistics.median(times) for kind, times in {**others, **counted}.items()}
+        for entry in entries:
+            if isinstance(entry, Again) and entry.step.timed and entry.kind in usual:
+                self._calls[id(entry)] = usual[entry.kind]
+
     def of(self, entries: Iterable[Entry]) -> list[float]:
-        """Of those calls that are timed, in steps that count."""
+        """Of those calls that have a time, in steps that count."""
         return [self._calls[id(e)] for e in entries if id(e) in self._calls and e.step.number in self.settled]
 
 

@@ -21,24 +21,26 @@ class Step:
 
     Attributes:
         number: from 0.
-        calls: attention calls of the current pass through the network so far.
+        sigmas: ComfyUI's tensor, None where it gives none.
+        pass_: ComfyUI's list of the current pass through the network; kept alive, so that its identity is nobody else's.
+        calls: attention calls of that pass so far.
         begun, timed: for the record: whether it has seen a call, and whether it times them.
     """
 
-    __slots__ = ("_sigma", "_sigmas", "begun", "calls", "number", "pass_", "timed")
+    __slots__ = ("_sigma", "begun", "calls", "number", "pass_", "sigmas", "timed")
 
     def __init__(self, number: int, sigmas: torch.Tensor | None):
         self.number, self.calls = number, 0
         self.begun = self.timed = False
-        self.pass_: object = None  # keeps the list of a pass alive, so that its identity is nobody else's
-        self._sigmas = sigmas
+        self.pass_: object = None
+        self.sigmas = sigmas
         self._sigma: float | None = None
 
     @property
     def sigma(self) -> float | None:
         """The step's sigma, None where ComfyUI does not tell. Waits for the device, the first time."""
-        if self._sigma is None and self._sigmas is not None and self._sigmas.numel():
-            self._sigma = float(self._sigmas.max())
+        if self._sigma is None and self.sigmas is not None and self.sigmas.numel():
+            self._sigma = float(self.sigmas.max())
         return self._sigma
 
 
@@ -59,13 +61,14 @@ class Sampling:
 
     Attributes:
         percent_to_sigma: of the model that is sampled; None outside of a sampling.
+        current: the last call's step.
     """
 
     def __init__(self, percent_to_sigma: Callable[[float], float] | None = None):
         self.percent_to_sigma = percent_to_sigma
         self._sigmas_at: dict[float, float] = {}
         self._steps: dict[Any, Step] = {}  # device → its current step: several devices may share the work
-        self._step: Step | None = None  # the last call's: most calls are of the same one
+        self.current: Step | None = None
         self._layers: dict[tuple[Any, ...], Layer] = {}
 
     def sigma_at(self, percent: float) -> float:
@@ -84,13 +87,13 @@ class Sampling:
     def step(self, options: dict[str, Any]) -> Step:
         """The step of a call that comes with these `transformer_options`."""
         sigmas = options.get("sigmas")
-        step = self._step
-        if step is None or step._sigmas is not sigmas:
+        step = self.current
+        if step is None or step.sigmas is not sigmas:
             device = CPU if sigmas is None else sigmas.device
             step = self._steps.get(device)
-            if step is None or step._sigmas is not sigmas:
+            if step is None or step.sigmas is not sigmas:
                 step = self._steps[device] = Step(0 if step is None else step.number + 1, sigmas)
-            self._step = step
+            self.current = step
         return step
 
     def layer(self, options: dict[str, Any], step: Step) -> Layer:
@@ -99,13 +102,18 @@ class Sampling:
         if step.pass_ is not pass_:
             step.pass_, step.calls = pass_, 0
         number, step.calls = step.calls, step.calls + 1
-        key = options.get("block"), options.get("block_type"), options.get("block_index"), options.get("transformer_index")
+        return self.named(
+            number, options.get("block"), options.get("block_type"), options.get("block_index"), options.get("transformer_index")
+        )
+
+    def named(self, number: int, *told: Any) -> Layer:
+        """The layer of a pass's call of that number; `told`: what its options say under the four names that `layer` reads."""
         try:
-            known = self._layers.get(key)
+            known = self._layers.get(told)
             if known is None:
-                known = self._layers[key] = _layer(*key)
+                known = self._layers[told] = _layer(*told)
         except TypeError:  # other packs' own notions, without a hash
-            known = _layer(*key)
+            known = _layer(*told)
         return known if known.name else Layer(f"call {number}", known.block)
 
 

@@ -177,10 +177,11 @@ def sample_ms(model: Model, patcher: Any, steps: int) -> tuple[list[float], floa
         moments.append(time.perf_counter())
 
     conditioning, begun = [[text, extra]], time.perf_counter()
-    comfy.sample.sample(
-        patcher, torch.randn(model.latent, generator=generator), steps, 1.0, "euler", "simple", conditioning, conditioning,
-        torch.zeros(model.latent), callback=ended, disable_pbar=True, seed=SEED,
-    )  # fmt: skip
+    with torch.inference_mode():  # as ComfyUI runs its nodes
+        comfy.sample.sample(
+            patcher, torch.randn(model.latent, generator=generator), steps, 1.0, "euler", "simple", conditioning, conditioning,
+            torch.zeros(model.latent), callback=ended, disable_pbar=True, seed=SEED,
+        )  # fmt: skip
     return [1e3 * (b - a) for a, b in itertools.pairwise(moments)], 1e3 * (moments[-1] - begun)
 
 

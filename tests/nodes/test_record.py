@@ -205,17 +205,109 @@ def test_calls_are_timed_in_some_steps_and_all_steps_are():
     assert all(e.end.ms_since(e.begin) > 0 for e in slot.record_of(model).entries if e.begin)
 
 
-def test_calls_that_are_kept_again_are_entries_as_any_other():
-    """In steps that are not timed they take a shorter way."""
-    model, core = patched("auto"), OldCore()
-    sample(model, blocks(core), sigmas=torch.linspace(1, 0, 4).tolist(), passes=2)
+@pytest.mark.parametrize("variant", ["auto", "reference"])
+def test_calls_like_an_earlier_one_are_entries_as_any_other(variant):
+    """But for the first of each pass they take a shorter way, whether they are kept or computed."""
+    model, core = patched(variant), OldCore()
+    outs = sample(model, blocks(core), sigmas=torch.linspace(1, 0, 4).tolist(), passes=2)
     entries = slot.record_of(model).entries
-    assert [type(e).__name__ for e in entries] == ["Entry"] * 8 + ["Entry", "Again", "Again", "Again"] * 2
+    assert [type(e).__name__ for e in entries] == ["Entry", "Again"] * 8
     assert [(e.step.number, e.layer.name) for e in entries] == [(s, f"block {b}") for s in range(4) for _ in (0, 1) for b in (0, 1)]
     for name in ("q_shape", "k_shape", "dtype", "heads", "hnd", "masked", "variant", "kernel", "reasons", "blocks", "error"):
         assert len({getattr(e, name) for e in entries}) == 1, name
-    assert list(slot.record_of(model).kept.values()) == [16] == [len(core.own_calls)]
-    assert all(e.begin is None for e in entries[8:])
+    counts = slot.record_of(model).as_dict()
+    assert [*counts["kept"].values(), *counts["ran"].values()] == [16] and len(core.own_calls) == (16 if variant == "auto" else 0)
+    exact = 2 * sdpa(*QKV, 4)
+    assert all(torch.equal(out, outs[0]) and float((out - exact).norm() / exact.norm()) < 0.02 for out in outs)
+    assert all(e.begin is None for e in entries if e.step.number > 1 or type(e) is record.Again)
+
+
+@pytest.mark.parametrize("inputs", [{"start_percent": 0.1}, {"blocks": "0-3"}, {"max_error": 1.0}], ids=str)
+def test_calls_that_a_schedule_or_the_guard_decides_about_are_opened_each(inputs):
+    model = patched("reference", **inputs)
+    sample(model, blocks(OldCore(), 4))
+    assert {type(e) for e in slot.record_of(model).entries} == {record.Entry}
+
+
+def test_a_call_that_only_looks_like_an_earlier_one_is_not_taken_for_it():
+    """Of one shape, in one pass: full precision, another scale, other strides, and a step that runs again without us."""
+    model, core, outs = patched(), OldCore(), {}
+    q, k, v = QKV
+    wide = torch.cat([q, q], dim=2)[..., : q.shape[2]]
+    forms = {"plain": {}, "exact": {"low_precision_attention": False}, "scaled": {"scale": 0.5}, "strided": {}, "suspended": {}}
+
+    def network(options):
+        for _ in range(3):
+            for name, more in forms.items():
+                own = {override.SUSPENDED: True} if name == "suspended" else {}
+                given = wide if name == "strided" else q
+                outs.setdefault(name, []).append(core.attention(given, k, v, 4, transformer_options={**options, **own}, **more))
+        return q
+
+    sample(model, network, sigmas=[1.0, 0.5])
+    exact = {name: sdpa(q, k, v, 4, **more) for name, more in forms.items()}
+    for name, of in outs.items():
+        assert all(torch.equal(out, of[0]) for out in of), name
+        assert torch.equal(of[0], exact[name]) == (name in ("exact", "suspended")), name
+        assert float((of[0] - exact[name]).norm() / exact[name].norm()) < 0.02, name
+    assert slot.record_of(model).as_dict() == {
+        "ran": {"reference": 18}, "kept": {PACK.nodes.adapter.FULL_PRECISION: 6}, "fallbacks": {},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_kernel_that_turns_out_to_be_missing_later_on(fails, monkeypatch):
+    """A call like an earlier one falls back as any other; where another plan computes it, its entry says so."""
+    model, core = patched(), OldCore()
+    calls, call_type = [], sys.modules[f"{PACK.sageattention.__name__}.dispatch"].Call
+    own = call_type.attempt
+
+    def attempt(call, release=None):
+        calls.append(call)
+        if len(calls) == 3 and not fails:
+            call.plan = copy.copy(call.plan)
+            object.__setattr__(call.plan, "variant", PACK.sageattention.variants.VARIANTS["sageattn_qk_int8_pv_fp16_triton"])
+            return sdpa(*QKV, 4).unflatten(2, (4, -1)), None
+        if len(calls) >= 3 and fails:
+            raise PACK.sageattention.KernelMissing("reference", "it is gone")
+        return own(call, release)
+
+    monkeypatch.setattr(call_type, "attempt", attempt)
+    sample(model, blocks(core, 4), sigmas=[1.0])
+    ran = [e.variant for e in slot.record_of(model).entries]
+    if fails:
+        assert ran == ["reference", "reference", "", ""] and slot.record_of(model).fallbacks == {"reference: it is gone": 2}
+        assert len(core.own_calls) == 2
+    else:
+        assert ran == ["reference", "reference", "sageattn_qk_int8_pv_fp16_triton", "reference"]
+        assert slot.record_of(model).ran == {"reference": 3, "sageattn_qk_int8_pv_fp16_triton": 1} and not core.own_calls
+
+
+def test_of_calls_alike_one_in_many_is_timed():
+    model, count = patched("auto"), 2 * record.TIMED_OF_ALIKE + 3
+    sample(model, blocks(OldCore(), count), sigmas=[1.0, 0.8, 0.6])
+    timed = {step: [e.layer.name for e in slot.record_of(model).entries if e.begin and e.step.number == step] for step in range(3)}
+    assert timed[0] == [f"block {record.TIMED_OF_ALIKE * i}" for i in range(3)]
+    assert 2 <= len(timed[1]) <= 4 and not timed[2]
+
+
+def test_entries_of_a_sampling_without_end_are_counted_only(monkeypatch):
+    monkeypatch.setattr(record, "MAX_ENTRIES", 10)
+    model, core = patched("auto"), OldCore()
+    sample(model, blocks(core, 4), sigmas=torch.linspace(1, 0, 6).tolist())
+    assert 10 <= len(slot.record_of(model).entries) < 14 and list(slot.record_of(model).kept.values()) == [24] == [len(core.own_calls)]
+
+
+def test_the_override_behind_gets_every_call_of_ours_that_is_kept():
+    seen = []
+
+    def behind(func, *args, **kwargs):
+        seen.append(func)
+        return func(*args, **kwargs)
+
+    model = patched("auto", Model(behind))
+    sample(model, blocks(OldCore(), 3))
+    assert len(seen) == len(slot.record_of(model).entries) == 12
 
 
 def test_calls_that_are_kept_again_behind_another_of_ours_stay_one_entry():

@@ -79,13 +79,28 @@ def test_every_call_is_accounted_for():
     assert layers["block 0", (1, 2, 200, 20, 64)]["kernels"] == ["own"]
 
 
-def test_times_add_up():
+def test_times_add_up(monkeypatch):
+    monkeypatch.setattr(PACK.nodes.record, "TIMED_OF_ALIKE", 1)  # each: nothing is put at what another call took
     data = report.of_model(sampled())
     assert 0 < data["attention_ms"] < data["step_ms"]
     assert sum(row["share"] for row in data["layers"]) == pytest.approx(1)
     assert sum(row["ms_a_step"] for row in data["layers"]) == pytest.approx(data["attention_ms"])
     assert all(0 < step["attention_ms"] < step["step_ms"] for step in data["by_step"][:2])
     assert all(step["attention_ms"] is None and step["step_ms"] > 0 for step in data["by_step"][2:])
+
+
+def test_calls_that_were_not_timed_took_as_long_as_those_that_they_are_like():
+    model = patched("auto")
+    sample(model, Network(OldCore()), STEPS)
+    entries, times = slot.record_of(model).entries, report.Times(slot.record_of(model))
+    again = [e for e in entries if type(e) is PACK.nodes.record.Again and e.step.timed]
+    assert again and all(len(times.of([e])) == (e.step.number == 1) for e in again)
+    of_kind = {e.kind: [] for e in entries}
+    for e in entries:
+        if e.begin and e.step.number == 1:
+            of_kind[e.kind].append(e.end.ms_since(e.begin))
+    usual = {kind: sorted(ms)[len(ms) // 2] for kind, ms in of_kind.items() if len(ms) % 2}
+    assert usual and all(times.of([e]) == [usual[e.kind]] for e in again if e.step.number == 1 and e.kind in usual)
 
 
 def test_the_first_step_does_not_count_where_others_are_timed():
