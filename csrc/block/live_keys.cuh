@@ -42,24 +42,28 @@ struct LiveRows {
     return any;
   }
 
- private:
   // The keys of word w that there are.
   __device__ __forceinline__ u32 existing(int w) const {
     const int left = len_kv - 32 * w;
-    return left >= 32 ? ~0u : (1u << left) - 1;
+    return left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0u;
   }
 };
 
 // Consecutive keys' bits in shared memory. Keys count from the start of the sequence.
 template <int kWords>
 struct LiveWindow {
-  static constexpr int kKeys = 32 * kWords;
   u32 word[kWords];
 
-  // Loads the words from that of `key` on. A collective of the CTA; no thread may still read the previous words.
-  __device__ __forceinline__ void load(const LiveRows& live, int key, int threads) {
-    for (int i = special_tid_x(); i < kWords; i += threads) word[i] = key / 32 + i < live.live.words ? live.word(key / 32 + i) : 0u;
-    __syncthreads();  // the words are stored
+  // Loads the words of `count` keys from `key` on, which fit. Returns whether all existing keys of these words are live. A collective of
+  // the CTA.
+  __device__ __forceinline__ bool load(const LiveRows& live, int key, int count, int threads) {
+    const int first = key / 32, words = (key % 32 + count + 31) / 32;
+    bool all = true;
+    for (int i = special_tid_x(); i < words; i += threads) {
+      const u32 bits = first + i < live.live.words ? live.word(first + i) : 0u;
+      word[i] = bits, all = all && bits == live.existing(first + i);
+    }
+    return __syncthreads_and(all);  // the words are stored
   }
   __device__ __forceinline__ bool get(int key, int first) const {
     const int bit = key - first / 32 * 32;

@@ -98,6 +98,7 @@ __device__ __forceinline__ void store8(void* row, int channel, int head_dim, flo
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
+  __device__ constexpr operator int() const { return kValue; }
 };
 
 // Calls body(Constant<dtype>): one branch outside, straight-line code inside.

@@ -1,8 +1,8 @@
 // Launch before the others: reads a dense mask once and stores, for each band of 32 queries, which KV tiles it sees, which of those hold a
 // masked or biased pair, and which keys it sees at all. One band stands for all queries where the mask is the same for all and not causal.
 //
-// A warp goes over the rows of a band in strips of 32 lanes, each of which reads consecutive keys of a row. A CTA has a part of a band's
-// keys: whole words of its planes.
+// A warp goes over the rows of a band in strips of 32 lanes, each of which reads consecutive keys of a row; several warps may share the
+// rows. A CTA has a part of a band's keys: whole bytes of its planes.
 #pragma once
 #include <sage/constants.cuh>
 
@@ -16,11 +16,13 @@
 namespace sage {
 
 constexpr int kClassifyThreads = 256, kClassifyWarps = kClassifyThreads / 32;
+constexpr int kClassifyMaxKeys = 4096;  // of a CTA whose warps share rows
 
 struct ClassifyShared {
-  u32 plane[2][kMaxWords];  // the CTA's words of each
-  i32 row_max[kBandRows];   // ordered(); −inf: no key of the row is negligible
-  i32 lowest, highest;      // ordered(): of the biases that the CTA has read, but for −inf
+  u32 plane[2][kMaxWords];           // the CTA's bytes of each
+  u32 alive[kClassifyMaxKeys / 32];  // where warps share rows: the CTA's live keys
+  i32 row_max[kBandRows];            // ordered(); −inf: no key of the row is negligible
+  i32 lowest, highest;               // ordered(): of the biases that the CTA has read, but for −inf
 };
 
 // Integers that are ordered as the floats are, and back.
@@ -127,6 +129,10 @@ struct MaskRun<kMaskBool> {
     for (int e = 0; e < kKeys; ++e)
       if (key + e < len_kv) bytes[e / 4] |= (u32)row[(key + e) * stride_k] << 8 * (e % 4);
   }
+  // Adds the bytes that are set in this run, too, to `all`, and those that are set in one of both to `any`.
+  __device__ __forceinline__ void add(u32& all, u32& any) const {
+    all &= bytes[0] & bytes[1] & bytes[2] & bytes[3], any |= bytes[0] | bytes[1] | bytes[2] | bytes[3];
+  }
   __device__ __forceinline__ u32 kept() const {
     u32 half[2];  // eight bits each, in bits 7 to 14
 #pragma unroll
@@ -160,20 +166,27 @@ struct MaskBand {
   int matrix, row0, rows;
   bool one_row;       // the mask has one row for all queries
   int last_row;       // a causal band sees keys up to this one; one for all queries sees what the last query sees
-  int word0, words;   // of the planes
+  int byte0, bytes;   // of the planes
   int key0, key_end;  // whole tiles
   const u8* mask;     // row row0
   i64 row_bytes;
 
   __device__ __forceinline__ explicit MaskBand(const ClassifyParams& p) {
-    const int part = blockIdx.x % p.parts, index = blockIdx.x / p.parts, band = index % p.bands, bytes = mask_element_bytes(p.mask_kind);
+    const int part = blockIdx.x % p.parts, index = blockIdx.x / p.parts, band = index % p.bands;
+    const int element = mask_element_bytes(p.mask_kind);
     matrix = index / p.bands, row0 = p.bands == 1 ? 0 : band * kBandRows, one_row = p.stride_q == 0;
     rows = one_row ? 1 : min(kBandRows, p.len_q - row0);
     last_row = min(p.bands == 1 && one_row ? p.len_q : row0 + kBandRows, p.len_q) - 1;
-    word0 = part * p.part_words, words = min(p.part_words, p.words - word0);
-    key0 = word0 * 32 * p.tile, key_end = min(key0 + words * 32 * p.tile, (p.len_kv + p.tile - 1) / p.tile * p.tile);
-    row_bytes = p.stride_q * bytes;
-    mask = static_cast<const u8*>(p.mask) + (matrix / p.heads * p.stride_b + matrix % p.heads * p.stride_h) * bytes + row0 * row_bytes;
+    byte0 = part * p.part_bytes, bytes = part == p.parts - 1 ? 4 * p.words - byte0 : p.part_bytes;
+    key0 = byte0 * 8 * p.tile, key_end = min(key0 + bytes * 8 * p.tile, (p.len_kv + p.tile - 1) / p.tile * p.tile);
+    row_bytes = p.stride_q * element;
+    mask = static_cast<const u8*>(p.mask) + (matrix / p.heads * p.stride_b + matrix % p.heads * p.stride_h) * element + row0 * row_bytes;
+  }
+
+  // Leaves the band's rows from number `first` on, `count` at most; false if there are none.
+  __device__ __forceinline__ bool narrow(int first, int count) {
+    row0 += first, rows = min(rows - first, count), mask += first * row_bytes;
+    return rows > 0;
   }
 };
 
@@ -225,7 +238,9 @@ __device__ __forceinline__ void add_bool_rows(const ClassifyParams& p, const Mas
   using Run = MaskRun<kMaskBool>;
   constexpr int kKeys = Run::kKeys, kBatch = kLoad == RunLoad::aligned ? 8 : 4;  // rows that are loaded together
   const i64 matrix_row0 = band.one_row ? band.matrix : (i64)band.matrix * p.len_q + band.row0;
-  u16* kept_bits = reinterpret_cast<u16*>(p.kept + matrix_row0 * p.live_words) + key / kKeys;
+  u32* kept_row0 = p.kept + matrix_row0 * p.live_words;
+  u16* kept_bits = reinterpret_cast<u16*>(kept_row0) + key / kKeys;                                // the lane's own keys
+  u32* kept_words = kept_row0 + (key - special_tid_x() % 32 * kKeys) / 32 + special_tid_x() % 16;  // of a strip; 16 lanes have a row
   // One row for all queries: some query sees keys up to last_row, every one up to row0.
   const int some = p.causal ? (band.one_row ? band.last_row : band.row0) - key + 1 : kKeys;
   const int every = p.causal ? band.row0 - key + 1 : kKeys;
@@ -238,14 +253,27 @@ __device__ __forceinline__ void add_bool_rows(const ClassifyParams& p, const Mas
       run[i].template load<kLoad>(row, key, p.stride_k, p.len_kv);
       if (base + i < band.rows - 1) row += band.row_bytes;
     }
+    const int last = min(base + kBatch, band.rows) - 1;
+    if constexpr (kLoad != RunLoad::each) {
+      // Masks of models consist of large areas of one value: of all rows and lanes here, then, as bytes 1 or 0.
+      u32 all = ~0u, any = 0;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) run[i].add(all, any);
+      const bool kept = __all_sync(kAllLanes, all == 0x01010101u && any == 0x01010101u);
+      if (kept || __all_sync(kAllLanes, any == 0)) {
+        if (kept) state.seen |= first_bits<kKeys>(some + last);
+        if (!p.absent) state.uneven |= ~(kept ? first_bits<kKeys>(every + base) : 0u) & (1u << kKeys) - 1;
+        for (int r = base + special_tid_x() % 32 / 16; r <= last; r += 2) kept_words[r * p.live_words] = kept ? ~0u : 0u;
+        continue;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int r = min(base + i, band.rows - 1);
       const u32 kept = run[i].kept();
       state.seen |= kept & first_bits<kKeys>(some + r);
       if (!p.absent) state.uneven |= ~(kept & first_bits<kKeys>(every + r)) & (1u << kKeys) - 1;
-      if (kLoad != RunLoad::each || key < 32 * p.live_words) *kept_bits = kept;
-      if (r < band.rows - 1) kept_bits += 2 * p.live_words;
+      if (kLoad != RunLoad::each || key < 32 * p.live_words) kept_bits[2 * r * p.live_words] = kept;
     }
   }
   state.alive = state.seen;
@@ -305,18 +333,20 @@ __device__ __forceinline__ void add_bias_rows(const ClassifyParams& p, const Mas
 template <int kKind>
 __device__ __forceinline__ void classify_keys(const ClassifyParams& p, const MaskBand& band, ClassifyShared& shared) {
   constexpr int kKeys = MaskRun<kKind>::kKeys, kStrip = 32 * kKeys, kLanes = 32 / kKeys;  // lanes of a word
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, groups = kKind == kMaskBool ? p.row_groups : 1;
   u32* live = p.live + (i64)(blockIdx.x / p.parts) * p.live_words;
   float lowest = kInf, highest = -kInf;
-  for (int strip = band.key0 + warp * kStrip; strip < band.key_end; strip += kClassifyWarps * kStrip) {
+  MaskBand own = band;
+  const bool any = groups == 1 || own.narrow(warp % groups * (kBandRows / groups), kBandRows / groups);
+  for (int strip = band.key0 + warp / groups * kStrip; any && strip < band.key_end; strip += kClassifyWarps / groups * kStrip) {
     const int key = strip + kKeys * lane;
     KeyState state;
     const auto add = [&](auto how) {
       constexpr RunLoad kLoad = (RunLoad) decltype(how)::value;
       if constexpr (kKind == kMaskBool)
-        add_bool_rows<kLoad>(p, band, key, state);
+        add_bool_rows<kLoad>(p, own, key, state);
       else
-        add_bias_rows<kKind, kLoad>(p, band, shared, key, state);
+        add_bias_rows<kKind, kLoad>(p, own, shared, key, state);
     };
     // Of what is beyond the last key nothing is loaded.
     if (p.vectors == (i32)RunLoad::aligned && strip + kStrip <= p.len_kv)
@@ -328,11 +358,14 @@ __device__ __forceinline__ void classify_keys(const ClassifyParams& p, const Mas
     const u32 seen = __ballot_sync(kAllLanes, state.seen != 0), uneven = __ballot_sync(kAllLanes, state.uneven != 0);
     const u32 word = join_lanes<kKeys>(state.alive);
     if (lane % kLanes == 0 && key < p.len_kv) {  // 32 keys, which belong to one tile
-      const int tile = key / p.tile, w = tile / 32 - band.word0;
+      const int tile = key / p.tile - 8 * band.byte0;
       const u32 lanes = (1u << kLanes) - 1 << lane;
-      if (seen & lanes) atomicOr(&shared.plane[0][w], 1u << tile % 32);
-      if (uneven & lanes) atomicOr(&shared.plane[1][w], 1u << tile % 32);
-      live[key / 32] = word;
+      if (seen & lanes) atomicOr(&shared.plane[0][tile / 32], 1u << tile % 32);
+      if (uneven & lanes) atomicOr(&shared.plane[1][tile / 32], 1u << tile % 32);
+      if (groups == 1)
+        live[key / 32] = word;
+      else
+        atomicOr(&shared.alive[(key - band.key0) / 32], word);
     }
     lowest = fminf(lowest, state.lowest), highest = fmaxf(highest, state.highest);
   }
@@ -340,23 +373,32 @@ __device__ __forceinline__ void classify_keys(const ClassifyParams& p, const Mas
     atomicMin(&shared.lowest, ordered(lowest));
     atomicMax(&shared.highest, ordered(highest));
   }
-  __syncthreads();  // planes and range are complete
+  __syncthreads();  // planes, live keys and range are complete
+  if (groups > 1)
+    for (int i = threadIdx.x; band.key0 + 32 * i < min(band.key_end, p.len_kv); i += kClassifyThreads)
+      live[band.key0 / 32 + i] = shared.alive[i];
 }
 
 template <int kKind>
 __device__ __forceinline__ void classify(const ClassifyParams& p, ClassifyShared& shared) {
   const MaskBand band(p);
-  const int last_tile = (p.len_kv - 1) / p.tile, last_word = last_tile / 32 - band.word0;
-  for (int i = threadIdx.x; i < 2 * band.words; i += kClassifyThreads) {
-    const int plane = i / band.words, w = i % band.words;  // a ragged last tile is mixed: its keys beyond the end are masked
-    shared.plane[plane][w] = plane && w == last_word && p.len_kv % p.tile && !p.absent ? 1u << last_tile % 32 : 0u;
+  const int last_tile = (p.len_kv - 1) / p.tile - 8 * band.byte0, words = (band.bytes + 3) / 4;
+  for (int i = threadIdx.x; i < 2 * words; i += kClassifyThreads) {
+    const int plane = i / words, w = i % words;  // a ragged last tile is mixed: its keys beyond the end are masked
+    shared.plane[plane][w] = plane && w == last_tile / 32 && p.len_kv % p.tile && !p.absent ? 1u << last_tile % 32 : 0u;
   }
+  for (int i = threadIdx.x; i < kClassifyMaxKeys / 32; i += kClassifyThreads) shared.alive[i] = 0;
   if (threadIdx.x < kBandRows) shared.row_max[threadIdx.x] = ordered(-kInf);
   if (threadIdx.x == 0) shared.lowest = ordered(kInf), shared.highest = ordered(-kInf);
   __syncthreads();  // planes, maxima and range are initialised
   if constexpr (kKind == kMaskBool) {
     classify_keys<kKind>(p, band, shared);
   } else {
+    // The loads that follow are a few rows at a time, so the whole band is asked for first.
+    if (p.vectors == (i32)RunLoad::aligned && threadIdx.x % 32 == 0)
+      for (int r = threadIdx.x / 32; r < band.rows; r += kClassifyWarps)
+        prefetch_l2(band.mask + r * band.row_bytes + band.key0 * (i64)MaskRun<kKind>::kBytes,
+                    (min(band.key_end, p.len_kv) - band.key0) / MaskRun<kKind>::kKeys * 16);
     // Of a band of many rows the CTA has all keys, and knows by the range of their biases whether any can be negligible. If so, a second
     // turn: the planes are the same then, and fewer keys live.
     for (bool known = band.one_row;; known = true) {
@@ -365,9 +407,9 @@ __device__ __forceinline__ void classify(const ClassifyParams& p, ClassifyShared
       if (known || from_ordered(shared.highest) - from_ordered(shared.lowest) <= kNegligibleBias) break;
     }
   }
-  u32* lists = p.lists + (i64)(blockIdx.x / p.parts) * 2 * p.words + band.word0;
-  for (int i = threadIdx.x; i < 2 * band.words; i += kClassifyThreads)
-    lists[i / band.words * p.words + i % band.words] = shared.plane[i / band.words][i % band.words];
+  u8* lists = reinterpret_cast<u8*>(p.lists + (i64)(blockIdx.x / p.parts) * 2 * p.words) + band.byte0;
+  for (int i = threadIdx.x; i < 2 * band.bytes; i += kClassifyThreads)
+    lists[i / band.bytes * 4 * p.words + i % band.bytes] = reinterpret_cast<const u8*>(shared.plane[i / band.bytes])[i % band.bytes];
 }
 
 __device__ void classify_band(const ClassifyParams& p) {

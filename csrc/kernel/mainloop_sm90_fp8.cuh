@@ -272,6 +272,40 @@ struct MainloopFp8 : SoftmaxFp8<C> {
     promote();
   }
 
+  // Both steps of a mixed tile of a list. Their products and their loads of the mask's bits are under way together, and they share a promotion.
+  __device__ __forceinline__ void mixed_tile(Scores& first, Scores& second) {
+    Scales scale;
+    float top[2], more[2];
+    ProbFragments prob[2];
+    issue_scores<0>(first, ring);
+    load_k_scales(ring.stage);
+    issue_scores<kStepsPerTile - 1>(second, ring);
+    const int key0 = tile_number * C::kTile;
+    const auto keys = Base::visible(key0), more_keys = Base::visible(key0 + C::kStep);
+    wgmma_wait<0>();
+    warpgroup_fence_operand(first);
+    warpgroup_fence_operand(second);
+    release(kKEmpty, ring.stage);
+    Base::template read_scales<0>(scale);
+    mask_scores(first, scale, keys, key0, top);
+    Base::template read_scales<kStepsPerTile - 1>(scale);
+    mask_scores(second, scale, more_keys, key0 + C::kStep, more);
+    top[0] = fmaxf(top[0], more[0]), top[1] = fmaxf(top[1], more[1]);
+    if (__any_sync(kAllLanes, top[0] > m_i[0] + kLog2E4m3Max || top[1] > m_i[1] + kLog2E4m3Max)) update_m_i(top);
+    m_p[0] = m_i[0], m_p[1] = m_i[1];
+    Base::template softmax_step<true>(first, scale, prob[0]);
+    issue_pv<0>(prob[0], true);
+    Base::template softmax_step<true>(second, scale, prob[1]);
+    issue_pv<kStepsPerTile - 1>(prob[1], false);
+    wgmma_wait<0>();
+    warpgroup_fence_operand(prob[0]);  // until here the tensor cores read them
+    warpgroup_fence_operand(prob[1]);
+    warpgroup_fence_operand(acc);
+    promote();
+    release(kVEmpty, ring.stage);
+    ring.advance();
+  }
+
   __device__ __forceinline__ void masked_tile() {
     Scores s;
     masked_step<0>(s);
@@ -353,7 +387,11 @@ struct MainloopFp8 : SoftmaxFp8<C> {
     Scores even, odd;
     ProbFragments prob;
     Base::begin(range);
-    for (int left = range.masked; left; --left) masked_tile();
+    for (int left = range.masked; left; --left)
+      if constexpr (C::kMask == Mask::list && kStepsPerTile == 2)
+        mixed_tile(even, odd);
+      else
+        masked_tile();
     if (range.unmasked) {
       if constexpr (C::kGroupSteps == 2)  // the shuffles tell the compiler that all lanes have the same: it keeps them in uniform registers
         range.unmasked = __shfl_sync(kAllLanes, range.unmasked, 0), ring.stage = __shfl_sync(kAllLanes, ring.stage, 0),

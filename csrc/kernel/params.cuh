@@ -75,7 +75,8 @@ struct ClassifyParams {
   i32 absent;                      // 1: keys that are not live take no part in attention anyway: they make no tile uneven
   i32 tile;                        // keys of a KV tile
   i32 words, live_words, bias_len;
-  i32 parts, part_words;  // CTAs of a band; words of a plane that each has
+  i32 parts, part_bytes;  // CTAs of a band; bytes of a plane that each has, the last one all that are left
+  i32 row_groups;         // of a bool mask: warps that share the rows of a strip of keys
 };
 
 // First launches of a block-sparse call: block means of K, block sums of V.

@@ -18,8 +18,6 @@
 
 namespace sage {
 
-constexpr int kLiveWords = 512;
-
 template <class Layout>
 struct QuantizeKShared {
   static constexpr int kHeadDim = Layout::kHeadDim, kThreads = 4 * Layout::kScaleKeys, kWarps = kThreads / 32;
@@ -87,7 +85,7 @@ __device__ __forceinline__ void reduce_rows(const u8* rows, i64 row_bytes, int c
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) row[u] = row_of(min(base + u * Shared::kRows, count - 1));
   };
-  if (kAhead) find_rows(threadIdx.x / Shared::kLanes);
+  if (kAhead && count > 0) find_rows(threadIdx.x / Shared::kLanes);
   for (int base = threadIdx.x / Shared::kLanes; base < count; base += Shared::kRows * kUnroll) {
     Raw8<kDtype> raw[kUnroll];
     float weights[kUnroll];
@@ -324,11 +322,35 @@ __device__ __forceinline__ int find_samples(const QuantizeKParams& p, const Live
   return shared.live_samples;
 }
 
+// Whether all keys are live whose mean is k_mean where all are. A collective of the CTA.
+__device__ __forceinline__ bool samples_live(const QuantizeKParams& p, const LiveRows& live) {
+  bool all = true;
+  if (threadIdx.x < p.k_mean_samples) {
+    const int key = threadIdx.x * p.k_mean_step;
+    all = live.word(key / 32) >> key % 32 & 1;
+  }
+  return __syncthreads_and(all);
+}
+
+// Lets the next launch start, of which no CTA does before all CTAs of this one, number `block` among them, have come here.
+__device__ __forceinline__ void let_next_launch_start(const QuantizeKParams& p, int block) {
+  if (threadIdx.x == 0) {
+    if (block < p.bh_count * p.v_chunks) p.v_stats_ready[block] = 0;
+    __threadfence();
+    grid_launch_dependents();
+  }
+}
+
+// Whether the mask whose live keys these are may still be being read when the launch starts. Its CTAs then begin as if all keys were live.
+template <class Layout, bool kLiveMask>
+constexpr bool kGuessesLive = kLiveMask && !Layout::kOrdered;
+
 // kLiveMask: p.live may say that some keys are not live. Stores the largest K scale at `scale_partial`.
 template <class Layout, int kDtype, bool kVectors, bool kLiveMask>
 __device__ __forceinline__ void quantize_cta(const QuantizeKParams& p, const u8* k, const LiveRows& live, int bh, int cta,
                                              float* scale_partial, QuantizeKShared<Layout>& shared) {
   constexpr int kHeadDim = Layout::kHeadDim, kKeys = Layout::kScaleKeys, kBlocksPerTile = Layout::kTile / kKeys;
+  constexpr bool kOrdered = kLiveMask && Layout::kOrdered;
   using Rotate = RotateK<Layout, kDtype, QuantizeKShared<Layout>>;
   // Loads the next scale block while this one is rotated, where the registers allow it.
   constexpr bool kPrefetch = kHeadDim <= 128 && kDtype != kFloat32 && kVectors;
@@ -336,60 +358,75 @@ __device__ __forceinline__ void quantize_cta(const QuantizeKParams& p, const u8*
   const int scale_blocks = kBlocksPerTile * p.kv_tiles, length = (scale_blocks + p.ctas_per_head - 1) / p.ctas_per_head,
             first = cta * length, last = min(first + length, scale_blocks);
   RawRow<kHeadDim, kDtype> raw;
-  int window = 0;  // first key of shared.live
-  const auto row_of = [&](int i) { return kLiveMask && p.order ? p.order[i] : i; };
+  const auto row_of = [&](int i) { return kOrdered && p.order ? p.order[i] : i; };
   // The lane's key of a scale block, an existing one at the end. Its row is found a scale block ahead.
   const auto row_in = [&](int scale_block) { return row_of(min(scale_block * kKeys + Rotate::row(), p.len - 1)); };
   int next_row = row_in(first);
   const u8* key = k + next_row * row_bytes;
-  if (kLiveMask) next_row = row_in(first + 1);
+  if (kOrdered) next_row = row_in(first + 1);
   const auto load = [&] { raw.template load<kVectors>(key, threadIdx.x % 4, p.head_dim); };
   const auto advance = [&](int scale_block) {
-    if (kLiveMask)
+    if (kOrdered)
       key = k + next_row * row_bytes, next_row = row_in(scale_block + 1);
     else if (scale_block * kKeys + Rotate::row() < p.len)
       key += kKeys * row_bytes;
   };
   if (kPrefetch) load();
-  const auto keep_k_mean = [&](int, int c, float mean) {
-    shared.k_mean[c] = mean * (0.5f / kHeadDim);
-    if (cta == 0) p.k_mean[bh * kHeadDim + c] = mean;
-  };
-  if (kLiveMask && p.k_mean_given) {
-    for (int c = threadIdx.x; c < kHeadDim; c += QuantizeKShared<Layout>::kThreads)
-      shared.k_mean[c] = p.k_mean[bh * kHeadDim + c] * (0.5f / kHeadDim);
-  } else {
-    const bool some = kLiveMask && live.bits;
-    const int samples = some ? find_samples(p, live, shared) : p.k_mean_samples;
-    reduce_rows<ChannelSum, kDtype, kVectors, kLiveMask>(
+  constexpr int kThreads = QuantizeKShared<Layout>::kThreads;
+  const auto take_k_mean = [&](int samples, auto key_of) {
+    reduce_rows<ChannelSum, kDtype, kVectors, kOrdered>(
         k, row_bytes, samples, p.head_dim, 1.0f / (kLiveMask ? max(samples, 1) : samples), shared,
-        [&](int i) -> Row { return {row_of(some ? shared.sample[i] : i * p.k_mean_step), true}; }, keep_k_mean);
+        [&](int i) -> Row { return {row_of(key_of(i)), true}; },
+        [&](int, int c, float mean) {
+          shared.k_mean[c] = mean * (0.5f / kHeadDim);
+          if (cta == 0) p.k_mean[bh * kHeadDim + c] = mean;
+        });
+  };
+  const auto take_live_k_mean = [&] { take_k_mean(find_samples(p, live, shared), [&](int i) { return shared.sample[i]; }); };
+  const auto own_live = [&] { return shared.live.load(live, first * kKeys, (last - first) * kKeys, kThreads); };
+  bool some = false;  // whether some of the CTA's keys are not live
+  if (kOrdered && live.bits) some = !own_live();
+  if (kOrdered && p.k_mean_given) {
+    for (int c = threadIdx.x; c < kHeadDim; c += kThreads) shared.k_mean[c] = p.k_mean[bh * kHeadDim + c] * (0.5f / kHeadDim);
+  } else if (kOrdered && live.bits) {
+    take_live_k_mean();
+  } else {
+    take_k_mean(p.k_mean_samples, [&](int i) { return i * p.k_mean_step; });
   }
-  if (kLiveMask && live.bits) {
-    window = first * kKeys;
-    shared.live.load(live, window, QuantizeKShared<Layout>::kThreads);
+  if constexpr (kGuessesLive<Layout, kLiveMask>) {
+    grid_dependency_wait();  // the live keys are known
+    let_next_launch_start(p, p.bh_count * p.v_chunks);
+    some = !own_live();
+    if (!samples_live(p, live)) {
+      take_live_k_mean();
+      if (kPrefetch) load();  // again: `raw` need not be kept over this
+    }
   }
   __syncthreads();  // k_mean is complete
   Rotate rotate_k;
   rotate_k.prepare(shared);
   float top = 0.0f;
-  for (int scale_block = first; scale_block < last; ++scale_block) {
-    if (!kPrefetch) raw = {}, load();  // loaded here, `raw` takes no registers in between
-    u8* out = p.kv + ((i64)bh * p.kv_tiles + scale_block / kBlocksPerTile) * p.tile_bytes;
-    const auto load_next = [&] {
-      advance(scale_block + 1);
-      if (kPrefetch && scale_block + 1 < last) load();
-    };
-    const int first_key = scale_block * kKeys;
-    if (kLiveMask && live.bits &&
-        first_key + kKeys > window / 32 * 32 + shared.live.kKeys) {  // share_scales() has a barrier after the last read
-      window = first_key;
-      shared.live.load(live, window, QuantizeKShared<Layout>::kThreads);
+  // some: as above, where it is known when this is compiled: a loop of its own over keys that are all live takes fewer registers.
+  const auto quantize_blocks = [&](auto some) {
+    for (int scale_block = first; scale_block < last; ++scale_block) {
+      if (!kPrefetch) raw = {}, load();  // loaded here, `raw` takes no registers in between
+      u8* out = p.kv + ((i64)bh * p.kv_tiles + scale_block / kBlocksPerTile) * p.tile_bytes;
+      const auto load_next = [&] {
+        advance(scale_block + 1);
+        if (kPrefetch && scale_block + 1 < last) load();
+      };
+      const int first_key = scale_block * kKeys;
+      const auto counts = [&](int i) { return some ? shared.live.get(first_key + i, first * kKeys) : first_key + i < p.len; };
+      if (some && !counts(Rotate::row())) raw = {};
+      top = fmaxf(top, rotate_k.quantize(raw, counts, load_next, scale_block, p.tile_bytes, shared, out));
     }
-    const auto counts = [&](int i) { return kLiveMask && live.bits ? shared.live.get(first_key + i, window) : first_key + i < p.len; };
-    if (kLiveMask && !counts(Rotate::row())) raw = {};
-    top = fmaxf(top, rotate_k.quantize(raw, counts, load_next, scale_block, p.tile_bytes, shared, out));
-  }
+  };
+  if constexpr (kOrdered)
+    quantize_blocks(some);
+  else if (kLiveMask && some)
+    quantize_blocks(Constant<1>{});
+  else
+    quantize_blocks(Constant<0>{});
   top = row_max(top);
   if (threadIdx.x == 0) *scale_partial = top;
 }
@@ -398,7 +435,7 @@ __device__ __forceinline__ void quantize_cta(const QuantizeKParams& p, const u8*
 // collective of the CTA.
 template <class Layout>
 __device__ __forceinline__ int count_live(const LiveRows& live, int first, int count, i32* total, QuantizeKShared<Layout>& shared) {
-  shared.live.load(live, first, QuantizeKShared<Layout>::kThreads);
+  shared.live.load(live, first, count, QuantizeKShared<Layout>::kThreads);
   int number = 0, substitute = -1;
   for (int key = first; key < first + count;) {
     const int end = min(first + count, key / 32 * 32 + 32);
@@ -411,15 +448,12 @@ __device__ __forceinline__ int count_live(const LiveRows& live, int first, int c
   return substitute;
 }
 
-// A dense launch's CTA number `block`, once the previous launch is complete.
+// A dense launch's CTA number `block`.
 template <class Layout, bool kLiveMask>
 __device__ __forceinline__ void quantize_k_block(const QuantizeKParams& p, int block, QuantizeKShared<Layout>& shared) {
+  constexpr bool kGuesses = kGuessesLive<Layout, kLiveMask>;
   const int stats_ctas = p.bh_count * p.v_chunks;
-  if (threadIdx.x == 0) {
-    if (block < stats_ctas) p.v_stats_ready[block] = 0;
-    __threadfence();  // no CTA of the next launch starts before all CTAs of this one have come here
-    grid_launch_dependents();
-  }
+  if (!kGuesses) let_next_launch_start(p, block);
   const auto body = [&](auto type, auto vectors) {
     constexpr int kDtype = decltype(type)::value;
     const auto head_of = [&](const Tokens& x, int bh) {
@@ -440,20 +474,30 @@ __device__ __forceinline__ void quantize_k_block(const QuantizeKParams& p, int b
       const u8* rows = head_of(p.v, bh) + first * row_bytes;
       const auto keep = [&](int result, int c, float value) { to[result * Layout::kHeadDim + c] = value; };
       const LiveRows live = live_of(bh);
-      const auto row_of = [&](int i) { return kLiveMask && p.order ? p.order[first + i] - first : i; };
-      const bool some = kLiveMask && live.bits;
-      const int substitute = some ? count_live(live, first, count, p.v_stats_live + block, shared) : 0;
-      if (substitute < 0)
-        for (int c = threadIdx.x; c < Layout::kHeadDim; c += QuantizeKShared<Layout>::kThreads)
-          keep(0, c, -kInf), keep(1, c, kInf), keep(2, c, 0.0f);
-      else
-        reduce_rows<ChannelStats, kDtype, decltype(vectors)::value, kLiveMask>(
-            rows, row_bytes, count, p.head_dim, 1.0f / p.len, shared,
-            [&](int i) -> Row {
-              const bool counts = !some || shared.live.get(first + i, first);
-              return {row_of(counts ? i : substitute), counts};
-            },
-            keep);
+      const auto row_of = [&](int i) { return kLiveMask && Layout::kOrdered && p.order ? p.order[first + i] - first : i; };
+      const auto reduce = [&](auto row) {
+        reduce_rows<ChannelStats, kDtype, decltype(vectors)::value, kLiveMask && Layout::kOrdered>(rows, row_bytes, count, p.head_dim,
+                                                                                                   1.0f / p.len, shared, row, keep);
+      };
+      bool some = kLiveMask && live.bits;
+      if (kGuesses || !some) reduce([&](int i) -> Row { return {row_of(i), true}; });
+      if constexpr (kGuesses) {
+        grid_dependency_wait();  // the live keys are known
+        let_next_launch_start(p, block);
+        some = !shared.live.load(live, first, count, QuantizeKShared<Layout>::kThreads);
+        if (!some && threadIdx.x == 0) p.v_stats_live[block] = count;
+      }
+      if (some) {
+        const int substitute = count_live(live, first, count, p.v_stats_live + block, shared);
+        if (substitute < 0)
+          for (int c = threadIdx.x; c < Layout::kHeadDim; c += QuantizeKShared<Layout>::kThreads)
+            keep(0, c, -kInf), keep(1, c, kInf), keep(2, c, 0.0f);
+        else
+          reduce([&](int i) -> Row {
+            const bool counts = shared.live.get(first + i, first);
+            return {row_of(counts ? i : substitute), counts};
+          });
+      }
       __threadfence();
       __syncthreads();  // all statistics are stored
       if (threadIdx.x == 0) store_release(p.v_stats_ready + block, 1);
@@ -489,10 +533,10 @@ __device__ __forceinline__ bool narrow_to_sequence(QuantizeKParams& p, int& bloc
 
 // Layout: of either size of V's elements. Keys::live: p.live may say that some keys are not live, p.order where tokens lie.
 template <class Layout, Keys kKeys>
-__device__ void quantize_k(const QuantizeKParams& p) {
+__device__ __forceinline__ void quantize_k(const QuantizeKParams& p) {
   __shared__ QuantizeKShared<Layout> shared;
   const int block = blockIdx.x;
-  grid_dependency_wait();
+  if (!kGuessesLive < Layout, kKeys == Keys::live >) grid_dependency_wait();
   if (block == 0) {
     for (int i = threadIdx.x; i < p.split_kv_flags; i += QuantizeKShared<Layout>::kThreads) p.split_kv_ready[i] = 0;
     __syncthreads();  // thread 0 publishes all of them when it lets the next launch start

@@ -35,6 +35,9 @@ struct QuantizeVShared {
   static constexpr int kSums = Layout::kVElementBytes == 1 ? 4 : 1;
   i32 quant_sum[kSums][kHeadDim + 2];
   bool mean_subtracted[kHeadDim];
+  // Where not all keys need be live: whether those of the head are; of each warp's unit, which ones.
+  bool all_live;
+  u32 counts[kQuantizeVWarps];
 };
 
 // Waits for the head's statistics of V from the first launch and reduces them to mean and scale of each channel. The head's first CTA
@@ -54,6 +57,7 @@ __device__ __forceinline__ void reduce_v_stats(const QuantizeVParams& p, int bh,
     live = 0;
     for (int s = 0; s < p.v_chunks; ++s) live += p.v_stats_live[bh * p.v_chunks + s];
   }
+  if (kLiveMask && threadIdx.x == 0) shared.all_live = live == p.len;
   if (keep && threadIdx.x == 0) p.live_keys[bh] = (float)max(live, 1);
   const float share = live == p.len ? 1.0f : (float)p.len / (float)max(live, 1);
 #pragma unroll 4
@@ -237,7 +241,7 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
   __syncthreads();  // `partial` has been read: `rows` shares its memory
   // By p.order a lane finds one of a unit's rows, a unit ahead: no load of a row waits for one of its number.
   const auto row_at = [&](int position) { return p.order[min(position, p.len - 1)]; };
-  const bool mapped = kLiveMask && p.order;
+  const bool mapped = kLiveMask && Layout::kOrdered && p.order;
   int next_row = mapped && first + warp < last ? row_at((first + warp) * Shared::kUnitKeys + threadIdx.x % 32) : 0;
   for (int unit = first + warp; unit < last; unit += kQuantizeVWarps) {
     const int first_key = unit * Shared::kUnitKeys, own_row = next_row;
@@ -261,16 +265,17 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
         stage8<kPvType>(rows + ((pass + i) * kRows + row) * Shared::kPitch, chunk, x);
       }
     }
-    // Bit i: key i of the unit exists and is live. A unit of 16 keys has half of a word. Worked out behind the loads, and without live keys
-    // again behind the stores, which leave no register.
+    // Bit i: key i of the unit exists and is live. A unit of 16 keys has half of a word. Worked out behind the loads, and looked up or worked
+    // out again behind the stores, which leave no register.
     constexpr u32 kAll = Shared::kUnitKeys == 32 ? ~0u : (1u << Shared::kUnitKeys % 32) - 1;
     const auto counted = [&] {
       const int own_key = opaque(unit) * Shared::kUnitKeys, left = p.len - own_key;
       u32 counts = left >= Shared::kUnitKeys ? kAll : left > 0 ? (1u << left) - 1 : 0u;
-      if (kLiveMask && p.live.bits && left > 0) counts &= live.word_by_warp(own_key / 32) >> own_key % 32;
+      if (kLiveMask && !shared.all_live && left > 0) counts &= live.word_by_warp(own_key / 32) >> own_key % 32;
       return counts;
     };
     u32 counts = counted();
+    if (kLiveMask && threadIdx.x % 32 == 0) shared.counts[warp] = counts;
     if (counts != kAll)  // whatever a key that nobody sees holds, it is 0; rarely run, so that whole units pay nothing
 #pragma unroll 1
       for (int key = row; key < Shared::kUnitKeys; key += kRows)
@@ -294,7 +299,7 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
       store_v(Layout{}, tile, unit % kUnits, n, values);
       if constexpr (kPvType == PvType::int8) sum_quantized_s8(shared.quant_sum, n, values);
     }
-    if (!kLiveMask) counts = counted();
+    counts = kLiveMask ? shared.counts[warp] : counted();
     store_ones(Layout{}, tile, unit % kUnits, counts, counts == kAll);
     __syncwarp();  // the staged unit has been read
   }

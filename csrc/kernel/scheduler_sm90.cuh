@@ -40,7 +40,8 @@ struct KvRange {
   }
 };
 
-constexpr int kWorkTileCost = 3;      // what prologue and epilogue of a work tile take, in KV tiles
+constexpr int kWorkTileCost = 3;      // what prologue and epilogue of a work tile take, in full KV tiles
+constexpr int kMixedCost = 2;         // what a mixed tile takes more than a full one
 constexpr int kHeadsInL2 = 16 << 20;  // bytes of K and V of the heads whose causal work tiles are dealt out together
 
 // Offset in the output of a work tile's head.
@@ -64,21 +65,23 @@ __device__ __forceinline__ void store_work_tile(const WorkTile& tile, i64 out, u
 template <class C>
 struct Scheduler {
   static constexpr bool kDynamic = C::kMask != Mask::none;
-  int iteration = 0;    // requests so far
-  int at = 0, end = 0;  // rest of the current share, in 1/gridDim.x of a work tile
+  static constexpr bool kWeighs = C::kMask == Mask::list && !C::kRouted;  // block-sparse lists differ from head to head
+  int iteration = 0;                                                      // requests so far
+  int at = 0, end = 0;                                                    // rest of the current share, in 1/gridDim.x of a work tile
   int share = 0;
   int own = -1;  // of a share of equal cost the next work tile, from whose start `at` and `end` count costs then
 
-  // The work tile that holds position `position` of a head's costs, and where it begins. Beyond the last: where that ends.
+  // The work tile that holds position `position` of a head's costs, and where it begins. Beyond the last: where that ends, and what the most
+  // expensive one takes.
   struct Place {
-    int index, first;
+    int index, first, most;
   };
 
   // A collective of the warp. A lane has a band of each kGroup work tiles.
   static __device__ __forceinline__ Place find(const AttendParams& p, int position) {
     constexpr int kBands = C::kBlockM / kBandRows, kGroup = 32 / kBands;
     const int lane = special_tid_x() % 32, bands = ceil_div(p.len_q, kBandRows);
-    int first = 0;
+    int first = 0, most = 0;
 #pragma unroll 1
     for (int base = 0; base < p.q_tiles; base += kGroup) {
       const int block = p.q_tiles - 1 - base - lane / kBands, band = block * kBands + lane % kBands;
@@ -86,12 +89,15 @@ struct Scheduler {
       int up_to = block < 0 || lane % kBands ? 0 : kWorkTileCost;
 #pragma unroll 2
       for (int w = 0; w < p.lists.words; ++w) {
-        u32 seen = block >= 0 && band < bands ? at[w] : 0u;
+        const bool any = block >= 0 && band < bands;
+        u32 seen = any ? at[w] : 0u, uneven = any ? at[p.lists.words + w] : 0u;
 #pragma unroll
-        for (int other = 1; other < kBands; other *= 2) seen |= __shfl_xor_sync(kAllLanes, seen, other);
-        if (lane % kBands == 0) up_to += __popc(seen);
+        for (int other = 1; other < kBands; other *= 2)
+          seen |= __shfl_xor_sync(kAllLanes, seen, other), uneven |= __shfl_xor_sync(kAllLanes, uneven, other);
+        if (lane % kBands == 0) up_to += __popc(seen) + kMixedCost * __popc(seen & uneven);
       }
       const int cost = up_to;
+      most = max(most, cost);
 #pragma unroll
       for (int other = kBands; other < 32; other *= 2) {
         const int before = __shfl_sync(kAllLanes, up_to, max(lane - other, 0));
@@ -100,17 +106,20 @@ struct Scheduler {
       const u32 beyond = __ballot_sync(kAllLanes, first + up_to > position && lane % kBands == 0);
       if (beyond) {
         const int at = __ffs(beyond) - 1;
-        return {base + at / kBands, first + __shfl_sync(kAllLanes, up_to - cost, at)};
+        return {base + at / kBands, first + __shfl_sync(kAllLanes, up_to - cost, at), 0};
       }
       first += __shfl_sync(kAllLanes, up_to, 32 - kBands);
     }
-    return {p.q_tiles, first};
+#pragma unroll
+    for (int other = 1; other < 32; other *= 2) most = max(most, __shfl_xor_sync(kAllLanes, most, other));
+    return {p.q_tiles, first, most};
   }
 
   // Makes the CTA's share one of equal cost, if shares are as long as any work tile then. All heads have the same lists.
   __device__ __forceinline__ void weigh(const AttendParams& p, int blocks) {
-    const int of_head = find(p, 0x7FFFFFFF).first, all = of_head * p.bh_count * p.heads_per_kv;
-    if (all / blocks < p.kv_tiles + kWorkTileCost) return;
+    const auto [_, of_head, most] = find(p, 0x7FFFFFFF);
+    const int all = of_head * p.bh_count * p.heads_per_kv;
+    if (all / blocks < most) return;
     share = blocks - 1 - blockIdx.x, iteration = 1;
     const int first = (i64)all * share / blocks, head = first / of_head;
     const Place place = find(p, first - head * of_head);
@@ -131,7 +140,7 @@ struct Scheduler {
     const int blocks = gridDim.x;
     int work_idx, parts = blocks, from = 0, to = blocks;
     u32 flags = kWorkValid;
-    if (C::kMask == Mask::list && p.full_waves < 0 && iteration == 0) weigh(p, blocks);
+    if (kWeighs && p.full_waves < 0 && iteration == 0) weigh(p, blocks);
     if (at == end) {
       work_idx = blockIdx.x + iteration * blocks;
       if (kDynamic && p.next_work_idx && iteration) {
@@ -158,7 +167,7 @@ struct Scheduler {
       if (elected()) store_shared16(to_shared, {0u, 0u, 0u, 0u});
       return false;
     }
-    const bool weighed = C::kMask == Mask::list && own >= 0;
+    const bool weighed = kWeighs && own >= 0;
     const auto partial = [&] { return (from > 0 ? kWritesPartial : 0u) | (to < parts ? kJoinsPartial : 0u); };
     if (weighed) {
       from = at, work_idx = own++;
@@ -182,7 +191,7 @@ struct Scheduler {
       tiles = seen, masked = causal ? seen - full : 0;  // keys beyond the end take no part (core_matrix.cuh)
     }
     if (weighed) {
-      parts = tiles + kWorkTileCost, to = min(end, parts), at = 0, end -= to;
+      parts = tiles + kMixedCost * masked + kWorkTileCost, to = min(end, parts), at = 0, end -= to;
       flags |= partial();
     }
     const int begin = from ? tiles * from / parts : 0, count = (to == parts ? tiles : tiles * to / parts) - begin;

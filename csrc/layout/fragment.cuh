@@ -33,6 +33,7 @@ struct Fragment {
   static constexpr int kV = kTile * kHeadDim;              // byte offset of V's first block
   static constexpr int kScaleOffset = kV + kTile * kHeadDim * kVElementBytes;
   static constexpr bool kNumbered = false;  // no room for the tile's number
+  static constexpr bool kOrdered = true;    // serves block-sparse calls, whose tokens may lie in an order
   static constexpr int kScalePitch = 4;     // bytes from scale t to t + 1
   static constexpr int kTileBytes = kScaleOffset + kScalesPerTile * kScalePitch;
   static __host__ __device__ constexpr int k_block(int c2, int j) { return (8 * c2 + j) * kBlockBytes; }

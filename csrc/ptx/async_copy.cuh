@@ -71,6 +71,13 @@ __device__ __forceinline__ void cp_async_bulk(bool predicate, u32 shared, const 
 #endif
 }
 
+// Fetches bytes into L2 for whoever loads them next. Address and size are multiples of 16.
+__device__ __forceinline__ void prefetch_l2(const void* global, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(global), "r"(bytes));
+#endif
+}
+
 // Arrives once this thread's cp_async16 copies are complete: at once if there are none.
 __device__ __forceinline__ void cp_async_mbarrier_arrive(u32 barrier) {
 #if __CUDA_ARCH__ >= 900

@@ -44,6 +44,12 @@ __device__ __forceinline__ void warpgroup_fence_operand(i32 (&d)[kCount]) {
 }
 
 template <int kCount>
+__device__ __forceinline__ void warpgroup_fence_operand(u32 (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
+
+template <int kCount>
 __device__ __forceinline__ void warpgroup_fence_operand(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");

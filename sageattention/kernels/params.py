@@ -45,7 +45,8 @@ class ClassifyParams(ctypes.Structure):
         ("lists", POINTER), ("live", POINTER), ("kept", POINTER), ("bias", POINTER),
         ("heads", c_int32), ("bands", c_int32), ("len_q", c_int32), ("len_kv", c_int32),
         ("mask_kind", c_int32), ("causal", c_int32), ("vectors", c_int32), ("absent", c_int32), ("tile", c_int32),
-        ("words", c_int32), ("live_words", c_int32), ("bias_len", c_int32), ("parts", c_int32), ("part_words", c_int32),
+        ("words", c_int32), ("live_words", c_int32), ("bias_len", c_int32), ("parts", c_int32), ("part_bytes", c_int32),
+        ("row_groups", c_int32),
     ]  # fmt: skip
 
 

@@ -30,7 +30,8 @@ QUANTIZE_V_RESIDENT = {"": 768, "mma_fp8": 640, "mma_int8": 640, "wgmma_fp8_wide
 # The same for K, by compiled head dimension and by architecture where that differs. On 7.5 the whole rotation is in fp32, which takes more
 # registers.
 QUANTIZE_K_RESIDENT = {(0, 64): 768, (0, 128): 512, (0, 256): 512, (75, 256): 256, (90, 128): 768}
-QUANTIZE_K_LOCAL = {(90, 256): 8}  # bytes of local memory that are accepted: one block fewer would cost more
+# Bytes of local memory that are accepted, by architecture, compiled head dimension and keys: one block fewer would cost more.
+QUANTIZE_K_LOCAL = {(90, 256, "all"): 8, (90, 256, "packed"): 8, (90, 64, "live"): 8, (90, 128, "live"): 24}
 
 # Of kernels that look at which keys are live, which takes registers; of V on Hopper.
 LIVE_RESIDENT, LIVE_V_RESIDENT_SM90 = {64: 512, 128: 512, 256: 256}, 640
@@ -45,13 +46,14 @@ def _quantize_k_entry(kernels: KernelFamily, arch: int, head_dim: int, keys: str
     layout = kernels.layout.format(d=head_dim)
     threads = 4 * kernels.scale_block_keys(head_dim)
     resident = QUANTIZE_K_RESIDENT.get((arch, head_dim)) or QUANTIZE_K_RESIDENT[0, head_dim]
-    if _wants_registers(arch, keys):
+    in_order = kernels.arch == 90 and kernels.masks != ("list",)  # keys that lie in memory order leave registers
+    if _wants_registers(arch, keys) and not in_order:
         resident = min(resident, LIVE_RESIDENT[head_dim])
     checks = (f"{layout}::kScaleKeys == {kernels.scale_block_keys(head_dim)}",)
     symbol = kernels.quantize_k_symbol(head_dim, keys)
     return Entry(
         symbol, f"quantize_k<{layout}, Keys::{keys}>", QuantizeKParams, threads, max(1, resident // threads),
-        local=QUANTIZE_K_LOCAL.get((arch, head_dim), 0), checks=checks,
+        local=QUANTIZE_K_LOCAL.get((arch, head_dim, keys), 0), checks=checks,
     )  # fmt: skip
 
 
@@ -66,7 +68,10 @@ def _quantize_v_entry(kernels: KernelFamily, arch: int, head_dim: int, keys: str
     )  # fmt: skip
 
 
-CLASSIFY = Entry("classify_mask", "classify_band", ClassifyParams, 256, 2, local=16)  # two blocks, with a register too few on 10.0
+CLASSIFY = Entry(
+    "classify_mask", "classify_band", ClassifyParams, 256, 3,
+    local=16, checks=("kClassifyThreads == 256 && MaskRun<kMaskBool>::kKeys == 16",),
+)  # fmt: skip
 PLACE_SEQUENCES = Entry("place_sequences", "place_group", PlaceSequencesParams, 256, 2, checks=("kPlaceThreads == 256",))
 NARROW_KEYS = 2048  # of a row, in a CTA
 NARROW_MASK = Entry(

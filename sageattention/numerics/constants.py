@@ -55,6 +55,9 @@ NEGLIGIBLE_BIAS = 1000.0
 BAND_ROWS = 32
 # Words of a band's plane at most: shared memory holds both planes while a mask is classified.
 MAX_WORDS = 1024
+# Words of live keys, a bit each, that a CTA of a quantiser holds; its keys begin anywhere in the first one.
+LIVE_WORDS = 512
+MOST_LIVE_KEYS = 32 * (LIVE_WORDS - 1)
 
 
 # Relative L2 errors, output rounding included, that variants may have where logits have a standard deviation of six nats, as models' do, by
@@ -71,7 +74,7 @@ CPP: dict[str, int | float] = {
     "kInt8Max": INT8_MAX, "kE4m3Max": E4M3_MAX, "kLog2E4m3Max": math.log2(E4M3_MAX), "kLog2e": LOG2E, "kLn2": LN2, "kPreset": PRESET,
     "kFiniteMax": FINITE_MAX, "kAmaxMin": AMAX_MIN, "kKScaleFloor": K_SCALE_FLOOR, "kKvTile": KV_TILE,
     "kMaxKMeanTokens": K_MEAN_TOKENS, "kNegligibleBias": NEGLIGIBLE_BIAS, "kBandRows": BAND_ROWS, "kMaxWords": MAX_WORDS,
-    "kKvBlock": KV_BLOCK, "kTinySpread": TINY_SPREAD,
+    "kLiveWords": LIVE_WORDS, "kKvBlock": KV_BLOCK, "kTinySpread": TINY_SPREAD,
     "kLineExcess": LINE_EXCESS, "kTailThreshold": TAIL_THRESHOLD, "kTailBoostLog2": TAIL_BOOST_LOG2,
 }  # fmt: skip
 CPP_ENUMS: dict[str, dict[str, int]] = {

@@ -20,7 +20,7 @@ from sageattention.kernels.architectures import ARCHITECTURES
 from sageattention.kernels.family import KernelFamily, find_tile
 from sageattention.kernels.mma import MMA_FP16
 from sageattention.kernels.table import KERNELS
-from sageattention.numerics.constants import K_SCALE_SHIFT, k_mean_stride
+from sageattention.numerics.constants import K_SCALE_SHIFT, MOST_LIVE_KEYS, k_mean_stride
 from sageattention.numerics.reference import emulate, oracle, quantize_k, quantize_v
 from sageattention.planning.plan import CudaPlan, Target, fit_cuda, plan
 from sageattention.variants import CUDA_FP16, VARIANTS
@@ -128,6 +128,19 @@ def test_groups_of_heads_and_halves_give_the_same_bits(card: Lanes, monkeypatch:
     kv = host.quantize(t["k"], t["v"], problem, chosen, None)
     halves = host.attend(t["q"], kv, problem, None)
     assert torch.equal(halves[0], whole[0]) and torch.equal(halves[1], whole[1])
+
+
+@pytest.mark.parametrize("heads, tokens", [(400, 40_000), (1, 1_500_000)])
+def test_the_live_keys_of_a_cta_are_no_more_than_it_holds(card: Lanes, heads: int, tokens: int) -> None:
+    one = torch.empty(1, 1, 1, card.head_dim, dtype=torch.bfloat16)
+    t = {"q": one.expand(1, heads, 1, -1), "k": one.expand(1, heads, tokens, -1), "v": one.expand(1, heads, tokens, -1)}
+    problem = on_card(t, attn_mask=torch.ones(1, 1, 1, tokens, dtype=torch.bool))
+    r = workspace.launch_plan_of(problem, plan(problem, card.capability, CUDA_FP16.name, arch=card.capability.arch), True)
+    *_, v_chunks, v_chunk_tokens = r.quantize_k_tail
+    scale_block = r.plan.kernels.scale_block_keys(r.plan.head_dim)
+    scale_blocks = r.tiles * r.plan.tile.block_n // scale_block
+    assert -(-scale_blocks // r.k_ctas_per_head) * scale_block <= MOST_LIVE_KEYS
+    assert v_chunk_tokens <= MOST_LIVE_KEYS and v_chunks * v_chunk_tokens >= tokens
 
 
 # --- the quantisers, by the bytes that they write -----------------------------------------------------------------------------------

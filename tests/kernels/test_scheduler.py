@@ -27,7 +27,7 @@ pytestmark = needs_compiler
 VARIANTS = {"fp16": CUDA_FP16, "fp8": CUDA_FP8_SM90}
 CONFIGS = {"fp16": "WgmmaConfig<CoreMatrix<64, 2, {tile}, true>, {own}>", "fp8": "WgmmaFp8Config<CoreMatrix<64, 1, {tile}, true>, {own}>"}
 BLOCK_M, MOST = 128, 1 << 16
-WORK_TILE_COST = 3  # kWorkTileCost
+WORK_TILE_COST, MIXED_COST = 3, 2  # kWorkTileCost, kMixedCost
 WRITES, JOINS = 2, 4  # WorkFlag
 FUNCTION = """
 extern "C" int schedule_{pv}_{mask}(const AttendParams* p, unsigned blocks, i32* out) {{
@@ -215,12 +215,14 @@ def test_lists_are_shared_out_by_their_cost(library: ctypes.CDLL, monkeypatch: p
                 split += 1
         params = AttendParams.from_buffer_copy(card.attention[0][0])
         blocks = card.attention[0][1]
-        cost = heads[0] * sum(tiles + WORK_TILE_COST for tiles, _ in lengths.values())
-        if params.full_waves < 0 and cost // blocks >= params.kv_tiles + WORK_TILE_COST:
+        costs = {row0: tiles + MIXED_COST * mixed + WORK_TILE_COST for row0, (tiles, mixed) in lengths.items()}
+        cost = heads[0] * sum(costs.values())
+        if params.full_waves < 0 and cost // blocks >= max(costs.values()):
             own_cost: dict[int, float] = defaultdict(float)
             for one in work:
                 tiles = lengths[one.row0][0]
-                own_cost[one.cta] += (one.masked + one.unmasked) / tiles * (tiles + WORK_TILE_COST) if tiles else WORK_TILE_COST
-            assert max(own_cost.values()) <= cost / blocks + 2 * (1 + WORK_TILE_COST), (multiprocessors, heads, len_q, len_kv)
+                own_cost[one.cta] += (one.masked + one.unmasked) / tiles * costs[one.row0] if tiles else WORK_TILE_COST
+            most = cost / blocks + 2 * (1 + MIXED_COST + WORK_TILE_COST)
+            assert max(own_cost.values()) <= most, (multiprocessors, heads, len_q, len_kv)
             weighed += 1
     assert weighed > 30 and split > 100, (weighed, split)

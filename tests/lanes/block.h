@@ -127,6 +127,16 @@ inline void __syncthreads() {
     while (block.generation == generation) let_others_run();
 }
 
+inline bool __syncthreads_and(bool x) {
+  static bool all;
+  __syncthreads();  // every thread has the last answer
+  all = true;
+  __syncthreads();
+  all = all && x;
+  __syncthreads();
+  return all;
+}
+
 // Runs the blocks one after the other; shared memory starts as garbage. Aborts where all threads wait for ever.
 constexpr size_t kStackBytes = 96 * 1024;
 static std::vector<char*> stacks;  // by thread, kept from one block to the next
@@ -202,6 +212,7 @@ inline u32 __ballot_sync(unsigned, bool x) {
   return e.out;
 }
 inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
+inline bool __all_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) == 0xFFFFFFFFu; }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline int __ffs(u32 x) { return __builtin_ffs((int)x); }
 

@@ -26,7 +26,9 @@ from .launcher import Launch
 from .workspace import AttendPlan, LaunchPlan, Workspace, launch_plan_of, resident_plan_of
 
 WEIGHED_BYTES = 40 << 20  # of quantised K and V; Hopper's L2 holds 50 MB
-CLASSIFY_KEYS = 4096  # that a CTA of classify_mask has at once: its threads times the 16 keys of each
+# Of classify_mask: a CTA's warps, the keys of a warp at once, 16 a lane; keys of a CTA, and of one whose warps share the rows.
+CLASSIFY_WARPS, CLASSIFY_STRIP = 8, 512
+CLASSIFY_KEYS, CLASSIFY_ROWS_KEYS = CLASSIFY_WARPS * CLASSIFY_STRIP, 1024
 _EACH, _SHIFTED, _ALIGNED = range(3)  # RunLoad
 _MASK_KINDS = {getattr(torch, name): number for name, number in MASK_KINDS.items()}
 _pack_classify, _classify_constants = packer(ClassifyParams)
@@ -307,9 +309,16 @@ def _lists(r: LaunchPlan, mask: torch.Tensor, unaligned: int, v_ones: bool = Fal
     shape = tile_list_shape(p, r.len_kv, tile.block_n)
     batches, heads, mask_rows, bands, words, live_words, is_bool, bias_len = shape
     rows = bands * (p.heads_q // p.heads_kv if heads > 1 else 1)
-    # A CTA has some words of a band's planes, but for additive masks of many rows, of which it needs each row's largest bias.
-    part_words = max(1, CLASSIFY_KEYS // (WORD_BITS * tile.block_n)) if is_bool or mask_rows == 1 else words
-    parts = -(-words // part_words)
+    # A CTA has some bytes of a band's planes, but for additive masks of many rows, of which it needs each row's largest bias. Of a bool
+    # mask its warps share the rows: many small CTAs read faster than few whose warps have strips of their own.
+    tiles = -(-r.len_kv // tile.block_n)
+    part_bytes, row_groups = 4 * words, 1
+    if is_bool and mask_rows > 1:
+        part_bytes = max(1, CLASSIFY_ROWS_KEYS // (8 * tile.block_n))
+        row_groups = CLASSIFY_WARPS // -(-part_bytes * 8 * tile.block_n // CLASSIFY_STRIP)
+    elif is_bool or mask_rows == 1:
+        part_bytes = 4 * max(1, CLASSIFY_KEYS // (WORD_BITS * tile.block_n))
+    parts = -(-tiles // (8 * part_bytes))
     *_, stride_k = _mask_strides(mask)
     vectors = _ALIGNED if _runs_of(mask, 16 // mask.element_size(), unaligned) else _SHIFTED if stride_k == 1 else _EACH
     absent = v_ones and bands == 1 and (heads == 1 or p.heads_q == p.heads_kv)
@@ -317,7 +326,7 @@ def _lists(r: LaunchPlan, mask: torch.Tensor, unaligned: int, v_ones: bool = Fal
         batches * heads * bands * parts,
         _classify_constants(
             *_mask_strides(mask), heads, bands, p.len_q, r.len_kv, _MASK_KINDS[mask.dtype], p.causal, vectors, absent, tile.block_n,
-            words, live_words, bias_len, parts, part_words,
+            words, live_words, bias_len, parts, part_bytes, row_groups,
         ),
         (*_broadcast_strides((batches, heads, bands), 2 * words), words, BAND_ROWS if bands > 1 else 1 << 30),
         (*_broadcast_strides((batches, heads, bands), live_words)[:1], rows * live_words if heads > 1 else 0, rows, live_words),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ...device import capability
 from ...kernels.binaries import Image
 from ...kernels.table import CLASSIFY
-from ...numerics.constants import FINITE_MAX, LOG2E, QK_MAX, SCORE_LIMIT, k_mean_stride
+from ...numerics.constants import FINITE_MAX, LOG2E, MOST_LIVE_KEYS, QK_MAX, SCORE_LIMIT, k_mean_stride
 from ...numerics.live_keys import reachable
 from ...planning.plan import CudaPlan
 from ...planning.problem import Problem
@@ -104,8 +104,11 @@ def launch_plan_of(p: Problem, plan: CudaPlan, one_group: bool = False, sparse: 
     units = keys_all // names.scale_block_keys(d), -(-keys_all * scheme.v_bits // (8 * quantize_v.threads))
     slots = quantize_k.min_blocks * card.multiprocessors
     k_ctas_per_head = _runs(bh_count, units[0], slots * QUANTIZE_K_SHARE)
+    if live:
+        k_ctas_per_head = max(k_ctas_per_head, -(-units[0] // (MOST_LIVE_KEYS // names.scale_block_keys(d))))
     most, fewest = (min(MAX_V_CHUNKS, -(-len_kv // tokens)) for tokens in V_CHUNK_TOKENS)
     v_chunk_tokens = -(-len_kv // max(fewest, min(int(slots * (1 - QUANTIZE_K_SHARE)) // bh_count, most)))
+    v_chunk_tokens = min(v_chunk_tokens, MOST_LIVE_KEYS) if live else v_chunk_tokens
     v_chunks = -(-len_kv // v_chunk_tokens)
     v_ctas_per_head = _runs(bh_count, units[1], quantize_v.min_blocks * card.multiprocessors)  # a warp has 256 / v_bits keys at a time
     q_tiles = -(-p.len_q // plan.tile.block_m)

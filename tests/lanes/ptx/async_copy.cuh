@@ -23,6 +23,10 @@ inline void copy_checked(u32 shared, const void* global, u32 bytes) {
 inline void cp_async_bulk(bool predicate, u32 shared, const void* global, u32 bytes, u32 b) {
   if (predicate) copy_checked(shared, global, bytes), mbarrier_arrive(true, b);
 }
+inline void prefetch_l2(const void* global, u32 bytes) {
+  if ((uintptr_t)global % 16 || bytes % 16) fprintf(stderr, "a misaligned prefetch\n"), abort();
+  for (u32 i = 0; i < bytes; i += 16) (void)*((const volatile u8*)global + i);  // readable
+}
 inline void cp_async16(u32 shared, const void* global) { copy_checked(shared, global, 16); }
 inline void cp_async16_or_zeros(u32 shared, const void* global, bool copies) {
   if (copies) copy_checked(shared, global, 16); else memset(at_shared(shared, 16), 0, 16);
