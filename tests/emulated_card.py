@@ -20,6 +20,7 @@ from sageattention.variants import VARIANTS
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux")
 CARDS = [(75, 128), (80, 256), (89, 128), (90, 64), (90, 128)]  # (architecture, compiled head_dim)
 MMA = {k.name: (v.name, k) for v in VARIANTS.values() for k in v.kernels if not k.arch}
+COMMON = (CLASSIFY.symbol, PLACE_SEQUENCES.symbol)  # to all head dimensions
 each_variant = pytest.mark.parametrize("variant", [name for name, _ in MMA.values()], ids=MMA)
 
 
@@ -33,7 +34,7 @@ class Lanes:
         self.capability, self.head_dim = Capability("cuda", arch, 2, "none", "host"), head_dim
         target, left_out = ARCHITECTURES[arch].target, {k.attend_image(head_dim) for k in KERNELS if bool(k.arch) != wgmma}
         chosen = [e for i in IMAGES if i.arch == target and i.name not in left_out for e in i.entries]
-        self.entries = {entry.symbol: entry for entry in chosen if f"_d{head_dim}" in entry.symbol or entry in (CLASSIFY, PLACE_SEQUENCES)}
+        self.entries = {entry.symbol: entry for entry in chosen if f"_d{head_dim}" in entry.symbol or entry.symbol in COMMON}
         functions = "".join(
             f'extern "C" void {e.symbol}(const {e.params.__name__}* p, unsigned blocks) '
             f"{{ run_grid(blocks, {e.threads}, [&] {{ {e.expression}(*p); }}); }}\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ..numerics.constants import HEAD_DIMS
 from . import mma, wgmma
@@ -69,9 +70,10 @@ def _quantize_v_entry(kernels: KernelFamily, arch: int, head_dim: int, keys: str
 
 
 CLASSIFY = Entry(
-    "classify_mask", "classify_band", ClassifyParams, 256, 3,
+    "classify_mask", "classify_band", ClassifyParams, 256, 2,
     local=16, checks=("kClassifyThreads == 256 && MaskRun<kMaskBool>::kKeys == 16",),
 )  # fmt: skip
+CLASSIFY_BLOCKS = {90: 3}  # more of them, by architecture: elsewhere three spill
 PLACE_SEQUENCES = Entry("place_sequences", "place_group", PlaceSequencesParams, 256, 2, checks=("kPlaceThreads == 256",))
 NARROW_KEYS = 2048  # of a row, in a CTA
 NARROW_MASK = Entry(
@@ -120,7 +122,8 @@ def _images(target: str) -> Iterator[Image]:
         made = [(k, d) for k in built if k.quantizer == name for d in k.head_dims]
         keys = {k.quantize_k_symbol(d, kind): _quantize_k_entry(k, arch, d, kind) for k, d in reversed(made) for kind in k.key_kinds}
         values = (_quantize_v_entry(k, arch, d, kind) for k, d in made for kind in k.key_kinds)
-        entries = (CLASSIFY, PLACE_SEQUENCES, *reversed(keys.values()), *values)
+        classify = replace(CLASSIFY, min_blocks=CLASSIFY_BLOCKS.get(arch, CLASSIFY.min_blocks))
+        entries = (classify, PLACE_SEQUENCES, *reversed(keys.values()), *values)
         yield Image(name, target, "kernel/quantize.cuh", entries, released=target not in TEST_TARGETS)
     yield Image("sdpa_mask", target, "kernel/sdpa_mask.cuh", (NARROW_MASK, REPAIR_ROWS), released=target not in TEST_TARGETS)
     yield Image("merge_attention", target, "kernel/merge_attention.cuh", (MERGE_ATTENTION,), released=target not in TEST_TARGETS)
