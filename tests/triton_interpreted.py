@@ -34,7 +34,7 @@ def packed(device: str = "cpu") -> None:
     k, v = (torch.randn(sum(lengths_k), 2, 80, dtype=torch.float16, device=device) for _ in range(2))
     cu_q, cu_k = (torch.tensor([0, *lengths], device=device).cumsum(0).int() for lengths in (lengths_q, lengths_k))
     for causal in (False, True):
-        out = sageattn_varlen(q, k, v, cu_q, cu_k, max(lengths_q), max(lengths_k), is_causal=causal)
+        out = sageattn_varlen(q, k, v, cu_q, cu_k, max(lengths_q), max(lengths_k), is_causal=causal, variant=TRITON_FP16.name)
         for i, (a, b) in enumerate(zip(lengths_q, lengths_k)):
             part = out[cu_q[i] : cu_q[i + 1]]
             if a == 0 or b == 0:
@@ -100,7 +100,9 @@ def finite(device: str = "cpu") -> None:
         out = sageattn_qk_int8_pv_fp16_triton(q, k, v)
         exact, _ = reference.oracle(q, k, v)
         assert out.isfinite().all(), name
-        assert workloads.relative_l2(out, exact) <= 1.2 * kind.bounds["fp16"] + 2.0**-8 * (name == "large_v"), name
+        emulated, _ = reference.emulate(q, k, v, TRITON_FP16.scheme)  # so few keys may be harder than those that bounds are made for
+        bound = max(kind.bounds["fp16"], workloads.relative_l2(emulated, exact))
+        assert workloads.relative_l2(out, exact) <= 1.2 * bound + 2.0**-8 * (name == "large_v"), name
 
     def rows(*values: float) -> torch.Tensor:
         return torch.tensor(values, device=device).view(1, 1, -1, 2)

@@ -220,13 +220,14 @@ def test_a_graph_routes_what_it_is_given(selection: str) -> None:
     q, k, v = qkv(3001)
     call = in_place({"order": "random", "key_mask": "random"}, 3001) | SELECTIONS[selection]
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         sageattn_sparse(q, k, v, **call)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = sageattn_sparse(q, k, v, return_lse=True, return_share=True, **call)
-    shares = set()
+    seen = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         for t in (q, k, v):
@@ -235,8 +236,8 @@ def test_a_graph_routes_what_it_is_given(selection: str) -> None:
         graph.replay()
         eager = sageattn_sparse(q, k, v, return_lse=True, return_share=True, **call)
         assert all(torch.equal(one, other) for one, other in zip(captured, eager))
-        shares.add(captured[2].item())
-    assert len(shares) == 2 or selection == "topk"  # which takes a given number of blocks
+        seen.append(captured[0].clone())
+    assert not torch.equal(*seen)
 
 
 def test_a_call_in_parts_agrees(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:

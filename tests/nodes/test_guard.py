@@ -314,7 +314,9 @@ def test_every_variant_of_this_gpu_with_values_of_3e5():
     exact = sdpa(q.float(), k.float(), v.float(), HEADS)
     assert len(found) > 1
     for variant in found:
-        model = patched(0.05, variant)
+        model = Model()
+        model.load_device = torch.device("cuda")
+        model = patched(0.05, variant, model)
         (out,) = sample(model, network(OldCore(), [q, k, v]), sigmas=[1.0])
         assert out.isfinite().all() and float((out.float() - exact).norm() / exact.norm()) < 0.05
         assert sum(slot.record_of(model).ran.values()) == 1 and 0 < errors(model)["block 0"] < 0.05
