@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 
@@ -100,3 +101,20 @@ def test_the_picture_takes_its_figures_from_bench(speed: ModuleType) -> None:
     assert [(row["candidate"], row["ms"]) for row in found["rows"]] == [(speed.BASELINE, 3.0), (fp8, 2.0)]
     assert speed.ratios(found) == {"flux_1024": {fp8: 1.5}}
     assert ">1.50<" in speed.draw(found) and "H200" in speed.draw(found)
+
+
+def test_a_picture_of_error_against_time_has_every_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import sparse_speed
+
+    rows = [{"curve": "dense, FP8", "value": 0, "ms": 80.0, "error": 0.03}]
+    for number, curve in enumerate(sparse_speed.CURVES):
+        rows += [{"curve": curve.name, "value": v, "ms": 5.0 + number + v, "error": 0.2 / (1 + v)} for v in curve.values]
+    drawn = sparse_speed.draw({"gpu": "H200 <&>", "date": "2026-11-30", "rows": rows})
+    picture = ElementTree.fromstring(drawn)
+    assert len(picture.findall("{*}circle")) == len(rows) + len(sparse_speed.CURVES)  # the legend has one of each curve
+    assert len(picture.findall("{*}polyline")) == len(sparse_speed.CURVES)
+    said = [text.text for text in picture.findall("{*}text")]
+    assert {curve.name for curve in sparse_speed.CURVES} <= set(said) and "dense, FP8" in said
+    places = [float(circle.get(axis)) for circle in picture.findall("{*}circle") for axis in ("cx", "cy")]
+    assert all(0 <= place <= sparse_speed.WIDTH for place in places)
