@@ -43,8 +43,8 @@ MAX_REASONS = 64
 OTHER_REASONS = "further reasons, no longer told apart"
 MAX_ENTRIES = 100_000  # of one sampling; 50 steps of a model with 60 blocks make 12,000
 # Two events a call cost the host 6 µs and more, and a model with hundreds of short calls a step, such as SDXL, is bound by the host. So
-# calls are timed in these steps only, and of calls that are alike one in so many: they last as long as each other. How long a step takes is
-# known of all.
+# calls are timed in these steps only, and of TIMED_OF_ALIKE calls that are alike one is: they take equally long. How long a step takes is
+# known of all steps.
 TIMED_STEPS = frozenset({0, 1, 4, 12, 32})
 TIMED_OF_ALIKE = 16
 
@@ -254,7 +254,7 @@ class Record:
         self.fallbacks: Counter[str] = Counter()
         self.sampling = Sampling()
         self.calls: list[Any] = []
-        self._unpacked = 0  # so many at the front of `calls` are entries
+        self._unpacked = 0  # length of the front part of `calls` that `_unpack` has turned into entries
         self.alike: Memo[tuple[Any, ...], Entry] = Memo()
         self.notes: list[str] = []
         self.starts: dict[int, Clock | None] = {}

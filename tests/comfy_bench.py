@@ -4,8 +4,8 @@
 
 The networks have their models' real width and few layers, and random weights: enough for times, not for pictures. In a round every
 attention takes its turn twice, the second time in reverse order (ABBA), each round begins with another one, and the median of all steps
-counts. `--smoke` cuts the latents to a few tokens
-and each network to a block, to see on a CPU that all of it runs. One JSON line a model, then a table.
+counts. `--smoke` cuts the latents to a few tokens and each network to a block, to see on a CPU that all of it runs. One JSON line a
+model, then a table.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Calls of packed sequences on the CPU: their inputs, and each sequence against the exact result."""
+"""Calls of packed sequences: their inputs, each sequence against the exact result, and graphs replayed with other lengths."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import matrix
 import torch
@@ -10,8 +11,8 @@ import torch
 from sageattention.numerics.reference import emulate, oracle
 
 
-def offsets(lengths: list[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype)
+def offsets(lengths: list[int], dtype: torch.dtype = torch.int32, device: str = "cpu") -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype, device=device)
 
 
 def inputs(
@@ -45,3 +46,15 @@ def check_sequences(t, out, lse, scheme, lengths_q: list[int], lengths_k: list[i
         assert matrix.workloads.relative_l2(found, emulated) <= matrix.EMULATION_BOUND[scheme.pv] + matrix.OUTPUT_STEP[dtype]
         assert matrix.workloads.relative_l2(found, exact) <= 0.08
         assert (found_lse[None] - exact_lse).abs().mean() <= 0.02
+
+
+def check_replays(call: Callable[[], torch.Tensor], cu: torch.Tensor, *others: list[int]) -> None:
+    """A CUDA graph of a call gives what the call itself gives, also where its offsets `cu` are those of other lengths by then."""
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    for lengths in others:
+        cu.copy_(offsets(lengths))
+        graph.replay()
+        assert torch.equal(out, call())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
+import packed_calls
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from sageattention.planning.plan import CudaPlan
 from sageattention.variants import VARIANTS
 
 pytestmark = pytest.mark.gpu
+offsets = functools.partial(packed_calls.offsets, device="cuda")
 OWN = [v.name for v in VARIANTS.values() if v.backend in ("triton", "cuda")]
 BOUND = {"fp16": 0.02, "int8": 0.03, "fp8": 0.05}  # relative L2, by the type of P and V
 each_cuda_variant = pytest.mark.parametrize("variant", [v.name for v in VARIANTS.values() if v.backend == "cuda"])
@@ -40,10 +43,6 @@ def small_workspace(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
     backend.packed_plan.cache_clear()
     packed_dispatch._prepared.clear()
-
-
-def offsets(lengths: list[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype, device="cuda")
 
 
 def inputs(
@@ -127,14 +126,7 @@ def test_a_graph_is_replayed_with_other_offsets(small_workspace, groups: bool, v
     def call() -> torch.Tensor:
         return sageattn_varlen(*tensors, cu, cu, 1024, 1024, variant=variant)
 
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-    for lengths in ([1, 1023, 0, 0], [256] * 4):
-        cu.copy_(offsets(lengths))
-        graph.replay()
-        assert torch.equal(out, call())
+    packed_calls.check_replays(call, cu, [1, 1023, 0, 0], [256] * 4)
 
 
 @each_cuda_variant

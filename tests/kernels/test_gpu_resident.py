@@ -5,10 +5,11 @@ All calls that they can take run by them here, not only those where that pays.
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Callable, Iterator
 
 import matrix
+import packed_calls
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from sageattention.planning.plan import CudaPlan
 from sageattention.variants import CUDA_FP16
 
 pytestmark = pytest.mark.gpu
+offsets = functools.partial(packed_calls.offsets, device="cuda")
 VARIANT = CUDA_FP16.name
 # Few work tiles and many, heads that several blocks share and blocks that have several heads, 1 to as many keys as there is room for.
 CASES = [
@@ -42,10 +44,6 @@ def wherever_it_can(monkeypatch: pytest.MonkeyPatch, nothing_is_remembered: Call
     monkeypatch.undo()
     for forget in (nothing_is_remembered, packed_dispatch._prepared.clear):
         forget()
-
-
-def offsets(lengths: list[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype, device="cuda")
 
 
 def packed(tokens: int, heads: tuple[int, int] = (4, 2), head_dim: int = 128) -> tuple[torch.Tensor, ...]:
@@ -95,14 +93,7 @@ def test_a_graph_is_replayed_with_other_offsets() -> None:
     def call() -> torch.Tensor:
         return sageattn_varlen(*tensors, cu, cu, 512, 512, variant=VARIANT)
 
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-    for lengths in ([512, 511, 1, 0], [256] * 4):
-        cu.copy_(offsets(lengths))
-        graph.replay()
-        assert torch.equal(out, call())
+    packed_calls.check_replays(call, cu, [512, 511, 1, 0], [256] * 4)
 
 
 @pytest.mark.parametrize("wrong", [[0, 300, 100, 9999], [-7, -5, 600, 20], [0, 2**31 - 1, -(2**31), 512], [512, 512, 0, 0]], ids=str)
