@@ -202,8 +202,8 @@ class Benchmark:
 
 def _attentions(device: torch.device) -> dict[str, Callable[..., Any]]:
     """By name, PyTorch's first; each is called with q, k and v [B, H, N, D] and a mask or None."""
-    found: dict[str, Callable[..., Any]] = {PYTORCH: _pytorch}
     module: Any = sys.modules.get("comfy.ldm.modules.attention")
+    found: dict[str, Callable[..., Any]] = {PYTORCH: _pytorch(module.attention_pytorch) if module else _torch}
     for name, function in (module.REGISTERED_ATTENTION_FUNCTIONS if module else {}).items():
         if name not in SKIPPED and not name.startswith("sage_"):
             found[name] = _of_comfyui(function)
@@ -214,8 +214,18 @@ def _attentions(device: torch.device) -> dict[str, Callable[..., Any]]:
     return found
 
 
-def _pytorch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
+def _torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> Any:
+    return sageattn(q, k, v, attn_mask=mask, variant="sdpa")
+
+
+def _pytorch(function: Callable[..., Any]) -> Callable[..., Any]:
+    """PyTorch's attention as ComfyUI calls it, which says what backends PyTorch is to try first; where k has fewer heads, by itself."""
+    whole = _of_comfyui(function)
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> Any:
+        return (whole if q.shape[1] == k.shape[1] else _torch)(q, k, v, mask)
+
+    return call
 
 
 def _of_comfyui(function: Callable[..., Any]) -> Callable[..., Any]:

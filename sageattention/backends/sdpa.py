@@ -41,7 +41,9 @@ def _masked(call: PreparedCall[Plan], given: torch.Tensor, q: torch.Tensor, k: t
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, p: Problem) -> torch.Tensor:
-    return torch_internals.attention(q, k, v, mask, is_causal=causal, scale=float(p.sm_scale), enable_gqa=bool(p.heads_q != p.heads_kv))
+    by_cudnn = p.device == "cuda" and torch_internals.prefers_cudnn(p.device_index)
+    attend = torch_internals.attention_by_cudnn if by_cudnn else torch_internals.attention
+    return attend(q, k, v, mask, is_causal=causal, scale=float(p.sm_scale), enable_gqa=bool(p.heads_q != p.heads_kv))
 
 
 def _has_kernels(call: PreparedCall[Plan]) -> bool:

@@ -85,7 +85,7 @@ def test_an_attention_that_can_t_do_a_case_counts_with_pytorch_s_time_there():
 
 def test_sparse_attention_tells_the_share_of_its_blocks(monkeypatch):
     monkeypatch.setattr(benchmark, "SPARSE_FROM", 64)
-    monkeypatch.setattr(benchmark, "_attentions", lambda device: {"pytorch": benchmark._pytorch, benchmark.SPARSE: benchmark._sparse})
+    monkeypatch.setattr(benchmark, "_attentions", lambda device: {"pytorch": benchmark._torch, benchmark.SPARSE: benchmark._sparse})
     rows = benchmark.Benchmark(CPU).run([Case(Shape("s", 1, 1, 512, 512, 64), torch.float32, False, 1.0)])
     assert rows[1].ms > 0 and rows[1].error is None and rows[1].note.endswith("% of the blocks")
 
@@ -93,7 +93,7 @@ def test_sparse_attention_tells_the_share_of_its_blocks(monkeypatch):
 def slow(seconds: float):
     def attention(q, k, v, mask):
         time.sleep(seconds)
-        return benchmark._pytorch(q, k, v, mask)
+        return benchmark._torch(q, k, v, mask)
 
     return attention
 
@@ -123,7 +123,7 @@ def test_a_full_card_is_told(monkeypatch):
     def full(q, k, v, mask):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(benchmark, "_attentions", lambda device: {"pytorch": benchmark._pytorch, "full": full})
+    monkeypatch.setattr(benchmark, "_attentions", lambda device: {"pytorch": benchmark._torch, "full": full})
     rows = benchmark.Benchmark(CPU).run([Case(SELF, torch.float32, False, 1.0)])
     assert rows[0].ms and rows[1].ms is None and "memory is too small" in rows[1].note
 
@@ -143,11 +143,14 @@ def attention(monkeypatch) -> ModuleType:
 
 
 def test_comfyui_s_other_attentions_are_timed_too(attention):
+    own = []
+    attention.attention_pytorch = lambda *args, **kwargs: own.append(args) or sdpa(*args, **kwargs)
     timing = benchmark.Benchmark(CPU)
     assert list(timing.attentions) == ["pytorch", "flash", "reference", benchmark.SPARSE]
     rows = timing.run([Case(SELF, torch.float32, False, 1.0), Case(CROSS, torch.float32, True, 1.0)])
     flash = [row for row in rows if row.attention == "flash"]
     assert flash[0].error < 1e-5 and flash[0].ms > 0 and "fewer heads" in flash[1].note
+    assert {args[0].shape[1] for args in own} == {SELF.heads}  # PyTorch's attention as ComfyUI calls it, where it can
 
 
 def test_the_variants_are_among_comfyui_s_named_functions(attention, monkeypatch):

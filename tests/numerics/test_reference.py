@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 from schemes import SCHEMES, each_scheme  # noqa: E402
 
 from sageattention.cli import workloads  # noqa: E402
+from sageattention.cli.check import LSE_BOUNDS  # noqa: E402
 from sageattention.numerics import hadamard  # noqa: E402
 from sageattention.numerics.constants import HEAD_DIMS  # noqa: E402
 from sageattention.numerics.reference import E4M3_MAX, emulate, oracle, quantize_k, quantize_v  # noqa: E402
@@ -75,6 +76,16 @@ def test_rotation_spreads_outlier_channels():
     exact = oracle(q, k, v)[0]
     rotated, plain = (workloads.relative_l2(emulate(q, k, v, replace(FP16_FP32, rotate=r))[0], exact) for r in (True, False))
     assert rotated < 0.5 * plain
+
+
+@each_scheme
+@pytest.mark.parametrize("keys", [1, 2, 8, 64])
+def test_the_lse_of_few_keys_keeps_to_the_bound_of_check(scheme, keys):
+    off = 0.0
+    for seed in range(0, 30, 3):
+        out, lse, exact, exact_lse = attention(*qkv(len_q=40, len_kv=keys, seed=seed), scheme)
+        off = max(off, float(((lse - exact_lse).abs() / exact_lse.abs().clamp_min(1)).max()))
+    assert off <= LSE_BOUNDS[scheme.pv]
 
 
 @each_scheme

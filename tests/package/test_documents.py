@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -103,10 +104,20 @@ def test_the_picture_takes_its_figures_from_bench(speed: ModuleType) -> None:
     assert ">1.50<" in speed.draw(found) and "H200" in speed.draw(found)
 
 
-def test_a_picture_of_error_against_time_has_every_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def sparse_speed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """docs/sparse_speed.py."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
-    import sparse_speed
+    return importlib.import_module("sparse_speed")
 
+
+def test_the_picture_of_error_against_time_is_drawn_from_its_figures(sparse_speed: ModuleType) -> None:
+    known = json.loads(sparse_speed.FIGURES.read_text(encoding="utf-8"))
+    assert sparse_speed.PICTURE.read_text(encoding="utf-8") == sparse_speed.draw(known), "run python docs/sparse_speed.py"
+    assert {row["curve"] for row in known["rows"]} == {"dense, FP8", "dense, FP16", *sparse_speed.COLOURS}
+
+
+def test_a_picture_of_error_against_time_has_every_setting(sparse_speed: ModuleType) -> None:
     rows = [{"curve": "dense, FP8", "value": 0, "ms": 80.0, "error": 0.03}]
     for number, curve in enumerate(sparse_speed.CURVES):
         rows += [{"curve": curve.name, "value": v, "ms": 5.0 + number + v, "error": 0.2 / (1 + v)} for v in curve.values]
