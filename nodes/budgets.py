@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from ..sageattention import precision
 from ..sageattention.block_order import BLOCK
+from ..sageattention.numerics.rows import spread
 from ..sageattention.planning.tensor_values import once
 from .record import Entry
 from .schedule import Window
@@ -76,13 +78,14 @@ def needs(q: torch.Tensor, k: torch.Tensor, sm_scale: float | None, order: torch
         fp32 [Hq], 0 to 1.
     """
     heads, tokens, dim = q.shape[1:]
-    rows = torch.linspace(0, tokens - 1, min(ROWS, tokens), device=q.device).long()
+    rows = spread(tokens, ROWS, q.device)
     place = slice(None) if order is None else order.long()
     scale = dim**-0.5 if sm_scale is None else sm_scale
     found = []
     for head in range(heads):  # one at a time: the scores of all would take gigabytes
         keys = k[:, head * k.shape[1] // heads]
-        scores = q[:, head, rows].float() @ keys.float().mT * scale
+        with precision.exact(q.device.type):
+            scores = q[:, head, rows].float() @ keys.float().mT * scale
         weights = torch.nn.functional.pad(scores.softmax(-1)[..., place], (0, -tokens % BLOCK))
         blocks = weights.unflatten(-1, (-1, BLOCK)).sum(-1).sort(-1, descending=True).values.cumsum(-1)
         found.append(((blocks < MASS).sum(-1) + 1).float().mean() / blocks.shape[-1])

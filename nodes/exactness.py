@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..sageattention import layout
+from ..sageattention import layout, precision
+from ..sageattention.numerics.rows import spread
 
 if TYPE_CHECKING:
     from ..sageattention.dispatch import Call
@@ -34,7 +35,7 @@ def worst_head(
     """
     batch, heads, len_q, _ = q.shape
     group = heads // k.shape[1]
-    rows = torch.linspace(0, len_q - 1, min(ROWS, len_q), device=q.device).round().long()
+    rows = spread(len_q, ROWS, q.device)
     q, out = q.index_select(2, rows), out.index_select(2, rows)
     if mask is not None and mask.shape[2] > 1:
         mask = mask.index_select(2, rows)
@@ -44,7 +45,8 @@ def worst_head(
         kv = slice(first, first + step)
         of_q = slice(first * group, (first + step) * group)
         part = mask if mask is None or mask.shape[1] == 1 else mask[:, of_q]
-        parts.append(_attend(q[:, of_q], k[:, kv], v[:, kv], part, sm_scale))
+        with precision.exact(q.device.type):
+            parts.append(_attend(q[:, of_q], k[:, kv], v[:, kv], part, sm_scale))
     error = float(_relative_l2(out.float(), torch.cat(parts, 1)).amax())
     return math.inf if math.isnan(error) else error
 

@@ -184,7 +184,7 @@ def _on_host(share: float | torch.Tensor | None) -> float | torch.Tensor | None:
         return share
     if torch.cuda.is_current_stream_capturing():
         return None
-    host = torch.full((), math.nan, pin_memory=True)
+    host = torch.full((), math.nan, dtype=torch.float32, device="cpu", pin_memory=True)
     return host.copy_(share, non_blocking=True)
 
 

@@ -59,7 +59,7 @@ def _fetch(noted: dict[str, torch.Tensor]) -> _Reading:
     values = torch.stack(list(noted.values()))
     if not values.is_cuda:
         return _Reading(list(noted), values, None)
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
     host.copy_(values, non_blocking=True)
     ready = torch.cuda.Event()
     ready.record(torch.cuda.current_stream(values.device))

@@ -4,7 +4,8 @@ Shapes, the same for every function here: `tensor_layout="HND"` is [B, H, N, D],
 Nq tokens, k and v have Hkv heads (Hq a multiple of Hkv) and Nk tokens; head_dim D is 1 to 256. All three are fp16, bf16 or fp32,
 of one dtype, on one device, their last stride 1 and the others any. The output has q's shape, dtype and layout.
 `sageattn`, where no variant is named, and `scaled_dot_product_attention` take whatever else torch's function takes, and run it there:
-larger head_dim, a V of another width, fp64, gradients, tensors of another rank (HND, without an lse).
+larger head_dim, a V of another width, fp64, gradients, tensors of another rank, sizes that broadcast, and dtypes that torch.autocast makes
+one (HND, without an lse).
 `attn_mask` is bool (True keeps) or additive (fp16, bf16, fp32; natural-log units), broadcastable to [B, Hq, Nq, Nk].
 `is_causal` keeps keys up to the query's own index, as torch's SDPA does. `sm_scale` defaults to D^−0.5.
 With `return_lse` the result is (out, lse [B, Hq, Nq] fp32, natural log).
@@ -479,6 +480,9 @@ def _call(
     if is_traced(q):
         from . import torch_library
 
+        if variant == "auto" and tensor_layout == "HND" and not return_lse and not q.dtype == k.dtype == v.dtype:
+            # Now: torch.autocast is not at work where the operator runs.
+            return torch_library.by_torch_alone(q, k, v, attn_mask, is_causal, sm_scale)
         if torch_library.compiled_with_grad(q, k, v, attn_mask):
             call_operator = torch_library.attention_lse_untraced if return_lse else torch_library.attention_untraced
         else:

@@ -104,7 +104,7 @@ def merge(
     if out.is_cuda and kernels.merge(out, lse, other, other_lse, tensor_layout):
         return
     whole = torch.logaddexp(lse, other_lse)
-    total = torch.zeros((), device=out.device)
+    total = torch.zeros((), dtype=torch.float32, device=out.device)
     for part, share in ((out, lse), (other, other_lse)):
         weight = (share - whole).exp().masked_fill(share == -torch.inf, 0)[..., None]
         total = total + layout.to_hnd(part, tensor_layout).float() * weight

@@ -18,7 +18,8 @@ class Unsupported(ValueError):
 
 
 class TorchOnly(Unsupported):
-    """Tensors that no variant reads and torch's own attention may: of another rank, nested, of a subclass, or strided along head_dim."""
+    """Tensors that no variant reads and torch's own attention may: of another rank, nested, of a subclass, strided along head_dim, of
+    several batches or numbers of heads that broadcast, or, under torch.autocast, of several dtypes."""
 
 
 class KernelMissing(RuntimeError):

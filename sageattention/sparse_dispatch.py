@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import dispatch
+from . import dispatch, precision
 from .backends import sparse_reference
 from .backends.call import empty_result
 from .backends.cuda import sparse as sparse_cuda
@@ -56,10 +56,11 @@ def compute(
     plan = sparse_plan(problem, card, variant, *binaries.forced(), seen_on(card))
     if dense.empty:
         out, lse = empty_result(q, dense)
-        return SparseResult(out, lse, torch.ones((), device=q.device))
-    if not isinstance(plan, CudaPlan):
-        return sparse_reference.run(q, k, v, problem, tensors)
-    return (_run_dense if problem.all_exact else sparse_cuda.run)(q, k, v, problem, tensors, plan)
+        return SparseResult(out, lse, torch.ones((), dtype=torch.float32, device=q.device))
+    with precision.exact(q.device.type):
+        if not isinstance(plan, CudaPlan):
+            return sparse_reference.run(q, k, v, problem, tensors)
+        return (_run_dense if problem.all_exact else sparse_cuda.run)(q, k, v, problem, tensors, plan)
 
 
 def _run_dense(
@@ -72,4 +73,4 @@ def _run_dense(
         variant=plan.variant.name, accum=plan.accum,
     )  # fmt: skip
     sparse_cuda.add_coarse(out, q, k, v, sparse, tensors)
-    return SparseResult(out, lse, torch.ones((), device=q.device))
+    return SparseResult(out, lse, torch.ones((), dtype=torch.float32, device=q.device))

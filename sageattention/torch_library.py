@@ -16,6 +16,7 @@ import torch
 
 from . import dispatch, packed_dispatch, sparse_dispatch, torch_internals
 from .backends.call import Result
+from .backends.sdpa import by_torch_alone as by_torch_alone  # for `api`
 from .layout import AXES
 from .planning.sparse_problem import token_ranges
 from .tracing import needs_grad
@@ -67,7 +68,8 @@ def _fake_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, layout: str, causal: bool,
     sm_scale: float | None, variant: str, accum: str,
 ) -> torch.Tensor:  # fmt: skip
-    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+    batch = max(q.shape[0], k.shape[0], v.shape[0]) if q.dim() == k.dim() == v.dim() == 4 else q.shape[0]  # torch's broadcasts
+    return q.new_empty((batch, *q.shape[1:-1], v.shape[-1]))
 
 
 def _fake_attention_lse(

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import settings, torch_internals
+from . import precision, settings, torch_internals
 from .errors import CudaError, KernelMissing, Unsupported
 from .kernels import binaries
 from .layout import AXES, to_hnd
 from .numerics import reference
 from .numerics.constants import ERROR_BOUNDS
+from .numerics.rows import spread
 from .planning import rules, verdicts
 from .planning.cost import TORCH, Form
 from .planning.datasheet import scheme_of
@@ -60,7 +61,7 @@ def verified(call: Call) -> Plan | None:
     if key in _given_up or torch.cuda.is_current_stream_capturing() or not _verifying.acquire(blocking=False):
         return None
     try:
-        with torch.cuda.device(call.q.device):
+        with torch.cuda.device(call.q.device), precision.exact(call.q.device.type):
             found = _look(_part(call, form), call.plan.unverified, timed=call.plan.auto and call.plan.basis != "measured")
     except torch.cuda.OutOfMemoryError:
         found = None
@@ -174,7 +175,7 @@ def _sample(run: Call) -> torch.Tensor:
 
 def _sampled_rows(q: torch.Tensor) -> torch.Tensor:
     """Numbers of the rows of a [B, H, N, D] tensor that are compared, spread evenly."""
-    return torch.linspace(0, q.shape[2] - 1, min(SAMPLE, q.shape[2]), device=q.device).long()
+    return spread(q.shape[2], SAMPLE, q.device)
 
 
 def _part(call: Call, form: Form) -> Call:

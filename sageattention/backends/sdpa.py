@@ -59,7 +59,7 @@ def by_torch_alone(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, sm_scale: float | None
 ) -> torch.Tensor:
     """A call that `Problem` can't describe, as it is; what torch's function says to it holds."""
-    grouped = q.dim() == k.dim() == 4 and q.size(1) != k.size(1)
+    grouped = q.dim() == k.dim() == v.dim() == 4 and not q.size(1) == k.size(1) == v.size(1)
     return torch_internals.attention(q, k, v, mask, is_causal=bool(is_causal), scale=sm_scale, enable_gqa=grouped)
 
 

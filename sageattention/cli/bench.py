@@ -222,9 +222,10 @@ def _exact_sample(
     import torch
 
     from ..numerics.reference import oracle
+    from ..numerics.rows import spread
 
     heads = torch.tensor(sorted({0, q.shape[1] - 1}), device=q.device)
-    rows = torch.linspace(0, q.shape[2] - 1, min(64, q.shape[2]), device=q.device).long()
+    rows = spread(q.shape[2], 64, q.device)
 
     def sample(t: torch.Tensor) -> torch.Tensor:
         return t[:1].index_select(1, heads).index_select(2, rows)

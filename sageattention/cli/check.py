@@ -105,11 +105,11 @@ def _forms(device: torch.device, normal: Kind) -> Iterator[Case]:
     q, k, v = workloads.make("normal", SMALL, device=device)
     rows, keys = SMALL.len_q, SMALL.len_kv
     generator = torch.Generator(device).manual_seed(1)
-    keep = torch.rand(SMALL.batch, 1, rows, keys, generator=generator, device=device) < 0.7
-    bias = torch.randn(1, SMALL.heads, rows, keys, generator=generator, device=device)
+    keep = torch.rand(SMALL.batch, 1, rows, keys, generator=generator, dtype=torch.float32, device=device) < 0.7
+    bias = torch.randn(1, SMALL.heads, rows, keys, generator=generator, dtype=torch.float32, device=device)
     masked_row = keep.clone()
     masked_row[..., 3, :] = False  # nothing to attend to: zeros
-    smallest = torch.zeros(rows, keys, device=device)
+    smallest = torch.zeros(rows, keys, dtype=torch.float32, device=device)
     smallest[5] = torch.finfo(torch.float32).min  # a finite bias on a whole row: the plain average
     yield _case("causal", normal, (q, k, v), {"is_causal": True})
     yield _case("bool mask", normal, (q, k, v), {"attn_mask": keep})

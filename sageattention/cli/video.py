@@ -99,14 +99,15 @@ def _head(randn: Callable[..., torch.Tensor], grid: Grid, shape: Shape, head: He
 
     # One channel that hardly turns carries a constant of Q: what K holds there is added to every score of the key.
     q[:, -1], k[:, -1] = 0, 0
-    rows = torch.linspace(grid.prefix, tokens - 1, SAMPLE, device=q.device).long()
+    rows = torch.linspace(grid.prefix, tokens - 1, SAMPLE, dtype=torch.float32, device=q.device).long()
     scores = q[rows] @ k.T * dim**-0.5
     gain = _gain(scores[:, grid.prefix :], head)
     q, k = q * gain**0.5, k * gain**0.5
     bias = _bias(scores * gain, grid.prefix, head.sink)
     q[:, -1], k[:, -1] = 4.0, bias * (dim**0.5 / 4)
-    every = torch.linspace(0, tokens - 1, shape.len_q, device=q.device).long() if shape.len_q < tokens else slice(shape.len_q)
-    return q[every], k, v
+    if shape.len_q < tokens:
+        q = q[torch.linspace(0, tokens - 1, shape.len_q, dtype=torch.float32, device=q.device).long()]
+    return q[: shape.len_q], k, v
 
 
 def _places(grid: Grid, device: torch.device) -> torch.Tensor:
@@ -157,7 +158,7 @@ def _bias(scores: torch.Tensor, prefix: int, sink: float) -> torch.Tensor:
     """[keys], added to the scores [rows, keys] for the prefix to hold `PREFIX_WEIGHT` of the weight and its first token `sink`."""
     import torch
 
-    bias = torch.zeros(scores.shape[1], device=scores.device)
+    bias = torch.zeros(scores.shape[1], dtype=torch.float32, device=scores.device)
     if not prefix:
         return bias
     # Of the video's weight 1, each part is to have its share; the typical row is the median one.

@@ -173,7 +173,7 @@ def _coherent_v(randn: Randn, s: Shape) -> QKV:
     import torch
 
     q, k, v = _plain(randn, s)
-    position = torch.linspace(0, 1, s.len_kv, device=v.device)[:, None]
+    position = torch.linspace(0, 1, s.len_kv, dtype=torch.float32, device=v.device)[:, None]
     period = 1 + torch.arange(s.head_dim, device=v.device) % 5
     phase = randn(s.batch, s.heads, 1, s.head_dim)
     return q, k, 1 + 0.5 * torch.sin(6.2832 * position * period + phase) + 0.05 * v
@@ -235,7 +235,7 @@ def make(
     generator = torch.Generator(device).manual_seed(seed)
 
     def randn(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator, device=device)
+        return torch.randn(*size, generator=generator, dtype=torch.float32, device=device)
 
     group = shape.heads // shape.kv_heads
     q, k, v = KINDS[kind].build(randn, shape)

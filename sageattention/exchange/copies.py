@@ -215,7 +215,7 @@ class Copies(Exchange):
     def _end_trial(self) -> str:
         assert self._data is not None
         places, words = self._trial_places().cpu(), self._data[: self._flag_bytes].view(torch.int32).cpu()
-        expected = torch.arange(1, self._size + 1, dtype=torch.uint8)[:, None, None]
+        expected = torch.arange(1, self._size + 1, dtype=torch.uint8, device="cpu")[:, None, None]
         here = bool((places[:, :, :TRIAL_WIDTH] == expected).all()) and not bool(places[:, :, TRIAL_WIDTH:].any())
         here &= words[: self._size * BOXES : BOXES].tolist() == list(range(1, self._size + 1))
         self._data.zero_()

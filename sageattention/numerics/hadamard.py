@@ -33,8 +33,8 @@ def matrix(head_dim: int) -> torch.Tensor:
     """The rotation for a compiled head dimension (a power of two), fp32 [D, D] on the CPU."""
     import torch
 
-    index = torch.arange(head_dim)
+    index = torch.arange(head_dim, device="cpu")
     odd = (index[:, None] & index[None, :]) ^ sign_bits(index)[:, None]
     for shift in (4, 2, 1):
         odd = odd ^ (odd >> shift)
-    return (1.0 - 2.0 * (odd & 1)) / (2 * head_dim)
+    return (1 - 2 * (odd & 1)).to(torch.float32) / (2 * head_dim)

@@ -160,13 +160,13 @@ def quantize_v(v: torch.Tensor, scheme: Scheme, live: torch.Tensor | None = None
     head_dim = pad_head_dim(v.shape[-1])
     if live is not None:
         live = live.to(v.device)
-        values = torch.zeros(v.shape[0], head_dim, device=v.device)
+        values = torch.zeros(v.shape[0], head_dim, dtype=torch.float32, device=v.device)
         if not live.any():
-            return values, torch.zeros(head_dim, device=v.device), torch.zeros(head_dim, device=v.device)
+            return values, values.new_zeros(head_dim), values.new_zeros(head_dim)
         values[live], scale, mean = quantize_v(v[live], scheme)
         return values, scale, mean
     x = torch.nn.functional.pad(v.float(), (0, head_dim - v.shape[-1]))
-    mean = torch.zeros(head_dim, device=v.device)
+    mean = x.new_zeros(head_dim)
     if scheme.v_mean:
         low, high = x.amin(0), x.amax(0)
         mean = (x / x.shape[0]).sum(0).clamp(low, high)  # however it was rounded
@@ -341,7 +341,7 @@ def _attend_rows(
     # `out` and the sums l are relative to the maximum m; P, the accumulator `acc` and its sums `acc_l` to `near`.
     m = near = torch.full_like(q_scale, -math.inf)
     l = torch.zeros_like(q_scale)
-    out = torch.zeros(q.shape[0], head_dim, device=q.device)
+    out = torch.zeros(q.shape[0], head_dim, dtype=torch.float32, device=q.device)
     acc, acc_l = torch.zeros_like(out), torch.zeros_like(l)
     rows = torch.arange(numbers.start, numbers.stop, device=q.device)[:, None]
     for start, stop, begins, lines in steps:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import TorchOnly, Unsupported
 from ..layout import AXES
+from ..precision import autocasts
 from ..tracing import needs_grad
 
 if TYPE_CHECKING:
@@ -92,9 +93,11 @@ class Problem(NamedTuple):
         (batch, head_dim), heads_q, heads_kv = (q.shape[0], q.shape[3]), q.shape[heads], k.shape[heads]
         len_q, len_kv = q.shape[tokens], k.shape[tokens]
         if k.shape[0] != batch:
-            raise Unsupported("k", f"its batch is {k.shape[0]}, q's is {batch}; they must be equal")
+            kind = TorchOnly if 1 in (k.shape[0], batch) else Unsupported
+            raise kind("k", f"its batch is {k.shape[0]}, q's is {batch}; they must be equal")
         if k.shape[:3] != v.shape[:3]:
-            raise Unsupported("v", f"its shape is {tuple(v.shape)}, k's is {tuple(k.shape)}; they must be equal but for head_dim")
+            kind = TorchOnly if len_kv == v.shape[tokens] else Unsupported
+            raise kind("v", f"its shape is {tuple(v.shape)}, k's is {tuple(k.shape)}; they must be equal but for head_dim")
         _check_heads(heads_q, heads_kv)
         _check_head_dim(None, ("q", q), ("k", k))
         _check_head_dim(None, ("v", v))
@@ -278,7 +281,8 @@ def _check_alike(first: tuple[str, torch.Tensor], *others: tuple[str, torch.Tens
         raise Unsupported(leader, f"its dtype is {like.dtype}, accepted are {', '.join(accepted)}")
     for name, t in others:
         if t.dtype != like.dtype:
-            raise Unsupported(name, f"its dtype is {t.dtype}, {leader}'s is {like.dtype}; they must be equal")
+            kind = TorchOnly if autocasts(t.device.type) else Unsupported
+            raise kind(name, f"its dtype is {t.dtype}, {leader}'s is {like.dtype}; they must be equal")
         if t.device != like.device:
             raise Unsupported(name, f"is on {t.device}, {leader} is on {like.device}; they must be on one device")
 

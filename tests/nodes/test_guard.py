@@ -80,6 +80,30 @@ def test_a_layer_with_peaked_logits_is_found_and_the_others_stay_fast():
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_program_under_autocast_changes_no_finding(dtype):
+    """Exact attention in bfloat16 is far off where logits are peaked, and in float16 it overflows."""
+    q, k, v = (t.unflatten(-1, (-1, DIM)).transpose(1, 2) for t in tensors(gain=2e4))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    error, wrong = (exactness.worst_head(given, q, k, v, None, DIM**-0.5) for given in (out, out.roll(1, 2)))
+    assert error < 1e-3 and wrong > 0.5
+    with torch.autocast("cpu", dtype):
+        found = [exactness.worst_head(given, q, k, v, None, DIM**-0.5) for given in (out, out.roll(1, 2))]
+    assert found == [error, wrong]
+
+
+def test_a_default_dtype_of_16_bits_changes_no_finding():
+    """It rounds the number of a row beyond the last one."""
+    q = torch.randn(1, 1, 4_096, 16)
+    out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    error = exactness.worst_head(out, q, q, q, None, 0.25)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert exactness.worst_head(out, q, q, q, None, 0.25) == error < 1e-5
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_one_bad_head_decides():
     q, k, v = tensors()
     q[..., DIM:] *= 2000

@@ -48,6 +48,13 @@ def test_a_head_that_looks_everywhere_needs_more_than_one_that_looks_at_itself()
     assert shared[1] > 2 * shared[0] and float(shared.mean()) == pytest.approx(0.2, rel=1e-3)
 
 
+def test_a_program_under_autocast_changes_no_need():
+    q, k, _ = by_heads(*tensors())
+    need = budgets.needs(q, k, None, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(budgets.needs(q, k, None, None), need)
+
+
 @pytest.mark.parametrize("keep", [0.005, 0.1, 0.5, 0.95])
 def test_budgets_stay_in_their_limits_and_add_up(keep):
     need = torch.tensor([0.01, 0.02, 0.1, 0.9, 1.0])

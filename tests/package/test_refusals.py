@@ -31,10 +31,12 @@ FUNCTIONS = {name: getattr(sageattention, name) for name in NAMES}
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_bad_input_is_refused_by_every_function(function):
     q, k, v = qkv()
-    torchs = (((q[0], k, v), "q"), ((q[..., ::2], k[..., ::2], v[..., ::2]), "q"))  # which auto leaves to torch's own attention
+    torchs = (  # which auto leaves to torch's own attention
+        ((q[0], k, v), "q"), ((q[..., ::2], k[..., ::2], v[..., ::2]), "q"), ((q, k[:1], v[:1]), "k"), ((q, k, v[:, :1]), "v"),
+    )  # fmt: skip
     for arguments, parameter in (
         *(() if function in (sageattn, sageattention.explain) else torchs),
-        ((q, k[:1], v[:1]), "k"),
+        ((q, k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1)), "k"),
         ((q, k, v[:, :, :-1]), "v"),
         ((q, k.half(), v), "k"),
         ((q, k, v, "NDH"), "tensor_layout"),

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "sageattention"
 # From the ground up. A folder stands for all its modules.
 FLOORS = (
-    ("_version", "errors", "memo", "settings", "layout", "torch_internals"),
+    ("_version", "errors", "memo", "settings", "layout", "precision", "torch_internals"),
     ("tracing", "neutral"),
     ("numerics",),
     ("kernels", "device"),
