@@ -19,7 +19,8 @@ RANGE = 4.0  # a head gets at most this many times the percentage, and at least 
 
 
 class Budgets:
-    """What the heads of each layer needed when it was last measured, apart for conditional and unconditional passes."""
+    """What the heads of each layer needed when it was last measured, apart for conditional and unconditional passes, for sequences of
+    different lengths and for devices that share the work."""
 
     def __init__(self) -> None:
         self._needs: dict[tuple[Any, ...], torch.Tensor] = {}
@@ -38,21 +39,21 @@ class Budgets:
         self, layer: str, options: dict[str, Any], q: torch.Tensor, k: torch.Tensor, sm_scale: float | None, order: torch.Tensor | None
     ) -> None:
         """Remember what the heads of a layer need in this call. q, k: [B, H, N, D]."""
-        key = _key(layer, options)
+        key = _key(layer, options, q)
         self._needs[key] = needs(q, k, sm_scale, order)
         self._shared.pop(key, None)
 
-    def of(self, layer: str, options: dict[str, Any], keep: float) -> torch.Tensor | None:
-        """The share of the blocks for each head, fp32 [H], `keep` on average; None where the layer was not measured."""
-        key = _key(layer, options)
+    def of(self, layer: str, options: dict[str, Any], q: torch.Tensor, keep: float) -> torch.Tensor | None:
+        """The share of the blocks for each head, fp32 [H], `keep` on average; None where the layer was not measured. q: [B, H, N, D]."""
+        key = _key(layer, options, q)
         shared = self._shared.get(key)
         if shared is None and key in self._needs:
             shared = self._shared[key] = share_out(self._needs[key], keep)  # one tensor for all steps: its values are checked once
         return shared
 
 
-def _key(layer: str, options: dict[str, Any]) -> tuple[Any, ...]:
-    return layer, *(options.get("cond_or_uncond") or ())
+def _key(layer: str, options: dict[str, Any], q: torch.Tensor) -> tuple[Any, ...]:
+    return layer, q.shape[1:3], q.device, *(options.get("cond_or_uncond") or ())
 
 
 def _is_last(entry: Entry, window: Window, sigmas: torch.Tensor | None) -> bool:

@@ -356,9 +356,11 @@ class Record:
         """Called by the entry that is open: the next one takes its place."""
         self._here.reasons = entry.reasons
         with self._lock:
-            if self.calls and self.calls[-1] is entry:
-                self.calls.pop()
-                self._unpacked = min(self._unpacked, len(self.calls))
+            for at in range(len(self.calls) - 1, -1, -1):  # the last one, or nearly so where several devices share the work
+                if self.calls[at] is entry:
+                    del self.calls[at]
+                    self._unpacked -= at < self._unpacked
+                    break
 
     def closed(self) -> None:
         """Called by the entry that was open."""

@@ -8,6 +8,7 @@ import torch
 
 from ..sageattention import KernelMissing, Unsupported, sageattn_sparse, tracing
 from ..sageattention import settings as environment
+from ..sageattention.layout import to_hnd
 from ..sageattention.memo import Memo
 from ..sageattention.sparse_dispatch import variant_of
 from . import grid, key_masks, vsa
@@ -42,8 +43,7 @@ class SparseOverride(Override):
         self._forms: Memo[tuple[Any, ...], tuple[Form, str] | str] = Memo()
         self._layouts: Memo[tuple[Any, ...], tuple[Layout | str, str]] = Memo(MAX_LAYOUTS)
         self._budgets = Budgets()
-        self._sampling: object = None
-        self._shares: dict[torch.device, Shares] = {}
+        self._shares: tuple[object, dict[torch.device, Shares]] = None, {}  # of a sampling, by device
 
     def __reduce__(self) -> tuple[Any, ...]:
         """In another process it starts with nothing measured."""
@@ -101,10 +101,11 @@ class SparseOverride(Override):
             self._remark(options, f"Tokens keep their own order: {unknown}.")
         if isinstance(layout, str):
             return layout
-        dense = self._dense_here(entry, options)
+        shares = self._shares_of(entry)
+        dense = self._dense_here(entry, options, shares)
         if dense:
             if self.chosen.method == "budget" and self._budgets.due(entry, self.chosen.window, options):
-                q, k = (t if form.layout == "HND" else t.transpose(1, 2) for t in form.view(q, k, v)[:2])
+                q, k = (to_hnd(t, form.layout) for t in form.view(q, k, v)[:2])
                 self._budgets.measure(entry.layer.name, options, q, k, scale, layout.order)
             return dense
         key_mask = key_masks.of_mask(mask)
@@ -113,7 +114,7 @@ class SparseOverride(Override):
         if tracing.transformed():
             return "torch.jit.trace or a torch.func transform is at work, which only torch's own attention can follow"
         out, share = self._compute(entry, options, form.view(q, k, v), form.layout, layout, key_mask, scale)
-        self._shares[entry.device].note(entry.layer.name, share)
+        shares.note(entry.layer.name, share)
         entry.ran(f"sparse {short(variant)}", kernel=f"{self.chosen.named}, {layout.name}", share=share, node=NODE)
         if self.chosen.verbose:
             shape = "x".join(map(str, q.shape))
@@ -134,17 +135,17 @@ class SparseOverride(Override):
         method = METHODS[self.chosen.method]
         threshold: dict[str, Any] = {}
         if method.threshold is not None:
-            threshold[method.threshold] = self._threshold(entry.layer.name, options)
+            threshold[method.threshold] = self._threshold(entry.layer.name, options, to_hnd(qkv[0], tensor_layout))
         return sageattn_sparse(  # type: ignore[return-value]
             *qkv, tensor_layout=tensor_layout, sm_scale=scale, variant=self.chosen.variant, selection=method.selection,
             order=layout.order, sinks=layout.sinks, query_sinks=layout.query_sinks, block_mask=layout.block_mask, key_mask=key_mask,
             return_share=True, **threshold,
         )  # fmt: skip
 
-    def _threshold(self, layer: str, options: dict[str, Any]) -> float | torch.Tensor:
+    def _threshold(self, layer: str, options: dict[str, Any], q: torch.Tensor) -> float | torch.Tensor:
         if self.chosen.method != "budget":
             return self.chosen.threshold
-        measured = self._budgets.of(layer, options, self.chosen.threshold)
+        measured = self._budgets.of(layer, options, q, self.chosen.threshold)
         if measured is None:
             self._remark(options, "Every head has the same budget, for no dense step came before; a start_percent above 0 makes one.")
             return self.chosen.threshold
@@ -173,7 +174,15 @@ class SparseOverride(Override):
             return "block-sparse kernels are for NVIDIA GPUs"
         return ""
 
-    def _dense_here(self, entry: Entry, options: dict[str, Any]) -> str:
+    def _shares_of(self, entry: Entry) -> Shares:
+        """Those of the entry's sampling on its device. Devices that share the work call from threads of their own, any of which may begin
+        the sampling here: a call keeps what it found."""
+        sampling, shares = self._shares
+        if sampling is not entry.sampling:
+            sampling, shares = self._shares = entry.sampling, {}
+        return shares.get(entry.device) or shares.setdefault(entry.device, Shares(entry.device))
+
+    def _dense_here(self, entry: Entry, options: dict[str, Any], shares: Shares) -> str:
         """Why a long call is dense at this step and in this layer; "" where it is sparse."""
         module = getattr(options.get(SLOT), "__module__", "")
         if module.startswith(CORE_MODULE[0]) and CORE_MODULE[1] in module:
@@ -186,11 +195,6 @@ class SparseOverride(Override):
                 self._remark(options, "This model does not report its blocks, so dense_blocks has no effect.")
             elif entry.layer.block in self.chosen.dense_blocks:
                 return f"the block is among dense_blocks ({self.chosen.dense_blocks})"
-        if entry.sampling is not self._sampling:
-            self._sampling, self._shares = entry.sampling, {}
-        shares = self._shares.get(entry.device)
-        if shares is None:
-            shares = self._shares[entry.device] = Shares(entry.device)
         shares.begin(entry.step)
         crowded = shares.crowded.get(entry.layer.name)
         return "" if crowded is None else f"{crowded:.0%} of the blocks were needed, too many to gain"

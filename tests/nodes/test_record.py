@@ -175,6 +175,29 @@ def test_devices_that_share_a_step_count_their_own():
     assert numbers == [(name, step) for step in range(3) for name in sigmas for _ in range(2)]
 
 
+def test_a_call_that_is_handed_over_is_not_left_in_the_list_where_another_device_has_opened_one():
+    here = record.Record()
+    here.begin()
+
+    def elsewhere():
+        here.open({"block_index": 1}, *QKV[:2], 4, False, False).close()
+
+    for handed_over in range(2):
+        entry = here.open({"block_index": 0}, *QKV[:2], 4, False, False)
+        other = threading.Thread(target=elsewhere)
+        other.start()
+        other.join()
+        if handed_over:
+            assert len(here.entries) == 4  # they have been read before
+        entry.pass_on("its turn is another")
+        entry.hand_over()
+        entry.close()
+        last = here.open({"block_index": 0}, *QKV[:2], 4, False, False)
+        last.close()
+        assert [e.layer.name for e in here.entries] == ["block 1", "block 0"] * (handed_over + 1)
+        assert last.reasons == ("its turn is another",)
+
+
 def test_threads_have_entries_of_their_own():
     model, core = patched(), OldCore()
     barrier = threading.Barrier(4)

@@ -86,6 +86,17 @@ def test_budget_is_measured_in_the_last_dense_step_of_each_layer(monkeypatch, ne
     torch.testing.assert_close(seen[0]["keep"], expected)
 
 
+def test_a_budget_is_that_of_its_length_and_its_device():
+    """Another resolution's says nothing; and a tensor on another device than the call would be refused."""
+    known, options = budgets.Budgets(), {"cond_or_uncond": [0]}
+    q, k, _ = tensors(hnd=True)
+    known.measure("block 0", options, q, k, None, None)
+    assert known.of("block 0", options, q, 0.1).shape == (HEADS,)
+    assert known.of("block 0", options, q[:, :, :-1], 0.1) is None
+    assert known.of("block 0", options, q.to("meta"), 0.1) is None
+    assert known.of("block 0", {"cond_or_uncond": [1]}, q, 0.1) is None
+
+
 def test_budget_without_a_dense_step_is_the_same_for_all_heads_and_says_so():
     override = override_of(selection="budget")
     sampling(override, [0.9])
