@@ -75,9 +75,10 @@ def _package(problems: list[str]) -> dict[str, Any]:
     installed = []
     for distribution in importlib.metadata.distributions(name="sageattention"):
         folder = Path(str(distribution.locate_file("sageattention"))).resolve()
-        installed.append({"version": distribution.version, "path": str(folder), "loaded": folder == PACKAGE})
+        copy = {"version": distribution.version, "path": str(folder), "loaded": folder == PACKAGE}
+        installed.append({**copy, "same": copy["loaded"] or _is_like_this(folder)})
     for other in installed:
-        if not other["loaded"]:
+        if not other["same"]:
             problems.append(
                 f"another sageattention {other['version']} is installed in {other['path']}: `import sageattention` in other programs, and "
                 "ComfyUI's --use-sage-attention, may get that one; uninstall it if you want this one"
@@ -91,6 +92,15 @@ def _package(problems: list[str]) -> dict[str, Any]:
         "import_finds": found,
         "installed": installed,
     }
+
+
+def _is_like_this(folder: Path) -> bool:
+    """Whether a copy has the files that this one has: install.py puts one beside the pack's."""
+    files = [path.relative_to(PACKAGE) for pattern in ("**/*.py", "kernels/manifest.json") for path in PACKAGE.glob(pattern)]
+    try:
+        return all((folder / file).read_bytes() == (PACKAGE / file).read_bytes() for file in files)
+    except OSError:  # one is not there
+        return False
 
 
 def _torch(has_gpu: bool, problems: list[str]) -> dict[str, Any] | None:

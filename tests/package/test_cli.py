@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,25 @@ def test_doctor_names_another_installed_copy(monkeypatch, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "another sageattention 2.2.0" in out
     assert str(tmp_path / "sageattention") in out
+
+
+def test_doctor_has_nothing_against_the_copy_that_the_installer_made(monkeypatch, tmp_path, capsys):
+    subprocess.run([sys.executable, str(ROOT / "install.py"), "--wheel", str(tmp_path)], check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def problems():
+        assert cli.main(["doctor", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert str(tmp_path / "sageattention") in {copy["path"] for copy in found["sageattention"]["installed"]}
+        return [problem for problem in found["problems"] if str(tmp_path) in problem]
+
+    assert not problems()
+    with open(tmp_path / "sageattention" / "api.py", "a") as file:
+        file.write("# changed\n")
+    assert len(problems()) == 1
 
 
 def test_doctor_names_a_variant_variable_that_names_none(monkeypatch, capsys):
