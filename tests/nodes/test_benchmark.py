@@ -173,8 +173,12 @@ def test_a_named_function_computes_what_it_can(attention, monkeypatch):
     assert 1e-5 < float((out - sdpa(*QKV, 2)).norm() / sdpa(*QKV, 2).norm()) < 0.02
 
 
-def test_outside_of_comfyui_nothing_is_registered():
+def test_outside_of_comfyui_nothing_is_registered(monkeypatch):
+    """Nor is ComfyUI imported, or a card looked at."""
+    monkeypatch.setattr(functions, "available_variants", lambda device: pytest.fail("a card was looked at"))
+    before = set(sys.modules)
     functions.register()
+    assert set(sys.modules) == before and "comfy.ldm.modules.attention" not in before
 
 
 def test_without_a_sampling_it_says_what_to_connect(monkeypatch):

@@ -135,13 +135,30 @@ def test_eager_calls_do_not_pass_through_the_operator(monkeypatch):
     assert sageattention.sageattn(q, k, v, variant="reference").shape == q.shape
 
 
+@pytest.mark.parametrize("variant", ["reference", "auto"])
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
 @pytest.mark.parametrize("operator", ["attention", "attention_lse"])
-def test_the_operators_keep_torchs_rules(operator):
+def test_the_operators_keep_torchs_rules(operator, layout, variant):
     """Schema, fake implementation and dynamic shapes, as torch checks them."""
-    q, k, v = tensors()
+    q, k, v = tensors(layout)
     mask = torch.randn(1, 1, 65, 70)
-    arguments = (q, k.transpose(1, 2).contiguous().transpose(1, 2), v, mask, "HND", False, None, "reference", "")
+    arguments = (q, k.transpose(1, 2).contiguous().transpose(1, 2), v, mask, layout, False, None, variant, "")
     torch.library.opcheck(getattr(torch_library, operator), arguments)
+
+
+@pytest.mark.parametrize("operator", ["varlen", "varlen_lse"])
+def test_the_packed_operators_keep_torchs_rules(operator):
+    q, k, v = (t[0].transpose(0, 1) for t in tensors())
+    offsets = torch.tensor([0, 20, 65]), torch.tensor([0, 30, 70])
+    torch.library.opcheck(getattr(torch_library, operator), (q, k, v, *offsets, 45, 40, False, None, "auto", ""))
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+def test_the_sparse_operator_keeps_torchs_rules(layout):
+    q, k, v = tensors(layout)
+    of_heads = torch.full((4,), 0.5)
+    arguments = ("topk", None, None, None, of_heads, 0.0, 128, True, None, None, [0, 4], [], None, None, None, None, torch.ones_like(q))
+    torch.library.opcheck(torch_library.sparse, (q, k, v, layout, False, None, "reference", *arguments))
 
 
 def test_a_non_contiguous_result_is_handed_over_as_the_fake_says(monkeypatch):

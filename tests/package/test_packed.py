@@ -22,13 +22,13 @@ from sageattention.variants import TRITON_FP16  # noqa: E402
 
 
 def check(offsets, total=12, longest=7, dtype=torch.int32):
-    varlen.check("cu_seqlens_k", torch.tensor(offsets, dtype=dtype), "k", total, "max_seqlen_k", longest)
+    return varlen.check("cu_seqlens_k", torch.tensor(offsets, dtype=dtype), "k", total, "max_seqlen_k", longest)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("offsets", [[0, 12], [0, 5, 12], [0, 0, 7, 12, 12], [0, 7, 7, 12]])
 def test_good_offsets(offsets, dtype):
-    check(offsets, longest=12, dtype=dtype)
+    assert check(offsets, longest=12, dtype=dtype) == tuple(offsets)
 
 
 @pytest.mark.parametrize(
@@ -74,14 +74,22 @@ def test_values_are_read_once_and_again_after_a_change(monkeypatch):
     assert len(looks) == 3
 
 
-def test_an_inference_tensor_has_no_version_and_is_read_once():
+def test_an_inference_tensor_has_no_version_and_is_read_once(monkeypatch):
+    looks, look = [], varlen._look
+    monkeypatch.setattr(varlen, "_look", lambda *arguments: looks.append(1) or look(*arguments))
     with torch.inference_mode():
-        check([0, 5, 12])
+        offsets = torch.tensor([0, 5, 12])
+        for _ in range(2):
+            assert varlen.check("cu_seqlens_k", offsets, "k", 12, "max_seqlen_k", 7) == (0, 5, 12)
+    assert len(looks) == 1
 
 
 def test_a_forgotten_tensor_is_not_kept():
     tensor_values._read.clear()
-    check([0, 5, 12])
+    offsets = torch.tensor([0, 5, 12])
+    varlen.check("cu_seqlens_k", offsets, "k", 12, "max_seqlen_k", 7)
+    assert len(tensor_values._read) == 1
+    del offsets
     assert len(tensor_values._read) == 0
 
 

@@ -237,14 +237,16 @@ def test_every_arch_and_head_dim_has_a_tile(tiles):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_what_a_plan_names_is_in_its_images(name, arch, head_dim, monkeypatch):
     monkeypatch.setattr(store, "missing", lambda image: "")
+    refused = arch < VARIANTS[name].min_arch or arch not in (VARIANTS[name].archs or (arch,))
     for accum in ("", *VARIANTS[name].accum):
         for mask in ("none", "bool"):
             for forced in (0, arch):
                 try:
                     chosen = plan(problem(head_dim=head_dim, mask=mask), gpu(arch), name, accum, forced)
                 except (KernelMissing, Unsupported):
-                    assert arch < VARIANTS[name].min_arch or not VARIANTS[name].kernels or VARIANTS[name].archs
+                    assert refused
                     continue
+                assert not refused
                 quantizer, attention = chosen.images
                 assert attention.entry(chosen.attend).threads == 32 * chosen.tile.warps
                 assert quantizer.entry(chosen.kernels.quantize_k_symbol(head_dim)) and quantizer.entry(

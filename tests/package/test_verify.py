@@ -536,7 +536,8 @@ def test_on_a_gpu(what, unmeasured, monkeypatch):
     assert chosen.basis == "verified"
     assert chosen.variant == (best.variant if found.ms[best] * rules.MARGINS["verified"] < found.ms[TORCH] else "sdpa")
     assert all(0.01 < ms < 20 for ms in found.ms.values()) and len(found.ms) == (2 if what.startswith("wrong") else 3)
-    assert (chosen.variant == likeliest.variant) == (what == "right") or what == "right"
+    assert (settled(likeliest) in found.right) == (not what.startswith("wrong"))
+    assert what == "right" or chosen.variant != likeliest.variant  # right, it may still be the second fastest
 
 
 @pytest.mark.gpu
