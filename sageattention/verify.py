@@ -56,25 +56,49 @@ def verified(call: Call) -> Plan | None:
     Raises:
         KernelMissing: a variant that was asked for by name is wrong on this card.
     """
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    # One at a time, and another device's thread waits: what it would run in the meantime is what is being looked at.
+    with _verifying:
+        if not _is_known(call) and not _find_out(call):
+            return None
+    name = call.plan.variant.name
+    if call.plan.auto or settings.read("SAGEATTENTION_VARIANT") == name:
+        return plan_for(call.problem, "auto")
+    return plan_for(call.problem, name, call.plan.accum)
+
+
+def _is_known(call: Call) -> bool:
+    """Whether a call of another thread has shown it since this one was planned."""
+    known = verdicts.of_card(machine(call.problem), forced_kernels(*binaries.forced()))
+    candidate = settled(call.plan.unverified[0])
+    return candidate in known.off or not known.wants(Form.of(call.problem), candidate, _timed(call))
+
+
+def _timed(call: Call) -> bool:
+    """Whether candidates are timed as well."""
+    return call.plan.auto and call.plan.basis != "measured"
+
+
+def _find_out(call: Call) -> bool:
+    """Look at a call, and keep what it shows; False where nothing can be told."""
     form, card, kernels = Form.of(call.problem), machine(call.problem), forced_kernels(*binaries.forced())
     key = card, kernels, Class.of(form), call.plan.unverified
-    if key in _given_up or torch.cuda.is_current_stream_capturing() or not _verifying.acquire(blocking=False):
-        return None
+    if key in _given_up:
+        return False
+    found = None
     try:
         with torch.cuda.device(call.q.device), precision.exact(call.q.device.type):
-            found = _look(_part(call, form), call.plan.unverified, timed=call.plan.auto and call.plan.basis != "measured")
+            found = _look(_part(call, form), call.plan.unverified, _timed(call))
     except torch.cuda.OutOfMemoryError:
-        found = None
+        pass
     except CudaError:  # of our own kernels: that must be heard
         raise
     except RuntimeError as error:  # torch's, about a call that it would not have been given: sampling goes on
         warn_once(f"{call.plan.variant.name} could not be compared with PyTorch's attention on {card.name}: {error}")
-        found = None
-    finally:
-        _verifying.release()
     if found is None:
         _given_up.add(key)
-        return None
+        return False
     verdict, off = found
     verdicts.add(card, kernels, form, verdict, off)
     for candidate, reason in off.items():
@@ -82,10 +106,7 @@ def verified(call: Call) -> Plan | None:
         warn_once(f"{candidate} is not used on {card.name} any more: {reason}. {told}")
     if not off:
         LOG.info("sageattention: verified on %s, %s: %s", card.name, Class.of(form), ", ".join(map(str, sorted(verdict.right))))
-    name = call.plan.variant.name
-    if call.plan.auto or settings.read("SAGEATTENTION_VARIANT") == name:
-        return plan_for(call.problem, "auto")
-    return plan_for(call.problem, name, call.plan.accum)
+    return True
 
 
 def _look(part: Call, candidates: tuple[Candidate, ...], timed: bool) -> tuple[Verdict, dict[Candidate, str]] | None:

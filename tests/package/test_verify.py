@@ -7,6 +7,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,6 +144,25 @@ def test_a_wrong_kernel_is_out_on_the_card(factor, card, caplog):
     assert explain(*longer).variant == FP8 and "off by" in dict(explain(*longer).rejected)[INT8]
     with pytest.raises(KernelMissing, match="off by"):
         sageattn(*longer, variant=INT8)
+
+
+def test_a_second_device_s_call_waits_for_the_first_one_s_verdict(card, monkeypatch):
+    """It would run the very kernel that is being looked at."""
+    card.factors[INT8], run, others = 0.9, card.run, []
+
+    def meanwhile(call):
+        if not others:
+            others.append(threading.Thread(target=lambda: results.append(sageattn(q, k, v))))
+            others[0].start()
+            others[0].join(0.3)
+        return run(call)
+
+    monkeypatch.setitem(dispatch._BACKENDS, "cuda", SimpleNamespace(run=meanwhile))
+    (q, k, v), results = qkv(), []
+    results.append(sageattn(q, k, v))
+    others[0].join()
+    assert len(results) == 2 and all(torch.equal(result, exact(q, k, v)) for result in results)
+    assert card.ran(INT8) == 1 + verify.TURNS  # one of them has looked
 
 
 def test_what_is_off_by_less_than_twice_its_bound_is_right(card):
