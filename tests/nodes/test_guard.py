@@ -154,6 +154,30 @@ def test_it_looks_once_and_again_at_a_few_later_steps(monkeypatch):
     assert len(looks) == 6
 
 
+def test_it_looks_once_a_step_where_several_passes_make_one(monkeypatch):
+    looks, model = [], patched(0.05)
+    monkeypatch.setattr(guard, "of_call", lambda out, call: looks.append(1) or 0.01)
+    sample(model, network(OldCore(), tensors()), sigmas=torch.linspace(1, 0.05, 7).tolist(), passes=2)
+    assert len(looks) == 2  # at the first step and at the seventh
+
+
+def test_a_step_that_begins_with_values_that_are_not_finite_is_not_run_again():
+    """Nothing that a node of ours does can have made them."""
+    model, ran = patched(0.05), []
+    guider = SimpleNamespace(model_options=model.model_options, model_patcher=model)
+    wrapper = model.wrappers["calc_cond_batch"]["sageattention"][0]
+
+    def step(*arguments):
+        ran.append(1)
+        return [torch.full((1,), math.nan)]
+
+    slot.record_of(model).begin()
+    for x, runs in ((torch.full((1,), math.inf), 1), (torch.zeros(1), 3)):
+        out = wrapper(step, guider, [], x, torch.ones(1), model.model_options)
+        assert len(ran) == runs and out[0].isnan()
+    assert len(slot.record_of(model).notes) == 2
+
+
 def test_a_layer_that_turns_bad_later_is_found(monkeypatch):
     model, core, steps = patched(0.05), OldCore(), []
 

@@ -346,6 +346,60 @@ def test_calls_outside_of_a_sampling_are_counted_and_not_kept():
     assert slot.record_of(model).ran == {"reference": 1} and not slot.record_of(model).entries
 
 
+@pytest.mark.parametrize("variant", ["auto", "reference"])
+def test_calls_like_those_of_a_sampling_that_is_over_are_counted_and_not_kept(variant):
+    model, core, last = patched(variant), OldCore(), []
+    sample(model, lambda options: last.append(options) or blocks(core)(options), sigmas=[1.0])
+    before = what(model)
+    for _ in range(3):
+        blocks(core)(last[-1])
+    assert what(model) == before and len(before) == 2
+    found = slot.record_of(model).as_dict()
+    assert sum(found["ran"].values()) + sum(found["kept"].values()) == 8
+
+
+@pytest.mark.parametrize("variant", ["auto", "reference"])
+def test_calls_before_a_sampling_are_none_of_its_entries(variant):
+    """Neither they nor those like them: they come with one step's tensor and one pass's list, as a sampling's do."""
+    model, core = patched(variant), OldCore()
+    options = {**model.options, "sigmas": torch.ones(1), "cond_or_uncond": [0]}
+    for _ in range(3):
+        blocks(core)(dict(options))
+    assert not what(model)
+
+
+def test_a_sampling_that_is_over_does_not_hold_on_to_its_model():
+    model, of_sampling = patched(), []
+    sample(model, lambda options: of_sampling.append(slot.record_of(model).sampling) or blocks(OldCore())(options), sigmas=[1.0])
+    assert of_sampling[0] is slot.record_of(model).sampling and of_sampling[0].percent_to_sigma is None
+
+
+@pytest.mark.parametrize(("variant", "said"), [("auto", "left to the model's own attention"), ("reference", "attention runs on reference")])
+def test_counts_that_begin_anew_are_logged_anew(variant, said, caplog):
+    caplog.set_level("INFO")
+    model = patched(variant)
+
+    def network(options):
+        call = blocks(OldCore())
+        call(options)
+        slot.record_of(model).reset()
+        return call(options)
+
+    sample(model, network, sigmas=[1.0])
+    assert caplog.text.count(said) == 2
+
+
+def test_a_call_that_has_to_be_exact_is_kept_for_that_whatever_is_kept_like_it():
+    model, core = patched("auto"), OldCore()
+
+    def network(options):
+        return sum(core.attention(*QKV, 4, transformer_options=options, low_precision_attention=low) for low in (True, True, False))
+
+    sample(model, network, sigmas=[1.0])
+    why = [reasons[0] for *_, reasons in what(model)]
+    assert why[0] == why[1] != why[2] and "full precision" in why[2]
+
+
 def test_compiled_attention_is_one_entry_a_call_also_through_two_of_ours():
     model = slot.install(patched(), Half())
 

@@ -471,3 +471,13 @@ def test_shares_on_a_gpu_are_read_a_step_later_without_a_wait():
     torch.cuda.synchronize()
     shares.begin(object())
     assert shares.crowded.keys() == {"block 0"} and shares.crowded["block 0"] == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("hides", [-torch.inf, torch.finfo(torch.float16).min, -1e4])
+def test_a_mask_hides_padding_by_any_large_number(hides):
+    """Models write their own; and what is smaller adds to scores."""
+    bias = torch.zeros(1, 1, 1, 8)
+    bias[..., 5:] = hides
+    assert sparse_override.key_masks.of_mask(bias).tolist() == [[True] * 5 + [False] * 3]
+    bias[..., 5:] = -9e3
+    assert "adds to scores" in sparse_override.key_masks.of_mask(bias)
