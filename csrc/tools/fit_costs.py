@@ -1,7 +1,7 @@
 """Writes sageattention/planning/measured.py: what calls cost on an architecture, fitted to what a card of it was timed at.
 
     python -m sageattention bench --calibrate --json > calibration.json    (on the card)
-    python csrc/tools/fit_costs.py calibration.json
+    python csrc/tools/fit_costs.py calibration.json [another.json ...]
 
 Rows of other architectures stay as they are. Prints how far the fit is off, and `auto` behind the fastest, by kind of call.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from sageattention.cli.calibrate import results  # noqa: E402
 from sageattention.device.capability import Capability  # noqa: E402
 from sageattention.planning import datasheet, measured, rules  # noqa: E402
 from sageattention.planning.calibration import Point, fitted  # noqa: E402
-from sageattention.planning.cost import KINDS, TORCH, Cost, Costs, Kind  # noqa: E402
+from sageattention.planning.cost import KINDS, TORCH, Cost, Costs, Form, Kind  # noqa: E402
+from sageattention.planning.ways import kinds_of  # noqa: E402
 from sageattention.variants import Candidate  # noqa: E402
 
 HEAD = '''"""What calls cost where a card of the architecture was timed. Written by csrc/tools/fit_costs.py; docs/auto.md says how.
@@ -53,7 +55,28 @@ def fitted_costs(points: list[Point], arch: int, multiprocessors: int) -> Costs:
         return datasheet.static_cost(arch, candidate, kind, multiprocessors)
 
     named = (TORCH, *rules.CANDIDATES[arch])
-    return {kind: {c: fitted(points, c, kind, prior, multiprocessors) for c in named} for kind in KINDS}
+    costs: Costs = {}
+    for kind in KINDS:
+        for candidate in named:
+            for own in kinds_of(candidate, kind, arch):
+                row = costs.setdefault(own, {})
+                if candidate not in row:
+                    row[candidate] = fitted(points, candidate, own, prior, arch, multiprocessors)
+    return costs
+
+
+def merged(points: list[Point]) -> list[Point]:
+    """One point for each call, with the geometric means of its times."""
+    by_form: dict[Form, list[Point]] = {}
+    for point in points:
+        by_form.setdefault(point.form, []).append(point)
+    found = []
+    for form, alike in by_form.items():
+        timed = dict.fromkeys(candidate for point in alike for candidate in point.ms)
+        ms = {c: statistics.geometric_mean(point.ms[c] for point in alike if c in point.ms) for c in timed}
+        off = {candidate: reason for point in alike for candidate, reason in point.off.items()}
+        found.append(Point(form, ms, off, alike[0].weight))
+    return found
 
 
 def text() -> str:
@@ -73,9 +96,11 @@ def text() -> str:
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("calibration", type=Path, help="what `bench --calibrate --json` printed")
-    made = json.loads(parser.parse_args().calibration.read_text(encoding="utf-8"))
-    points, card = [Point.from_json(point) for point in made["points"]], made["made_for"]
+    parser.add_argument("calibrations", type=Path, nargs="+", help="what `bench --calibrate --json` printed, on one card, once or more")
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in parser.parse_args().calibrations]
+    if any(run["made_for"] != runs[0]["made_for"] for run in runs):
+        raise SystemExit("error: the calibrations were made for different cards, drivers or versions; give those of one")
+    points, card = merged([Point.from_json(point) for run in runs for point in run["points"]]), runs[0]["made_for"]
     arch, count = int(card["arch"].removeprefix("sm_")), int(card["multiprocessors"])
     measured.MEASURED[arch] = fitted_costs(points, arch, count)
     measured.MADE_FROM[arch] = f"{card['card']}, driver {card['driver']}, torch {card['torch']}"

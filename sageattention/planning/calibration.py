@@ -30,7 +30,8 @@ from ..errors import CudaError
 from ..numerics.constants import HEAD_DIMS
 from ..variants import VARIANTS, Candidate, settled
 from . import rules
-from .cost import KINDS, TORCH, Cost, Form, Kind, Work, fit, work_of
+from .cost import KINDS, RESIDENT, TORCH, Cost, Form, Kind, Way, Work, fit, work_of
+from .ways import way_of
 
 FOLDER = "SAGEATTENTION_CACHE"  # replaces the user's cache directory
 FORMAT = 2
@@ -88,21 +89,22 @@ class Calibration:
 
     points: tuple[Point, ...]
     made_at: str
-    _fitted: dict[tuple[Kind, int, int], dict[Candidate, Cost]] = field(default_factory=dict)
+    _fitted: dict[tuple[Candidate, Kind, int, int], Cost] = field(default_factory=dict)
 
-    def costs(self, kind: Kind, arch: int, multiprocessors: int) -> dict[Candidate, Cost]:
-        """What each candidate costs in calls of a kind, fitted once; empty where no call of the kind was timed."""
-        key = kind, arch, multiprocessors
-        if key not in self._fitted:
-            self._fitted[key] = self._fit(kind, arch, multiprocessors)
-        return self._fitted[key]
+    def timed(self, kind: Kind) -> tuple[Candidate, ...]:
+        """The candidates that were timed in calls of a kind."""
+        return tuple(dict.fromkeys(candidate for point in self.points if point.form.kind == kind for candidate in point.ms))
 
-    def _fit(self, kind: Kind, arch: int, multiprocessors: int) -> dict[Candidate, Cost]:
+    def cost(self, candidate: Candidate, kind: Kind, arch: int, multiprocessors: int) -> Cost:
+        """What a candidate costs by its kernels of a kind, fitted once."""
+
         def prior(candidate: Candidate, kind: Kind) -> Cost:
             return rules.prior(candidate, kind, arch, multiprocessors)
 
-        timed = dict.fromkeys(candidate for point in self.points if point.form.kind == kind for candidate in point.ms)
-        return {candidate: fitted(self.points, candidate, kind, prior, multiprocessors) for candidate in timed}
+        key = candidate, kind, arch, multiprocessors
+        if key not in self._fitted:
+            self._fitted[key] = fitted(self.points, candidate, kind, prior, arch, multiprocessors)
+        return self._fitted[key]
 
     def off(self, kind: Kind) -> dict[Candidate, str]:
         """Reason by candidate of those whose results were wrong, or that could not run, in calls of a kind."""
@@ -110,19 +112,22 @@ class Calibration:
 
 
 def fitted(
-    points: Iterable[Point], candidate: Candidate, kind: Kind, prior: Callable[[Candidate, Kind], Cost], multiprocessors: int
+    points: Iterable[Point], candidate: Candidate, kind: Kind, prior: Callable[[Candidate, Kind], Cost], arch: int, multiprocessors: int
 ) -> Cost:
-    """What a candidate costs in calls of a kind, by those that were timed.
+    """What a candidate costs by its kernels of a kind, by the calls that were timed.
 
     Calls with a mask are expected to differ from `prior` as those without one do.
     """
 
     def timed(kind: Kind) -> list[tuple[Work, float, float]]:
-        alike = [point for point in points if point.form.kind == kind and candidate in point.ms]
-        return [(work_of(point.form, multiprocessors), point.ms[candidate], point.weight) for point in alike]
+        alike = [(point, way) for point, way in ways if way.kind == kind]
+        return [(work_of(point.form, way, multiprocessors), point.ms[candidate], point.weight) for point, way in alike]
 
+    ways: list[tuple[Point, Way]] = [
+        (point, way_of(candidate, point.form, arch, multiprocessors)) for point in points if candidate in point.ms
+    ]
     expected, plain = prior(candidate, kind), (kind[0], "none")
-    if kind != plain:
+    if kind[1] not in ("none", RESIDENT):
         before = prior(candidate, plain)
         after = fit(timed(plain), before)
         ratios = [min(max(a / b, 1 / CARRIED), CARRIED) if b else 1.0 for a, b in zip(after, before)]

@@ -18,10 +18,14 @@ from .problem import Problem
 # Kinds of masks that take different time: one row for all queries, and masks that tell queries apart, as torch knows them.
 MASKS = ("none", "causal", "keys", "bool", "additive")
 TORCH = Candidate(SDPA.name)
-BLOCK = 128  # queries that a block of an attention kernel takes
+# What a candidate's kernels for a call are, where its mask alone doesn't tell (planning/ways.py): K and V stay in shared memory; PyTorch's
+# masked attention where rows of the mask are aligned to four bytes, and where they are not, which is another backend of its.
+RESIDENT, ALIGNED, UNALIGNED = "resident", "aligned", "unaligned"
+BLOCK = 128  # queries that a block of an attention kernel takes, and keys that PyTorch's take at a time
 MI = 1 << 20
 # Bytes of quantised K and V that a CUDA variant keeps at once: the rest of its 128 MiB are statistics.
-WORKSPACE_LIMIT = 126 << 20
+WORKSPACE_LIMIT, GROUPS_ALIVE = 126 << 20, 2  # a group of heads is quantised while another one is attended
+TORCH_WIDE = 192  # channels beyond which torch's kernels are others
 
 
 class Form(NamedTuple):
@@ -70,8 +74,23 @@ class Form(NamedTuple):
         return f"head_dim {self.head_dim}, {self.heads} heads, {self.len_q:,} queries, {self.len_kv:,} keys, mask {self.mask}"
 
 
-Kind = tuple[int, str]  # the compiled head dimension, and the mask
+Kind = tuple[int, str]  # the compiled head dimension, and the mask; of a candidate's kernels, what stands for it
 KINDS: tuple[Kind, ...] = tuple((head_dim, mask) for head_dim in HEAD_DIMS for mask in MASKS)
+
+
+class Way(NamedTuple):
+    """Kernels by which a candidate computes a call.
+
+    Attributes:
+        kind: calls of one kind have the same costs for each unit of work.
+        block, tile: queries and keys that a block takes at a time.
+        kv_bytes: that are kept of a key and a head, quantised; 0 where nothing is.
+    """
+
+    kind: Kind
+    block: int = BLOCK
+    tile: int = BLOCK
+    kv_bytes: int = 0
 
 
 class Work(NamedTuple):
@@ -89,7 +108,9 @@ class Work(NamedTuple):
     query: float = 0.0  # millions of elements of q, 16 bits each
     key: float = 0.0  # millions of elements of k, likewise
     mask: float = 0.0  # MB of the mask
-    odd: float = 0.0  # pairs of a masked call with an odd number of keys, which torch's kernels don't like
+    converted: float = 0.0  # bool masks that are made additive ones first, as torch does
+    converted_mask: float = 0.0  # MB of those
+    wide: float = 0.0  # wave_keys of more than 192 channels, where torch's kernels are others
 
 
 class Cost(Work):
@@ -105,36 +126,46 @@ class Cost(Work):
 Costs = dict[Kind, dict[Candidate, Cost]]  # torch's attention among the candidates
 
 
-def work_of(form: Form, multiprocessors: int) -> Work:
+def work_of(form: Form, way: Way, multiprocessors: int) -> Work:
     """What a call is on a card."""
     head_dim, mask = form.kind
-    keys, blocks = form.keys_of_a_query, form.heads * -(-form.len_q // BLOCK) / multiprocessors
-    waves, pairs = float(math.ceil(blocks)), blocks * BLOCK * keys / MI
-    longest = min(form.len_q, form.len_kv) if mask == "causal" else keys  # of a block: a single wave takes as long as that
+    causal, torch = mask == "causal", way.kv_bytes == 0 and way.kind[1] != RESIDENT
+    keys = form.keys_of_a_query if causal else -(-form.len_kv // way.tile) * way.tile  # a tile that is not full takes as long
+    blocks_of_head = -(-form.len_q // way.block)
+    blocks = form.heads * blocks_of_head / multiprocessors
+    waves, pairs = float(math.ceil(blocks)), blocks * way.block * keys / MI
+    longest = min(form.len_q, form.len_kv) if causal else keys  # of a block: a single wave takes as long as that
     masked, elements = mask not in ("none", "causal"), form.head_dim * form.itemsize / 2 / MI
     mask_bytes = form.mask_rows * form.len_kv * (form.itemsize if mask == "additive" else 1) if masked else 0
+    wave_keys, converted = max(waves * keys, longest) / 1024, float(torch and mask == "bool")
+    parts = [heads * blocks_of_head / multiprocessors for heads in _heads_in_parts(form, way)]
     return Work(
         waves=waves,
-        wave_keys=max(waves * keys, longest) / 1024,
-        idle_keys=max(0.0, 1 - blocks) * keys / 1024,
+        wave_keys=wave_keys,
+        idle_keys=sum(max(0.0, 1 - part) for part in parts) * keys / 1024,
         blocks=blocks,
         padded=blocks if form.head_dim < head_dim else 0.0,
         pairs=pairs,
         products=pairs * form.head_dim / 64,
-        grouped=max(0.0, _waves_in_groups(form, head_dim, multiprocessors) - waves) * keys / 1024,
+        grouped=max(0.0, sum(map(math.ceil, parts)) - waves) * keys / 1024,
         query=form.heads * form.len_q * elements,
         key=form.heads_kv * form.len_kv * elements,
         mask=mask_bytes / MI,
-        odd=pairs if masked and form.len_kv % 2 else 0.0,
+        converted=converted,
+        converted_mask=converted * mask_bytes / MI,
+        wide=wave_keys if torch and form.head_dim > TORCH_WIDE else 0.0,
     )
 
 
-def _waves_in_groups(form: Form, head_dim: int, multiprocessors: int) -> float:
-    """Waves of blocks of a call whose heads are computed as many at a time as the workspace holds, with K and V of a byte each."""
-    most = max(1, WORKSPACE_LIMIT // max(1, 2 * form.len_kv * head_dim))
-    groups, blocks = -(-form.heads_kv // most), form.heads // max(1, form.heads_kv) * -(-form.len_q // BLOCK)
-    last = form.heads_kv - (groups - 1) * most
-    return float((groups - 1) * -(-most * blocks // multiprocessors) + -(-last * blocks // multiprocessors))
+def _heads_in_parts(form: Form, way: Way) -> list[int]:
+    """Heads that are attended at once: all, or those of as many groups as the workspace holds (`KernelPlan.grouped`)."""
+    per_head = form.len_kv * way.kv_bytes
+    if form.heads_kv * per_head <= WORKSPACE_LIMIT:
+        return [form.heads]
+    groups = -(-form.heads_kv // max(1, WORKSPACE_LIMIT // (GROUPS_ALIVE * per_head)))
+    at_once = GROUPS_ALIVE * -(-form.heads_kv // groups)
+    heads = form.heads // form.heads_kv
+    return [heads * min(at_once, form.heads_kv - first) for first in range(0, form.heads_kv, at_once)]
 
 
 # How strongly a cost is drawn to the prior one: to be off from it by all of that weighs as much as to be off from one time by 14 %. By

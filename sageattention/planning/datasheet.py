@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ..numerics.scheme import Scheme
 from ..variants import VARIANTS, Candidate
-from .cost import BLOCK, MI, TORCH, Cost, Kind
+from .cost import ALIGNED, BLOCK, MI, RESIDENT, TORCH, TORCH_WIDE, UNALIGNED, Cost, Kind
 
 # Dense multiply-accumulates per clock and multiprocessor, by operands and accumulator, of the GeForce card of each architecture
 # (white papers: Turing, A100, GA102, Ada, H100, Blackwell, RTX Blackwell). Professional cards of 7.5, 8.6, 8.9 and 12.0 accumulate in
@@ -29,19 +29,20 @@ MULTIPROCESSORS = {75: 46, 80: 108, 86: 68, 89: 76, 90: 132, 100: 148, 120: 70} 
 BANDWIDTH = 8.0  # GB/s of memory for each multiprocessor; cards have 8 (RTX 4090) to 36 (H200)
 
 # Instructions for a score beside the products, of 128 a clock and multiprocessor: exponential, maximum, sum, conversion, scales; what a
-# masked tile adds to ours, and how much longer torch's masked kernels take than its others, with an odd number of keys still (as on 9.0).
+# masked tile adds to ours, and how much longer torch's masked kernels take than its others, those of odd rows still (as on 9.0).
 SOFTMAX, SOFTMAX_QUANTIZED, SOFTMAX_TRITON = 11, 14, 28
 MASKED = {"bool": 25, "additive": 45}
-TORCH_MASKED, TORCH_ODD = 2.0, 0.6
+TORCH_MASKED = {"keys": 2.0, ALIGNED: 2.0, UNALIGNED: 3.2}
 ISSUED = 128
 # How much longer a block takes for its keys where it is alone on the card: nobody else brings keys into the cache.
 IDLE, IDLE_QUANTIZED = 0.1, 1.0
-# What a block takes longer whose head dimension is padded.
+# What a block takes longer whose head dimension is padded; how much longer torch's kernels of many channels take for them.
 PADDED = 1.0
+WIDE = 0.2
 # How much of the work waits for the last wave: blocks are not divisible. On 9.0 it is two thirds for torch and for us.
 IN_WAVES = 0.67
 # Microseconds: a call with its launches, and what a block does before and behind its loop.
-CALL, CALL_QUANTIZED = 5.0, 25.0
+CALL, CALL_QUANTIZED, CALL_RESIDENT, CALL_CONVERTED = 5.0, 25.0, 8.0, 8.0
 BLOCK_ENDS, BLOCK_ENDS_QUANTIZED = 2.0, 5.0
 # Bytes moved for each element of q (with the output) and of k (with v), and for each byte of a mask: read, written, read again.
 TORCH_BYTES, QUANTIZED_BYTES = (4, 4, 5), (4, 10, 3)
@@ -53,17 +54,18 @@ def static_cost(arch: int, candidate: Candidate, kind: Kind, multiprocessors: in
     us = MI / CLOCKS[arch] / 1e3  # of a million clocks
     byte = MI / (BANDWIDTH * multiprocessors) / 1e3
     if candidate == TORCH:
-        masked = mask in ("keys", *MASKED)
-        factor = us * (TORCH_MASKED if masked else 1.0)
+        factor = us * TORCH_MASKED.get(mask, 1.0)
         pair, channels = factor * SOFTMAX / ISSUED, factor * 64 * 2 / TORCH_RATES[arch]
-        call, ends, alone, padded = CALL, BLOCK_ENDS, IDLE, 0.0
-        odd, moved = TORCH_ODD if masked else 0.0, TORCH_BYTES
+        call, ends, padded, moved = CALL, BLOCK_ENDS, 0.0, TORCH_BYTES
+        alone = IDLE_QUANTIZED if mask == UNALIGNED else IDLE
     else:
         triton = VARIANTS[candidate.variant].backend == "triton"
         pair = us * (SOFTMAX_TRITON if triton else SOFTMAX_QUANTIZED + MASKED.get(mask, 0)) / ISSUED
         channels = us * 64 * products(arch, candidate)
-        call, ends, alone, padded = CALL_QUANTIZED, BLOCK_ENDS_QUANTIZED, IDLE_QUANTIZED, PADDED
-        odd, moved = 0.0, QUANTIZED_BYTES
+        call, ends, padded, moved = CALL_QUANTIZED, BLOCK_ENDS_QUANTIZED, PADDED, QUANTIZED_BYTES
+        alone = IDLE_QUANTIZED
+        if mask == RESIDENT:
+            call = CALL_RESIDENT
     whole = pair + channels * head_dim / 64  # of a million pairs
     busy, smooth = IN_WAVES * whole * BLOCK * 1024 / MI, 1 - IN_WAVES
     return Cost(
@@ -75,11 +77,13 @@ def static_cost(arch: int, candidate: Candidate, kind: Kind, multiprocessors: in
         padded=padded,
         pairs=smooth * pair,
         products=smooth * channels,
-        grouped=0.0 if candidate == TORCH else busy,
+        grouped=0.0 if candidate == TORCH or mask == RESIDENT else busy,
         query=moved[0] * byte,
         key=moved[1] * byte,
         mask=moved[2] * byte,
-        odd=odd * whole,
+        converted=CALL_CONVERTED if mask in (ALIGNED, UNALIGNED) else 0.0,
+        converted_mask=moved[2] * byte if mask in (ALIGNED, UNALIGNED) else 0.0,
+        wide=WIDE * busy if candidate == TORCH and head_dim > TORCH_WIDE else 0.0,
     )
 
 

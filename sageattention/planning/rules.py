@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ..device.capability import Capability
-from ..kernels.family import KernelFamily
 from ..numerics.constants import pad_head_dim
 from ..variants import CUDA_FP8, CUDA_FP8_SM90, CUDA_FP16, CUDA_INT8, TRITON_FP16, Candidate
 from . import datasheet, resident
-from .cost import KINDS, TORCH, Cost, Costs, Form, Kind, work_of
+from .cost import KINDS, RESIDENT, TORCH, Cost, Costs, Form, Kind, Way, work_of
 from .measured import MEASURED
 from .problem import Problem
+from .ways import kinds_of, way_of
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -37,7 +38,7 @@ BASIS = {
     "calibrated": "measured on this card",
     "verified": "in the first long call of its kind here",
 }
-RESIDENT = "K and V of a head stay in shared memory, which is faster than PyTorch's attention ({})"
+PACKED_RESIDENT = "K and V of a head stay in shared memory, which is faster than PyTorch's attention ({})"
 MARGINS = {"measured": 1.02, "calibrated": 1.02, "static": 1.1, "verified": 1.02}
 
 _ACCURATE, _FAST16, _FAST8 = Candidate(CUDA_FP16.name), Candidate(CUDA_FP16.name, "fp16+fp32"), Candidate(CUDA_FP8.name, "fp32+fp16")
@@ -60,10 +61,6 @@ MIN_PACKED = 1024
 # The same of kernels that keep K and V in shared memory, FP16, by compiled head dimension: at 128 they are 1.12 times as fast with 300
 # tokens, 1.10 with 100 to 512, .47 with 64; at 64 1.34 with 600, .90 with 256.
 MIN_PACKED_RESIDENT = {64: 512, 128: 300}
-# The same of their dense calls, as (keys, keys times work tiles of a multiprocessor). Predictions are of the launches that quantise first.
-# At 128 channels and 512 keys they are 1.04 to 1.07 times as fast as cuDNN with 52 to 119 work tiles a multiprocessor, .99 with 16, .86 at
-# 256 keys with 26; at 64 channels 1.06 with 512 keys and 8 work tiles, 1.11 with 226 and 16, 1.03 with 256 and 31, .84 with 960 and 2.4.
-MIN_RESIDENT = {64: (200, 3500), 128: (500, 20_000)}
 # PyTorch's kernels have no tensor-core product for fp32 operands but TF32's in several passes: at most at half the rate.
 TORCH_FP32 = 2.0
 
@@ -116,10 +113,8 @@ def choose(
             others = (c for c in faster(*predict(form, card, arch)) if c not in found.ms and c not in off)
             return replace(choice, candidates=(*choice.candidates, *others)) if choice.candidates else choice
     choice = _ordered(*predict(form, card, arch, calibration), off)
-    if choice.basis == "measured" and arch == card.arch and _ACCURATE not in off and _resident_gains(problem, card):
-        others = (c for c in choice.candidates if c != _ACCURATE)
-        predicted = {c: ms for c, ms in choice.predicted.items() if c != _ACCURATE}
-        return replace(choice, candidates=(_ACCURATE, *others), reason=RESIDENT.format(BASIS[choice.basis]), predicted=predicted)
+    if choice.candidates and _way(choice.candidates[0], form, card, arch).kind[1] == RESIDENT:
+        return replace(choice, reason=f"{choice.reason}; K and V of a head stay in shared memory")
     return choice
 
 
@@ -128,7 +123,7 @@ def _of_packed(problem: Problem, card: Capability, arch: int) -> Choice:
     mine = family(arch)
     basis = "measured" if mine in MEASURED else "static"
     if arch == card.arch and _resident_gains(problem, card):
-        return Choice((_ACCURATE,), RESIDENT.format(BASIS[basis]), basis)
+        return Choice((_ACCURATE,), PACKED_RESIDENT.format(BASIS[basis]), basis)
     if min(problem.len_q, problem.len_kv) < MIN_PACKED:
         return Choice((), f"under {MIN_PACKED:,} tokens PyTorch's kernel for packed sequences is faster ({BASIS[basis]})", basis)
     if mine in MEASURED and pad_head_dim(problem.head_dim) != 128:
@@ -137,22 +132,14 @@ def _of_packed(problem: Problem, card: Capability, arch: int) -> Choice:
 
 
 def _resident_gains(problem: Problem, card: Capability) -> bool:
-    """Whether the call has kernels that keep K and V in shared memory, and they are faster than PyTorch's attention. By thresholds."""
+    """Whether packed sequences have kernels that keep K and V in shared memory, and they are faster than PyTorch's. By thresholds."""
     return any(
         kernels.arch == card.arch
         and resident.takes(kernels, problem)
         and resident.pays(kernels, problem, card.multiprocessors)
-        and _beyond_thresholds(kernels, problem, card.multiprocessors)
+        and min(problem.len_q, problem.len_kv) >= MIN_PACKED_RESIDENT[pad_head_dim(problem.head_dim)]
         for kernels in CUDA_FP16.resident_kernels
     )
-
-
-def _beyond_thresholds(kernels: KernelFamily, problem: Problem, multiprocessors: int) -> bool:
-    head_dim = pad_head_dim(problem.head_dim)
-    if problem.varlen:
-        return min(problem.len_q, problem.len_kv) >= MIN_PACKED_RESIDENT[head_dim]
-    keys, in_all = MIN_RESIDENT[head_dim]
-    return problem.len_kv >= keys and problem.len_kv * resident.work_tiles(kernels, problem) >= in_all * multiprocessors
 
 
 def _ordered(predicted: dict[Candidate, float], basis: str, off: dict[Candidate, str]) -> Choice:
@@ -176,15 +163,29 @@ def _ms(ms: float) -> str:
 
 def predict(form: Form, card: Capability, arch: int, calibration: Calibration | None = None) -> tuple[dict[Candidate, float], str]:
     """(milliseconds of SDPA and each candidate, the key of `BASIS`) for a call on a card whose kernel family is `arch`."""
-    count = card.multiprocessors or datasheet.MULTIPROCESSORS[family(arch)]
-    work, kind = work_of(form, count), form.kind
-    costs, basis = table(arch, count)[kind], "measured" if family(arch) in MEASURED else "static"
-    if calibration and (fitted := calibration.costs(kind, arch, count)):
-        costs, basis = fitted, "calibrated"
-    predicted = {candidate: cost.ms(work) for candidate, cost in costs.items()}
-    if form.itemsize > 2 and basis != "calibrated":
+    count = _multiprocessors(card, arch)
+
+    def ms(candidate: Candidate, cost_of: Callable[[Kind], Cost]) -> float:
+        way = _way(candidate, form, card, arch)
+        return cost_of(way.kind).ms(work_of(form, way, count))
+
+    if calibration and (timed := calibration.timed(form.kind)):
+        cost = calibration.cost
+        return {c: ms(c, lambda kind, c=c: cost(c, kind, arch, count)) for c in timed}, "calibrated"
+    costs, mine = table(arch, count), family(arch)
+    predicted = {c: ms(c, lambda kind, c=c: costs[kind][c]) for c in (TORCH, *CANDIDATES[mine])}
+    if form.itemsize > 2:
         predicted[TORCH] *= TORCH_FP32
-    return predicted, basis
+    return predicted, "measured" if mine in MEASURED else "static"
+
+
+def _way(candidate: Candidate, form: Form, card: Capability, arch: int) -> Way:
+    """Where another family's kernels are forced, there are none of those that are made for one kind of device alone."""
+    return way_of(candidate, form, arch if arch == card.arch else 0, _multiprocessors(card, arch))
+
+
+def _multiprocessors(card: Capability, arch: int) -> int:
+    return card.multiprocessors or datasheet.MULTIPROCESSORS[family(arch)]
 
 
 @functools.cache
@@ -193,13 +194,17 @@ def table(arch: int, multiprocessors: int) -> Costs:
     mine = family(arch)
     if mine in MEASURED:
         return MEASURED[mine]
-    static = datasheet.static_cost
-    return {kind: {candidate: static(mine, candidate, kind, multiprocessors) for candidate in (TORCH, *CANDIDATES[mine])} for kind in KINDS}
+    found: Costs = {}
+    for kind in KINDS:
+        for candidate in (TORCH, *CANDIDATES[mine]):
+            for own in kinds_of(candidate, kind, mine):
+                found.setdefault(own, {})[candidate] = datasheet.static_cost(mine, candidate, own, multiprocessors)
+    return found
 
 
 def prior(candidate: Candidate, kind: Kind, arch: int, multiprocessors: int) -> Cost:
     """What a candidate is expected to cost before anything was measured on the card."""
-    known = table(arch, multiprocessors)[kind].get(candidate)
+    known = table(arch, multiprocessors).get(kind, {}).get(candidate)
     return known or datasheet.static_cost(family(arch), candidate, kind, multiprocessors)
 
 

@@ -261,9 +261,11 @@ def test_beyond_what_was_timed_the_table_decides():
 
 def test_costs_are_fitted_once(monkeypatch):
     known = kept(point({TRITON: 1.0}))
-    first = known.costs((128, "none"), 89, 100)
+    timed = Candidate(TRITON)
+    first = known.cost(timed, (128, "none"), 89, 100)
     monkeypatch.setattr(calibration, "fit", None)  # calling it would raise
-    assert known.costs((128, "none"), 89, 100) is first and not known.costs((64, "none"), 89, 100)
+    assert known.cost(timed, (128, "none"), 89, 100) is first
+    assert timed in known.timed((128, "none")) and not known.timed((64, "none"))
 
 
 def test_a_call_uses_its_card_s(monkeypatch):

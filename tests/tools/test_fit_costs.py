@@ -16,7 +16,8 @@ import fit_costs
 
 from sageattention.planning import measured, rules
 from sageattention.planning.calibration import Point
-from sageattention.planning.cost import KINDS, TORCH, Cost, Form
+from sageattention.planning.cost import KINDS, TORCH, UNALIGNED, Cost, Form
+from sageattention.planning.ways import kinds_of
 
 
 def calibration(arch: str) -> dict:
@@ -49,11 +50,30 @@ def test_an_architecture_is_added_and_the_others_stay(module, monkeypatch, tmp_p
     exec(compile(module.read_text(encoding="utf-8"), "measured.py", "exec"), written)
     found = written["MEASURED"]
     assert set(found) == {89, *others} and "a card" in written["MADE_FROM"][89]
-    assert set(found[89]) == set(KINDS) and set(found[89][128, "none"]) == {TORCH, *rules.CANDIDATES[89]}
+    named = (TORCH, *rules.CANDIDATES[89])
+    assert set(found[89]) == {own for kind in KINDS for candidate in named for own in kinds_of(candidate, kind, 89)}
+    assert set(found[89][128, "none"]) == set(named) and set(found[89][128, UNALIGNED]) == {TORCH}
     assert all(isinstance(cost, Cost) for costs in found[89].values() for cost in costs.values())
     for arch, kinds in others.items():
         for kind, costs in kinds.items():
             assert found[arch][kind] == {candidate: pytest.approx(cost, rel=0.01) for candidate, cost in costs.items()}
+
+
+def test_several_runs_of_one_card_are_one(module, monkeypatch, tmp_path, capsys):
+    first, other = calibration("sm_89"), calibration("sm_90")
+    for name, run in (("a", first), ("b", first), ("c", other)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(run))
+    monkeypatch.setattr(sys, "argv", ["fit_costs.py", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    assert fit_costs.main() == 0 and "5 of 5" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["fit_costs.py", str(tmp_path / "a.json"), str(tmp_path / "c.json")])
+    with pytest.raises(SystemExit, match="different cards"):
+        fit_costs.main()
+
+
+def test_a_call_that_was_timed_twice_has_the_mean_of_both():
+    form = Form(8, 8, 512, 512, 64)
+    (point,) = fit_costs.merged([Point(form, {TORCH: 1.0}, {}, 5.0), Point(form, {TORCH: 4.0}, {}, 5.0)])
+    assert point.ms == {TORCH: pytest.approx(2.0)} and point.weight == 5.0
 
 
 def test_the_module_in_the_package_is_what_the_tool_writes():
