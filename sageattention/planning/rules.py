@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -163,17 +162,15 @@ def _ms(ms: float) -> str:
 
 def predict(form: Form, card: Capability, arch: int, calibration: Calibration | None = None) -> tuple[dict[Candidate, float], str]:
     """(milliseconds of SDPA and each candidate, the key of `BASIS`) for a call on a card whose kernel family is `arch`."""
-    count = _multiprocessors(card, arch)
-
-    def ms(candidate: Candidate, cost_of: Callable[[Kind], Cost]) -> float:
+    count, mine = _multiprocessors(card, arch), family(arch)
+    timed = calibration.timed(form.kind) if calibration else ()
+    costs, predicted = table(arch, count), {}
+    for candidate in timed or (TORCH, *CANDIDATES[mine]):
         way = _way(candidate, form, card, arch)
-        return cost_of(way.kind).ms(work_of(form, way, count))
-
-    if calibration and (timed := calibration.timed(form.kind)):
-        cost = calibration.cost
-        return {c: ms(c, lambda kind, c=c: cost(c, kind, arch, count)) for c in timed}, "calibrated"
-    costs, mine = table(arch, count), family(arch)
-    predicted = {c: ms(c, lambda kind, c=c: costs[kind][c]) for c in (TORCH, *CANDIDATES[mine])}
+        cost = calibration.cost(candidate, way.kind, arch, count) if calibration and timed else costs[way.kind][candidate]
+        predicted[candidate] = cost.ms(work_of(form, way, count))
+    if timed:
+        return predicted, "calibrated"
     if form.itemsize > 2:
         predicted[TORCH] *= TORCH_FP32
     return predicted, "measured" if mine in MEASURED else "static"
