@@ -85,12 +85,14 @@ class Way(NamedTuple):
         kind: calls of one kind have the same costs for each unit of work.
         block, tile: queries and keys that a block takes at a time.
         kv_bytes: that are kept of a key and a head, quantised; 0 where nothing is.
+        torch: they are PyTorch's.
     """
 
     kind: Kind
     block: int = BLOCK
     tile: int = BLOCK
     kv_bytes: int = 0
+    torch: bool = False
 
 
 class Work(NamedTuple):
@@ -129,7 +131,7 @@ Costs = dict[Kind, dict[Candidate, Cost]]  # torch's attention among the candida
 def work_of(form: Form, way: Way, multiprocessors: int) -> Work:
     """What a call is on a card."""
     head_dim, mask = form.kind
-    causal, torch = mask == "causal", way.kv_bytes == 0 and way.kind[1] != RESIDENT
+    causal = mask == "causal"
     keys = form.keys_of_a_query if causal else -(-form.len_kv // way.tile) * way.tile  # a tile that is not full takes as long
     blocks_of_head = -(-form.len_q // way.block)
     blocks = form.heads * blocks_of_head / multiprocessors
@@ -137,7 +139,7 @@ def work_of(form: Form, way: Way, multiprocessors: int) -> Work:
     longest = min(form.len_q, form.len_kv) if causal else keys  # of a block: a single wave takes as long as that
     masked, elements = mask not in ("none", "causal"), form.head_dim * form.itemsize / 2 / MI
     mask_bytes = form.mask_rows * form.len_kv * (form.itemsize if mask == "additive" else 1) if masked else 0
-    wave_keys, converted = max(waves * keys, longest) / 1024, float(torch and mask == "bool")
+    wave_keys, converted = max(waves * keys, longest) / 1024, float(way.torch and mask == "bool")
     parts = [heads * blocks_of_head / multiprocessors for heads in _heads_in_parts(form, way)]
     return Work(
         waves=waves,
@@ -153,7 +155,7 @@ def work_of(form: Form, way: Way, multiprocessors: int) -> Work:
         mask=mask_bytes / MI,
         converted=converted,
         converted_mask=converted * mask_bytes / MI,
-        wide=wave_keys if torch and form.head_dim > TORCH_WIDE else 0.0,
+        wide=wave_keys if way.torch and form.head_dim > TORCH_WIDE else 0.0,
     )
 
 

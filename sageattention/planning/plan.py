@@ -16,7 +16,7 @@ from ..numerics.constants import HEAD_DIMS, MAX_WORDS, pad_head_dim
 from ..numerics.scheme import Scheme
 from ..variants import SDPA, VARIANTS, Candidate, Variant, settled
 from . import resident, rules
-from .cost import WORKSPACE_LIMIT, Form
+from .cost import GROUPS_ALIVE, WORKSPACE_LIMIT, Form
 from .problem import Problem
 from .tile_lists import WORD_BITS, tile_list_shape
 
@@ -120,9 +120,8 @@ class CudaPlan(KernelPlan):
             of tensors whose rows are not aligned.
     """
 
-    # A group is quantised while another one is attended.
     WORKSPACE_LIMIT = WORKSPACE_LIMIT
-    GROUPS_ALIVE = 2
+    GROUPS_ALIVE = GROUPS_ALIVE
     COMPILES_AT_LAUNCH = False
 
     kernels: KernelFamily

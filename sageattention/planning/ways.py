@@ -13,7 +13,7 @@ def way_of(candidate: Candidate, form: Form, arch: int, multiprocessors: int) ->
     """The kernels that a call gets on a card of the family `arch`; 0: of one that has none of its own."""
     head_dim = form.kind[0]
     if candidate == TORCH:
-        return Way(_kind_of_torch(form))
+        return Way(_kind_of_torch(form), torch=True)
     variant = VARIANTS[candidate.variant]
     accum = candidate.accum or next(iter(variant.accum), "")
     for kernels in variant.resident_kernels:

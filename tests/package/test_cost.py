@@ -16,7 +16,7 @@ def form(**changes):
 
 
 def work_of(form, multiprocessors, kv_bytes=0, **changes):
-    return cost.work_of(form, Way(form.kind, **{"kv_bytes": kv_bytes, **changes}), multiprocessors)
+    return cost.work_of(form, Way(form.kind, **{"kv_bytes": kv_bytes, "torch": not kv_bytes, **changes}), multiprocessors)
 
 
 def test_work_in_figures():
