@@ -50,14 +50,13 @@ class SparseCall(Operands):
             return self._run(release)
 
     def _run(self, release: Callable[[], object] | None) -> SparseResult:
-        sparse, plan, p = self.sparse, self.plan, self.sparse.problem
-        share = torch.ones((), dtype=torch.float32, device=self.q.device)  # where no block is left out
+        sparse, plan, p, device = self.sparse, self.plan, self.sparse.problem, self.q.device
         if p.empty:
-            result = SparseResult(*empty_result(self.q, p), share)
+            result = SparseResult(*empty_result(self.q, p), _all_blocks(device))
         elif not isinstance(plan, CudaPlan):
             result = sparse_reference.run(self.q, self.k, self.v, sparse, self.tensors)
         elif sparse.all_exact:
-            return SparseResult(*self._run_dense(plan, release), share)
+            return SparseResult(*self._run_dense(plan, release), _all_blocks(device))
         else:
             if release is not None and self.tensors.coarse_gate is None:
                 sparse_cuda.load(sparse, plan)
@@ -106,3 +105,8 @@ def prepare(
     problem, tensors = SparseProblem.from_call(dense, q, **sparse)
     card = machine(dense)
     return SparseCall(q, k, v, problem, tensors, sparse_plan(problem, card, variant, *binaries.forced(), seen_on(card)))
+
+
+def _all_blocks(device: torch.device) -> torch.Tensor:
+    """The share of a call that leaves none out."""
+    return torch.ones((), dtype=torch.float32, device=device)
