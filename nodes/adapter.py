@@ -18,7 +18,7 @@ from ..sageattention.memo import Memo
 from ..sageattention.planning.problem import facts
 from . import host_time
 from .form import Form, four_dimensional
-from .override import SUSPENDED, Attention, Override
+from .override import SUSPENDED, Attention, Override, take
 from .record import KEY as RECORD
 from .schedule import Schedule, Window
 
@@ -130,7 +130,7 @@ class SageOverride(Override):
                 entry.kept(outside)
                 return None
         unconditional = self.schedule is None and not contained
-        release = functools.partial(_take, args[1], args[2]) if contained else None
+        release = functools.partial(take, args[:3]) if contained else None
         try:
             prepared = self.prepare(*(_peeked(args) if contained else args), **kwargs)
             if isinstance(prepared, str):
@@ -210,9 +210,3 @@ class SageOverride(Override):
 
 def _peeked(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*(container.peek() for container in args[:3]), *args[3:])
-
-
-def _take(*containers: Any) -> None:
-    """Let K and V go, which the core has left to us alone."""
-    for container in containers:
-        container.take()

@@ -79,7 +79,7 @@ class Guard:
             return None
         if call.plan.variant.name != choice.variant:
             planned, call = call, _by(choice.variant, call)
-            del planned.k, planned.v  # so that this one can let go of them early
+            del planned.q, planned.k, planned.v  # so that this one can be the last that has them
         if step % EVERY == LOOKS_AGAIN[choice.turn] and choice.looked != step:
             choice.looked = step
             return self._look(entry, call, choice)

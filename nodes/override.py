@@ -130,6 +130,12 @@ class Override:
         return self._behind(own.__wrapped__, args, kwargs, exact)
 
 
+def take(containers: tuple[Any, ...]) -> None:
+    """Let q, k and v go, which the core has left to us alone."""
+    for container in containers:
+        container.take()
+
+
 def unquantised(func: Attention) -> Attention:
     """A core's attention function, or PyTorch's in its place where it is sageattention's."""
     if getattr(func, "__name__", "") not in SAGE:

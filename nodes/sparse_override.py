@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,12 +12,12 @@ from ..sageattention import KernelMissing, Unsupported, sageattn_sparse, tracing
 from ..sageattention import settings as environment
 from ..sageattention.layout import to_hnd
 from ..sageattention.memo import Memo
-from ..sageattention.sparse_dispatch import variant_of
+from ..sageattention.sparse_dispatch import prepare, variant_of
 from . import grid, key_masks, vsa
 from .budgets import Budgets
 from .form import Form
 from .forward import KEY as FORWARD
-from .override import Attention, Override
+from .override import Attention, Override, take
 from .progress import short
 from .record import Entry, record_of
 from .shares import Shares
@@ -54,16 +56,14 @@ class SparseOverride(Override):
 
     def attempt(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any], contained: bool) -> torch.Tensor | None:
         """The result of a long self-attention call; None for every other call."""
-        tensors = tuple(container.peek() for container in args[:3]) if contained else args[:3]
+        tensors = [container.peek() for container in args[:3]] if contained else list(args[:3])
+        release = functools.partial(take, args[:3]) if contained else None
         try:
-            out = self._run(entry, *tensors, *args[3:], **kwargs)
+            out = self._run(entry, tensors, release, *args[3:], **kwargs)
         except (Unsupported, KernelMissing) as refusal:
             entry.fell_back(str(refusal), NODE)
             return None
         if isinstance(out, torch.Tensor):
-            if contained:
-                for container in args[:3]:
-                    container.take()
             return out
         if isinstance(self.previous, Override):
             entry.pass_on(out)
@@ -72,31 +72,35 @@ class SparseOverride(Override):
         return None
 
     def _run(
-        self, entry: Entry, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int | None = None,
+        self, entry: Entry, qkv: list[torch.Tensor], release: Callable[[], None] | None, heads: int | None = None,
         mask: torch.Tensor | None = None, attn_precision: torch.dtype | None = None, skip_reshape: bool = False,
         skip_output_reshape: bool = False,
         *,
         scale: float | None = None, enable_gqa: bool = False, low_precision_attention: bool = True,
         transformer_options: dict[str, Any] | None = None, **others: Any,
     ) -> torch.Tensor | str:  # fmt: skip
-        """The result, or why the call is not sparse."""
+        """The result, or why the call is not sparse.
+
+        Args:
+            qkv: emptied where they came in containers, and the call is prepared that takes them over.
+            release: lets go of the containers that they came in; None where there are none.
+        """
+        shape, dtype, device = qkv[0].shape, qkv[0].dtype, qkv[0].device
         key = (
-            q.shape, k.shape, v.shape, q.dtype, q.device, heads, skip_reshape, skip_output_reshape, enable_gqa, low_precision_attention,
-            environment.state,
+            shape, qkv[1].shape, qkv[2].shape, dtype, device, heads, skip_reshape, skip_output_reshape, enable_gqa,
+            low_precision_attention, environment.state,
         )  # fmt: skip
         try:
             known = self._forms.get(key)
         except TypeError:
             return "its sizes are symbolic"
         if known is None:
-            known = self._forms[key] = self._new_form(
-                q, k, v, heads, skip_reshape, skip_output_reshape, enable_gqa, low_precision_attention
-            )
+            known = self._forms[key] = self._new_form(qkv, heads, skip_reshape, skip_output_reshape, enable_gqa, low_precision_attention)
         if isinstance(known, str):
             return known
         form, variant = known
         options = transformer_options if isinstance(transformer_options, dict) else {}
-        layout, unknown = self._layout(q.shape[-2], options, q.device)
+        layout, unknown = self._layout(shape[-2], options, device)
         if unknown:
             self._remark(options, f"Tokens keep their own order: {unknown}.")
         if isinstance(layout, str):
@@ -105,7 +109,7 @@ class SparseOverride(Override):
         dense = self._dense_here(entry, options, shares)
         if dense:
             if self.chosen.method == "budget" and self._budgets.due(entry, self.chosen.window, options):
-                q, k = (to_hnd(t, form.layout) for t in form.view(q, k, v)[:2])
+                q, k = (to_hnd(t, form.layout) for t in form.view(*qkv)[:2])
                 self._budgets.measure(entry.layer.name, options, q, k, scale, layout.order)
             return dense
         key_mask = key_masks.of_mask(mask)
@@ -113,34 +117,38 @@ class SparseOverride(Override):
             return key_mask
         if tracing.transformed():
             return "torch.jit.trace or a torch.func transform is at work, which only torch's own attention can follow"
-        out, share = self._compute(entry, options, form.view(q, k, v), form.layout, layout, key_mask, scale)
-        shares.note(entry.layer.name, share)
-        entry.ran(f"sparse {short(variant)}", kernel=f"{self.chosen.named}, {layout.name}", share=share, node=NODE)
-        if self.chosen.verbose:
-            shape = "x".join(map(str, q.shape))
-            self._remark(options, f"Sparse: q {shape}, {self.chosen.named}, {layout.name}, exact for all {layout.sinks}.")
-        return form.give_back(out)
-
-    def _compute(
-        self, entry: Entry, options: dict[str, Any], qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], tensor_layout: str,
-        layout: Layout, key_mask: torch.Tensor | None, scale: float | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """The result in `tensor_layout`, and the share of the blocks that were computed."""
         if layout.tiles is not None:
             if key_mask is not None:
                 raise Unsupported("mask", "vsa takes none")
-            return vsa.attend(*qkv, tensor_layout, layout.tiles, self.chosen.threshold, scale, self.chosen.variant, options)
-        if key_mask is not None:
-            key_mask = key_mask.expand(qkv[0].shape[0], -1).contiguous()
+            out, share = vsa.attend(
+                *form.view(*qkv), form.layout, layout.tiles, self.chosen.threshold, scale, self.chosen.variant, options
+            )  # fmt: skip
+            if release is not None:
+                release()
+        else:
+            if key_mask is not None:
+                key_mask = key_mask.expand(shape[0], -1).contiguous()
+            arguments = self._arguments(entry, options, to_hnd(form.view(*qkv)[0], form.layout), layout, scale)
+            out, share = _compute(form, qkv, release, key_mask=key_mask, **arguments)
+        shares.note(entry.layer.name, share)
+        entry.ran(f"sparse {short(variant)}", kernel=f"{self.chosen.named}, {layout.name}", share=share, node=NODE)
+        if self.chosen.verbose:
+            shown = "x".join(map(str, shape))
+            self._remark(options, f"Sparse: q {shown}, {self.chosen.named}, {layout.name}, exact for all {layout.sinks}.")
+        return form.give_back(out)
+
+    def _arguments(
+        self, entry: Entry, options: dict[str, Any], q: torch.Tensor, layout: Layout, scale: float | None
+    ) -> dict[str, Any]:  # fmt: skip
+        """Of `sageattn_sparse`, by what is set; q: [B, H, N, D]."""
         method = METHODS[self.chosen.method]
         threshold: dict[str, Any] = {}
         if method.threshold is not None:
-            threshold[method.threshold] = self._threshold(entry.layer.name, options, to_hnd(qkv[0], tensor_layout))
-        return sageattn_sparse(  # type: ignore[return-value]
-            *qkv, tensor_layout=tensor_layout, sm_scale=scale, variant=self.chosen.variant, selection=method.selection,
-            order=layout.order, sinks=layout.sinks, query_sinks=layout.query_sinks, block_mask=layout.block_mask, key_mask=key_mask,
-            return_share=True, **threshold,
-        )  # fmt: skip
+            threshold[method.threshold] = self._threshold(entry.layer.name, options, q)
+        return {
+            "sm_scale": scale, "variant": self.chosen.variant, "selection": method.selection, "order": layout.order,
+            "sinks": layout.sinks, "query_sinks": layout.query_sinks, "block_mask": layout.block_mask, **threshold,
+        }  # fmt: skip
 
     def _threshold(self, layer: str, options: dict[str, Any], q: torch.Tensor) -> float | torch.Tensor:
         if self.chosen.method != "budget":
@@ -152,10 +160,11 @@ class SparseOverride(Override):
         return measured
 
     def _new_form(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int | None, skip_reshape: bool, skip_output_reshape: bool,
-        enable_gqa: bool, low_precision_attention: bool,
+        self, qkv: list[torch.Tensor], heads: int | None, skip_reshape: bool, skip_output_reshape: bool, enable_gqa: bool,
+        low_precision_attention: bool,
     ) -> tuple[Form, str] | str:  # fmt: skip
         """How such calls are viewed, and the variant that runs them; or why they are never sparse."""
+        q, k, v = qkv
         dense = self._dense_shape(q, k, low_precision_attention)
         if dense:
             return dense
@@ -212,3 +221,20 @@ class SparseOverride(Override):
     def _remark(self, options: dict[str, Any], sentence: str) -> None:
         """Tell, once a sampling, what is no single call's, in a sentence."""
         record_of(options, self.record).note(sentence, NODE)
+
+
+def _compute(
+    form: Form, qkv: list[torch.Tensor], release: Callable[[], None] | None, **arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The result in `form.layout`, and the share of the blocks that were computed.
+
+    Args:
+        qkv, release: as of `SparseOverride._run`.
+        arguments: of `sageattn_sparse`.
+    """
+    if release is None:
+        return sageattn_sparse(*form.view(*qkv), tensor_layout=form.layout, return_share=True, **arguments)  # type: ignore[return-value]
+    call = prepare(*form.view(*qkv), tensor_layout=form.layout, **arguments)
+    qkv.clear()
+    out, _, share = call.run(release)
+    return out, share

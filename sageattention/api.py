@@ -262,8 +262,8 @@ def prepare(
 ) -> Call:  # fmt: skip
     """`sageattn` in two steps: the call is checked and planned here, its `run()` computes it and gives (out, lse or None).
 
-    `left_to_model` says why "auto" leaves it to PyTorch's attention, so that a program can call its own instead; `run(release)` lets k and
-    v be freed on the way.
+    `left_to_model` says why "auto" leaves it to PyTorch's attention, so that a program can call its own instead; `run(release)` takes q, k
+    and v over: the output is written into q, or k and v are freed on the way, where nobody else has them.
     """
     return _dispatch().prepare(
         q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, attn_mask=attn_mask, sm_scale=sm_scale, return_lse=return_lse,

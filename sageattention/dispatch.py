@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import settings, verify
+from . import settings, torch_internals, verify
 from .backends import emulation, sdpa
 from .backends.call import Backend, KernelBackend, PreparedCall, QuantizedKV, Result, empty_result
 from .errors import KernelMissing, TorchOnly, Unsupported
@@ -62,8 +62,9 @@ class Call(PreparedCall[Plan]):
         Where "auto" chose a variant whose kernel turns out to be missing, its next candidate runs.
 
         Args:
-            release: lets go of the caller's K and V. It is called as soon as they are quantised, where that lowers the peak of memory:
-                the call itself does not hold them any more then, and the output is not allocated yet.
+            release: lets go of the caller's q, k and v, for the call to be the last that has them. It is called once: as soon as nothing
+                can make the call fail that leaves it to another attention, else behind it. What nobody else has is used or freed on the
+                way, so that memory peaks lower: the output takes q's place, or K and V go before it is allocated.
             compiled: as of `attempt`.
 
         Raises:
@@ -95,8 +96,11 @@ class Call(PreparedCall[Plan]):
         """By the plan and no other."""
         problem, plan, device = self.problem, self.plan, self.problem.device
         if problem.empty:
-            return empty_result(self.q, problem)
-        if release is not None and isinstance(plan, KernelPlan) and self._halves_pay(plan):
+            result = empty_result(self.q, problem)
+            if release is not None:
+                release()
+            return result
+        if release is not None:
             return self._compute_releasing(plan, release)
         run = _backend(plan.variant).run
         if device == "meta" or not torch.is_autocast_enabled(device):
@@ -104,24 +108,30 @@ class Call(PreparedCall[Plan]):
         with torch.autocast(device, enabled=False):  # it would narrow fp32 products, and the output
             return run(self)
 
+    def _compute_releasing(self, plan: Plan, release: Callable[[], object]) -> Result:
+        problem, mask = self.problem, self.mask
+        kernels = plan.variant.name, problem.device_index, problem.head_dim, problem.dtype, problem.mask
+        if not isinstance(plan, KernelPlan) or (plan.COMPILES_AT_LAUNCH and kernels not in _compiled):
+            result = self.compute()
+            release()
+            _compiled.add(kernels)
+            return result
+        backend = kernel_backend(plan.variant)
+        backend.load(problem, plan)  # with that no kernel can be missing any more; a launch that fails is an error for good
+        self.take_over(release, problem)
+        if self.into_q or not self._halves_pay(plan):
+            return self.compute()
+        kv = backend.quantize(self.k, self.v, problem, plan, mask)
+        del self.k, self.v
+        return backend.attend(self.q, kv, problem, mask)
+
     def _halves_pay(self, plan: KernelPlan) -> bool:
         """Whether a call in two halves, K and V freed in between, peaks lower than as a whole: it keeps all heads quantised, where the
         whole call keeps a group or two beside the output. Where K and V stay in shared memory they are too few to matter."""
         if isinstance(plan, CudaPlan) and plan.halves:
             return False
-        return plan.halves_take(self.problem) < self.q.numel() * self.q.element_size()
-
-    def _compute_releasing(self, plan: KernelPlan, release: Callable[[], object]) -> Result:
-        q, mask, problem = self.q, self.mask, self.problem
-        kernels = plan.variant.name, problem.device_index, problem.head_dim, problem.dtype, problem.mask
-        if plan.COMPILES_AT_LAUNCH and kernels not in _compiled:  # the second half might fail, with K and V gone
-            result = self.compute()
-            _compiled.add(kernels)
-            return result
-        kv = kernel_backend(plan.variant).quantize(self.k, self.v, problem, plan, mask)
-        del self.k, self.v
-        release()
-        return kernel_backend(plan.variant).attend(q, kv, problem, mask)
+        frees = torch_internals.alone(self.k, self.v) and torch_internals.alone(self.v, self.k)
+        return frees and plan.halves_take(self.problem) < self.q.numel() * self.q.element_size()
 
 
 _ran: set[str] = set()  # variants

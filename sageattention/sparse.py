@@ -77,12 +77,13 @@ def sageattn_sparse(
 
         result = torch_library.sparse_call(q, k, v, tensor_layout, is_causal, sm_scale, variant, **arguments)
     else:
-        from .sparse_dispatch import compute
+        from .sparse_dispatch import prepare
 
-        result = compute(
+        call = prepare(
             q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, sm_scale=sm_scale, return_lse=return_lse, variant=variant,
             **arguments,
         )  # fmt: skip
+        result = call.run()
     out, lse, share = result
     extra = [given for given, asked in ((lse, return_lse), (share, return_share)) if asked and given is not None]
     return (out, *extra) if extra else out

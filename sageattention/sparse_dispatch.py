@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from . import dispatch, precision
 from .backends import sparse_reference
-from .backends.call import empty_result
+from .backends.call import Operands, Result, empty_result
 from .backends.cuda import sparse as sparse_cuda
 from .backends.sparse_reference import SparseResult
 from .kernels import binaries
 from .planning.here import machine, seen_on
-from .planning.plan import CudaPlan
+from .planning.plan import CudaPlan, Plan
 from .planning.problem import Problem
 from .planning.sparse_plan import sparse_plan
 from .planning.sparse_problem import SparseProblem, SparseTensors
@@ -26,26 +28,75 @@ def variant_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensor_layout:
         Unsupported, KernelMissing: as `sageattn_sparse`.
     """
     dense = Problem.from_tensors(q, k, v, tensor_layout=tensor_layout, is_causal=False, sm_scale=None, return_lse=True)
-    problem, _ = SparseProblem.from_call(
-        dense, q, selection="sol", tau=None, keep=None, similarity=0.0, q_block=128, tail=True, neighbours=None, q_start=None, sinks=(),
-        query_sinks=(), order=None, block_len=None, block_mask=None, key_mask=None, coarse_gate=None,
-    )  # fmt: skip
+    problem, _ = SparseProblem.from_call(dense, q)
     return sparse_plan(problem, machine(dense), variant, *binaries.forced()).variant.name
 
 
-def compute(
+@dataclass(eq=False, slots=True)
+class SparseCall(Operands):
+    """One block-sparse call that is checked and planned, to be computed once."""
+
+    sparse: SparseProblem
+    tensors: SparseTensors
+    plan: Plan
+
+    def run(self, release: Callable[[], object] | None = None) -> SparseResult:
+        """Compute the call; `release`: as for `dispatch.Call.run`.
+
+        Raises:
+            KernelMissing: a kernel can't be loaded; `release` was not called.
+        """
+        with precision.exact(self.q.device.type):
+            return self._run(release)
+
+    def _run(self, release: Callable[[], object] | None) -> SparseResult:
+        sparse, plan, p, device = self.sparse, self.plan, self.sparse.problem, self.q.device
+        if p.empty:
+            result = SparseResult(*empty_result(self.q, p), _all_blocks(device))
+        elif not isinstance(plan, CudaPlan):
+            result = sparse_reference.run(self.q, self.k, self.v, sparse, self.tensors)
+        elif sparse.all_exact:
+            return SparseResult(*self._run_dense(plan, release), _all_blocks(device))
+        else:
+            if release is not None and self.tensors.coarse_gate is None:
+                sparse_cuda.load(sparse, plan)
+                self.take_over(release, p)
+                release = None
+            result = sparse_cuda.run(self.q, self.k, self.v, sparse, self.tensors, plan, self.into_q)
+        if release is not None:
+            release()
+        return result
+
+    def _run_dense(self, plan: CudaPlan, release: Callable[[], object] | None) -> Result:
+        """A call without a block to leave out, by the variant's dense kernels: the order of the tokens does not matter then."""
+        p, mask = self.sparse.problem, None if self.tensors.key_mask is None else self.tensors.key_mask[:, None, None]
+        call = dispatch.prepare(
+            self.q, self.k, self.v, tensor_layout=p.layout, is_causal=p.causal, attn_mask=mask, sm_scale=p.sm_scale,
+            return_lse=p.return_lse, variant=plan.variant.name, accum=plan.accum,
+        )  # fmt: skip
+        if self.tensors.coarse_gate is None:
+            del self.q, self.k, self.v  # for that call to be the last that has them
+            return call.run(release)
+        out, lse = call.run()
+        sparse_cuda.add_coarse(out, self.q, self.k, self.v, self.sparse, self.tensors)
+        if release is not None:
+            release()
+        return out, lse
+
+
+def prepare(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    tensor_layout: str,
-    is_causal: bool,
-    sm_scale: float | None,
-    return_lse: bool,
-    variant: str,
+    tensor_layout: str = "HND",
+    is_causal: bool = False,
+    sm_scale: float | None = None,
+    return_lse: bool = False,
+    variant: str = "auto",
     **sparse: Any,
-) -> SparseResult:
-    """One call of `sageattn_sparse`; `sparse` are the arguments of `SparseProblem.from_call`.
+) -> SparseCall:
+    """Validate a call of `sageattn_sparse` and plan it; nothing runs. `sparse`: the arguments of `SparseProblem.from_call`.
 
     Raises:
         Unsupported, KernelMissing: as `sageattn_sparse`.
@@ -53,24 +104,9 @@ def compute(
     dense = Problem.from_tensors(q, k, v, tensor_layout=tensor_layout, is_causal=is_causal, sm_scale=sm_scale, return_lse=return_lse)
     problem, tensors = SparseProblem.from_call(dense, q, **sparse)
     card = machine(dense)
-    plan = sparse_plan(problem, card, variant, *binaries.forced(), seen_on(card))
-    if dense.empty:
-        out, lse = empty_result(q, dense)
-        return SparseResult(out, lse, torch.ones((), dtype=torch.float32, device=q.device))
-    with precision.exact(q.device.type):
-        if not isinstance(plan, CudaPlan):
-            return sparse_reference.run(q, k, v, problem, tensors)
-        return (_run_dense if problem.all_exact else sparse_cuda.run)(q, k, v, problem, tensors, plan)
+    return SparseCall(q, k, v, problem, tensors, sparse_plan(problem, card, variant, *binaries.forced(), seen_on(card)))
 
 
-def _run_dense(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparse: SparseProblem, tensors: SparseTensors, plan: CudaPlan
-) -> SparseResult:
-    """A call without a block to leave out, by the variant's dense kernels: the order of the tokens does not matter then."""
-    p, mask = sparse.problem, None if tensors.key_mask is None else tensors.key_mask[:, None, None]
-    out, lse = dispatch.compute(
-        q, k, v, tensor_layout=p.layout, is_causal=p.causal, attn_mask=mask, sm_scale=p.sm_scale, return_lse=p.return_lse,
-        variant=plan.variant.name, accum=plan.accum,
-    )  # fmt: skip
-    sparse_cuda.add_coarse(out, q, k, v, sparse, tensors)
-    return SparseResult(out, lse, torch.ones((), dtype=torch.float32, device=q.device))
+def _all_blocks(device: torch.device) -> torch.Tensor:
+    """The share of a call that leaves none out."""
+    return torch.ones((), dtype=torch.float32, device=device)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,8 @@ _choose_backend: Callable[..., int] = _found("_fused_sdp_choice", lambda *qkv: 0
 gpu_sleep: Callable[[int], None] = _found("cuda._sleep", lambda cycles: None)
 # The handle of a device's current stream; the public way makes an object first.
 current_stream: Callable[[int], int] = _found("_C._cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream)
+# How many tensors, and the Python object if there is one, have a storage, by its `_cdata`; None where torch does not tell.
+_storage_uses: Callable[[int], int] | None = _found("_C._storage_Use_Count", None)
 
 # Flash, memory-efficient, math, cuDNN, other: the order before torch's first choice, which puts cuDNN first on cards where that is faster.
 _UNSETTLED = [1, 2, 0, 3, 4]
@@ -94,3 +97,22 @@ def _settle(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None
     global _settled
     _choose_backend(query, key, value)
     _settled = True
+
+
+def alone(t: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether nothing but these has the memory of `t`: no other tensor, in Python or C++, no storage that somebody keeps, and no other
+    library.
+
+    Args:
+        t, others: no two of them one tensor under two names, and each made by `detach`: a view keeps the tensor that it was made of.
+    """
+    if _storage_uses is None or not t.untyped_storage().resizable():  # memory of another library's is of a fixed size
+        return False
+    own = sum(other.untyped_storage()._cdata == t.untyped_storage()._cdata for other in (t, *others))
+    return _holders(t) - own == _holders(torch.empty(1)) - 1  # what looking at it adds is the releases' own
+
+
+def _holders(t: torch.Tensor) -> int:
+    assert _storage_uses is not None
+    storage = t.untyped_storage()
+    return _storage_uses(storage._cdata) + sys.getrefcount(storage)

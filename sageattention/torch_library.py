@@ -139,13 +139,14 @@ def _sparse(
     order: torch.Tensor | None, block_len: torch.Tensor | None, block_mask: torch.Tensor | None, key_mask: torch.Tensor | None,
     coarse_gate: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    result = sparse_dispatch.compute(
+    call = sparse_dispatch.prepare(
         q, k, v, tensor_layout=layout, is_causal=causal, sm_scale=sm_scale, return_lse=True, variant=variant, selection=selection,
         tau=tau if tau_of_heads is None else tau_of_heads, keep=keep if keep_of_heads is None else keep_of_heads, similarity=similarity,
         q_block=q_block, tail=tail, neighbours=neighbours, q_start=q_start, sinks=list(zip(sinks[::2], sinks[1::2])),
         query_sinks=list(zip(query_sinks[::2], query_sinks[1::2])), order=order, block_len=block_len, block_mask=block_mask,
         key_mask=key_mask, coarse_gate=coarse_gate,
     )  # fmt: skip
+    result = call.run()
     assert result.lse is not None  # asked for
     return result.out, result.lse, result.share
 

@@ -79,7 +79,7 @@ MEMOS = {
     "verify": ["_given_up"],
     "dispatch": ["_prepared", "_ran"],
     "backends.cuda.workspace": ["launch_plan_of", "resident_plan_of"],
-    "backends.cuda.route": ["_plan_of"],
+    "backends.cuda.route": ["route_plan_of"],
 }
 
 

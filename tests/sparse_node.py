@@ -24,7 +24,14 @@ def part(name: str) -> ModuleType:
 
 sparse_override, sparse_settings, grid, budgets, vsa = map(part, ("sparse_override", "sparse_settings", "grid", "budgets", "vsa"))
 sageattn_sparse = PACK.sageattention.sageattn_sparse
-block_order = importlib.import_module(f"{PACK.sageattention.__name__}.block_order")
+
+
+def of_package(name: str) -> ModuleType:
+    """A module of the pack's own copy of the package."""
+    return importlib.import_module(f"{PACK.sageattention.__name__}.{name}")
+
+
+block_order = of_package("block_order")
 
 BATCH, HEADS, DIM = 2, 4, 32
 GRID = (3, 8, 10)  # tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 from .. import layout
 from ..planning.plan import KernelPlan, Plan
 from ..planning.problem import Problem
+from .into_q import takes_output
 
 Result = tuple[torch.Tensor, torch.Tensor | None]  # out, in q's layout and dtype; lse [B, H, Nq] fp32
 P = TypeVar("P", bound=Plan)
@@ -17,16 +19,37 @@ K = TypeVar("K", bound=KernelPlan)
 
 
 @dataclass(eq=False, slots=True)
-class PreparedCall(Generic[P]):
-    """One checked attention call: its tensors, what it is, and what will run it."""
+class Operands:
+    """The tensors of one call.
+
+    Attributes:
+        into_q: the output takes q's place in memory.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    into_q: bool = field(default=False, kw_only=True)
+
+    def take_over(self, release: Callable[[], object], problem: Problem) -> None:
+        """Have the caller let go of q, k and v, and write the output into q where nobody misses it."""
+        release()
+        self.q, self.k, self.v = self.q.detach(), self.k.detach(), self.v.detach()  # no views of tensors that somebody may still have
+        self.into_q = takes_output(self.q, self.k, self.v, problem)
+
+
+@dataclass(eq=False, slots=True)
+class PreparedCall(Operands, Generic[P]):
+    """One checked attention call: its tensors, what it is, and what will run it."""
+
     mask: torch.Tensor | None  # broadcastable to [B, H, Nq, Nk], always 4-D
     problem: Problem
     plan: P
     bound: dict[Any, Any]  # what the backend has worked out for calls that differ from this one in nothing but addresses
+
+    def result(self) -> Result:
+        """Uninitialised (out, lse or None), or q in the output's place."""
+        return (self.q, None) if self.into_q else result_like(self.q, self.problem)
 
     def hnd(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v as [B, H, N, D] views."""
@@ -69,7 +92,12 @@ class Backend(Protocol):
 
 
 class KernelBackend(Backend, Protocol):
-    """One whose calls can be had in halves."""
+    """One whose calls can be had in halves. Where a call is `into_q` they store a row of the output only after its query was read for the
+    last time."""
+
+    def load(self, problem: Problem, plan: Any) -> None:
+        """Get the kernels of `run`, `quantize` and `attend`. KernelMissing: there is one that can't be had."""
+        ...
 
     def quantize(self, k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: Any, mask: torch.Tensor | None) -> QuantizedKV[Any]:
         """Quantise all heads of K and V; `mask` is the problem's, 4-D: keys that it hides from every query take no part."""

@@ -23,6 +23,7 @@ PACK = load_pack()
 adapter, record, sampling = PACK.nodes.adapter, PACK.nodes.record, PACK.nodes.sampling
 
 BATCH, HEADS, LEN_Q, LEN_K, DIM = 2, 4, 24, 17, 40
+TOKENS_H3 = 30
 BOUND = 0.02  # of reference's relative L2 error on normal inputs; 0.006 is typical
 CORES = [OldCore, NewCore]
 TRITON = "sageattn_qk_int8_pv_fp16_triton"
@@ -429,30 +430,84 @@ def test_containers_that_are_not_ours_go_on_untaken(previous, variant, monkeypat
     assert not override.record.ran and sum((override.record.kept + override.record.fallbacks).values()) == 1
 
 
-def test_containers_free_k_and_v_before_the_output_is_made(monkeypatch):
-    """On a made-up card, with a backend that keeps what it is given."""
-    override, core, alive = adapter.SageOverride(TRITON), NewCore(), []
+class Keeper:
+    """A backend that keeps what it is given, and tells of each call how it came and which of q, k and v somebody still had."""
 
-    def attend(q, kv, problem, mask):
-        alive.append([ref() is not None for ref in references])
-        return sdpa(*(t.flatten(2) for t in (q, *kv)), HEADS, scale=problem.sm_scale).unflatten(2, (HEADS, DIM)), None
+    def __init__(self) -> None:
+        self.told: list[tuple[str, list[bool]]] = []
+        self.references: list[weakref.ref] = []
 
-    backend = SimpleNamespace(
-        run=lambda call: attend(call.q, (call.k, call.v), call.problem, call.mask),
-        quantize=lambda k, v, problem, plan, mask: (k.clone(), v.clone()),
-        attend=attend,
-    )
+    def _tell(self, how: str) -> None:
+        self.told.append((how, [ref() is not None for ref in self.references]))
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem) -> torch.Tensor:
+        return sdpa(*(t.flatten(2) for t in (q, k, v)), HEADS, scale=problem.sm_scale).unflatten(2, (HEADS, DIM))
+
+    def load(self, problem, plan) -> None:
+        pass
+
+    def run(self, call):
+        self._tell("into q" if call.into_q else "whole")
+        out, lse = call.result()
+        out.copy_(self._attend(call.q, call.k, call.v, call.problem))
+        return out, lse
+
+    def quantize(self, k, v, problem, plan, mask):
+        return k.clone(), v.clone()
+
+    def attend(self, q, kv, problem, mask):
+        self._tell("halves")
+        return self._attend(q, *kv, problem), None
+
+
+@pytest.fixture
+def keeper(monkeypatch) -> Keeper:
+    """On a made-up card."""
+    backend = Keeper()
     monkeypatch.setattr(part("device.capability"), "of_device", lambda device, index: CARD)
     monkeypatch.setitem(part("dispatch")._BACKENDS, "triton", backend)
     monkeypatch.setattr(part("dispatch"), "_compiled", set())
+    return backend
+
+
+@pytest.mark.parametrize("hnd_in", [False, True])
+@pytest.mark.parametrize("holds", ["nothing", "q", "k"])
+def test_containers_are_used_up(hnd_in, holds, keeper):
+    """The output takes q's place; else K and V go before it is made. What somebody has stays as it is."""
+    override, core = adapter.SageOverride(TRITON), NewCore()
     for _ in range(2):
-        given = contained(*tensors())
-        references = [weakref.ref(c.tensor) for c in given]
-        out = call(override, core, *given, HEADS)
-    # The first call proves that the kernel is there: until then K and V are needed, should the model have to do it.
-    assert alive == [[True, True, True], [True, False, False]]
+        q, k, v = tensors()
+        given = contained(*([t.unflatten(2, (HEADS, DIM)).transpose(1, 2) for t in (q, k, v)] if hnd_in else [q, k, v]))
+        kept, where = {"nothing": None, "q": q, "k": k}[holds], q.data_ptr()
+        keeper.references = [weakref.ref(c.tensor) for c in given]
+        del q, k, v
+        out = call(override, core, *given, HEADS, skip_reshape=hnd_in)
+        assert all(c.tensor is None for c in given)
+    # The first call proves that the kernel is there: until then the tensors are needed, should the model have to do it.
+    first, (how, alive) = keeper.told
+    assert first == ("whole", [True] * 3)
+    assert how == {"nothing": "into q", "q": "halves", "k": "into q"}[holds] and (out.data_ptr() == where) is (holds != "q")
+    assert alive == [name == holds and not hnd_in for name in "qkv"]
+    if kept is not None:
+        assert torch.equal(kept, tensors()["qk".index(holds)])
     torch.testing.assert_close(out, sdpa(*tensors(), HEADS))
-    assert override.record.ran == {TRITON: 2}
+    assert override.record.ran == {TRITON: 2} and not override.record.fallbacks
+
+
+def test_one_fused_buffer_in_containers_holds_the_output(keeper):
+    """As MiniMax H3 hands them over: [1, H, N, D] views of one projection's result."""
+    override, core = adapter.SageOverride(TRITON), NewCore()
+    for model_keeps in (False, True, False):  # the first call compiles
+        fused = torch.randn(TOKENS_H3, 3 * HEADS * DIM, generator=torch.Generator().manual_seed(2))
+        parts = [t.view(TOKENS_H3, HEADS, DIM).transpose(0, 1)[None] for t in fused.split(HEADS * DIM, -1)]
+        expected, where, given = sdpa(*parts, HEADS, skip_reshape=True), fused.data_ptr(), contained(*parts)
+        kept = fused if model_keeps else None
+        del fused, parts
+        out = call(override, core, *given, HEADS, skip_reshape=True)
+        del kept
+        torch.testing.assert_close(out, expected)
+    assert [how for how, _ in keeper.told] == ["whole", "whole", "into q"]
+    assert out.data_ptr() == where and out.stride()[1:] == (3 * HEADS * DIM, 1)
 
 
 @pytest.mark.parametrize(
@@ -554,19 +609,44 @@ def test_every_variant_of_this_gpu(hnd_in, hnd_out):
 
 
 @pytest.mark.gpu
-def test_containers_lower_the_peak_of_memory():
-    """Of heads that share keys: there quantised K and V are smaller than the output, which is allocated when K and V are gone."""
+@pytest.mark.parametrize("holds", ["nothing", "q"])
+def test_containers_lower_the_peak_of_memory(holds):
+    """Of heads that share keys: where q is somebody's, quantised K and V are smaller than the output that is made when K and V are gone."""
     override, core = adapter.SageOverride("sageattn_qk_int8_pv_int8_cuda"), NewCore()
     heads, heads_kv = 24, 6
 
-    def peak(hold: bool) -> int:
+    def peak(in_containers: bool) -> int:
         given = [torch.randn(1, h, 8192, 128, device="cuda", dtype=torch.float16) for h in (heads, heads_kv, heads_kv)]
         torch.cuda.reset_peak_memory_stats()
-        handed = given if hold else contained(*given)
-        given = given if hold else None
+        handed, kept = contained(*given) if in_containers else given, given[0] if holds == "q" else None
+        given = None
         call(override, core, *handed, heads, skip_reshape=True, skip_output_reshape=True, enable_gqa=True)
+        del kept
         return torch.cuda.max_memory_allocated()
 
-    peak(True)
-    keys_and_values = 2 * heads_kv * 8192 * 128 * 2  # bytes
-    assert peak(True) - peak(False) > 0.9 * keys_and_values
+    peak(False)
+    lower = 2 * heads_kv if holds == "q" else heads  # K and V, or the output
+    assert peak(False) - peak(True) > 0.9 * lower * 8192 * 128 * 2
+
+
+@pytest.mark.gpu
+def test_a_long_video_in_containers_peaks_at_q_k_v_and_a_workspace():
+    """MiniMax H3, 15 seconds at 768p, twice: the first call may have to be looked at."""
+    tokens, heads, dim = 104_050, 56, 128
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GiB of free memory")
+    override, core = adapter.SageOverride("auto"), NewCore()
+    for _ in range(2):
+        before = torch.cuda.memory_allocated()
+        fused = torch.randn(tokens, 3 * heads * dim, device="cuda", dtype=torch.bfloat16)
+        where, given = (
+            fused.data_ptr(),
+            contained(*(t.view(tokens, heads, dim).transpose(0, 1)[None] for t in fused.split(heads * dim, -1))),
+        )
+        del fused
+        torch.cuda.reset_peak_memory_stats()
+        out = call(override, core, *given, heads, skip_reshape=True)
+        assert out.shape == (1, tokens, heads * dim) and out.data_ptr() == where
+        peak = torch.cuda.max_memory_allocated() - before
+        del out, given
+    assert peak <= 3 * tokens * heads * dim * 2 + (256 << 20) and not override.record.fallbacks and not override.record.kept

@@ -25,6 +25,7 @@ from sparse_node import (  # noqa: E402
     counts,
     never_crowded,
     node,
+    of_package,
     options,
     override_of,
     part,
@@ -207,6 +208,37 @@ def test_h3_comes_in_containers_of_one_fused_buffer_with_its_prefix_exact():
     expected = sageattn_sparse(q, k, v, selection="mass", order=order, sinks=60, query_sinks=(30, 60), variant="reference")
     assert torch.equal(out, expected.transpose(1, 2).flatten(2))
     assert all(container.tensor is None for container in held)  # let go of
+
+
+@pytest.mark.parametrize("model_keeps", [False, True])
+def test_one_fused_buffer_in_containers_holds_the_output(model_keeps, monkeypatch):
+    """On a made-up card, whose kernels are the reference: q is written into where nobody else has it, once the kernels are there."""
+    dispatch, steps = of_package("sparse_dispatch"), []
+
+    def run(q, k, v, problem, tensors, plan, into_q):
+        steps.append("into q" if into_q else "whole")
+        result = dispatch.sparse_reference.run(q, k, v, problem, tensors)
+        return result._replace(out=q.copy_(result.out)) if into_q else result
+
+    card = of_package("device.capability").Capability("cuda", 90, 132, "native", "a card")
+    monkeypatch.setattr(dispatch, "machine", lambda problem: card)
+    monkeypatch.setattr(dispatch.sparse_cuda, "load", lambda problem, plan: steps.append([c.tensor is not None for c in held]))
+    monkeypatch.setattr(dispatch.sparse_cuda, "run", run)
+    fused = torch.randn(300, 3 * HEADS * DIM, generator=torch.Generator().manual_seed(2))
+    held = [Container(t.view(300, HEADS, DIM).transpose(0, 1)[None]) for t in fused.split(HEADS * DIM, -1)]
+    q, k, v = (c.tensor.clone() for c in held)
+    override, where = override_of(variant="sageattn_qk_int8_pv_fp8_cuda_sm90"), fused.data_ptr()
+    given = {KEY: override, "minimax_h3_layout": H3, "block_index": 3}
+    kept = fused if model_keeps else None
+    del fused
+    out = NewCore().attention(*held, HEADS, mask=None, skip_reshape=True, transformer_options=given)
+    assert steps == [[True] * 3, "whole" if model_keeps else "into q"] and all(c.tensor is None for c in held)
+    assert (out.data_ptr() == where) is not model_keeps
+    if kept is not None:
+        assert torch.equal(kept[:, : HEADS * DIM], q[0].transpose(0, 1).flatten(1))
+    order = block_order.cube_order(*GRID, (2, 8, 4), prefix=60)
+    expected = sageattn_sparse(q, k, v, selection="mass", order=order, sinks=60, query_sinks=(30, 60), variant="reference")
+    assert torch.equal(out, expected.transpose(1, 2).flatten(2))
 
 
 def test_grouped_queries_and_scale():
@@ -481,3 +513,28 @@ def test_a_mask_hides_padding_by_any_large_number(hides):
     assert sparse_override.key_masks.of_mask(bias).tolist() == [[True] * 5 + [False] * 3]
     bias[..., 5:] = -9e3
     assert "adds to scores" in sparse_override.key_masks.of_mask(bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("selection", ["mass", "sla"])
+def test_a_long_video_in_containers_peaks_at_q_k_v_and_a_workspace(selection, never_crowded):
+    """MiniMax H3's attention, 15 seconds at 768p, twice: the first call makes the layout."""
+    frames, height, width, text, heads, dim = 37, 44, 63, 1486, 56, 128
+    tokens = frames * height * width + text
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GiB of free memory")
+    override = override_of(variant="auto", selection=selection)
+    given = options(override, latent=(1, 16, frames, 2 * height, 2 * width), text=text, sigmas=torch.tensor([0.5], device="cuda"))
+    for _ in range(2):
+        before = torch.cuda.memory_allocated()
+        fused = torch.randn(tokens, 3 * heads * dim, device="cuda", dtype=torch.bfloat16)
+        held = [Container(t.view(tokens, heads, dim).transpose(0, 1)[None]) for t in fused.split(heads * dim, -1)]
+        where = fused.data_ptr()
+        del fused
+        torch.cuda.reset_peak_memory_stats()
+        out = NewCore().attention(*held, heads, skip_reshape=True, transformer_options=given)
+        assert out.shape == (1, tokens, heads * dim) and out.data_ptr() == where
+        peak = torch.cuda.max_memory_allocated() - before
+        del out, held
+    assert peak <= 3 * tokens * heads * dim * 2 + (256 << 20)
+    assert not counts(override)["fallbacks"] and not counts(override)["kept"]

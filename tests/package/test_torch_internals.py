@@ -40,7 +40,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_the_names_are_there_in_this_torch() -> None:
-    assert len(PRIVATE) == 10 and len(torch_internals.FAKE_TENSORS) == len(torch_internals.FUNCTIONAL_TENSORS) == 1
+    assert len(PRIVATE) == 11 and len(torch_internals.FAKE_TENSORS) == len(torch_internals.FUNCTIONAL_TENSORS) == 1
     assert not tracing.transformed() and torch_internals.dispatch_modes() == 0
 
 
@@ -51,6 +51,10 @@ def test_attention_without_them(without: ModuleType) -> None:
         torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q), atol=0.03, rtol=0)
     with without.below_autograd():
         assert not torch.is_grad_enabled()
+
+
+def test_memory_counts_as_another_s_without_them(without: ModuleType) -> None:
+    assert torch_internals.alone(torch.zeros(1)) and not without.alone(torch.zeros(1))
 
 
 def test_tracing_is_noticed_without_them(without: ModuleType) -> None:

@@ -49,13 +49,14 @@ class CudaQuantizedKV(QuantizedKV[CudaPlan]):
 def run(call: PreparedCall[CudaPlan]) -> Result:
     """Quantise and attend."""
     q, k, v, mask, p, bound = call.q, call.k, call.v, call.mask, call.problem, call.bound
-    out, lse = result_like(q, p)
+    out, lse = call.result()
     q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
     mask_at = 0 if mask is None else mask.data_ptr()
     unaligned = (q_at | out_at) % 16, (k_at | v_at) % 16, mask_at % 16
-    form = bound.get(unaligned)
+    key = (unaligned, "into q") if call.into_q else unaligned  # the output's strides are q's then
+    form = bound.get(key)
     if form is None and call.plan.kernels.resident and rows_aligned(p, max(unaligned), q, k, v, out):
-        form = bound[unaligned] = bind_resident(resident_plan_of(p, call.plan), q, k, v, out)
+        form = bound[key] = bind_resident(resident_plan_of(p, call.plan), q, k, v, out)
     if isinstance(form, BoundResident):
         launch = resident_launch(form, q_at, k_at, v_at, out_at, 0 if lse is None else lse.data_ptr())
         issue(form.launch_plan.device, [(launch,)])
@@ -64,7 +65,7 @@ def run(call: PreparedCall[CudaPlan]) -> Result:
         plan = call.plan.halves or call.plan
         launch_plan = launch_plan_of(p, plan)
         lists = None if mask is None else _lists(launch_plan, mask, unaligned[2], plan.kernels.v_ones)
-        form = bound[unaligned] = bind(launch_plan, q, k, v, out, mask, lists, unaligned[:2])
+        form = bound[key] = bind(launch_plan, q, k, v, out, mask, lists, unaligned[:2])
     lists = form.lists
     ring = torch.empty(form.size + (lists.size if lists else 0), dtype=torch.uint8, device=q.device)
     base, lse_at = ring.data_ptr(), 0 if lse is None else lse.data_ptr()
@@ -74,6 +75,13 @@ def run(call: PreparedCall[CudaPlan]) -> Result:
     by_group = chains(form, (base, base + launch_plan.workspace.size), q_at, k_at, v_at, mask_at, extra, out_at, lse_at)
     issue(launch_plan.device, by_group, first)
     return out, lse
+
+
+def load(problem: Problem, plan: CudaPlan) -> None:
+    """Load the kernels of a call, and of its halves."""
+    launch_plan_of(problem, plan.halves or plan)
+    if plan.kernels.resident:
+        resident_plan_of(problem, plan)
 
 
 def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: CudaPlan, mask: torch.Tensor | None) -> CudaQuantizedKV:

@@ -93,7 +93,7 @@ def fused(
         exact: int64, one number, to which the exact blocks are added.
     """
     p, d, device = sparse.problem, plan.head_dim, q.device
-    r = _plan_of(sparse, plan)
+    r = route_plan_of(sparse, plan)
     words, live, live_q = block_bits.words(view.n), _packed(view.live_keys, p.batch), _packed(view.live_queries, p.batch)
     lists = torch.empty(p.batch, p.heads_q, view.lists, 2, words, dtype=torch.int32, device=device)
     k_mean = torch.empty(p.batch, p.heads_kv, d, dtype=torch.float32, device=device)
@@ -183,7 +183,12 @@ class RoutePlan:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_of(sparse: SparseProblem, plan: CudaPlan) -> RoutePlan:
+def route_plan_of(sparse: SparseProblem, plan: CudaPlan) -> RoutePlan:
+    """The router's launches.
+
+    Raises:
+        KernelMissing: a kernel can't be loaded.
+    """
     p, d = sparse.problem, plan.head_dim
     image = next(i for i in IMAGES if i.name == ROUTE and i.arch == plan.images[1].arch)
     entries = [image.entry(f"{name}_d{d}") for name in ("pool", "center", "route")]

@@ -20,7 +20,7 @@ from ...planning.sparse_problem import SparseProblem, SparseTensors
 from ..call import result_like
 from ..sparse_reference import SparseResult, geometry_of, selections
 from . import host
-from .route import LIST_ROWS, SCRATCH_LIMIT, Routed, Sizes, from_reference, fused, has_kernels, visible_blocks
+from .route import LIST_ROWS, SCRATCH_LIMIT, Routed, Sizes, from_reference, fused, has_kernels, route_plan_of, visible_blocks
 from .workspace import launch_plan_of
 
 MEMORY_LIMIT = 250 << 20  # bytes beyond the output
@@ -38,12 +38,22 @@ class Part(NamedTuple):
     tensors: SparseTensors
 
 
-def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparse: SparseProblem, tensors: SparseTensors, plan: CudaPlan) -> SparseResult:
-    """Compute a checked call by a plan for it."""
+def load(sparse: SparseProblem, plan: CudaPlan) -> None:
+    """Load a call's kernels; KernelMissing: there is one that can't be had."""
+    launch_plan_of(sparse.problem, plan, sparse=True)
+    if has_kernels(sparse):
+        route_plan_of(sparse, plan)
+
+
+def run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sparse: SparseProblem, tensors: SparseTensors, plan: CudaPlan,
+    into_q: bool = False,
+) -> SparseResult:  # fmt: skip
+    """Compute a checked call by a plan for it; `into_q`: as of `Operands`."""
     p = sparse.problem
     if tensors.block_mask is not None and sparse.q_block < LIST_ROWS:
         tensors = tensors._replace(block_mask=_union(tensors.block_mask))
-    out, lse = result_like(q, p)
+    out, lse = (q, None) if into_q else result_like(q, p)
     exact = torch.zeros((), dtype=torch.int64, device=q.device)
     for part in _parts(Part(q, k, v, out, lse, sparse, tensors), plan):
         _attend(part, plan, _route(part, plan, exact))  # no name keeps a part's lists and tails while the next one is routed

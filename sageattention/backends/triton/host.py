@@ -59,7 +59,7 @@ class TritonQuantizedKV(QuantizedKV[TritonPlan]):
 def run(call: PreparedCall[TritonPlan]) -> Result:
     """Quantise and attend, one group of heads after the other, so that the workspace stays within its limit."""
     p = call.problem
-    out, lse = result_like(call.q, p)
+    out, lse = call.result()
     heads, step = p.batch * p.heads_kv, call.plan.heads_per_group
     len_kv = reachable(p.len_q, p.len_kv, p.causal)
     live = _live(call.mask, p, len_kv)
@@ -68,6 +68,10 @@ def run(call: PreparedCall[TritonPlan]) -> Result:
         _attend_heads(call.q, kv, p, out, lse, call.mask)
         del kv  # before the next group's: its memory is used again
     return out, lse
+
+
+def load(problem: Problem, plan: TritonPlan) -> None:
+    """Nothing: they are compiled at their first launch."""
 
 
 def quantize(k: torch.Tensor, v: torch.Tensor, problem: Problem, plan: TritonPlan, mask: torch.Tensor | None) -> TritonQuantizedKV:
