@@ -14,8 +14,9 @@ from ..sageattention.variants import SDPA, Candidate
 if TYPE_CHECKING:
     from ..sageattention.planning.plan import Plan
 
-# Milliseconds of the host for a call that goes on to the core's function, and for one that our launches compute (docs/nodes.md).
-CORE, OURS = 0.058, 0.042
+# Milliseconds of the host for a call that goes on to the core's function, and for one that our launches compute, between the layers of a
+# model, where the code of neither is in a cache (docs/auto.md).
+CORE, OURS = 0.081, 0.050
 BASES = ("measured", "calibrated", "verified")  # a data sheet is no good for differences of a few microseconds
 
 
