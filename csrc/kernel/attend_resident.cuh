@@ -487,7 +487,6 @@ __device__ __forceinline__ void attend_resident(const ResidentParams& r) {
       quantize_q<C>(p, shared, mainloop.iteration, mainloop.q_scale);  // has a barrier: the next work tile is stored
       if (more) prefetch_q<C>(p, warpgroup, next_slot);
       mainloop.ring = {};
-      mainloop.m_i[0] = mainloop.m_i[1] = -kInf;
       float l_i[2];
       mainloop.run(range, l_i);
       store_output<C>(p, mainloop.o, l_i, mainloop.m_i, slot);
