@@ -10,9 +10,9 @@
 
 namespace sage {
 
-// References by main loop and type of P: kEmpty is m_i of a row without a score, of() the reference of a row whose maximum is `most`, alpha()
-// what O and l are multiplied by when it moves from `old` to `now`. Where kEmpty is −inf it may move from −inf to −inf, whose difference is
-// NaN; what is selected instead, and where, is what costs each main loop fewest instructions.
+// References by main loop and type of P: kEmpty is m_i of a row without a score, of() the reference of a row whose maximum is `most`,
+// alpha() what O and l are multiplied by when it moves from `old` to `now`. Where kEmpty is −inf it may move from −inf to −inf, whose
+// difference is NaN; what is selected instead, and where, is what costs each main loop fewest instructions.
 struct MmaReference {
   static constexpr float kEmpty = -kInf;
   static __device__ __forceinline__ float of(float most, float log2_p_max) { return most - log2_p_max; }
@@ -34,8 +34,9 @@ struct WgmmaFp8Reference {
   static __device__ __forceinline__ float alpha(float old, float now) { return exp2_approx(old - now); }
 };
 
-// A row's limit, `headroom` above x: its reference moves for what exceeds that. Compared are, with mma.sync, of() of a score with m_i; for P in
-// fp16 with wgmma, a score with the row's maximum at the last move; for P in e4m3, a score with m_i, so that P stays within e4m3's range.
+// A row's limit, `headroom` above x: its reference moves for what exceeds that. Compared are, with mma.sync, of() of a score with m_i; for
+// P in fp16 with wgmma, a score with the row's maximum at the last move; for P in e4m3, a score with m_i, so that P stays within e4m3's
+// range.
 __device__ __forceinline__ float rescale_limit(float x, float headroom) { return x + headroom; }
 
 // What is added to a score before its exponential: −m_i, but 0 for a row without a score, whose scores are all −inf.

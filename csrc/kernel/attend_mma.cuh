@@ -252,15 +252,15 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
 template <class C>
 struct Mainloop {
   static constexpr int kHeadDim = C::kHeadDim, kRowTiles = C::kRowTiles;
-  using Scores = u32[kRowTiles][kScoreNTiles][4];
-  using ProbFragments = u32[kRowTiles][C::kPFragments][4];
+  using Scores = u32[kRowTiles][kScoreNTiles][4];           // [row tile][n-tile][2 · half + e]
+  using ProbFragments = u32[kRowTiles][C::kPFragments][4];  // [row tile][fragment of 16 or 32 keys][register]
 
   const AttendParams& p;
   typename C::Pipeline pipeline;
   QFragments<C> q_frags;
   typename C::RowSoftmax softmax;
-  float o[kRowTiles][kHeadDim / 8][4];
-  u32 thread16;  // 16 · thread; its low bits are the lane's offset in a 512-byte block
+  float o[kRowTiles][kHeadDim / 8][4];  // [row tile][n-tile][2 · half + e]
+  u32 thread16;                         // 16 · thread; its low bits are the lane's offset in a 512-byte block
   bool causal;
 
   // Preset scores of a row tile → base-2 scores, in place, −inf where masked out. top: the lane's maximum of each half.

@@ -1,5 +1,5 @@
-// The attention kernel on Hopper but for its main loop: three producer warps and two consumer warpgroups. mainloop_sm90_fp16.cuh describes a
-// CTA.
+// The attention kernel on Hopper but for its main loop: three producer warps and two consumer warpgroups. mainloop_sm90_fp16.cuh describes
+// a CTA.
 #pragma once
 #include "mainloop_sm90.cuh"
 #include "output_sm90.cuh"

@@ -15,8 +15,8 @@ template <class C>
 struct MainloopSm90 {
   using Layout = typename C::Layout;
   static constexpr int kHeadDim = C::kHeadDim, kStepNTiles = C::kScoreRegisters / 4;  // n-tiles (8 keys) of a softmax step
-  using Scores = i32[C::kScoreRegisters];
-  using ProbFragments = u32[C::kProbRegisters];
+  using Scores = i32[C::kScoreRegisters];        // [4 · n-tile + 2 · half + e]: row g + 8 · half, key 8 · n-tile + 2t + e
+  using ProbFragments = u32[C::kProbRegisters];  // [4 · k-step + register]: A fragments of 16 keys in fp16, of 32 in e4m3
 
   const AttendParams& p;
   u32 shared, sQ;    // shared addresses: of all, of the warpgroup's Q

@@ -22,12 +22,13 @@ struct MainloopFp16 : MainloopSm90<C> {
   static constexpr int kQStepsInRegs = kHeadDim == 64 || C::kResident ? 0 : kHeadDim == 128 ? 2 : 4;
   // Whether the softmax is one tile ahead of P·V, with two arrays of P for one of scores.
   static constexpr bool kAhead = kHeadDim == 256 || C::kResident;
-  // Whether the exponentials come before the wait for P·V of the previous tile: with the softmax ahead that is all there is beside it. And how
-  // many are chained by a false dependency: otherwise the compiler schedules all exponentials before all conversions. Chosen by measurement.
+  // Whether the exponentials come before the wait for P·V of the previous tile: with the softmax ahead that is all there is beside it. And
+  // how many are chained by a false dependency: otherwise the compiler schedules all exponentials before all conversions. Chosen by
+  // measurement.
   static constexpr bool kExpBeforeWait = kHeadDim != 128 || kAhead;
   static constexpr int kExpChain = kHeadDim == 64 ? 8 : 0;
 
-  float o[C::kOutRegisters];
+  float o[C::kOutRegisters];     // [4 · n-tile + 2 · half + e]; the last n-tile has the columns of ones
   float m_limit[2];              // [half]: a score above this rescales the row
   u32 q[4 * kQStepsInRegs + 1];  // [step][A fragment register]; + 1: never empty
 

@@ -32,7 +32,7 @@ struct SoftmaxFp8 : MainloopSm90<C> {
   using Base::barrier, Base::k_scales, Base::m_i, Base::p, Base::q_scale;
   using Scales = float[C::kScaleCount][2];  // [part of the step's keys][row half]
 
-  // P = 2^(score − m_p); O and l_i are relative to m_i.
+  // P = 2^(score − m_p); O and l_i are relative to m_i. o: [4 · n-tile + 2 · half + e]; l_i, m_p: [half].
   float o[C::kOutRegisters], l_i[2], m_p[2];
   bool arrives;  // lane 0; computed once, because %tid is slow to read
 
@@ -143,7 +143,7 @@ struct MainloopFp8 : SoftmaxFp8<C> {
   using Base::begin_group, Base::begin_masked_group, Base::l_i, Base::m_p, Base::o, Base::release, Base::update_m_i;
   static constexpr int kHeadDim = C::kHeadDim, kStepsPerTile = C::kStepsPerTile, kStepsPerStage = C::kStepsPerStage;
 
-  float acc[C::kAccRegisters];  // P·V of the current promotion group; its columns of ones sum P
+  float acc[C::kAccRegisters];  // P·V of the current promotion group, as o; its last n-tile, of columns of ones, sums P
 
   // Where the tile of a stage's step lies, from the stage's beginning.
   static constexpr u32 tile_of_step(int step) { return step / kStepsPerTile * Layout::kTileBytes; }
@@ -268,7 +268,8 @@ struct MainloopFp8 : SoftmaxFp8<C> {
     promote();
   }
 
-  // Both steps of a mixed tile of a list. Their products and their loads of the mask's bits are under way together, and they share a promotion.
+  // Both steps of a mixed tile of a list. Their products and their loads of the mask's bits are under way together, and they share a
+  // promotion.
   __device__ __forceinline__ void mixed_tile(Scores& first, Scores& second) {
     Scales scale;
     float top[2], more[2];
