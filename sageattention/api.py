@@ -440,7 +440,7 @@ def _by_position(
 
     `fifth` and `sixth` are what our own parameters at those places hold: torch's value, a default of ours or, by keyword, is_causal.
     """
-    if fourth is not None and not hasattr(fourth, "dim"):
+    if fourth is not None and not hasattr(fourth, "shape"):  # a method of tensors torch 2.5's compiler would not find
         raise Unsupported("tensor_layout", f"got {fourth!r}, accepted are 'HND', 'NHD' and, as torch's function has it, an attn_mask")
     if isinstance(fifth, (int, float)) and not isinstance(fifth, bool):
         dropout_p = fifth

@@ -1,9 +1,9 @@
 // The pipeline of KV tiles for mma.sync: global memory → a ring of stages in shared memory, ahead of their use.
 //
-// Every warp visits the same tiles: acquire<kBack>(n) → use tile() → release(). Tile n − kBack, none if that is negative, is the one that is
-// visited kStages − 1 after the current one (with one stage: the current one). From Hopper on one thread copies whole tiles and warps need not keep in step: each stage
-// has a `full` barrier (its tile is loaded) and an `empty` one (all warps have released it). Before Hopper every thread copies its share
-// and __syncthreads() keeps the CTA in step.
+// Every warp visits the same tiles: acquire<kBack>(n) → use tile() → release(). Tile n − kBack, none if that is negative, is the one that
+// is visited kStages − 1 after the current one (with one stage: the current one). From Hopper on one thread copies whole tiles and warps
+// need not keep in step: each stage has a `full` barrier (its tile is loaded) and an `empty` one (all warps have released it). Before
+// Hopper every thread copies its share and __syncthreads() keeps the CTA in step.
 #pragma once
 #include "../ptx/async_copy.cuh"
 #include "../ptx/shared.cuh"

@@ -1,8 +1,8 @@
 // A CTA's matrix product as good as in fp32, of operands in shared memory: C[kRows, kColumns] += A[kRows, kDepth] · B[kDepth, kColumns] a
 // step, by eight warps.
 //
-// Where there are tensor cores for tf32, which has 11 bits of a number, each number is the sum of two: high · high + high · low + low · high
-// leaves out 2^-21 of a product. Elsewhere it is FMAs.
+// Where there are tensor cores for tf32, which has 11 bits of a number, each number is the sum of two: high · high + high · low + low ·
+// high leaves out 2^-21 of a product. Elsewhere it is FMAs.
 #pragma once
 #include "../ptx/mma.cuh"
 #include "../ptx/types.cuh"

@@ -10,6 +10,7 @@
 #pragma once
 #include "../layout/fragment.cuh"
 #include "mask.cuh"
+#include "rescale.cuh"
 #include "rotate.cuh"
 
 namespace sage {
@@ -26,7 +27,7 @@ struct Softmax {
 
   __device__ __forceinline__ Softmax() {
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) m_i[i][0] = m_i[i][1] = -kInf, l_i[i][0] = l_i[i][1] = 0.0f;
+    for (int i = 0; i < kRowTiles; ++i) m_i[i][0] = m_i[i][1] = MmaReference::kEmpty, l_i[i][0] = l_i[i][1] = 0.0f;
   }
 
   // Begins with sums l, relative to m, of which lane t = 0 of the four that share a row keeps the books.
@@ -46,13 +47,14 @@ struct Softmax {
                                          float (&alpha)[kRowTiles][2]) {
     bool grew = false;
 #pragma unroll
-    for (int i = 0; i < 2 * kRowTiles; ++i) grew |= top[i / 2][i % 2] - log2_p_max > m_i[i / 2][i % 2] + rescale_threshold;
+    for (int i = 0; i < 2 * kRowTiles; ++i)
+      grew |= MmaReference::of(top[i / 2][i % 2], log2_p_max) > rescale_limit(m_i[i / 2][i % 2], rescale_threshold);
     if (!__any_sync(kAllLanes, grew)) return false;
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
       float& old = m_i[i / 2][i % 2];
-      const float now = fmaxf(old, row_max(top[i / 2][i % 2]) - log2_p_max);
-      alpha[i / 2][i % 2] = now == old ? 1.0f : exp2_approx(old - now);  // equal: also two −inf
+      const float now = fmaxf(old, MmaReference::of(row_max(top[i / 2][i % 2]), log2_p_max));
+      alpha[i / 2][i % 2] = MmaReference::alpha(old, now);
       l_i[i / 2][i % 2] *= alpha[i / 2][i % 2];
       old = now;
     }
@@ -64,8 +66,8 @@ struct Softmax {
 // nothing else depends on m_i. Lane t keeps m_i of one of the four rows that its quad shares, which saves registers.
 template <int kRowTiles>
 struct TileSoftmax {
-  float m_i = -kInf;             // of the lane's own row
-  float l_i[kRowTiles][2] = {};  // sum of P over this lane's keys
+  float m_i = MmaReference::kEmpty;  // of the lane's own row
+  float l_i[kRowTiles][2] = {};      // sum of P over this lane's keys
 
   // The value of the lane's own row.
   __device__ __forceinline__ static float own(const float (&x)[kRowTiles][2], int t) {
@@ -92,8 +94,8 @@ struct TileSoftmax {
   __device__ __forceinline__ bool update(const float (&m_tile)[kRowTiles][2], float rescale_threshold, int t,
                                          float (&alpha)[kRowTiles][2]) {
     const float row = own(m_tile, t);
-    if (!__any_sync(kAllLanes, row > m_i + rescale_threshold)) return false;
-    const float now = fmaxf(m_i, row), own_alpha = now == m_i ? 1.0f : exp2_approx(m_i - now);
+    if (!__any_sync(kAllLanes, row > rescale_limit(m_i, rescale_threshold))) return false;
+    const float now = fmaxf(m_i, row), own_alpha = MmaReference::alpha(m_i, now);
     m_i = now;
     share(own_alpha, alpha);
 #pragma unroll

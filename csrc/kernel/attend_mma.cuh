@@ -252,15 +252,15 @@ __device__ __forceinline__ void store_output(const AttendParams& p, float (&o)[C
 template <class C>
 struct Mainloop {
   static constexpr int kHeadDim = C::kHeadDim, kRowTiles = C::kRowTiles;
-  using Scores = u32[kRowTiles][kScoreNTiles][4];
-  using ProbFragments = u32[kRowTiles][C::kPFragments][4];
+  using Scores = u32[kRowTiles][kScoreNTiles][4];           // [row tile][n-tile][2 · half + e]
+  using ProbFragments = u32[kRowTiles][C::kPFragments][4];  // [row tile][fragment of 16 or 32 keys][register]
 
   const AttendParams& p;
   typename C::Pipeline pipeline;
   QFragments<C> q_frags;
   typename C::RowSoftmax softmax;
-  float o[kRowTiles][kHeadDim / 8][4];
-  u32 thread16;  // 16 · thread; its low bits are the lane's offset in a 512-byte block
+  float o[kRowTiles][kHeadDim / 8][4];  // [row tile][n-tile][2 · half + e]
+  u32 thread16;                         // 16 · thread; its low bits are the lane's offset in a 512-byte block
   bool causal;
 
   // Preset scores of a row tile → base-2 scores, in place, −inf where masked out. top: the lane's maximum of each half.
@@ -296,9 +296,7 @@ struct Mainloop {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) o[r][n][e] *= alpha[r][e / 2];
+      for (int n = 0; n < kHeadDim / 8; ++n) rescale_rows(o[r][n], alpha[r]);
   }
 
   // S → P of the current tile, whose first key is key0, and tile_scale of its rows; rescales O, l and m where needed.
@@ -331,7 +329,7 @@ struct Mainloop {
 #pragma unroll
     for (int n = 0; n < 2 * kRowTiles; ++n) {
       const int r = n / 2, half = n % 2;
-      const float shift = kMasked ? (m_p[r][half] == -kInf ? 0.0f : -m_p[r][half]) : __fadd_rd(-kPreset * scale[r][half], -m_p[r][half]);
+      const float shift = kMasked ? score_shift(m_p[r][half]) : __fadd_rd(-kPreset * scale[r][half], -m_p[r][half]);
       constexpr int kPack = 4 / kVElementBytes<C::kPvType>;  // elements in a register of P
       u32 quantized_sum = 0;
       float sum = 0.0f;
@@ -392,7 +390,7 @@ struct Mainloop {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
       const float* state = initial_state<kHeadDim>(p, at.tile, at.row0 + 16 * r);
-      l[r] = state[1] * p_max, m[r] = state[1] > 0.0f ? state[0] - p.log2_p_max : -kInf;
+      l[r] = state[1] * p_max, m[r] = initial_reference<MmaReference>([&] { return state[0]; }, state[1], p.log2_p_max);
 #pragma unroll 1
       for (int c = 0; c < kHeadDim / 32; ++c) {
         float y[kChunk];

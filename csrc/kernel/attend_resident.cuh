@@ -425,7 +425,8 @@ __device__ __forceinline__ void attend_resident(const ResidentParams& r) {
     own.begin<C>(r), own.next<C>(r);
     works[0] = own;
   }
-  // The shuffles tell the compiler that these are warp-uniform and no branch on them diverges: it then keeps descriptors in uniform registers.
+  // The shuffles tell the compiler that these are warp-uniform and no branch on them diverges: it then keeps descriptors in uniform
+  // registers.
   const auto uniform = [](int x) { return __shfl_sync(kAllLanes, x, 0); };
   const int warp = uniform(special_tid_x() / 32), warpgroup = warp / 4;
   MainloopFp16<C> mainloop{p, shared, shared + C::q_offset(0, warpgroup)};
@@ -487,7 +488,6 @@ __device__ __forceinline__ void attend_resident(const ResidentParams& r) {
       quantize_q<C>(p, shared, mainloop.iteration, mainloop.q_scale);  // has a barrier: the next work tile is stored
       if (more) prefetch_q<C>(p, warpgroup, next_slot);
       mainloop.ring = {};
-      mainloop.m_i[0] = mainloop.m_i[1] = -kInf;
       float l_i[2];
       mainloop.run(range, l_i);
       store_output<C>(p, mainloop.o, l_i, mainloop.m_i, slot);

@@ -1,5 +1,5 @@
-// The attention kernel on Hopper but for its main loop: three producer warps and two consumer warpgroups. mainloop_sm90_fp16.cuh describes a
-// CTA.
+// The attention kernel on Hopper but for its main loop: three producer warps and two consumer warpgroups. mainloop_sm90_fp16.cuh describes
+// a CTA.
 #pragma once
 #include "mainloop_sm90.cuh"
 #include "output_sm90.cuh"
@@ -61,7 +61,6 @@ __device__ __forceinline__ void attend_block(const AttendParams& p) {
       if (!(range.flags & kWorkValid)) break;
       if constexpr (C::kQStages > 1) mainloop.sQ = sQ + C::q_offset(mainloop.iteration, 0);
       quantize_q<C>(p, shared, mainloop.iteration, mainloop.q_scale);
-      mainloop.m_i[0] = mainloop.m_i[1] = -kInf;
       float l_i[2];
       mainloop.run(range, l_i);
       const u32 to = shared + C::work_slot(mainloop.iteration);

@@ -3,6 +3,7 @@
 #pragma once
 #include "../block/mask_scores.cuh"
 #include "../block/output.cuh"
+#include "../block/rescale.cuh"
 #include "../ptx/async_copy.cuh"
 #include "../ptx/wgmma.cuh"
 #include "scheduler_sm90.cuh"
@@ -14,8 +15,8 @@ template <class C>
 struct MainloopSm90 {
   using Layout = typename C::Layout;
   static constexpr int kHeadDim = C::kHeadDim, kStepNTiles = C::kScoreRegisters / 4;  // n-tiles (8 keys) of a softmax step
-  using Scores = i32[C::kScoreRegisters];
-  using ProbFragments = u32[C::kProbRegisters];
+  using Scores = i32[C::kScoreRegisters];        // [4 · n-tile + 2 · half + e]: row g + 8 · half, key 8 · n-tile + 2t + e
+  using ProbFragments = u32[C::kProbRegisters];  // [4 · k-step + register]: A fragments of 16 keys in fp16, of 32 in e4m3
 
   const AttendParams& p;
   u32 shared, sQ;    // shared addresses: of all, of the warpgroup's Q
@@ -71,13 +72,14 @@ struct MainloopSm90 {
 
   __device__ __forceinline__ bool has_tail(const KvRange& range) const { return C::kRouted && p.tail && !(range.flags & kWritesPartial); }
 
-  // Loads the initial softmax state of the warpgroup's 64 queries: m_i, l, O. no_score: m_i where the state is empty.
-  __device__ __forceinline__ void load_tail(float (&o)[C::kOutRegisters], float (&l)[2], float no_score) {
+  // Loads the initial softmax state of the warpgroup's 64 queries: m_i, l, O.
+  template <class Reference>
+  __device__ __forceinline__ void load_tail(float (&o)[C::kOutRegisters], float (&l)[2]) {
     const u32 slot = shared + C::work_slot(iteration), state = slot + C::kTails + (special_tid_x() / 128 - 1) * C::kTailBytes;
     const int t = special_tid_x() % 4;
     const float p_max = exp2_approx(p.log2_p_max), sum = load_shared_float(state + 4);
     l[0] = l[1] = sum * p_max;
-    m_i[0] = m_i[1] = sum > 0.0f ? load_shared_float(state) - p.log2_p_max : no_score;
+    m_i[0] = m_i[1] = initial_reference<Reference>([&] { return load_shared_float(state); }, sum, p.log2_p_max);
 #pragma unroll
     for (int c = 0; c < kHeadDim / 32; ++c) {
       const u32 channel = 4 * (32 * c + kChunk * t), scales = C::channel_scales(slot) + channel;

@@ -22,12 +22,13 @@ struct MainloopFp16 : MainloopSm90<C> {
   static constexpr int kQStepsInRegs = kHeadDim == 64 || C::kResident ? 0 : kHeadDim == 128 ? 2 : 4;
   // Whether the softmax is one tile ahead of P·V, with two arrays of P for one of scores.
   static constexpr bool kAhead = kHeadDim == 256 || C::kResident;
-  // Whether the exponentials come before the wait for P·V of the previous tile: with the softmax ahead that is all there is beside it. And how
-  // many are chained by a false dependency: otherwise the compiler schedules all exponentials before all conversions. Chosen by measurement.
+  // Whether the exponentials come before the wait for P·V of the previous tile: with the softmax ahead that is all there is beside it. And
+  // how many are chained by a false dependency: otherwise the compiler schedules all exponentials before all conversions. Chosen by
+  // measurement.
   static constexpr bool kExpBeforeWait = kHeadDim != 128 || kAhead;
   static constexpr int kExpChain = kHeadDim == 64 ? 8 : 0;
 
-  float o[C::kOutRegisters];
+  float o[C::kOutRegisters];     // [4 · n-tile + 2 · half + e]; the last n-tile has the columns of ones
   float m_limit[2];              // [half]: a score above this rescales the row
   u32 q[4 * kQStepsInRegs + 1];  // [step][A fragment register]; + 1: never empty
 
@@ -94,14 +95,10 @@ struct MainloopFp16 : MainloopSm90<C> {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float most = row_max(top[half]), old = m_i[half];
-      if (most > m_limit[half]) m_i[half] = most - p.log2_p_max, m_limit[half] = most + p.rescale_threshold;
-      alpha[half] = exp2_approx(old - (m_i[half] == -kInf ? 0.0f : m_i[half]));
+      if (most > m_limit[half])
+        m_i[half] = WgmmaFp16Reference::of(most, p.log2_p_max), m_limit[half] = rescale_limit(most, p.rescale_threshold);
+      alpha[half] = WgmmaFp16Reference::alpha(old, m_i[half]);
     }
-  }
-
-  __device__ __forceinline__ void rescale(const float (&alpha)[2]) {
-#pragma unroll
-    for (int i = 0; i < C::kOutRegisters; ++i) o[i] *= alpha[i % 4 / 2];
   }
 
   // Scores → P in fp32, in place. Masked scores are fp32 already (mask_scores).
@@ -109,7 +106,7 @@ struct MainloopFp16 : MainloopSm90<C> {
   __device__ __forceinline__ void exponentials(Scores& s, const float (&scale)[2][2]) const {
     float shift[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) shift[half] = kMasked && m_i[half] == -kInf ? 0.0f : -m_i[half];
+    for (int half = 0; half < 2; ++half) shift[half] = kMasked ? score_shift(m_i[half]) : -m_i[half];
 #pragma unroll
     for (int i = 0; i < C::kScoreRegisters; ++i) {
       const int half = i / 2 % 2;
@@ -144,7 +141,7 @@ struct MainloopFp16 : MainloopSm90<C> {
     await_o();
     if (outgrown) {
       if constexpr (!kExpBeforeWait) update_m_i(top, alpha);
-      rescale(alpha);
+      rescale_rows(o, alpha);
     }
     if constexpr (!kExpBeforeWait) exponentials<kMasked>(s, scale);
 #pragma unroll
@@ -261,16 +258,16 @@ struct MainloopFp16 : MainloopSm90<C> {
 
   __device__ __forceinline__ void run(KvRange range, float (&l_i)[2]) {
     load_q_fragments();
-    m_limit[0] = m_limit[1] = -kInf;
+    m_i[0] = m_i[1] = m_limit[0] = m_limit[1] = WgmmaFp16Reference::kEmpty;
 #pragma unroll
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] = 0.0f;
     if (Base::has_tail(range)) {
       float l[2];
-      Base::load_tail(o, l, -kInf);
+      Base::template load_tail<WgmmaFp16Reference>(o, l);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         o[kHeadDim / 2 + 2 * half] = o[kHeadDim / 2 + 2 * half + 1] = l[half];
-        m_limit[half] = m_i[half] + p.log2_p_max + p.rescale_threshold;
+        m_limit[half] = rescale_limit(m_i[half] + p.log2_p_max, p.rescale_threshold);
       }
     }
     warpgroup_fence_operand(o);

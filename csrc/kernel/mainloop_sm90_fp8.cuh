@@ -32,7 +32,7 @@ struct SoftmaxFp8 : MainloopSm90<C> {
   using Base::barrier, Base::k_scales, Base::m_i, Base::p, Base::q_scale;
   using Scales = float[C::kScaleCount][2];  // [part of the step's keys][row half]
 
-  // P = 2^(score − m_p); O and l_i are relative to m_i.
+  // P = 2^(score − m_p); O and l_i are relative to m_i. o: [4 · n-tile + 2 · half + e]; l_i, m_p: [half].
   float o[C::kOutRegisters], l_i[2], m_p[2];
   bool arrives;  // lane 0; computed once, because %tid is slow to read
 
@@ -42,8 +42,8 @@ struct SoftmaxFp8 : MainloopSm90<C> {
     for (int i = 0; i < C::kOutRegisters; ++i) o[i] = 0.0f;
     l_i[0] = l_i[1] = 0.0f;
     arrives = opaque(elected());
-    m_i[0] = m_i[1] = kNoScore;
-    if (Base::has_tail(range)) Base::load_tail(o, l_i, kNoScore);
+    m_i[0] = m_i[1] = WgmmaFp8Reference::kEmpty;
+    if (Base::has_tail(range)) Base::template load_tail<WgmmaFp8Reference>(o, l_i);
     m_p[0] = m_i[0], m_p[1] = m_i[1];
   }
 
@@ -74,11 +74,6 @@ struct SoftmaxFp8 : MainloopSm90<C> {
     return top;
   }
 
-  // What P of a row whose maximum is `most` is relative to: a whole number, so that other references scale P by powers of two and round it
-  // alike. A block whose keys are shared out to two CTAs then has the result of one that is not. Opaque, so that the compiler selects it
-  // instead of branching around the rounding: behind such branches it takes the exponentials apart from the conversions.
-  __device__ __forceinline__ float reference(float most) const { return opaque(ceilf(most - p.log2_p_max)); }
-
   // Raises m_i to m_p and to the scores of a step that begins a promotion group; rescales O and l_i.
   __device__ __forceinline__ void update_m_i(const float (&top)[2]) {
     const float old[2] = {m_i[0], m_i[1]};
@@ -86,15 +81,14 @@ struct SoftmaxFp8 : MainloopSm90<C> {
     for (int half = 0; half < 2; ++half) {
       const float most = row_max(top[half]);
       m_i[half] = fmaxf(old[half], m_p[half]);
-      const float raised = reference(most);
-      m_i[half] = most > m_i[half] + kLog2E4m3Max ? raised : m_i[half];
+      const float raised = WgmmaFp8Reference::of(most, p.log2_p_max);
+      m_i[half] = most > rescale_limit(m_i[half], kLog2E4m3Max) ? raised : m_i[half];
     }
     if (!__any_sync(kAllLanes, l_i[0] + l_i[1] > 0.0f)) return;  // O is 0
     float alpha[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) alpha[half] = exp2_approx(old[half] - m_i[half]), l_i[half] *= alpha[half];
-#pragma unroll
-    for (int i = 0; i < C::kOutRegisters; ++i) o[i] *= alpha[i % 4 / 2];
+    for (int half = 0; half < 2; ++half) alpha[half] = WgmmaFp8Reference::alpha(old[half], m_i[half]), l_i[half] *= alpha[half];
+    rescale_rows(o, alpha);
   }
 
   // Sets m_p at the start of a promotion group. If all scores of a row are more than kTailThreshold below m_i, its P is boosted by
@@ -105,6 +99,13 @@ struct SoftmaxFp8 : MainloopSm90<C> {
       const u32 far = __ballot_sync(kAllLanes, top[half] < m_i[half] - kTailThreshold) >> (special_tid_x() & 28);
       m_p[half] = (far & 15) == 15 ? m_i[half] - kTailBoostLog2 : m_i[half];  // the row's four lanes
     }
+  }
+
+  // A promotion group of masked scores, without overlap and without a boost: its P takes exponentials only.
+  __device__ __forceinline__ void begin_masked_group(const float (&top)[2]) {
+    if (__any_sync(kAllLanes, top[0] > rescale_limit(m_i[0], kLog2E4m3Max) || top[1] > rescale_limit(m_i[1], kLog2E4m3Max)))
+      update_m_i(top);
+    m_p[0] = m_i[0], m_p[1] = m_i[1];
   }
 
   // Scores → P in e4m3, as A fragments: word w holds the lane's four keys of 16·(w/2) … + 15 in row half w % 2. Two of them get an
@@ -139,10 +140,10 @@ struct MainloopFp8 : SoftmaxFp8<C> {
   using Base = SoftmaxFp8<C>;
   using typename Base::Layout, typename Base::Scores, typename Base::ProbFragments, typename Base::Scales;
   using Base::barrier, Base::tile, Base::mask_scores, Base::load_k_scales, Base::tile_number, Base::m_i, Base::ring, Base::sQ, Base::p;
-  using Base::begin_group, Base::l_i, Base::m_p, Base::o, Base::reference, Base::release, Base::update_m_i;
+  using Base::begin_group, Base::begin_masked_group, Base::l_i, Base::m_p, Base::o, Base::release, Base::update_m_i;
   static constexpr int kHeadDim = C::kHeadDim, kStepsPerTile = C::kStepsPerTile, kStepsPerStage = C::kStepsPerStage;
 
-  float acc[C::kAccRegisters];  // P·V of the current promotion group; its columns of ones sum P
+  float acc[C::kAccRegisters];  // P·V of the current promotion group, as o; its last n-tile, of columns of ones, sums P
 
   // Where the tile of a stage's step lies, from the stage's beginning.
   static constexpr u32 tile_of_step(int step) { return step / kStepsPerTile * Layout::kTileBytes; }
@@ -180,15 +181,11 @@ struct MainloopFp8 : SoftmaxFp8<C> {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float most = row_max(top[half]), old = m_p[half];
-      const float raised = reference(most), next = most > m_i[half] + kLog2E4m3Max ? raised : m_i[half];
-      m_p[half] = most > old + kLog2E4m3Max ? next : old;
-      alpha[half] = exp2_approx(old - m_p[half]);
+      const float raised = WgmmaFp8Reference::of(most, p.log2_p_max),
+                  next = most > rescale_limit(m_i[half], kLog2E4m3Max) ? raised : m_i[half];
+      m_p[half] = most > rescale_limit(old, kLog2E4m3Max) ? next : old;
+      alpha[half] = WgmmaFp8Reference::alpha(old, m_p[half]);
     }
-  }
-
-  __device__ __forceinline__ void rescale(const float (&alpha)[2]) {
-#pragma unroll
-    for (int i = 0; i < C::kAccRegisters; ++i) acc[i] *= alpha[i % 4 / 2];
   }
 
   // Ends a promotion group: adds acc to O, and its row sums to l_i.
@@ -196,7 +193,7 @@ struct MainloopFp8 : SoftmaxFp8<C> {
     float alpha[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      alpha[half] = exp2_approx(m_p[half] - m_i[half]);
+      alpha[half] = WgmmaFp8Reference::alpha(m_p[half], m_i[half]);
       l_i[half] = fmaf(acc[kHeadDim / 2 + 2 * half], alpha[half], l_i[half]);
     }
 #pragma unroll
@@ -220,7 +217,7 @@ struct MainloopFp8 : SoftmaxFp8<C> {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       top[half] = Base::lane_max(s, scale, half);
-      moves |= top[half] > m_p[half] + kLog2E4m3Max || (fresh && m_p[half] > m_i[half]);
+      moves |= top[half] > rescale_limit(m_p[half], kLog2E4m3Max) || (fresh && m_p[half] > m_i[half]);
     }
     moves = __any_sync(kAllLanes, moves);
     issue_scores<kNext>(next, after);
@@ -239,7 +236,7 @@ struct MainloopFp8 : SoftmaxFp8<C> {
       if (!first) promote();
       begin_group(top);
     } else if (moves) {
-      rescale(alpha);
+      rescale_rows(acc, alpha);
     }
     Base::template softmax_step<false>(s, scale, prob);
     issue_pv<kStepInStage>(prob, fresh);
@@ -263,8 +260,7 @@ struct MainloopFp8 : SoftmaxFp8<C> {
     warpgroup_fence_operand(s);
     if (kStepInTile == kStepsPerTile - 1) release(kKEmpty, ring.stage);
     mask_scores(s, scale, keys, key0, top);
-    if (__any_sync(kAllLanes, top[0] > m_i[0] + kLog2E4m3Max || top[1] > m_i[1] + kLog2E4m3Max)) update_m_i(top);
-    m_p[0] = m_i[0], m_p[1] = m_i[1];
+    begin_masked_group(top);
     Base::template softmax_step<true>(s, scale, prob);
     issue_pv<kStepInTile>(prob, true);
     wgmma_wait<0>();
@@ -272,7 +268,8 @@ struct MainloopFp8 : SoftmaxFp8<C> {
     promote();
   }
 
-  // Both steps of a mixed tile of a list. Their products and their loads of the mask's bits are under way together, and they share a promotion.
+  // Both steps of a mixed tile of a list. Their products and their loads of the mask's bits are under way together, and they share a
+  // promotion.
   __device__ __forceinline__ void mixed_tile(Scores& first, Scores& second) {
     Scales scale;
     float top[2], more[2];
@@ -291,8 +288,7 @@ struct MainloopFp8 : SoftmaxFp8<C> {
     Base::template read_scales<kStepsPerTile - 1>(scale);
     mask_scores(second, scale, more_keys, key0 + C::kStep, more);
     top[0] = fmaxf(top[0], more[0]), top[1] = fmaxf(top[1], more[1]);
-    if (__any_sync(kAllLanes, top[0] > m_i[0] + kLog2E4m3Max || top[1] > m_i[1] + kLog2E4m3Max)) update_m_i(top);
-    m_p[0] = m_i[0], m_p[1] = m_i[1];
+    begin_masked_group(top);
     Base::template softmax_step<true>(first, scale, prob[0]);
     issue_pv<0>(prob[0], true);
     Base::template softmax_step<true>(second, scale, prob[1]);
@@ -332,7 +328,7 @@ struct MainloopFp8 : SoftmaxFp8<C> {
     wgmma_wait<0>();
     warpgroup_fence_operand(acc);
     release(kVEmpty, ring.stage);
-    if (__any_sync(kAllLanes, m_p[0] > m_i[0] || m_p[1] > m_i[1])) update_m_i({kNoScore, kNoScore});
+    if (__any_sync(kAllLanes, m_p[0] > m_i[0] || m_p[1] > m_i[1])) update_m_i({WgmmaFp8Reference::kEmpty, WgmmaFp8Reference::kEmpty});
     promote();
     ring.advance();
   }

@@ -26,7 +26,7 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
   using Base = SoftmaxFp8<C>;
   using typename Base::Layout, typename Base::Scores, typename Base::ProbFragments, typename Base::Scales;
   using Base::barrier, Base::tile, Base::mask_scores, Base::load_k_scales, Base::tile_number, Base::m_i, Base::ring, Base::sQ, Base::p;
-  using Base::begin_group, Base::l_i, Base::m_p, Base::o, Base::release, Base::update_m_i;
+  using Base::begin_group, Base::begin_masked_group, Base::l_i, Base::m_p, Base::o, Base::release, Base::update_m_i;
   static constexpr int kHeadDim = C::kHeadDim;
   static constexpr int kTurnBarrier = 3, kTurnThreads = 128 * C::kConsumers;  // one for each warpgroup; 1 and 2 are for its own threads
   using Half = i32[C::kScoreRegisters / 2];
@@ -93,7 +93,7 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
   __device__ __forceinline__ void add_pv(const ProbFragments& prob, Accumulators& w) {
     float alpha[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) alpha[half] = exp2_approx(m_p[half] - m_i[half]), m_p[half] = m_i[half];
+    for (int half = 0; half < 2; ++half) alpha[half] = WgmmaFp8Reference::alpha(m_p[half], m_i[half]), m_p[half] = m_i[half];
     Ring<C::kStages> after = ring;
     after.advance();
     // The wait is a loop, and the compiler moves nothing across: an accumulator is promoted before the next product is issued into it.
@@ -151,7 +151,8 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
     await_scores(s, scale);
     bool moves = false;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) top[half] = Base::lane_max(s, scale, half), moves |= top[half] > m_i[half] + kLog2E4m3Max;
+    for (int half = 0; half < 2; ++half)
+      top[half] = Base::lane_max(s, scale, half), moves |= top[half] > rescale_limit(m_i[half], kLog2E4m3Max);
     if (__any_sync(kAllLanes, moves)) update_m_i(top);
     begin_group(top);
     Base::template softmax_step<false>(s, scale, prob);
@@ -174,8 +175,7 @@ struct MainloopFp8Wide : SoftmaxFp8<C> {
     const auto keys = Base::visible(key0);
     await_scores(w.s, scale);
     mask_scores(w.s, scale, keys, key0, top);
-    if (__any_sync(kAllLanes, top[0] > m_i[0] + kLog2E4m3Max || top[1] > m_i[1] + kLog2E4m3Max)) update_m_i(top);
-    m_p[0] = m_i[0], m_p[1] = m_i[1];
+    begin_masked_group(top);
     Base::template softmax_step<true>(w.s, scale, prob);
     add_pv<false>(prob, w);
   }

@@ -1,7 +1,8 @@
 // Launch before the others of a packed call: cu_seqlens → where each sequence lies and what is computed for it, in a work list of blocks of
 // queries and one of runs of keys. A CTA places the sequences of a group, which is what the other launches compute at once.
 //
-// Nothing is read where wrong offsets point: a sequence ends within the packed tensors and has at most the tokens that the host reckons with.
+// Nothing is read where wrong offsets point: a sequence ends within the packed tensors and has at most the tokens that the host reckons
+// with.
 #pragma once
 #include "../common/warp.cuh"
 #include "../ptx/grid.cuh"

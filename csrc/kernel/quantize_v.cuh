@@ -265,8 +265,8 @@ __device__ __forceinline__ void quantize_cta(const QuantizeVParams& p, int bh, i
         stage8<kPvType>(rows + ((pass + i) * kRows + row) * Shared::kPitch, chunk, x);
       }
     }
-    // Bit i: key i of the unit exists and is live. A unit of 16 keys has half of a word. Worked out behind the loads, and looked up or worked
-    // out again behind the stores, which leave no register.
+    // Bit i: key i of the unit exists and is live. A unit of 16 keys has half of a word. Worked out behind the loads, and looked up or
+    // worked out again behind the stores, which leave no register.
     constexpr u32 kAll = Shared::kUnitKeys == 32 ? ~0u : (1u << Shared::kUnitKeys % 32) - 1;
     const auto counted = [&] {
       const int own_key = opaque(unit) * Shared::kUnitKeys, left = p.len - own_key;

@@ -60,8 +60,8 @@ __device__ __forceinline__ void store_work_tile(const WorkTile& tile, i64 out, u
 
 // The tile scheduler. First p.full_waves whole work tiles for each CTA: gridDim.x apart, or, where they differ in length, in the order of
 // requests. With p.split_kv_workspace the remaining ones are then cut into one share for each CTA. A share is at least as long as a work
-// tile, so no more than two CTAs have parts of one. With p.full_waves < 0 all work tiles are cut into shares, of equal cost, if they are long
-// enough for that. Where a work tile is cut depends on lists only, so results are reproducible.
+// tile, so no more than two CTAs have parts of one. With p.full_waves < 0 all work tiles are cut into shares, of equal cost, if they are
+// long enough for that. Where a work tile is cut depends on lists only, so results are reproducible.
 template <class C>
 struct Scheduler {
   static constexpr bool kDynamic = C::kMask != Mask::none;
@@ -71,8 +71,8 @@ struct Scheduler {
   int share = 0;
   int own = -1;  // of a share of equal cost the next work tile, from whose start `at` and `end` count costs then
 
-  // The work tile that holds position `position` of a head's costs, and where it begins. Beyond the last: where that ends, and what the most
-  // expensive one takes.
+  // The work tile that holds position `position` of a head's costs, and where it begins. Beyond the last: where that ends, and what the
+  // most expensive one takes.
   struct Place {
     int index, first, most;
   };

@@ -23,7 +23,7 @@ template <int kHeadDim_, int kVElementBytes_, int kTile_, bool kOnes_, int kScal
 struct CoreMatrix {
   static constexpr int kHeadDim = kHeadDim_, kVElementBytes = kVElementBytes_, kTile = kTile_, kScaleBlocks = kScaleBlocks_;
   static constexpr bool kOnes = kOnes_;
-  static constexpr bool kOrdered = kScaleBlocks == 1;  // of block-sparse calls, whose tokens may lie in an order
+  static constexpr bool kOrdered = kScaleBlocks == 1;  // serves block-sparse calls, whose tokens may lie in an order
   static constexpr int kScaleKeys = kTile / kScaleBlocks;
   static constexpr int kScaleOffset = kTile * kHeadDim, kScaleBytes = 128;
   static constexpr int kScalePitch = 16;

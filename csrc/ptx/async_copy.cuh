@@ -20,7 +20,7 @@ __device__ __forceinline__ void cp_async16_or_zeros(u32 shared, const void* glob
   asm volatile("cp.async.cg.shared.global.L2::128B [%0],[%1],16,%2;" ::"r"(shared), "l"(global), "r"(copies ? 16 : 0) : "memory");
 }
 
-// Fetches a line of 128 bytes into L2.
+// Fetches the line of 128 bytes that holds this address into L2, for later loads of any thread; none waits for it.
 __device__ __forceinline__ void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 __device__ __forceinline__ void cp_async_commit() {
@@ -71,7 +71,7 @@ __device__ __forceinline__ void cp_async_bulk(bool predicate, u32 shared, const 
 #endif
 }
 
-// Fetches bytes into L2 for whoever loads them next. Address and size are multiples of 16.
+// Fetches bytes into L2, for later loads of any thread on the device: none waits for it. Address and size are multiples of 16.
 __device__ __forceinline__ void prefetch_l2(const void* global, u32 bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(global), "r"(bytes));

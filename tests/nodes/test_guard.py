@@ -6,6 +6,7 @@ import importlib
 import math
 import pickle
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -222,6 +223,34 @@ def test_from_the_fastest_variant_to_the_safest(card):
     assert reasons == [(f"{FP8}: {guard.NOT_ALL_OFF}",), (), (), ()]
 
 
+def test_a_safer_variant_lets_k_and_v_go_before_the_output_is_made(card, monkeypatch):
+    """Two calls hold them: the one that was planned, and the one that runs in its place."""
+    card.update({FP8: 1.2, FP16: 1.0})
+    backend, alive = part("dispatch")._BACKENDS["cuda"], []
+
+    def attend(q, kv, problem, mask):
+        alive.append([ref() is not None for ref in references])
+        return backend.run(
+            SimpleNamespace(plan=SimpleNamespace(variant=SimpleNamespace(name=FP16)), problem=problem, hnd=lambda: in_hnd(q, *kv))
+        )
+
+    def in_hnd(*given):
+        return (t.transpose(1, 2) for t in given)
+
+    backend.quantize, backend.attend = lambda k, v, problem, plan, mask: (k.clone(), v.clone()), attend
+    monkeypatch.setattr(part("dispatch").Call, "_halves_pay", lambda call, plan: True)
+    model, core, references = patched(0.05, FP8), NewCore(), []
+
+    def run(options):
+        held = [Container(t) for t in tensors(dtype=torch.float16)]
+        references[:] = [weakref.ref(c.tensor) for c in held]
+        return core.attention(*held, HEADS, transformer_options={**options, "block_index": 0})
+
+    first, *others = sample(model, run)
+    assert slot.record_of(model).ran == {FP16: 4} and all(torch.equal(out, first) for out in others)
+    assert alive == [[True, False, False]] * 3  # the first call is looked at, and needs them for the error
+
+
 def test_a_safer_variant_without_a_kernel_is_passed_by(card):
     card.update({FP8: 1.2})
     model, core = patched(0.05, FP8), OldCore()
@@ -306,12 +335,12 @@ def attention_call(q, k, v, **options):
 
 
 @pytest.mark.parametrize("heads_kv", [1, 2])
-@pytest.mark.parametrize("masked", ["none", "bool", "additive", "rows hidden"])
+@pytest.mark.parametrize("masked", ["none", "bool", "by head", "additive", "rows hidden"])
 def test_the_reference_is_fp32_attention(masked, heads_kv, monkeypatch):
     q, k, v = tensors(heads_kv=heads_kv)
     mask = None
     if masked != "none":
-        mask = torch.rand(2, 1, LEN, LEN, generator=torch.Generator().manual_seed(7)) > 0.5
+        mask = torch.rand(2, HEADS if masked == "by head" else 1, LEN, LEN, generator=torch.Generator().manual_seed(7)) > 0.5
         mask[:, :, 50] = masked != "rows hidden"
     if masked == "additive":
         mask = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)

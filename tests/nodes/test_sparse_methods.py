@@ -97,6 +97,24 @@ def test_a_budget_is_that_of_its_length_and_its_device():
     assert known.of("block 0", {"cond_or_uncond": [1]}, q, 0.1) is None
 
 
+def test_a_layer_s_passes_have_budgets_of_their_own_and_a_new_look_replaces_the_last():
+    q, k, _ = tensors(heads_kv=2, hnd=True)
+    peaked = q * torch.linspace(1, 6, HEADS)[:, None, None]
+    held, conditional, unconditional = budgets.Budgets(), {"cond_or_uncond": [0]}, {"cond_or_uncond": [1]}
+
+    def expected(queries):
+        return budgets.share_out(budgets.needs(queries, k, None, None), 0.2)
+
+    assert not torch.allclose(expected(q), expected(peaked), atol=0.01)
+    held.measure("block 0", conditional, peaked, k, None, None)
+    held.measure("block 0", unconditional, q, k, None, None)
+    torch.testing.assert_close(held.of("block 0", conditional, q, 0.2), expected(peaked))
+    torch.testing.assert_close(held.of("block 0", unconditional, q, 0.2), expected(q))
+    assert held.of("block 1", conditional, q, 0.2) is None
+    held.measure("block 0", conditional, q, k, None, None)
+    torch.testing.assert_close(held.of("block 0", conditional, q, 0.2), expected(q))
+
+
 def test_budget_without_a_dense_step_is_the_same_for_all_heads_and_says_so():
     override = override_of(selection="budget")
     sampling(override, [0.9])
