@@ -112,9 +112,9 @@ class Call(PreparedCall[Plan]):
         problem, mask = self.problem, self.mask
         kernels = plan.variant.name, problem.device_index, problem.head_dim, problem.dtype, problem.mask
         if not isinstance(plan, KernelPlan) or (plan.COMPILES_AT_LAUNCH and kernels not in _compiled):
-            result = self.compute()
-            release()
+            result = self.compute()  # nothing to gain, or it may still fail
             _compiled.add(kernels)
+            release()
             return result
         backend = kernel_backend(plan.variant)
         backend.load(problem, plan)  # with that no kernel can be missing any more; a launch that fails is an error for good
