@@ -59,9 +59,9 @@ __device__ __forceinline__ void store_work_tile(const WorkTile& tile, i64 out, u
 }
 
 // The tile scheduler. First p.full_waves whole work tiles for each CTA: gridDim.x apart, or, where they differ in length, in the order of
-// requests. With p.split_kv_workspace the remaining ones are then cut into one share for each CTA. A share is at least as long as a work
-// tile, so no more than two CTAs have parts of one. With p.full_waves < 0 all work tiles are cut into shares, of equal cost, if they are
-// long enough for that. Where a work tile is cut depends on lists only, so results are reproducible.
+// requests. With p.split_kv_workspace the remaining ones are then cut into one share for each CTA, at places that are a work tile apart or
+// more, so no more than two CTAs have parts of one. With p.full_waves < 0 all work tiles are cut into shares, of equal cost, if they are long
+// enough for that. Where a work tile is cut depends on lists only, so results are reproducible.
 template <class C>
 struct Scheduler {
   static constexpr bool kDynamic = C::kMask != Mask::none;
@@ -127,6 +127,18 @@ struct Scheduler {
     end = at + (int)((i64)all * (share + 1) / blocks) - first;
   }
 
+  // KV tiles of a work tile in front of a cut at `position` of its `length`. Its prologue and epilogue count as if they lay before the first
+  // one, so that shares of equal length take equally long.
+  static __device__ __forceinline__ int tiles_before(int tiles, int position, int length) {
+    return max((tiles + kWorkTileCost) * position / length - kWorkTileCost, 0);
+  }
+
+  // Where the share begins that has the work tiles' `position`. A cut in front of all KV tiles is none.
+  static __device__ __forceinline__ int share_begin(const AttendParams& p, int position, int blocks) {
+    const int in_tile = position % blocks;
+    return tiles_before(p.kv_tiles, in_tile, blocks) ? position : position - in_tile;
+  }
+
   // Causal work tiles are dealt out longest first, so that the last ones level the CTAs: over as many heads as L2 holds K and V of.
   static __device__ __forceinline__ int longest_first(const AttendParams& p, int index) {
     const int heads = p.bh_count * p.heads_per_kv, fitting = max(kHeadsInL2 / (p.kv_tiles * C::Layout::kTileBytes), 1) * p.heads_per_kv;
@@ -156,7 +168,7 @@ struct Scheduler {
         // so that there is no deadlock even if few CTAs are resident.
         share = blocks - 1 - (work_idx - whole);
         if (p.split_kv_workspace && share >= 0 && whole < work_count)
-          at = (work_count - whole) * share, end = at + work_count - whole;
+          at = share_begin(p, (work_count - whole) * share, blocks), end = share_begin(p, (work_count - whole) * (share + 1), blocks);
         else
           flags = 0;
       } else if (work_idx >= work_count) {
@@ -194,7 +206,8 @@ struct Scheduler {
       parts = tiles + kMixedCost * masked + kWorkTileCost, to = min(end, parts), at = 0, end -= to;
       flags |= partial();
     }
-    const int begin = from ? tiles * from / parts : 0, count = (to == parts ? tiles : tiles * to / parts) - begin;
+    const auto before = [&](int position) { return weighed ? tiles * position / parts : tiles_before(tiles, position, parts); };
+    const int begin = from ? before(from) : 0, count = (to == parts ? tiles : before(to)) - begin;
     masked = min(max(masked - begin, 0), count);
     masked += (count - masked) % C::kUnmaskedMultiple;
     if (count - masked < C::kUnmaskedLeast) masked = count;

@@ -164,6 +164,16 @@ def test_every_kv_tile_once(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatc
     assert (split > 100) == (mask == "none"), split
 
 
+@pytest.mark.parametrize(("heads", "tokens", "most"), [(24, 1536, 37), (24, 4347, 233)])
+def test_shares_take_equally_long(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, heads: int, tokens: int, most: int) -> None:
+    """By KV tiles, and what a work tile takes beside them: where every CTA had as many KV tiles, some had a part of a work tile more."""
+    card, cost = install(monkeypatch, Card(132)), defaultdict(int)
+    for work in schedule(library, card, "fp8", "none", (heads, heads), tokens, tokens):
+        for one in work:
+            cost[one.cta] += one.masked + one.unmasked + WORK_TILE_COST
+    assert len(cost) == 132 and max(cost.values()) <= most, max(cost.values())
+
+
 def draw_planes(draw: random.Random, len_q: int, len_kv: int, tile: int) -> torch.Tensor:
     """Lists whose lengths differ: [bands, 2, words] int32."""
     tiles, bands = -(-len_kv // tile), -(-len_q // BAND_ROWS)
