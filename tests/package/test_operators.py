@@ -124,7 +124,10 @@ def test_export_takes_weights_for_constants(strict):
 
     q, k, v = tensors()
     layer = Layer()
-    exported = torch.export.export(layer, (q, k, v), strict=strict)
+    # torch < 2.7 does not tell a strict export from torch.compile, whose calls with a gradient are no operators.
+    told = hasattr(torch.compiler, "is_exporting")
+    with torch.set_grad_enabled(told or not strict):
+        exported = torch.export.export(layer, (q, k, v), strict=strict)
     with torch.no_grad():
         assert torch.equal(exported.module()(q, k, v), layer(q, k, v))
 
