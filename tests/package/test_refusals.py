@@ -141,6 +141,7 @@ def test_auto_passes_by_every_kernel_that_is_missing(monkeypatch):
 
     def missing(call):
         calls.append(call.plan.variant.name)
+        assert len(calls) < 9, "one takes the other's place without end"
         raise KernelMissing(calls[-1], "its image can't be loaded")
 
     for backend in ("triton", "cuda"):
