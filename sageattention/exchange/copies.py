@@ -44,8 +44,8 @@ class Lane(enum.Enum):
     LOCAL = 2  # copies within the card: they must not hold up what others wait for
 
 
-def gather(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Every process's value, in the order of ranks. A collective.
+def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Every process's value, in the order of ranks; of all processes where `group` is None. A collective.
 
     Outside of inference mode, in which ComfyUI samples: torch 2.5's gloo writes to the tensors that it makes on a thread that is in none.
     """
