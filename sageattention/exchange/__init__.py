@@ -17,7 +17,7 @@ from ..device.libcuda import NoDriver
 from ..errors import CudaError
 from .boxes import Box, Exchange, Form
 from .card import Card
-from .copies import Copies, Memory
+from .copies import Copies, Memory, gather
 from .messages import Messages
 
 LOG = logging.getLogger("sageattention")
@@ -82,6 +82,5 @@ def _choose(like: torch.Tensor, group: dist.ProcessGroup) -> Copies | None:
         LOG.info("sageattention.distributed: messages instead of copies: %s", error)
         memory = None
     host = BOOT.read_text(encoding="ascii") if memory is not None and BOOT.exists() else ""
-    hosts: list[str] = [""] * dist.get_world_size(group)
-    dist.all_gather_object(hosts, host, group=group)
+    hosts = gather(host, group)
     return Copies(memory, group) if memory is not None and host and len(hosts) > 1 and set(hosts) == {host} else None

@@ -44,6 +44,17 @@ class Lane(enum.Enum):
     LOCAL = 2  # copies within the card: they must not hold up what others wait for
 
 
+def gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Every process's value, in the order of ranks; of all processes where `group` is None. A collective.
+
+    Outside of inference mode, in which ComfyUI samples: torch 2.5's gloo writes to the tensors that it makes on a thread that is in none.
+    """
+    found: list[Any] = [None] * dist.get_world_size(group)
+    with torch.inference_mode(False):
+        dist.all_gather_object(found, value, group=group)
+    return found
+
+
 class Memory(Protocol):
     """A card's memory that other processes map, and work on it: `card.Card`, and what stands for one in tests."""
 
@@ -190,9 +201,7 @@ class Copies(Exchange):
         self._forget()
 
     def _gather(self, value: Any) -> list[Any]:
-        found: list[Any] = [None] * self._size
-        dist.all_gather_object(found, value, group=self._group())
-        return found
+        return gather(value, self._group())
 
     def _trial_places(self) -> torch.Tensor:
         assert self._data is not None

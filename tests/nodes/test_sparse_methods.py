@@ -16,6 +16,7 @@ from sparse_node import (  # noqa: E402
     GRID,
     H3,
     HEADS,
+    PACK,
     block_order,
     budgets,
     by_heads,
@@ -154,17 +155,17 @@ class H3Model(Model):
         self.options.setdefault("patches_replace", {}).setdefault(name, {})[(block, number)] = patch
 
 
-def run_block(model: H3Model, x: torch.Tensor, **more) -> torch.Tensor:
-    """A block as H3 runs it."""
+def run_block(model: H3Model, x: torch.Tensor, attention=None) -> torch.Tensor:
+    """A block as H3 runs it, or as it does with an attention that another replacement has put in."""
     block = model.network.blocks[0]
-    here = {**model.options, "minimax_h3_layout": H3, "block_index": 0, **more}
+    here = {**model.options, "minimax_h3_layout": H3, "block_index": 0}
 
     def original(args):
         attention = args.get("attention") or block.attn
         return {"img": attention(args["img"], rope_freqs=None, transformer_options=args["transformer_options"])}
 
     patch = model.options.get("patches_replace", {}).get("dit", {}).get(("double_block", 0))
-    args = {"img": x, "transformer_options": here}
+    args = {"img": x, "transformer_options": here, **({"attention": attention} if attention else {})}
     return (original(args) if patch is None else patch(args, {"original_block": original}))["img"]
 
 
@@ -196,6 +197,21 @@ def test_vsa_keeps_another_pack_s_replacement_of_a_block():
     model = node(node(given, selection="vsa"), selection="vsa")
     run_block(model, torch.randn(300, HEADS * DIM))
     assert len(seen) == 1 and given.options["patches_replace"]["dit"][("double_block", 0)] is theirs
+    assert model.options["patches_replace"]["dit"][("double_block", 0)].below is theirs  # once, not again for the second node
+
+
+def test_vsa_keeps_an_attention_that_another_pack_gives_a_block():
+    model, gates = node(H3Model(), selection="vsa"), []
+    own = model.network.blocks[0].attn
+
+    def theirs(x, *, transformer_options, **others):
+        gates.append(transformer_options[PACK.nodes.vsa.GATE]())
+        return own(x, transformer_options=transformer_options, **others) * 2
+
+    x = torch.randn(300, HEADS * DIM)
+    expected = run_block(model, x) * 2
+    torch.testing.assert_close(run_block(model, x, attention=theirs), expected)
+    torch.testing.assert_close(gates, [own.to_gate_compress(x)])
 
 
 def test_vsa_of_tokens_that_are_not_the_video_s_is_dense(monkeypatch):

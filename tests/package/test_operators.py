@@ -124,7 +124,10 @@ def test_export_takes_weights_for_constants(strict):
 
     q, k, v = tensors()
     layer = Layer()
-    exported = torch.export.export(layer, (q, k, v), strict=strict)
+    # torch < 2.7 does not tell a strict export from torch.compile, whose calls with a gradient are no operators.
+    told = hasattr(torch.compiler, "is_exporting")
+    with torch.set_grad_enabled(told or not strict):
+        exported = torch.export.export(layer, (q, k, v), strict=strict)
     with torch.no_grad():
         assert torch.equal(exported.module()(q, k, v), layer(q, k, v))
 
@@ -197,6 +200,8 @@ def test_copies_of_the_package_live_side_by_side():
         finally:
             forget_copy("_a_pack_bundled")
         torch._dynamo.reset()
+        for name in [name for name in globals() if name.startswith("__import__a_pack")]:  # torch 2.5's compiler keeps the modules here
+            del globals()[name]
     assert seen == ["_a_pack_bundled.attention.default", "_a_pack_bundled_2.attention.default"]
     _, graphs = nodes(lambda q, k, v: sageattention.sageattn(q, k, v, variant="reference"), q, k, v)
     assert graphs[0][0] == "sageattention.attention.default"

@@ -130,3 +130,25 @@ def test_auto_runs_its_next_candidate_where_a_kernel_is_missing(monkeypatch, cap
     assert len(calls) == 1 and caplog.text.count(f"auto passes by {triton}: no C compiler") == 1
     with pytest.raises(KernelMissing, match="no C compiler"):
         sageattn(q, k, v, variant=triton)
+
+
+def test_auto_passes_by_every_kernel_that_is_missing(monkeypatch):
+    from sageattention.planning import rules
+
+    names, calls = ["sageattn_qk_int8_pv_fp16_triton", "sageattn_qk_int8_pv_fp16_cuda"], []
+    monkeypatch.setattr(capability, "of_device", lambda device, index: Capability("cuda", 89, 1, "native", "RTX 4090"))
+    monkeypatch.setattr(rules, "choose", lambda *given: rules.Choice(tuple(map(Candidate, names)), "a test", "measured"))
+
+    def missing(call):
+        calls.append(call.plan.variant.name)
+        assert len(calls) < 9, "one takes the other's place without end"
+        raise KernelMissing(calls[-1], "its image can't be loaded")
+
+    for backend in ("triton", "cuda"):
+        monkeypatch.setitem(dispatch._BACKENDS, backend, SimpleNamespace(run=missing))
+    q, k, v = qkv()
+    for _ in range(3):
+        assert torch.equal(sageattn(q, k, v), sageattn(q, k, v, variant="sdpa"))
+    found = sageattention.explain(q, k, v)
+    assert calls == names and found.variant == "sdpa"
+    assert [name.partition(" ")[0] for name, reason in found.rejected if "be loaded" in reason] == names

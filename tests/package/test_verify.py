@@ -391,9 +391,10 @@ def test_an_error_of_the_card_s_is_heard(card):
         sageattn(*qkv())
 
 
-def test_a_result_that_is_not_finite_for_torch_tells_nothing(card, caplog):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_result_that_is_not_finite_for_torch_tells_nothing(value, card, caplog):
     q, k, v = qkv()
-    v[:] = float("nan")
+    v[:] = value
     sageattn(q, k, v)
     assert not seen().classes and not seen().off and not caplog.records
 
