@@ -13,14 +13,17 @@ import torch
 from emulated_card import CARDS, Lanes, each_variant, install, lanes_of, needs_compiler, on_card
 from lane_compiler import compiled
 
+from sageattention.backends.call import PreparedCall
 from sageattention.backends.cuda import host
+from sageattention.device.capability import Capability
 from sageattention.kernels.family import Tile
+from sageattention.kernels.params import ClassifyParams
 from sageattention.kernels.table import CLASSIFY
 from sageattention.numerics.live_keys import reachable
 from sageattention.numerics.reference import emulate, oracle
 from sageattention.planning.plan import plan
 from sageattention.planning.problem import Problem
-from sageattention.variants import VARIANTS
+from sageattention.variants import CUDA_FP16, VARIANTS
 
 pytestmark = needs_compiler
 FILLER = 0xAA  # of memory that the pre-pass has not written
@@ -111,6 +114,31 @@ def test_hidden_keys_make_no_tile_uneven_where_they_are_absent(classify: ctypes.
     assert (bits.uneven & ~uneven).any() and uneven.any() == (dtype != torch.bool)
     assert torch.equal(classified(classify, mask, 20, tokens, tile, False), bits.words(FILLER))
     assert torch.equal(classified(classify, mask, 20, tokens, tile, False, v_ones=True), replace(bits, uneven=uneven).words(FILLER))
+
+
+class Launches:
+    """Takes launches and runs none: the parameters of the pre-pass."""
+
+    def __init__(self):
+        self.capability = Capability("cuda", 90, 132, "none", "host")
+        self.classify: list[ClassifyParams] = []
+
+    def launch(self, device: int, stream: int, launches: tuple) -> None:
+        self.classify += [ClassifyParams.from_buffer_copy(given[4]) for given in launches if given[0] == "classify_mask"]
+
+
+@pytest.mark.parametrize(
+    "rows, is_causal, absent",
+    [(1, False, True), (24, False, False), (1, True, False), (24, True, False)],
+    ids=["key", "dense", "causal", "both"],
+)
+def test_only_a_mask_that_is_the_same_for_all_queries_is_left_to_absent_keys(monkeypatch, rows: int, is_causal: bool, absent: bool) -> None:
+    """Also where all queries are in one band."""
+    card = install(monkeypatch, Launches())
+    q, k, mask = torch.randn(2, 4, 24, 40).half(), torch.randn(2, 4, 77, 40).half(), torch.rand(2, 1, rows, 77) > 0.3
+    problem = on_card({"q": q, "k": k, "v": k, "attn_mask": mask}, is_causal=is_causal)
+    host.run(PreparedCall(q, k, k, mask, problem, plan(problem, card.capability, CUDA_FP16.name), {}))
+    assert [bool(given.absent) for given in card.classify] == [absent]
 
 
 @pytest.mark.parametrize("lowest", [-1e4, torch.finfo(torch.float32).min])

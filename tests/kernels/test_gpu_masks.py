@@ -84,6 +84,19 @@ def test_each_form_of_mask_with_shared_keys(heads: int, heads_kv: int, form: str
     assert workloads.relative_l2(out, exact) <= 1.05 * workloads.relative_l2(alone, exact)
 
 
+@each_candidate
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+def test_fewer_queries_than_a_band_of_the_lists(is_causal: bool, variant: str, accum: str) -> None:
+    """Then a mask that tells queries apart has one list, too."""
+    q, k, v = (torch.randn(2, 8, n, 64, device=DEVICE, dtype=torch.bfloat16) for n in (40, 300, 300))
+    for rows in (1, 40):
+        mask = torch.rand(2, 1, rows, 300, device=DEVICE) > 0.3
+        mask[..., 0] = True
+        exact = reference.oracle(q, k, v, is_causal=is_causal, attn_mask=mask)[0]
+        out, _ = call(variant, accum, q=q, k=k, v=v, is_causal=is_causal, attn_mask=mask)
+        assert workloads.relative_l2(out, exact) <= 0.06
+
+
 @each_variant
 def test_what_hidden_keys_hold_changes_no_bit(variant: str) -> None:
     for form in masked.FORMS:

@@ -312,7 +312,8 @@ def _broadcast_strides(shape: tuple[int, int, int], size: int) -> tuple[int, int
 
 
 def _lists(r: LaunchPlan, mask: torch.Tensor, unaligned: int, v_ones: bool = False) -> Lists:
-    """`v_ones`: K and V are quantised by this very mask, for kernels that need no mask for a key which no query of its KV head sees."""
+    """`v_ones`: K and V are quantised by this very mask, for kernels that need no mask for a key which no query of its KV head sees. That is
+    all that a mask says which is the same for all queries."""
     p, tile = r.problem, r.plan.tile
     shape = tile_list_shape(p, r.len_kv, tile.block_n)
     batches, heads, mask_rows, bands, words, live_words, is_bool, bias_len = shape
@@ -329,7 +330,7 @@ def _lists(r: LaunchPlan, mask: torch.Tensor, unaligned: int, v_ones: bool = Fal
     parts = -(-tiles // (8 * part_bytes))
     *_, stride_k = _mask_strides(mask)
     vectors = _ALIGNED if _runs_of(mask, 16 // mask.element_size(), unaligned) else _SHIFTED if stride_k == 1 else _EACH
-    absent = v_ones and bands == 1 and (heads == 1 or p.heads_q == p.heads_kv)
+    absent = v_ones and mask_rows == 1 and not p.causal and (heads == 1 or p.heads_q == p.heads_kv)
     return Lists(
         batches * heads * bands * parts,
         _classify_constants(
