@@ -312,8 +312,8 @@ def _broadcast_strides(shape: tuple[int, int, int], size: int) -> tuple[int, int
 
 
 def _lists(r: LaunchPlan, mask: torch.Tensor, unaligned: int, v_ones: bool = False) -> Lists:
-    """`v_ones`: K and V are quantised by this very mask, for kernels that need no mask for a key which no query of its KV head sees. That is
-    all that a mask says which is the same for all queries."""
+    """`v_ones`: K and V are quantised by this very mask, for kernels that need no mask for a key which no query of its KV head sees. That
+    is all that a mask says which is the same for all queries."""
     p, tile = r.problem, r.plan.tile
     shape = tile_list_shape(p, r.len_kv, tile.block_n)
     batches, heads, mask_rows, bands, words, live_words, is_bool, bias_len = shape
