@@ -12,6 +12,7 @@ import torch
 from sageattention import attend, available_variants, quantize_kv, sageattn
 from sageattention.cli import workloads
 from sageattention.device import capability
+from sageattention.numerics.reference import oracle
 from sageattention.variants import VARIANTS
 
 pytestmark = pytest.mark.gpu
@@ -182,7 +183,8 @@ def test_unaligned_strided_inputs(variant: str, offset: int) -> None:
     if VARIANTS[variant].backend == "triton":  # which compiles another kernel for such rows, with its own order of sums
         assert workloads.relative_l2(out, expected) <= 2e-3
     elif any(kernels.arch == capability.of_device("cuda", 0).arch for kernels in VARIANTS[variant].resident_kernels):
-        assert workloads.relative_l2(out, expected) <= 4e-3  # kernels that keep K and V in shared memory want aligned rows
+        exact = oracle(q, k, v)[0]  # other kernels than those that keep K and V in shared memory, which want aligned rows: they round by themselves
+        assert workloads.relative_l2(out, exact) <= 1.2 * workloads.relative_l2(expected, exact)
     else:
         assert torch.equal(out, expected)
 
