@@ -183,7 +183,7 @@ def test_unaligned_strided_inputs(variant: str, offset: int) -> None:
     if VARIANTS[variant].backend == "triton":  # which compiles another kernel for such rows, with its own order of sums
         assert workloads.relative_l2(out, expected) <= 2e-3
     elif any(kernels.arch == capability.of_device("cuda", 0).arch for kernels in VARIANTS[variant].resident_kernels):
-        exact = oracle(q, k, v)[0]  # other kernels than those that keep K and V in shared memory, which want aligned rows: they round by themselves
+        exact = oracle(q, k, v)[0]  # kernels that keep K and V in shared memory want aligned rows; the others round by themselves
         assert workloads.relative_l2(out, exact) <= 1.2 * workloads.relative_l2(expected, exact)
     else:
         assert torch.equal(out, expected)
