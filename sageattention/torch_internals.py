@@ -109,7 +109,8 @@ def alone(t: torch.Tensor, *others: torch.Tensor) -> bool:
     if _storage_uses is None or not t.untyped_storage().resizable():  # memory of another library's is of a fixed size
         return False
     own = sum(other.untyped_storage()._cdata == t.untyped_storage()._cdata for other in (t, *others))
-    return _holders(t) - own == _holders(torch.empty(1, dtype=torch.uint8, device="cpu")) - 1  # what looking at it adds is the releases' own
+    nobody_else_s = torch.empty(1, dtype=torch.uint8, device="cpu")  # what looking at a storage adds is each release's own
+    return _holders(t) - own == _holders(nobody_else_s) - 1
 
 
 def _holders(t: torch.Tensor) -> int:
