@@ -67,7 +67,7 @@ def attention_by_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     times as long, with a mask 3.3 times.
     """
     if not _settled:
-        _settle(query, key, value)
+        _settle(query.device)
     if _backend_order() != _UNSETTLED:
         return attention(query, key, value, *args, **kwargs)
     _set_backend_order(_CUDNN_FIRST)
@@ -92,10 +92,11 @@ def _cudnn_version() -> int:
 _settled = False
 
 
-def _settle(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+def _settle(device: torch.device) -> None:
     """Have torch look at the card, once: else it would be this module that makes it forget."""
     global _settled
-    _choose_backend(query, key, value)
+    for_any_backend = torch.empty((1, 1, 8, 64), dtype=torch.float16, device=device)  # whichever the caller has left enabled
+    _choose_backend(for_any_backend, for_any_backend, for_any_backend)
     _settled = True
 
 

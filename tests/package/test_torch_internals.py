@@ -68,12 +68,13 @@ def test_tracing_is_noticed_without_them(without: ModuleType) -> None:
 class _Card:
     """Stands for tensors on a card where torch prefers cuDNN, and for torch's order of backends."""
 
-    is_cuda, device = True, torch.device("cuda", 0)
+    device = torch.device("cpu")
 
     def __init__(self, order: list[int], chosen: list[int]):
         self.order, self.chosen, self.seen = order, chosen, []
 
-    def choose(self, *qkv: object) -> int:
+    def choose(self, *qkv: torch.Tensor) -> int:
+        assert {(t.dtype, t.shape[1]) for t in qkv} == {(torch.float16, 1)}  # what every backend takes, be the call's what they may
         if self.chosen:
             self.order, self.chosen = self.chosen, []
         return self.order[0]
@@ -109,6 +110,7 @@ def test_the_order_is_left_on_an_error(monkeypatch) -> None:
     monkeypatch.setattr(torch_internals, "_backend_order", lambda: card.order)
     monkeypatch.setattr(torch_internals, "_set_backend_order", lambda new: setattr(card, "order", new))
     monkeypatch.setattr(torch_internals, "_choose_backend", card.choose)
+    monkeypatch.setattr(torch_internals, "_settled", False)
     with pytest.raises(TypeError):
         torch_internals.attention_by_cudnn(card, card, card, None)  # no tensors
     assert card.order == [1, 2, 0, 3, 4]
