@@ -59,7 +59,11 @@ _CUDNN_CARDS = ((9, 0), (10, 0))
 _CUDNN_SINCE = 91501  # as torch asks for
 
 
-def attention_by_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def attention_by_cudnn(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None,
+    *,
+    is_causal: bool, scale: float, enable_gqa: bool,
+) -> torch.Tensor:  # fmt: skip
     """`attention` where torch `prefers_cudnn`, in whatever state its order of backends is; only for calls that really run.
 
     A `torch.nn.attention.sdpa_kernel(…, set_priority=True)` around a process's first call, as ComfyUI has it, makes torch (2.11) forget
@@ -68,13 +72,14 @@ def attention_by_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     """
     if not _settled:
         _settle(query.device)
-    if _backend_order() != _UNSETTLED:
-        return attention(query, key, value, *args, **kwargs)
-    _set_backend_order(_CUDNN_FIRST)
+    forgotten = _backend_order() == _UNSETTLED
+    if forgotten:
+        _set_backend_order(_CUDNN_FIRST)
     try:
-        return attention(query, key, value, *args, **kwargs)
+        return attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
     finally:
-        _set_backend_order(_UNSETTLED)
+        if forgotten:
+            _set_backend_order(_UNSETTLED)
 
 
 @functools.cache

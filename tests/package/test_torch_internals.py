@@ -65,6 +65,9 @@ def test_tracing_is_noticed_without_them(without: ModuleType) -> None:
         assert tracing.traced(torch.zeros(1))
 
 
+OPTIONS = {"is_causal": False, "scale": 0.125, "enable_gqa": False}
+
+
 class _Card:
     """Stands for tensors on a card where torch prefers cuDNN, and for torch's order of backends."""
 
@@ -101,7 +104,7 @@ def test_cudnn_is_tried_first_where_torch_prefers_it(monkeypatch, order, chosen,
         monkeypatch.setattr(torch_internals, name, stand_in)
     after = chosen or order
     for _ in range(2):
-        assert torch_internals.attention_by_cudnn(card, card, card, None) == "out" and card.order == after
+        assert torch_internals.attention_by_cudnn(card, card, card, None, **OPTIONS) == "out" and card.order == after
     assert card.seen == [while_attending] * 2
 
 
@@ -112,7 +115,7 @@ def test_the_order_is_left_on_an_error(monkeypatch) -> None:
     monkeypatch.setattr(torch_internals, "_choose_backend", card.choose)
     monkeypatch.setattr(torch_internals, "_settled", False)
     with pytest.raises(TypeError):
-        torch_internals.attention_by_cudnn(card, card, card, None)  # no tensors
+        torch_internals.attention_by_cudnn(card, card, card, None, **OPTIONS)  # no tensors
     assert card.order == [1, 2, 0, 3, 4]
 
 
