@@ -123,6 +123,7 @@ TORCHS = ("head_dim 384", "head_dim 512", "a V of another width", "fp64", "rank 
 @contextmanager
 def in_torchs_place(function: Callable[..., Any]):
     """The function where torch has its own, as upstream's recipe puts it."""
+    torch.overrides.get_overridable_functions()  # which torch.compile asks for once; it takes no partial for a function of torch's
     F.scaled_dot_product_attention = function
     try:
         yield

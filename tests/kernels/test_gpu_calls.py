@@ -63,7 +63,6 @@ def test_in_torchs_place(name: str, bound: bool, function: Callable[..., Any], c
     form = IN_TORCHS_PLACE[name]
     (q, k, v), mask = form.tensors("cuda")
     exact = form.truth(q, k, v, mask)
-    torch.overrides.get_overridable_functions()  # which torch.compile asks for once; it takes no partial for a function of torch's
     with in_torchs_place(functools.partial(function, smooth_k=True) if bound else function):
         result = run(form, torchs, compiled, q, k, v, mask)
     assert result.dtype == q.dtype and callforms.error(result, exact) < BOUND
